@@ -1,0 +1,70 @@
+"""slidesparse_nb: (2N-2):2N structured-sparse weights (6:8, 4:6, 8:10 ...) on 2:4 sparse tensor cores.
+
+    import slidesparse_nb as ss
+    packed = ss.pack(w, "6:8", "int8", prune="magnitude")   # w [n, k] -> PackedWeight
+    y = ss.matmul(x, packed)                                # x [..., k] -> y [..., n]
+
+Importing this package imports NumPy and nothing else; everything below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Pattern": "pattern",
+    "PackedWeight": "packed",
+    "QuantizedActivations": "packed",
+    "pack": "packing",
+    "unpack": "packing",
+    "verify": "packing",
+    "matmul": "ops",
+    "quantize": "ops",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "SlideSparseError": "errors",
+    "OperandError": "errors",
+    "PatternError": "errors",
+    "FormatError": "errors",
+    "VerificationError": "errors",
+    "UnsupportedError": "errors",
+}
+"""Public name -> the module that holds it."""
+
+__all__ = [*_HOME, "reference"]
+
+if TYPE_CHECKING:
+    from . import reference as reference
+    from .checkpoint import load as load
+    from .checkpoint import save as save
+    from .errors import FormatError as FormatError
+    from .errors import OperandError as OperandError
+    from .errors import PatternError as PatternError
+    from .errors import SlideSparseError as SlideSparseError
+    from .errors import UnsupportedError as UnsupportedError
+    from .errors import VerificationError as VerificationError
+    from .ops import matmul as matmul
+    from .ops import quantize as quantize
+    from .packed import PackedWeight as PackedWeight
+    from .packed import QuantizedActivations as QuantizedActivations
+    from .packing import pack as pack
+    from .packing import unpack as unpack
+    from .packing import verify as verify
+    from .pattern import Pattern as Pattern
+
+
+def __getattr__(name: str) -> Any:
+    if name == "reference":
+        return importlib.import_module(f"{__name__}.reference")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
