@@ -6,6 +6,7 @@ a safetensors code, a largest quantized value or a bit mask: it asks this table.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +91,8 @@ def packed_dtype(name: object) -> DType:
     text = name.lower() if isinstance(name, str) else ""
     text = {"fp8": "float8_e4m3fn", "float8": "float8_e4m3fn", "bf16": "bfloat16", "fp16": "float16"}.get(text, text)
     if not text:
-        try:
+        with contextlib.suppress(TypeError):
             text = np.dtype(name).name  # type: ignore[call-overload]
-        except TypeError:
-            pass
     for row in PACKED:
         if text in (row.name, row.scheme.lower()):
             return row

@@ -65,7 +65,8 @@ class PackedWeight:
         return 8 * self.nbytes / max(1, self.n * self.k)
 
     def __repr__(self) -> str:
-        return f"PackedWeight({self.n} x {self.k}, {self.pattern.described}, {self.dtype}, {self.bits_per_weight:.2f} bits a weight)"
+        size = f"{self.bits_per_weight:.2f} bits a weight"
+        return f"PackedWeight({self.n} x {self.k}, {self.pattern.described}, {self.dtype}, {size})"
 
     def validate(self, name: str = "packed") -> PackedWeight:
         """Check dtypes, shapes and index order; return self. (`verify` proves the values.)
@@ -103,8 +104,8 @@ class PackedWeight:
         if not (legal := _LEGAL_BYTE[self.meta]).all():
             row, column = map(int, np.argwhere(~legal)[0])
             raise FormatError(
-                f"{name}.meta: byte 0x{int(self.meta[row, column]):02x} at row {row}, column {column} holds a nibble out of order;"
-                " every nibble must be i0 | i1 << 2 with i0 < i1"
+                f"{name}.meta: byte 0x{int(self.meta[row, column]):02x} at row {row}, column {column} holds a nibble out of"
+                " order; every nibble must be i0 | i1 << 2 with i0 < i1"
             )
         if self.scale is not None and not (good := np.isfinite(self.scale) & (self.scale >= 0)).all():
             row = int(np.flatnonzero(~good[:, 0])[0])

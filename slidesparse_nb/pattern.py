@@ -36,7 +36,9 @@ class Pattern:
             return
         text, hint = f"{self.nnz}:{self.group}", ""
         if self.nnz == 2 and self.group >= 6 and self.group % 2 == 0:
-            hint = f"; if a tool that counts zeros calls it {text} (2 zeros in {self.group}), here it is {self.group - 2}:{self.group}"
+            hint = (
+                f"; what a tool that counts zeros calls {text} (2 zeros in {self.group}) is {self.group - 2}:{self.group} here"
+            )
         raise OperandError(f"pattern: {text} is not of the form (2N-2):2N with N >= 2 (2:4, 4:6, 6:8, 8:10 ...){hint}")
 
     @classmethod
@@ -61,7 +63,7 @@ class Pattern:
 
     @property
     def described(self) -> str:
-        """"6:8 (2 zeros in 8)": how a person is told the pattern, since other tools count zeros."""
+        """ "6:8 (2 zeros in 8)": how a person is told the pattern, since other tools count zeros."""
         return f"{self} (2 zeros in {self.group})"
 
     @property
@@ -109,5 +111,3 @@ class Pattern:
 def known_patterns(largest: int = 16) -> list[Pattern]:
     """2:4, 4:6, 6:8 ... up to groups of `largest` columns."""
     return [Pattern(group - 2, group) for group in range(4, largest + 1, 2)]
-
-

@@ -37,7 +37,7 @@ def pad(w: Array, pattern: Pattern) -> Array:
 
 def is_nonzero(w: Array) -> Array:
     """Which elements count as non-zero: all but 0.0 and -0.0. bool, the shape of w."""
-    return w != np.zeros((), w.dtype)
+    return np.not_equal(w, np.zeros((), w.dtype))
 
 
 # ---- prune -------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def compress(ws: Array) -> tuple[Array, Array]:
     count = nonzero.sum(axis=2)
     if (count > 2).any():
         row, window = map(int, np.argwhere(count > 2)[0])
-        raise PatternError(f"ws: row {row}, window {window} has more than two non-zeros; slide the weights first", row=row, group=window)
+        raise PatternError(f"ws: row {row}, window {window} has more than two non-zeros; slide the weights first")
     first = nonzero.argmax(axis=2)
     last = 3 - nonzero[:, :, ::-1].argmax(axis=2)
     i0 = np.where(count == 2, first, 0)
