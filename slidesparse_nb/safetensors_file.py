@@ -1,0 +1,406 @@
+"""One .safetensors file: strict header, memory map, streaming writer.
+
+    8 bytes     n, the length of the header, little-endian unsigned
+    n bytes     the header, one JSON object, spaces at its end:
+                {"__metadata__": {str: str}, NAME: {"dtype": CODE, "shape": [...], "data_offsets": [start, stop]}, ...}
+    the rest    the tensors' bytes, row-major, little-endian; offsets count from here, without holes or overlaps
+
+A file is data from strangers: everything in the header is checked before anything is believed, and names are only names,
+never paths. Source: the safetensors format, https://github.com/huggingface/safetensors, section "Format".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import json
+import mmap
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import NUMPY_OF, SAFETENSORS_BITS
+from .errors import FormatError, OperandError, UnsupportedError
+from .strict_json import parse_json, shown
+
+LARGEST_HEADER = 100_000_000
+"""Bytes; the limit that other readers of the format set, too."""
+
+_COUNT_LIMIT = 1 << 63  # sizes beyond it fit in no signed 64-bit integer
+_KEYS = {"dtype", "shape", "data_offsets"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is.
+
+    Attributes:
+        name: its name in the file.
+        code: its type, e.g. "BF16"; a key of `dtypes.SAFETENSORS_BITS`.
+        shape: its dimensions; () for a scalar.
+        start, stop: its bytes, counted from the first byte of the file.
+    """
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+# ---- read --------------------------------------------------------------------------------------------------------
+
+
+def tensor_bytes(code: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of a known `code` and non-negative dimensions.
+
+    Raises:
+        FormatError: the size does not fit in 63 bits, or is no whole number of bytes.
+    """
+    count = 1
+    for dim in shape:
+        count *= dim
+        if count >= _COUNT_LIMIT:  # at once: the product of a hostile shape may have millions of digits
+            raise FormatError(f"shape {shown(list(shape))} has 2^63 elements or more")
+    bits = count * SAFETENSORS_BITS[code]
+    if bits % 8:
+        raise FormatError(f"{count} elements of {code} are no whole number of bytes")
+    return bits // 8
+
+
+def _sizes(value: object) -> bool:
+    """Whether `value` is a list of integers from 0 to 2^63 - 1."""
+    if not isinstance(value, list):
+        return False
+    for v in value:  # noqa: SIM110 (twice as fast, and a header may hold a million lists)
+        if type(v) is not int or not 0 <= v < _COUNT_LIMIT:  # type(): True is an int, too
+            return False
+    return True
+
+
+def _parse_entry(name: str, entry: object, data_start: int) -> TensorInfo:
+    """One entry of a header. FormatError says which rule it breaks; the caller adds where."""
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
+        raise FormatError(f"is {shown(entry)}, must have exactly the keys dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in SAFETENSORS_BITS:
+        raise FormatError(f"dtype {shown(code)} is unknown; it must be one of {', '.join(SAFETENSORS_BITS)}")
+    if not _sizes(shape):
+        raise FormatError(f"shape {shown(shape)} must be a list of integers from 0 to 2^63 - 1")
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FormatError(f"data_offsets {shown(offsets)} must be two integers, 0 <= start <= stop")
+    if (nbytes := tensor_bytes(code, shape)) != offsets[1] - offsets[0]:
+        raise FormatError(f"{code} {shown(shape)} takes {nbytes} bytes, but data_offsets span {offsets[1] - offsets[0]}")
+    return TensorInfo(name, code, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _parse_header(header: dict[str, Any], data_start: int, size: int, path: object) -> dict[str, TensorInfo]:
+    """Check every entry of a header; the tensors in the order of their bytes, placed in the file."""
+    found = []
+    for name, entry in header.items():
+        try:
+            found.append(_parse_entry(name, entry, data_start))
+        except FormatError as error:
+            raise FormatError(f"{path}: tensor {shown(name)}: {error}") from None
+    found.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    end = data_start
+    for tensor in found:
+        if tensor.start != end:
+            what = "overlaps the tensor before it" if tensor.start < end else "leaves a hole before it"
+            raise FormatError(
+                f"{path}: tensor {shown(tensor.name)}: starts at byte {tensor.start - data_start} of the data and {what};"
+                f" it must start at {end - data_start}"
+            )
+        end = tensor.stop
+    if end != size:
+        what = "is truncated" if end > size else "has bytes after its last tensor"
+        raise FormatError(f"{path}: {what}: its header describes {end} bytes, the file has {size}")
+    return {tensor.name: tensor for tensor in found}
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Hold the garbage collector: it would walk a growing header again and again, three quarters of the time to read it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+    """Open a regular file and nothing else (a FIFO would hang, a device do who knows what); a file descriptor.
+
+    Raises:
+        FormatError: it cannot be opened, or is something else.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, mode)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise FormatError(f"{shown(os.fspath(path))}: cannot be opened: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FormatError(f"{path}: is not a regular file")
+    return descriptor
+
+
+class SafetensorsFile:
+    """A .safetensors file, memory-mapped and read-only; a context manager.
+
+    The arrays it gives keep the map alive, so they stay valid even after `close()`. Threads may share it.
+
+    Attributes:
+        path: the file.
+        metadata: its `__metadata__`.
+        tensors: name -> TensorInfo, in the order of their bytes.
+
+    Raises:
+        FormatError: the file cannot be opened or its header breaks a rule of the format.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        descriptor = open_regular(path)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size < 8:
+                raise FormatError(f"{path}: has {size} bytes, but 8 alone hold the length of its header")
+            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            if length > LARGEST_HEADER:
+                raise FormatError(f"{path}: header length {length} is above the limit of {LARGEST_HEADER} bytes")
+            if length > size - 8:
+                raise FormatError(f"{path}: header length {length} reaches past the end of the file ({size} bytes)")
+            self._map: mmap.mmap | None = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
+        finally:
+            os.close(descriptor)
+        try:
+            with _uncollected():
+                self._read_header(self._map[8 : 8 + length], size)
+        except FormatError:
+            self.close()
+            raise
+        self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8)
+
+    def _read_header(self, text: bytes, size: int) -> None:
+        if text[:1] != b"{":
+            raise FormatError(f"{self.path}: header starts with {text[:8]!r}, must start with '{{'")
+        header = parse_json(text, f"{self.path}: header")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise FormatError(f"{self.path}: __metadata__ is {shown(metadata)}, must map strings to strings")
+        self.metadata: dict[str, str] = metadata
+        self.tensors = _parse_header(header, 8 + len(text), size, self.path)
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the map. Arrays that are still in use keep it until they go."""
+        self._bytes = self._map = None
+
+    def __repr__(self) -> str:
+        return f"SafetensorsFile({str(self.path)!r}, {len(self.tensors)} tensors)"
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor's entry.
+
+        Raises:
+            OperandError: no tensor has that name.
+        """
+        if name not in self.tensors:
+            raise OperandError(f"name: {shown(name)} is no tensor of {self.path}")
+        return self.tensors[name]
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """The stored bytes of a tensor: read-only uint8 [nbytes], a view of the map."""
+        info = self.info(name)
+        if self._bytes is None:
+            raise OperandError(f"{self.path}: is closed; read its tensors before that")
+        return self._bytes[info.start : info.stop]
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A tensor as a read-only array of `dtypes.NUMPY_OF[code]`: a view of the map, or a copy if its bytes are unaligned.
+
+        Raises:
+            OperandError: no tensor has that name.
+            UnsupportedError: NumPy has no such type (elements below one byte) or no such shape.
+        """
+        info, raw = self.info(name), self.raw(name)
+        if info.code not in NUMPY_OF:
+            raise UnsupportedError(f"{self.path}: tensor {shown(name)}: NumPy has no type for {info.code}; only its bytes")
+        try:
+            array: NDArray[Any] = raw.view(NUMPY_OF[info.code]).reshape(info.shape)
+        except ValueError as error:  # more dimensions than NumPy has, or [2**62, 0]
+            raise UnsupportedError(f"{self.path}: tensor {shown(name)}: NumPy has no shape {shown(info.shape)}") from error
+        if not array.flags.aligned:
+            array = array.copy()
+            array.flags.writeable = False
+        return array
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Let go of the memory behind bytes [start, stop) of a tensor; they are read again when somebody touches them.
+
+        The pages a process has touched count as its memory until then. A checkpoint larger than memory is streamed so.
+        """
+        info = self.info(name)
+        first = info.start + start
+        last = info.stop if stop is None else min(info.stop, info.start + stop)
+        page = first - first % mmap.PAGESIZE  # a neighbour's part of a page goes, too, and comes back like the rest
+        if self._map is not None and first < last:
+            self._map.madvise(mmap.MADV_DONTNEED, page, last - page)
+
+
+# ---- write -------------------------------------------------------------------------------------------------------
+
+
+def header_bytes(
+    entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Lay out a file: its first bytes (length and header), and where every tensor goes.
+
+    Tensors stand by element size, largest first, then by name, and the header ends on a multiple of 8 bytes: so every
+    tensor is aligned, and the same entries give the same bytes in whatever order they come.
+
+    Args:
+        entries: (name, code, shape) of every tensor.
+        metadata: the file's `__metadata__`; left out where empty.
+
+    Raises:
+        OperandError: a name that stands twice or is "__metadata__", an unknown code, a negative dimension, or text that is
+            not Unicode.
+    """
+    entries = list(entries)
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    placed: list[TensorInfo] = []
+    end = 0
+    for name, code, shape in entries:
+        if code not in SAFETENSORS_BITS or any(dim < 0 for dim in shape):
+            raise OperandError(f"{shown(name)}: {shown(code)} {shown(shape)} is no type and shape of a tensor")
+    for name, code, shape in sorted(entries, key=lambda entry: (-SAFETENSORS_BITS[entry[1]], entry[0])):
+        if name in header or name == "__metadata__":
+            raise OperandError(f"{shown(name)}: must name one tensor, once")
+        try:
+            nbytes = tensor_bytes(code, shape)
+        except FormatError as error:
+            raise OperandError(f"{shown(name)}: {error}") from None
+        dims = [int(dim) for dim in shape]
+        header[name] = {"dtype": code, "shape": dims, "data_offsets": [end, end + nbytes]}
+        placed.append(TensorInfo(name, code, tuple(dims), end, end + nbytes))
+        end += nbytes
+    try:
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise OperandError("names and metadata: a string holds a lone surrogate, which is no Unicode text") from error
+    text += b" " * (-len(text) % 8)
+    if len(text) > LARGEST_HEADER:
+        raise OperandError(f"entries: the header would take {len(text)} bytes, above the limit of {LARGEST_HEADER}")
+    return len(text).to_bytes(8, "little") + text, {
+        t.name: replace(t, start=8 + len(text) + t.start, stop=8 + len(text) + t.stop) for t in placed
+    }
+
+
+class SafetensorsWriter:
+    """Writes a .safetensors file whose layout is known beforehand, its tensors in any order, piece by piece; a context manager.
+
+    It writes exactly the path given (and follows no link there): to replace a file, write beside it and rename. What has
+    not been written is zero. Threads may share it.
+
+    Args:
+        path: the file.
+        entries: (name, code, shape) of every tensor.
+        metadata: its `__metadata__`.
+        resume: go on with a file that an earlier writer of the same entries and metadata left behind.
+
+    Raises:
+        OperandError: the entries make no file (see `header_bytes`).
+        FormatError: the path cannot be opened, is no regular file, or (resume) holds another header or size.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        entries: Iterable[tuple[str, str, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+        *,
+        resume: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        header, self.tensors = header_bytes(entries, metadata)
+        self.size = max((tensor.stop for tensor in self.tensors.values()), default=len(header))
+        flags = os.O_RDWR | os.O_NOFOLLOW | (0 if resume else os.O_CREAT)
+        self._descriptor = open_regular(path, flags)
+        try:
+            if not resume:
+                os.ftruncate(self._descriptor, 0)
+                os.ftruncate(self._descriptor, self.size)
+                self._write_at(memoryview(header), 0)
+            elif os.fstat(self._descriptor).st_size != self.size or os.pread(self._descriptor, len(header), 0) != header:
+                raise FormatError(f"{path}: was begun with other tensors or settings and cannot be resumed; start anew")
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(sync=kind is None)
+
+    def write(self, name: str, data: bytes | bytearray | memoryview | NDArray[Any], offset: int = 0) -> None:
+        """Write `data`, its bytes in row-major order, at byte `offset` of a tensor.
+
+        Raises:
+            OperandError: no such tensor, or the bytes do not fit into it.
+            OSError: the disk is full or fails.
+        """
+        if isinstance(data, np.ndarray):
+            data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        if name not in self.tensors:
+            raise OperandError(f"name: {shown(name)} is no tensor of {self.path}")
+        info = self.tensors[name]
+        if not 0 <= offset <= offset + len(view) <= info.nbytes:
+            raise OperandError(
+                f"data: bytes {offset} to {offset + len(view)} are not inside tensor {shown(name)} of {info.nbytes} bytes"
+            )
+        self._write_at(view, info.start + offset)
+
+    def _write_at(self, view: memoryview, position: int) -> None:
+        while view:
+            if not (done := os.pwrite(self._descriptor, view, position)):  # at most 2 GiB at a time
+                raise OSError(errno.EIO, "wrote nothing", str(self.path))
+            view, position = view[done:], position + done
+
+    def sync(self) -> None:
+        """Wait until everything written so far is on the disk."""
+        os.fsync(self._descriptor)
+
+    def close(self, *, sync: bool = True) -> None:
+        """Close the file, by default after it is on the disk."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return
+        try:
+            if sync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
