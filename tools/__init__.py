@@ -1,0 +1,1 @@
+"""The commands: thin click programs over the public API; installed as `slidesparse ...`."""

@@ -1,0 +1,136 @@
+"""A BERT sentence encoder in NumPy, whose linear layers may be dense or packed; the demonstration's model.
+
+Tokens of all sentences stand in one matrix [m, hidden] without padding, as serving engines batch them: linear layers see
+m rows, attention sees one sentence at a time, and a sentence's embedding cannot depend on its neighbours in the batch.
+Source: Devlin et al., arXiv 1810.04805 (post-norm layers, learned positions); pooling: Reimers and Gurevych, arXiv 1908.10084.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+import slidesparse_nb as ss
+
+Array = NDArray[np.float32]
+
+
+def is_linear(name: str) -> bool:
+    """Whether the tensor `name` is the weight of one of the encoder's linear layers."""
+    return name.startswith("encoder.layer.") and name.endswith(".weight") and "LayerNorm" not in name
+
+
+class Encoder:
+    """Sentences -> unit vectors, as the model folder's configuration says: mean of the token vectors, then L2 normalization.
+
+    Args:
+        folder: a Hugging Face folder of a BERT model with `config.json` and `tokenizer.json`.
+        weights: the tensors by name; a linear layer's weight is float32 [n, k], a `PackedWeight`, or a `QuantizedWeight`.
+
+    Raises:
+        click.UsageError: the folder holds another kind of model.
+    """
+
+    def __init__(self, folder: Path, weights: Mapping[str, Any]) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        for key, wanted in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+            if config.get(key, wanted) != wanted:
+                raise click.UsageError(f"{folder}: {key} is {config[key]!r}, but this encoder knows only {wanted!r}")
+        self.weights = weights
+        self.layers: int = config["num_hidden_layers"]
+        self.heads: int = config["num_attention_heads"]
+        self.epsilon = np.float32(config["layer_norm_eps"])
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        limits = folder / "sentence_bert_config.json"  # sentence-transformers' own limit, shorter than the model's
+        longest = json.loads(limits.read_text())["max_seq_length"] if limits.exists() else config["max_position_embeddings"]
+        self.tokenizer.enable_truncation(longest)
+
+    def __call__(self, sentences: Sequence[str]) -> Array:
+        """Unit vectors [len(sentences), hidden], float32."""
+        ids = [np.array(encoding.ids) for encoding in self.tokenizer.encode_batch(list(sentences))]
+        ends = np.cumsum([len(i) for i in ids])
+        spans = [slice(end - len(i), end) for end, i in zip(ends, ids, strict=True)]
+        x = self.embed(np.concatenate(ids), np.concatenate([np.arange(len(i)) for i in ids]))
+        for layer in range(self.layers):
+            x = self.layer(f"encoder.layer.{layer}.", x, spans)
+        pooled = np.stack([x[span].mean(axis=0) for span in spans])
+        unit: Array = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+        return unit
+
+    def embed(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Array:
+        """Token ids [m] and their places in the sentence [m] -> [m, hidden]."""
+        part = "embeddings.{}_embeddings.weight".format
+        x = self.weights[part("word")][tokens] + self.weights[part("position")][positions]
+        return self.norm("embeddings.LayerNorm", x + self.weights[part("token_type")][0])
+
+    def layer(self, name: str, x: Array, spans: Sequence[slice]) -> Array:
+        """One transformer layer: x [m, hidden] -> [m, hidden]; `spans` are the rows of each sentence."""
+        q, k, v = (self.linear(f"{name}attention.self.{part}", x) for part in ("query", "key", "value"))
+        met = np.concatenate([attention(q[span], k[span], v[span], self.heads) for span in spans])
+        x = self.norm(f"{name}attention.output.LayerNorm", x + self.linear(f"{name}attention.output.dense", met))
+        inner = gelu()(self.linear(f"{name}intermediate.dense", x))
+        return self.norm(f"{name}output.LayerNorm", x + self.linear(f"{name}output.dense", inner))
+
+    def linear(self, name: str, x: Array) -> Array:
+        """x [m, k] @ w.T + bias -> [m, n], by whatever form the weight has."""
+        w, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        if isinstance(w, ss.PackedWeight):
+            y: Array = ss.matmul(x, w, bias=bias)
+        elif isinstance(w, QuantizedWeight):
+            y = w.matmul(x) + bias
+        else:
+            y = x @ w.T + bias
+        return y
+
+    def norm(self, name: str, x: Array) -> Array:
+        """Layer normalization of every row."""
+        centred = x - x.mean(axis=1, keepdims=True)
+        variance = np.square(centred).mean(axis=1, keepdims=True)
+        out: Array = centred / np.sqrt(variance + self.epsilon) * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+        return out
+
+
+class QuantizedWeight:
+    """w [n, k] in int8 with one scale a row and nothing pruned: what quantization alone costs."""
+
+    def __init__(self, w: Array) -> None:
+        q = ss.quantize(w, "int8")
+        self.values, self.scale = q.values.astype(np.float32), q.scale  # float32 holds int8, and BLAS multiplies it fast
+        self.nbytes = int(q.values.nbytes + q.scale.nbytes)
+
+    def matmul(self, x: Array) -> Array:
+        """x [m, k] @ w.T -> [m, n]; every token in int8 as well. float32 holds these integer sums exactly up to 2^24."""
+        q = ss.quantize(x, "int8")
+        y: Array = (q.values.astype(np.float32) @ self.values.T) * q.scale * self.scale.T
+        return y
+
+
+def attention(q: Array, k: Array, v: Array, heads: int) -> Array:
+    """softmax(q @ k.T / sqrt(d)) @ v for every head of one sentence: [s, hidden] each -> [s, hidden]."""
+    tokens, hidden = q.shape
+    q, k, v = (a.reshape(tokens, heads, -1).transpose(1, 0, 2) for a in (q, k, v))  # [heads, s, d]
+    scores = q @ k.transpose(0, 2, 1) / np.float32(math.sqrt(hidden // heads))
+    scores = np.exp(scores - scores.max(axis=2, keepdims=True))
+    met: Array = (scores / scores.sum(axis=2, keepdims=True)) @ v
+    return met.transpose(1, 0, 2).reshape(tokens, hidden)
+
+
+@functools.cache
+def gelu() -> Any:
+    """x * Phi(x) element by element, with the exact erf: NumPy has none, so Numba compiles the C library's once."""
+    import numba
+
+    def exact(x: float) -> float:
+        return x * 0.5 * (1.0 + math.erf(x * math.sqrt(0.5)))
+
+    return numba.vectorize(["float32(float32)"])(exact)  # type: ignore[no-untyped-call]
