@@ -1,0 +1,312 @@
+"""Checkpoints: named tensors in a file, a folder or shards, and packed weights among them (docs/format.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import CODE_OF, PACKED, DType
+from .errors import FormatError, OperandError, UnsupportedError
+from .model_folder import CONFIG, OTHER_WEIGHTS, choose_weights, companions, member, path_kind, read_index, read_json
+from .model_folder import index_bytes as index_bytes
+from .model_folder import shard_name as shard_name
+from .model_folder import shard_plan as shard_plan
+from .packed import PackedWeight
+from .packed_tensors import PackedHeader, module_names
+from .packed_tensors import packed_arrays as packed_arrays
+from .packed_tensors import packed_entries as packed_entries
+from .packed_tensors import parse_metadata as parse_metadata
+from .packed_tensors import slidesparse_metadata as slidesparse_metadata
+from .pattern import Pattern
+from .safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
+from .strict_json import shown
+
+_OF_CODE = {dtype.safetensors: dtype for dtype in PACKED}
+
+
+class Checkpoint:
+    """The tensors of a model, memory-mapped, wherever they lie; a context manager.
+
+    Attributes:
+        root: the folder, or None for a single file.
+        is_single_file: whether the path named one .safetensors file, and no folder or index.
+        files: the files, by name.
+        tensors: name -> (TensorInfo, file), file by file, in the order of their bytes.
+        config: config.json of the folder, parsed; None where there is none.
+    """
+
+    def __init__(self, files: list[SafetensorsFile], root: Path | None = None, index: str | None = None) -> None:
+        """Join open files. Raises FormatError where two hold a tensor of the same name."""
+        self.files, self.root, self.is_single_file = files, root, root is None
+        self._index = index
+        self.tensors: dict[str, tuple[TensorInfo, SafetensorsFile]] = {}
+        for file in files:
+            for name, info in file.tensors.items():
+                if name in self.tensors:
+                    other = self.tensors[name][1].path.name
+                    raise FormatError(f"{file.path}: tensor {shown(name)} is in {other}, too; it must be in one file only")
+                self.tensors[name] = info, file
+        has_config = root is not None and os.path.lexists(root / CONFIG)
+        self.config = read_json(member(root, CONFIG), strict=False) if root is not None and has_config else None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Open a .safetensors file, a Hugging Face folder, or a *.safetensors.index.json file.
+
+        Raises:
+            FormatError: something in it breaks a rule; the message names file, tensor, value and rule.
+            UnsupportedError: the weights are in another format.
+        """
+        path = Path(path)
+        if path_kind(path) == stat.S_IFDIR:
+            root, name = path, choose_weights(path)
+            first = member(root, name)
+        elif path.name.endswith(".json"):
+            root, name, first = path.parent, path.name, path  # a link that the user names is followed
+        elif path.name.lower().endswith(OTHER_WEIGHTS):
+            raise UnsupportedError(f"{path}: is no .safetensors file; convert it first")
+        else:
+            return cls([SafetensorsFile(path)])
+        if not name.endswith(".json"):
+            return cls([SafetensorsFile(first)], root)
+        weight_map = read_index(first)
+        files = [SafetensorsFile(member(root, file)) for file in sorted(set(weight_map.values()))]
+        checkpoint = cls(files, root, name)
+        for tensor, file in weight_map.items():
+            if tensor not in checkpoint.tensors or checkpoint.tensors[tensor][1].path.name != file:
+                raise FormatError(f"{first}: tensor {shown(tensor)} is not in {file}, where the index says it is")
+        for tensor, (_, shard) in checkpoint.tensors.items():
+            if tensor not in weight_map:
+                raise FormatError(f"{first}: tensor {shown(tensor)} of {shard.path.name} is not in the index")
+        return checkpoint
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the maps; arrays that are still in use keep theirs."""
+        for file in self.files:
+            file.close()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """`__metadata__` of the first file."""
+        return self.files[0].metadata
+
+    @cached_property
+    def _other_files(self) -> tuple[list[str], list[str]]:
+        weights = {file.path.name for file in self.files} | {self._index or ""}
+        return ([], []) if self.root is None else companions(self.root, weights)
+
+    @property
+    def companions(self) -> list[str]:
+        """Files of the folder to copy along, relative and "/"-separated: tokenizer, 1_Pooling/config.json, README.
+
+        Raises:
+            FormatError: one is a link that leads out of the folder, or no regular file.
+        """
+        return self._other_files[0]
+
+    @property
+    def left_behind(self) -> list[str]:
+        """Files of the folder that are weights in another format, or of another file of weights."""
+        return self._other_files[1]
+
+    def file_of(self, name: str) -> SafetensorsFile:
+        """The file that holds a tensor.
+
+        Raises:
+            OperandError: no tensor has that name.
+        """
+        if name not in self.tensors:
+            raise OperandError(f"name: {shown(name)} is no tensor of {self.root or self.files[0].path}")
+        return self.tensors[name][1]
+
+    def array(self, name: str) -> NDArray[Any]:
+        """See `SafetensorsFile.array`."""
+        return self.file_of(name).array(name)
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """See `SafetensorsFile.raw`."""
+        return self.file_of(name).raw(name)
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """See `SafetensorsFile.release`."""
+        self.file_of(name).release(name, start, stop)
+
+
+# ---- packed weights ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class PackedModule:
+    """A packed weight that a checkpoint holds: its header checked, its values not yet read.
+
+    Attributes:
+        name: the module's, X of X.weight_packed.
+        pattern, dtype, shape: as of the PackedWeight.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    pattern: Pattern
+    dtype: DType
+    shape: tuple[int, int]
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of its tensors in the checkpoint."""
+        return [name for name, _, _ in packed_entries(self.name, self.pattern, self.dtype, self.shape)]
+
+    def read(self) -> PackedWeight:
+        """The PackedWeight: views of the map, all of it validated.
+
+        Raises:
+            FormatError: a nibble is out of order, or a scale negative or not finite.
+        """
+        values, meta, *scale, _ = (self.checkpoint.array(name) for name in self.tensors)
+        packed = PackedWeight(values, meta, scale[0] if scale else None, self.pattern, self.shape, self.dtype)
+        return packed.validate(f"{self.checkpoint.file_of(self.tensors[0]).path}: {shown(self.name)}")
+
+
+def read_packed(checkpoint: Checkpoint) -> dict[str, PackedModule]:
+    """The packed modules of a checkpoint, by name, in the order of their values. Reads headers and shapes only.
+
+    Raises:
+        FormatError: an unknown version, files of different patterns, a missing companion tensor, X.weight beside
+            X.weight_packed, or types and shapes that disagree.
+    """
+    headers = {file.path: parse_metadata(file.metadata, file.path) for file in checkpoint.files}
+    patterns = {header.pattern: path for path, header in headers.items() if header}
+    if len(patterns) > 1:
+        (first, path), (second, other), *_ = patterns.items()
+        raise FormatError(f"{other}: holds pattern {second}, but {path.name} {first}; a checkpoint must have one pattern")
+    where = checkpoint.root or checkpoint.files[0].path
+    return {
+        name: _packed_module(checkpoint, name, headers[checkpoint.file_of(f"{name}.weight_packed").path])
+        for name in module_names(checkpoint.tensors.keys(), bool(patterns), where)
+    }
+
+
+def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | None) -> PackedModule:
+    """Check one module's header entries and shape."""
+    info, file = checkpoint.tensors[f"{module}.weight_packed"]
+    where = f"{file.path}: tensor {shown(info.name)}"
+    if header is None:
+        raise FormatError(f"{where}: metadata 'slidesparse' of its file is missing, while other files have it")
+    dtype = _OF_CODE.get(info.code)
+    if dtype is None or header.dtype not in (None, dtype):
+        rule = header.dtype.safetensors if header.dtype else ", ".join(_OF_CODE)
+        raise FormatError(f"{where}: is {info.code}, must be {rule} as metadata 'slidesparse' says")
+    shape_info, shape_file = checkpoint.tensors[f"{module}.weight_shape"]
+    place = f"{shape_file.path}: tensor {shown(shape_info.name)}"
+    if (shape_info.code, shape_info.shape) != ("I64", (2,)):
+        raise FormatError(f"{place}: is {shape_info.code} {shown(shape_info.shape)}, must be I64 (2,)")
+    n, k = shape_file.array(shape_info.name).tolist()
+    if n < 0 or k < 0:
+        raise FormatError(f"{place}: ({n}, {k}) must not be negative")
+    entries = packed_entries(module, header.pattern, dtype, (n, k))
+    for name, code, shape in entries:
+        if name not in checkpoint.tensors:
+            raise FormatError(f"{where}: needs tensor {shown(name)}: missing")
+        found, holder = checkpoint.tensors[name]
+        if (found.code, found.shape) != (code, shape):
+            raise FormatError(
+                f"{holder.path}: tensor {shown(name)}: is {found.code} {shown(found.shape)}, must be {code} {shape}"
+                f" for a weight of shape ({n}, {k}) at {header.pattern} in {dtype}"
+            )
+    if dtype.qmax is None and f"{module}.weight_scale" in checkpoint.tensors:
+        raise FormatError(f"{where}: has a weight_scale, but {dtype} values carry none")
+    return PackedModule(checkpoint, module, header.pattern, dtype, (n, k))
+
+
+# ---- all at once -------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, PackedWeight | NDArray[Any]]:
+    """Read a checkpoint: a file, a Hugging Face folder, or an index file.
+
+    Nothing is copied: arrays are read-only views of memory-mapped files, which they keep open.
+
+    Args:
+        names: which modules (for packed weights) and tensors; all of them by default.
+
+    Returns:
+        module name -> PackedWeight [n, k], and tensor name -> array for every tensor that is no part of one.
+
+    Raises:
+        FormatError: a file is not what it says it is.
+        OperandError: a name is not there.
+        UnsupportedError: a tensor is of a type that NumPy lacks, or the weights are in another format.
+    """
+    checkpoint = Checkpoint.open(path)
+    modules = read_packed(checkpoint)
+    parts = {tensor for module in modules.values() for tensor in module.tensors}
+    if both := [name for name in modules if name in checkpoint.tensors]:
+        raise FormatError(f"{path}: {shown(both[0])} is the name of both a tensor and a packed module")
+    available = [*modules, *(name for name in checkpoint.tensors if name not in parts)]
+    chosen = available if names is None else list(names)
+    if unknown := set(chosen) - set(available):
+        raise OperandError(f"names: {shown(min(unknown))} is no packed module and no tensor of {path}")
+    return {name: modules[name].read() if name in modules else checkpoint.array(name) for name in chosen}
+
+
+def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDArray[Any]]) -> None:
+    """Write packed weights (under their modules' names) and other tensors into one .safetensors file; `load` is the inverse.
+
+    The file is written beside `path` and renamed, so that nobody sees half of one, and arrays loaded from an earlier file at
+    `path` stay as they are.
+
+    Raises:
+        OperandError: a path that does not end in .safetensors, a type that the format lacks, two patterns in one file, or
+            names that would clash.
+        FormatError: a packed weight is inconsistent.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise OperandError(f"path: {shown(str(path))} must be a file ending in .safetensors")
+    entries: list[tuple[str, str, tuple[int, ...]]] = []
+    arrays: dict[str, NDArray[Any]] = {}
+    packed = {name: value for name, value in tensors.items() if isinstance(value, PackedWeight)}
+    for name, value in tensors.items():
+        if isinstance(value, PackedWeight):
+            parts = packed_arrays(name, value.validate(name))
+            entries += packed_entries(name, value.pattern, value.dtype, value.shape)
+        else:
+            parts = {name: _on_host(value)}
+            if parts[name].dtype not in CODE_OF:
+                raise OperandError(f"{shown(name)}: {parts[name].dtype} is no type of the safetensors format")
+            entries.append((name, CODE_OF[parts[name].dtype], parts[name].shape))
+        arrays |= parts
+    patterns = sorted({value.pattern for value in packed.values()})
+    if len(patterns) > 1:
+        raise OperandError(f"tensors: hold patterns {', '.join(map(str, patterns))}; a file has one, so save them separately")
+    try:
+        module_names(arrays.keys(), bool(packed), path)
+    except FormatError as error:
+        raise OperandError(f"tensors: {error}") from None
+    dtypes = {value.dtype for value in packed.values()}
+    metadata = slidesparse_metadata(patterns[0], dtypes.pop() if len(dtypes) == 1 else None) if packed else {"format": "pt"}
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with SafetensorsWriter(beside, entries, metadata) as writer:
+            for name, array in arrays.items():
+                writer.write(name, array)
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
