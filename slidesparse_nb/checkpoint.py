@@ -22,7 +22,7 @@ from .model_folder import index_bytes as index_bytes
 from .model_folder import shard_name as shard_name
 from .model_folder import shard_plan as shard_plan
 from .packed import PackedWeight
-from .packed_tensors import PackedHeader, module_names
+from .packed_tensors import PackedHeader, module_names, on_host
 from .packed_tensors import packed_arrays as packed_arrays
 from .packed_tensors import packed_entries as packed_entries
 from .packed_tensors import parse_metadata as parse_metadata
@@ -286,7 +286,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
             parts = packed_arrays(name, value.validate(name))
             entries += packed_entries(name, value.pattern, value.dtype, value.shape)
         else:
-            parts = {name: _on_host(value)}
+            parts = {name: on_host(value)}
             if parts[name].dtype not in CODE_OF:
                 raise OperandError(f"{shown(name)}: {parts[name].dtype} is no type of the safetensors format")
             entries.append((name, CODE_OF[parts[name].dtype], parts[name].shape))

@@ -98,16 +98,17 @@ def packed_entries(
 def packed_arrays(module: str, packed: PackedWeight) -> dict[str, NDArray[Any]]:
     """The tensors of `packed_entries`, on the host."""
     arrays = {
-        f"{module}.weight_packed": _on_host(packed.values).view(packed.dtype.numpy),
-        f"{module}.weight_meta": _on_host(packed.meta),
+        f"{module}.weight_packed": on_host(packed.values).view(packed.dtype.numpy),
+        f"{module}.weight_meta": on_host(packed.meta),
     }
     if packed.scale is not None:
-        arrays[f"{module}.weight_scale"] = _on_host(packed.scale)
+        arrays[f"{module}.weight_scale"] = on_host(packed.scale)
     return {**arrays, f"{module}.weight_shape": np.array(packed.shape, np.int64)}
 
 
-def _on_host(array: Any) -> NDArray[Any]:
-    return np.asarray(array.get() if hasattr(array, "get") else array)  # CuPy's arrays have get()
+def on_host(array: Any) -> NDArray[Any]:
+    """An array of NumPy, or the copy of one of CuPy."""
+    return np.asarray(array.get() if hasattr(array, "get") else array)
 
 
 def module_names(names: Collection[str], marked: bool, where: object) -> list[str]:
