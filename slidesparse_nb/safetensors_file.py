@@ -142,14 +142,14 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
-    """Open a regular file and nothing else (a FIFO would hang, a device do who knows what); a file descriptor.
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a regular file and nothing else (a FIFO would hang) for reading; a file descriptor.
 
     Raises:
         FormatError: it cannot be opened, or is something else.
     """
     try:
-        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, mode)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise FormatError(f"{shown(os.fspath(path))}: cannot be opened: {getattr(error, 'strerror', error)}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -332,7 +332,8 @@ class SafetensorsWriter:
 
     Raises:
         OperandError: the entries make no file (see `header_bytes`).
-        FormatError: the path cannot be opened, is no regular file, or (resume) holds another header or size.
+        OSError: the path cannot be opened for writing, or (resume) is not there.
+        FormatError: it is no regular file, or (resume) holds another header or size.
     """
 
     def __init__(
@@ -346,14 +347,17 @@ class SafetensorsWriter:
         self.path = Path(path)
         header, self.tensors = header_bytes(entries, metadata)
         self.size = max((tensor.stop for tensor in self.tensors.values()), default=len(header))
-        flags = os.O_RDWR | os.O_NOFOLLOW | (0 if resume else os.O_CREAT)
-        self._descriptor = open_regular(path, flags)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if resume else os.O_CREAT)
+        self._descriptor = os.open(path, flags, 0o666)
         try:
+            status = os.fstat(self._descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError(f"{path}: is not a regular file")
             if not resume:
                 os.ftruncate(self._descriptor, 0)
                 os.ftruncate(self._descriptor, self.size)
                 self._write_at(memoryview(header), 0)
-            elif os.fstat(self._descriptor).st_size != self.size or os.pread(self._descriptor, len(header), 0) != header:
+            elif status.st_size != self.size or os.pread(self._descriptor, len(header), 0) != header:
                 raise FormatError(f"{path}: was begun with other tensors or settings and cannot be resumed; start anew")
         except BaseException:
             os.close(self._descriptor)
@@ -375,20 +379,39 @@ class SafetensorsWriter:
         if isinstance(data, np.ndarray):
             data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        self._write_at(view, self._position(name, offset, len(view)))
+
+    def read(self, name: str, offset: int, count: int) -> bytes:
+        """`count` bytes at byte `offset` of a tensor, as they are in the file now.
+
+        Raises:
+            OperandError: no such tensor, or the bytes are not inside it.
+        """
+        position, parts = self._position(name, offset, count), []
+        while count:
+            if not (part := os.pread(self._descriptor, count, position)):
+                raise OSError(errno.EIO, "ends early", str(self.path))
+            parts.append(part)
+            position, count = position + len(part), count - len(part)
+        return b"".join(parts)
+
+    def _position(self, name: str, offset: int, count: int) -> int:
         if name not in self.tensors:
             raise OperandError(f"name: {shown(name)} is no tensor of {self.path}")
         info = self.tensors[name]
-        if not 0 <= offset <= offset + len(view) <= info.nbytes:
-            raise OperandError(
-                f"data: bytes {offset} to {offset + len(view)} are not inside tensor {shown(name)} of {info.nbytes} bytes"
-            )
-        self._write_at(view, info.start + offset)
+        if not 0 <= offset <= offset + count <= info.nbytes:
+            raise OperandError(f"bytes {offset} to {offset + count} are not inside tensor {shown(name)} of {info.nbytes} bytes")
+        return info.start + offset
 
     def _write_at(self, view: memoryview, position: int) -> None:
         while view:
             if not (done := os.pwrite(self._descriptor, view, position)):  # at most 2 GiB at a time
                 raise OSError(errno.EIO, "wrote nothing", str(self.path))
             view, position = view[done:], position + done
+
+    def read(self, name: str, offset: int, count: int) -> bytes:
+        """What stands at `count` bytes from byte `offset` of a tensor; fewer where the file is shorter."""
+        return os.pread(self._descriptor, count, self.tensors[name].start + offset) if name in self.tensors else b""
 
     def sync(self) -> None:
         """Wait until everything written so far is on the disk."""
