@@ -7,7 +7,6 @@ import os
 import secrets
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from .packed import PackedWeight
 from .packed_tensors import PackedHeader, module_names, on_host
 from .packed_tensors import packed_arrays as packed_arrays
 from .packed_tensors import packed_entries as packed_entries
+from .packed_tensors import packed_names as packed_names
 from .packed_tensors import parse_metadata as parse_metadata
 from .packed_tensors import slidesparse_metadata as slidesparse_metadata
 from .pattern import Pattern
@@ -151,39 +151,10 @@ class Checkpoint:
 # ---- packed weights ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class PackedModule:
-    """A packed weight that a checkpoint holds: its header checked, its values not yet read.
+def read_packed(checkpoint: Checkpoint) -> dict[str, PackedWeight]:
+    """The packed weights of a checkpoint, by module, in the order of their values.
 
-    Attributes:
-        name: the module's, X of X.weight_packed.
-        pattern, dtype, shape: as of the PackedWeight.
-    """
-
-    checkpoint: Checkpoint
-    name: str
-    pattern: Pattern
-    dtype: DType
-    shape: tuple[int, int]
-
-    @property
-    def tensors(self) -> list[str]:
-        """Names of its tensors in the checkpoint."""
-        return [name for name, _, _ in packed_entries(self.name, self.pattern, self.dtype, self.shape)]
-
-    def read(self) -> PackedWeight:
-        """The PackedWeight: views of the map, all of it validated.
-
-        Raises:
-            FormatError: a nibble is out of order, or a scale negative or not finite.
-        """
-        values, meta, *scale, _ = (self.checkpoint.array(name) for name in self.tensors)
-        packed = PackedWeight(values, meta, scale[0] if scale else None, self.pattern, self.shape, self.dtype)
-        return packed.validate(f"{self.checkpoint.file_of(self.tensors[0]).path}: {shown(self.name)}")
-
-
-def read_packed(checkpoint: Checkpoint) -> dict[str, PackedModule]:
-    """The packed modules of a checkpoint, by name, in the order of their values. Reads headers and shapes only.
+    Headers and shapes are checked, contents not even read: the arrays are views of the map, and `validate()` reads them.
 
     Raises:
         FormatError: an unknown version, files of different patterns, a missing companion tensor, X.weight beside
@@ -201,8 +172,8 @@ def read_packed(checkpoint: Checkpoint) -> dict[str, PackedModule]:
     }
 
 
-def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | None) -> PackedModule:
-    """Check one module's header entries and shape."""
+def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | None) -> PackedWeight:
+    """One module's tensors, their header entries checked against its shape."""
     info, file = checkpoint.tensors[f"{module}.weight_packed"]
     where = f"{file.path}: tensor {shown(info.name)}"
     if header is None:
@@ -230,7 +201,8 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
             )
     if dtype.qmax is None and f"{module}.weight_scale" in checkpoint.tensors:
         raise FormatError(f"{where}: has a weight_scale, but {dtype} values carry none")
-    return PackedModule(checkpoint, module, header.pattern, dtype, (n, k))
+    values, meta, *scale, _ = (checkpoint.array(name) for name, _, _ in entries)
+    return PackedWeight(values, meta, scale[0] if scale else None, header.pattern, (n, k), dtype)
 
 
 # ---- all at once -------------------------------------------------------------------------------------------------
@@ -242,7 +214,7 @@ def load(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> di
     Nothing is copied: arrays are read-only views of memory-mapped files, which they keep open.
 
     Args:
-        names: which modules (for packed weights) and tensors; all of them by default.
+        names: which modules (for packed weights) and tensors; all of them by default. What is not chosen is not read.
 
     Returns:
         module name -> PackedWeight [n, k], and tensor name -> array for every tensor that is no part of one.
@@ -254,14 +226,16 @@ def load(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> di
     """
     checkpoint = Checkpoint.open(path)
     modules = read_packed(checkpoint)
-    parts = {tensor for module in modules.values() for tensor in module.tensors}
+    parts = {tensor for name, packed in modules.items() for tensor in packed_names(name, packed)}
     if both := [name for name in modules if name in checkpoint.tensors]:
         raise FormatError(f"{path}: {shown(both[0])} is the name of both a tensor and a packed module")
     available = [*modules, *(name for name in checkpoint.tensors if name not in parts)]
     chosen = available if names is None else list(names)
     if unknown := set(chosen) - set(available):
         raise OperandError(f"names: {shown(min(unknown))} is no packed module and no tensor of {path}")
-    return {name: modules[name].read() if name in modules else checkpoint.array(name) for name in chosen}
+    return {
+        name: modules[name].validate(f"{path}: {shown(name)}") if name in modules else checkpoint.array(name) for name in chosen
+    }
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDArray[Any]]) -> None:

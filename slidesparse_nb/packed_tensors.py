@@ -95,6 +95,11 @@ def packed_entries(
     return [*entries, (f"{module}.weight_shape", "I64", (2,))]
 
 
+def packed_names(module: str, packed: PackedWeight) -> list[str]:
+    """Names of the tensors of a packed module."""
+    return [name for name, _, _ in packed_entries(module, packed.pattern, packed.dtype, packed.shape)]
+
+
 def packed_arrays(module: str, packed: PackedWeight) -> dict[str, NDArray[Any]]:
     """The tensors of `packed_entries`, on the host."""
     arrays = {

@@ -382,17 +382,14 @@ class SafetensorsWriter:
         self._write_at(view, self._position(name, offset, len(view)))
 
     def read(self, name: str, offset: int, count: int) -> bytes:
-        """`count` bytes at byte `offset` of a tensor, as they are in the file now.
-
-        Raises:
-            OperandError: no such tensor, or the bytes are not inside it.
-        """
-        position, parts = self._position(name, offset, count), []
-        while count:
-            if not (part := os.pread(self._descriptor, count, position)):
-                raise OSError(errno.EIO, "ends early", str(self.path))
+        """`count` bytes from byte `offset` of a tensor, as they are in the file now; fewer where it ends, none if unknown."""
+        if name not in self.tensors or offset < 0:
+            return b""
+        info, parts = self.tensors[name], []
+        count = min(count, info.nbytes - offset)
+        while count > 0 and (part := os.pread(self._descriptor, count, info.start + offset)):
             parts.append(part)
-            position, count = position + len(part), count - len(part)
+            offset, count = offset + len(part), count - len(part)
         return b"".join(parts)
 
     def _position(self, name: str, offset: int, count: int) -> int:
@@ -408,10 +405,6 @@ class SafetensorsWriter:
             if not (done := os.pwrite(self._descriptor, view, position)):  # at most 2 GiB at a time
                 raise OSError(errno.EIO, "wrote nothing", str(self.path))
             view, position = view[done:], position + done
-
-    def read(self, name: str, offset: int, count: int) -> bytes:
-        """What stands at `count` bytes from byte `offset` of a tensor; fewer where the file is shorter."""
-        return os.pread(self._descriptor, count, self.tensors[name].start + offset) if name in self.tensors else b""
 
     def sync(self) -> None:
         """Wait until everything written so far is on the disk."""
