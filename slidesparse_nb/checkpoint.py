@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import CODE_OF, PACKED, DType
+from .dtypes import CODE_OF, PACKED
 from .errors import FormatError, OperandError, UnsupportedError
 from .model_folder import CONFIG, OTHER_WEIGHTS, choose_weights, companions, member, path_kind, read_index, read_json
 from .model_folder import index_bytes as index_bytes
@@ -27,7 +27,6 @@ from .packed_tensors import packed_entries as packed_entries
 from .packed_tensors import packed_names as packed_names
 from .packed_tensors import parse_metadata as parse_metadata
 from .packed_tensors import slidesparse_metadata as slidesparse_metadata
-from .pattern import Pattern
 from .safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
 from .strict_json import shown
 
