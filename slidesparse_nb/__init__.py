@@ -25,6 +25,13 @@ _HOME = {
     "quantize": "ops",
     "load": "checkpoint",
     "save": "checkpoint",
+    "pack_checkpoint": "convert",
+    "unpack_checkpoint": "convert",
+    "verify_checkpoint": "convert",
+    "inspect_checkpoint": "convert",
+    "Options": "convert",
+    "Run": "convert",
+    "Report": "convert",
     "SlideSparseError": "errors",
     "OperandError": "errors",
     "PatternError": "errors",
@@ -40,6 +47,13 @@ if TYPE_CHECKING:
     from . import reference as reference
     from .checkpoint import load as load
     from .checkpoint import save as save
+    from .convert import Options as Options
+    from .convert import Report as Report
+    from .convert import Run as Run
+    from .convert import inspect_checkpoint as inspect_checkpoint
+    from .convert import pack_checkpoint as pack_checkpoint
+    from .convert import unpack_checkpoint as unpack_checkpoint
+    from .convert import verify_checkpoint as verify_checkpoint
     from .errors import FormatError as FormatError
     from .errors import OperandError as OperandError
     from .errors import PatternError as PatternError

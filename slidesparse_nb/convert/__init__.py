@@ -1,0 +1,25 @@
+"""Whole checkpoints: dense -> packed and packed -> dense, each proved equal to its source before it appears.
+
+selection   which tensors are linear layers to pack, and why the others are not
+layout      what the output will look like, before a byte of it is written
+streaming   writes a layout piece by piece, killable and resumable
+to_packed, to_dense   what the pieces are made of
+proof       that what was written is what was meant
+inspection  what a checkpoint holds
+"""
+
+from .inspection import ModuleFacts, inspect_checkpoint, verify_checkpoint
+from .options import Options, Report, Run
+from .to_dense import unpack_checkpoint
+from .to_packed import pack_checkpoint
+
+__all__ = [
+    "ModuleFacts",
+    "Options",
+    "Report",
+    "Run",
+    "inspect_checkpoint",
+    "pack_checkpoint",
+    "unpack_checkpoint",
+    "verify_checkpoint",
+]

@@ -1,0 +1,212 @@
+"""What a checkpoint holds: packed modules, or dense ones and the patterns that their weights already satisfy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import packing
+from ..checkpoint import Checkpoint, read_packed
+from ..cpu import violations
+from ..errors import UnsupportedError, VerificationError
+from ..packed import PackedWeight
+from ..pattern import known_patterns
+from ..reference import Array
+from ..verification import cut
+from .job import source_scale
+from .layout import row_ranges
+from .options import UNIT_BYTES, Progress, Run
+from .proof import prove_copies
+from .selection import Selection, select
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """One two-dimensional weight.
+
+    Attributes:
+        packed: the pattern it is packed in; None for a dense weight.
+        satisfies: known patterns that a dense weight's zeros already obey, the sparsest first.
+        zeros: share of weights that are zero, 0 to 1; None for a packed weight.
+        reason: why a dense weight would not be packed; empty if it would.
+    """
+
+    name: str
+    n: int
+    k: int
+    stored: str
+    bytes: int
+    bits_per_weight: float
+    packed: str | None = None
+    satisfies: tuple[str, ...] = ()
+    zeros: float | None = None
+    reason: str = ""
+
+
+@dataclass
+class Facts:
+    """What `inspect_checkpoint` found."""
+
+    path: str
+    files: int
+    tensors: int
+    bytes: int
+    modules: list[ModuleFacts] = field(default_factory=list)
+    other_tensors: int = 0
+    other_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Facts:
+    """Read a checkpoint's headers and, where it is dense, its weights, to say which patterns they satisfy.
+
+    Raises:
+        FormatError: the checkpoint is broken.
+    """
+    with Checkpoint.open(Path(path)) as checkpoint:
+        sizes = {name: info.nbytes for name, (info, _) in checkpoint.tensors.items()}
+        facts = Facts(str(path), len(checkpoint.files), len(sizes), sum(sizes.values()))
+        counted: set[str] = set()
+        for name, packed in read_packed(checkpoint).items():
+            counted |= {f"{name}.weight_{part}" for part in ("packed", "meta", "scale", "shape")}
+            facts.modules.append(
+                ModuleFacts(
+                    name,
+                    packed.n,
+                    packed.k,
+                    packed.dtype.safetensors,
+                    packed.nbytes,
+                    packed.bits_per_weight,
+                    str(packed.pattern),
+                )
+            )
+        selection = _selection(checkpoint, facts)
+        dense = {m.name: "" for m in selection.modules} | selection.left_dense | selection.bad
+        dense = {name: why for name, why in dense.items() if f"{name}.weight" in checkpoint.tensors}
+        add = Run(progress=progress).counter("reading", sum(sizes[f"{name}.weight"] for name in dense))
+        for name, why in dense.items():
+            facts.modules.append(_dense_facts(checkpoint, name, why))
+            counted.add(f"{name}.weight")
+            add(sizes[f"{name}.weight"])
+        facts.other_tensors = len(sizes.keys() - counted)
+        facts.other_bytes = sum(size for name, size in sizes.items() if name not in counted)
+        return facts
+
+
+def _selection(checkpoint: Checkpoint, facts: Facts) -> Selection:
+    """What could be packed; nothing, with a note, where the checkpoint as a whole could not."""
+    if any(name.endswith(".weight_packed") for name in checkpoint.tensors):
+        return Selection()
+    try:
+        return select(checkpoint)
+    except UnsupportedError as error:
+        facts.notes.append(str(error))
+        return Selection()
+
+
+def _dense_facts(checkpoint: Checkpoint, name: str, reason: str) -> ModuleFacts:
+    info = checkpoint.tensors[f"{name}.weight"][0]
+    n, k = info.shape[0], info.shape[1] if len(info.shape) == 2 else 0
+    patterns = known_patterns()
+    zeros = 0
+    if len(info.shape) == 2:
+        for first, last in row_ranges(n, info.nbytes // max(1, n), UNIT_BYTES):
+            w = checkpoint.array(info.name)[first:last]
+            zeros += w.size - int(np.count_nonzero(w))
+            patterns = [p for p in patterns if not len(violations(w, p))] if zeros else []
+            checkpoint.release(info.name)
+    satisfies = tuple(str(p) for p in patterns) if n * k else ()
+    bits = 8 * info.nbytes / max(1, n * k)
+    return ModuleFacts(name, n, k, info.code, info.nbytes, bits, None, satisfies, zeros / max(1, n * k), reason)
+
+
+@dataclass
+class Verification:
+    """What `verify_checkpoint` proved."""
+
+    modules: int = 0
+    weights: int = 0
+    copies: int = 0
+    pruned: int = 0
+    against_source: bool = False
+
+
+def verify_checkpoint(
+    path: str | os.PathLike[str], source: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
+) -> Verification:
+    """Prove a packed checkpoint canonical and, with `source`, equal to it.
+
+    Against its dense source: every kept weight is the source's, quantized; every dropped one stood in a group with too many
+    non-zeros (whatever rule chose it); every other tensor is equal byte for byte.
+
+    Raises:
+        FormatError: a checkpoint is broken. UnsupportedError: `path` is not packed. VerificationError: the proof fails.
+    """
+    result = Verification(against_source=source is not None)
+    with Checkpoint.open(Path(path)) as written:
+        packed = read_packed(written)
+        if not packed:
+            raise UnsupportedError(f"{path}: holds no packed weights")
+        total = sum(w.nbytes for w in packed.values())
+        add = Run(progress=progress).counter("verifying", total)
+        if source is None:
+            for name, weight in packed.items():
+                _each_block(written, name, weight, lambda block, first, last: packing.verify_rows(block, first_row=first))
+                result.weights += weight.n * weight.k
+                add(weight.nbytes)
+        else:
+            with Checkpoint.open(Path(source)) as dense:
+                _against(written, packed, dense, result, add)
+        result.modules = len(packed)
+    return result
+
+
+def _each_block(written: Checkpoint, name: str, weight: PackedWeight, check: Callable[[PackedWeight, int, int], Any]) -> None:
+    """Call `check` on ranges of rows; the error it raises gets the module's name."""
+    for first, last in row_ranges(weight.n, weight.nbytes // max(1, weight.n), UNIT_BYTES):
+        try:
+            check(cut(weight, slice(first, last)).validate(name), first, last)
+        except VerificationError as error:
+            raise VerificationError(f"{name}: {error}") from None
+    for part in ("packed", "meta", "scale"):
+        if f"{name}.weight_{part}" in written.tensors:
+            written.release(f"{name}.weight_{part}")
+
+
+def _against(
+    written: Checkpoint, packed: dict[str, PackedWeight], dense: Checkpoint, result: Verification, add: Callable[[int], None]
+) -> None:
+    """Prove packed modules, and the tensors beside them, against the dense source."""
+    dtype = next(iter(packed.values())).dtype
+    scheme = "auto" if any(code in ("I8", "F8_E4M3") for code in _codes(dense)) else dtype.scheme
+    modules = {m.name: m for m in select(dense, scheme=scheme, targets=[*packed]).modules}
+    for name, weight in packed.items():
+        if name not in modules or modules[name].shape != weight.shape:
+            raise VerificationError(f"{name}: the source has no weight of shape {weight.shape} of that name")
+        module = modules[name]
+
+        def check(block: PackedWeight, first: int, last: int) -> None:
+            w = dense.array(module.weight)[first:last]  # noqa: B023 (called before the loop goes on)
+            scale = source_scale(dense, module, first, last)  # noqa: B023
+            packing.verify_rows(block, w, scale=scale, prune="random", seed=None, first_row=first)
+            result.pruned += _dropped(block, w)
+
+        _each_block(written, name, weight, check)
+        dense.release(module.weight)
+        result.weights += weight.n * weight.k
+        add(weight.nbytes)
+    result.copies = prove_copies(written, dense, (t for m in modules.values() for t in m.replaced), lambda _: None)
+
+
+def _codes(checkpoint: Checkpoint) -> set[str]:
+    return {info.code for name, (info, _) in checkpoint.tensors.items() if name.endswith(".weight")}
+
+
+def _dropped(block: PackedWeight, w: Array) -> int:
+    """Source weights of these rows that are not stored."""
+    return int(np.count_nonzero(w)) - int(np.count_nonzero(block.values))

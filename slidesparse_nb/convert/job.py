@@ -1,0 +1,195 @@
+"""What packing and unpacking a checkpoint have in common: where the output goes, what is copied, and the order of steps."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import dtypes
+from ..checkpoint import Checkpoint
+from ..errors import OperandError, SlideSparseError
+from ..pattern import Pattern
+from ..safetensors_file import TensorInfo
+from .layout import Item, Layout, Piece
+from .options import UNIT_BYTES, ModuleReport, Report, Run
+from .selection import Module
+from .streaming import Staging, clear_leftovers, write_layout
+
+
+def extent(checkpoint: Checkpoint, module: Module) -> tuple[int, int]:
+    """Rows of a module and source bytes in each."""
+    info = checkpoint.tensors[module.weight][0]
+    return module.shape[0], info.nbytes // max(1, module.shape[0])
+
+
+def release_rows(checkpoint: Checkpoint, module: Module, first: int, last: int) -> None:
+    """Let go of the memory behind rows of the source."""
+    row_bytes = extent(checkpoint, module)[1]
+    checkpoint.release(module.weight, first * row_bytes, last * row_bytes)
+
+
+def source_scale(checkpoint: Checkpoint, module: Module, first: int, last: int) -> Any:
+    """Scales of already quantized rows, one number or [rows, 1]; None for other weights."""
+    if module.scale is None:
+        return None
+    scales = checkpoint.array(module.scale)
+    return scales if scales.size == 1 else scales.reshape(-1, 1)[first:last]
+
+
+def output_target(source: Path, checkpoint: Checkpoint, out: str | os.PathLike[str] | None, label: str) -> tuple[Path, bool]:
+    """Where the output goes, and whether it is one file.
+
+    Raises:
+        OperandError: a file name for a folder, or a place inside the source or around it.
+    """
+    origin = source.resolve()
+    root = origin if origin.is_dir() else origin.parent
+    if out is None:
+        if checkpoint.is_single_file:
+            return source.with_name(f"{source.name.removesuffix('.safetensors')}-{label}.safetensors"), True
+        return root.with_name(f"{root.name}-{label}"), False
+    target = Path(out)
+    single = target.suffix == ".safetensors"
+    if single and not checkpoint.is_single_file:
+        raise OperandError(f"-o: {target} is one file, but {source} is a folder; name a folder")
+    place = target.resolve()
+    if place == origin or place in origin.parents or (not checkpoint.is_single_file and root in place.parents):
+        raise OperandError(f"-o: {target} is the source {source}, inside it or around it; name a place of its own")
+    return target, single
+
+
+def copied_item(checkpoint: Checkpoint, info: TensorInfo) -> Item:
+    """A tensor that goes through byte for byte."""
+
+    def make(first: int, last: int) -> Iterator[Piece]:
+        yield info.name, first, checkpoint.raw(info.name)[first:last]
+        checkpoint.release(info.name, first, last)
+
+    return Item(info.name, ((info.name, info.code, info.shape),), info.nbytes, 1, make)
+
+
+def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Callable[[Module], Item]) -> list[Item]:
+    """Every output item in the source's order: a module where its weight (or first tensor) stood, other tensors as they are."""
+    owner = {name: module for module in modules for name in module.replaced}
+    items: dict[str, Item] = {}
+    for name, (info, _) in checkpoint.tensors.items():
+        if name not in owner:
+            items[name] = copied_item(checkpoint, info)
+        elif (module := owner[name]).name not in items:
+            items[module.name] = make_item(module)
+    return list(items.values())
+
+
+def new_report(
+    source: Path,
+    target: Path,
+    checkpoint: Checkpoint,
+    modules: Iterable[Module],
+    layout: Layout,
+    *,
+    pattern: Pattern,
+    dtype: dtypes.DType,
+    format: str,
+    prune: str,
+    left_dense: dict[str, str],
+    skipped: dict[str, str],
+    notes: list[str],
+) -> Report:
+    """The report of a conversion before it runs."""
+    sizes = {item.name: item.nbytes for shard in layout.shards for item in shard.items}
+    rows = []
+    for module in modules:
+        n, k = module.shape
+        source_bytes = sum(checkpoint.tensors[name][0].nbytes for name in module.replaced)
+        bits = 8 * sizes[module.name] / max(1, n * k)
+        rows.append(ModuleReport(module.name, n, k, module.code, dtype.safetensors, source_bytes, sizes[module.name], bits))
+    return Report(
+        input=str(source),
+        output=str(target),
+        pattern=str(pattern),
+        scheme=dtype.scheme,
+        format=format,
+        prune=prune,
+        expansion=float(pattern.expansion),
+        ideal_speedup=float(pattern.speedup),
+        modules=rows,
+        left_dense=left_dense,
+        skipped=skipped,
+        notes=notes,
+        files=[shard.name for shard in layout.shards] + [name for name, _ in layout.files],
+        weights=sum(row.n * row.k for row in rows),
+        source_bytes=sum(info.nbytes for info, _ in checkpoint.tensors.values()),
+        output_bytes=sum(shard.nbytes for shard in layout.shards),
+    )
+
+
+def carry_out(
+    layout: Layout,
+    target: Path,
+    single: bool,
+    checkpoint: Checkpoint,
+    facts: dict[str, Any],
+    run: Run,
+    report: Report,
+    phase: str,
+    prove: Callable[[Checkpoint, Callable[[int], None]], None],
+) -> None:
+    """Write a layout beside `target`, prove it, and put it in its place; fill in the report.
+
+    Args:
+        facts: what besides the headers decides the output's bytes.
+        phase: what progress calls the work.
+        prove: raises VerificationError unless the written checkpoint equals its source; counts the bytes it has proved.
+    """
+    if run.resume and not run.overwrite and layout.stands_at(target, single):
+        clear_leftovers(target)
+        report.already_complete = True
+        return
+    refuse_existing(target, single, run.overwrite)
+    identity = [(str(f.path.resolve()), f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in checkpoint.files]
+    fingerprint = layout.fingerprint({**facts, "source": identity})
+    staging = Staging(target, single=single, fingerprint=fingerprint, resume=run.resume, overwrite=run.overwrite)
+    try:
+        start = time.perf_counter()
+        add = run.counter(phase, report.source_bytes)
+        write_layout(layout, staging, workers=run.workers, unit_bytes=UNIT_BYTES, progress=add)
+        report.seconds = time.perf_counter() - start
+        if run.verify:
+            start = time.perf_counter()
+            with Checkpoint.open(staging.folder / target.name if single else staging.folder) as written:
+                prove(written, run.counter("verifying", report.source_bytes))
+            report.verified, report.verify_seconds = True, time.perf_counter() - start
+        staging.publish()
+    except (OSError, KeyboardInterrupt, MemoryError):
+        staging.keep()
+        raise
+    except BaseException:
+        staging.discard()
+        raise
+
+
+def refuse_existing(target: Path, single: bool, overwrite: bool) -> None:
+    """Raise OperandError where something stands at `target` that must not be replaced."""
+    if not os.path.lexists(target) or (target.is_dir() and not single and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise OperandError(f"-o: {target} exists; --overwrite replaces it, or name another place")
+    if target.is_dir() != (not single) or target.is_symlink():
+        raise OperandError(f"-o: {target} is not the kind of thing that would replace it; remove it first")
+    if not single and not _is_ours(target):
+        raise OperandError(f"-o: {target} is not a checkpoint that this tool wrote, so it is not overwritten; remove it first")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is an output of this library: its config.json or the metadata of its files says so."""
+    try:
+        with Checkpoint.open(folder) as checkpoint:
+            config = checkpoint.config or {}
+            quantization = config.get("quantization_config")
+            packed = isinstance(quantization, dict) and quantization.get("quant_method") == "slidesparse"
+            return packed or "slidesparse" in config or "slidesparse" in checkpoint.metadata
+    except SlideSparseError:
+        return False

@@ -1,0 +1,147 @@
+"""What an output checkpoint will look like, before a byte of it is written: items, shards, index, config and companions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import Checkpoint, index_bytes, shard_name, shard_plan
+from ..safetensors_file import header_bytes, tensor_bytes
+
+DEFAULT_SHARD = 5 * 10**9
+
+Entry = tuple[str, str, tuple[int, ...]]
+"""Name, safetensors code and shape of one output tensor."""
+
+Piece = tuple[str, int, Any]
+"""Tensor name, byte offset inside it, and the array whose bytes go there."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Output tensors that belong together, and how to make any range of their rows.
+
+    Attributes:
+        name: what progress and errors call it.
+        entries: the tensors.
+        rows, row_bytes: how many rows there are to make, and source bytes in each.
+        make: (first, last) -> the pieces of rows first..last-1, called from any thread.
+    """
+
+    name: str
+    entries: tuple[Entry, ...]
+    rows: int
+    row_bytes: int
+    make: Callable[[int, int], Iterable[Piece]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output tensors."""
+        return sum(tensor_bytes(code, shape) for _, code, shape in self.entries)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file."""
+
+    name: str
+    items: tuple[Item, ...]
+    metadata: dict[str, str]
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for item in self.items for entry in item.entries]
+
+    @property
+    def header(self) -> bytes:
+        return header_bytes(self.entries, self.metadata)[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(item.nbytes for item in self.items)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A whole output: shards, then the small files that make it valid, in the order they are written."""
+
+    shards: list[Shard]
+    files: list[tuple[str, Callable[[Path], Any]]]
+    """Relative path, and what writes that file at a given path."""
+
+    def fingerprint(self, facts: dict[str, Any]) -> str:
+        """One hash of everything that decides the output's bytes: the headers, and `facts` about source and options."""
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        for shard in self.shards:
+            digest.update(shard.name.encode() + shard.header)
+        return digest.hexdigest()
+
+    def stands_at(self, out: Path, single: bool) -> bool:
+        """Whether `out` holds every file of this layout, shards with exactly these headers and sizes."""
+        if single:
+            return _same_header(self.shards[0], out)
+        return all(_same_header(s, out / s.name) for s in self.shards) and all((out / name).exists() for name, _ in self.files)
+
+
+def row_ranges(rows: int, row_bytes: int, unit_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into ranges of about `unit_bytes`, at least one row each; a weight without rows is one empty range."""
+    step = max(1, unit_bytes // max(1, row_bytes))
+    for first in range(0, max(1, rows), step):
+        yield first, min(first + step, rows)
+
+
+def output_layout(
+    items: list[Item],
+    source: Checkpoint,
+    *,
+    metadata: dict[str, str],
+    config: dict[str, Any] | None,
+    max_shard_size: int | None,
+    single: str | None,
+) -> Layout:
+    """Put items into shards, and say which small files go along.
+
+    Args:
+        items: in order; an item is never split over two shards.
+        source: whose companions (tokenizer and the like) are copied, if the output is a folder.
+        config: the new config.json, None if there is none.
+        single: name of the one output file; None for a folder.
+    """
+    if single is not None:
+        return Layout([Shard(single, tuple(items), metadata)], [])
+    by_name = {item.name: item for item in items}
+    plan = shard_plan([(item.name, item.nbytes) for item in items], max_shard_size or DEFAULT_SHARD)
+    shards = [
+        Shard(shard_name(i, len(plan)), tuple(by_name[name] for name in names), metadata)
+        for i, names in enumerate(plan, start=1)
+    ]
+    files: list[tuple[str, Callable[[Path], Any]]] = []
+    for relative in source.companions:
+        assert source.root is not None
+        files.append((str(relative), partial(shutil.copyfile, source.root / relative)))
+    if len(shards) > 1:
+        homes = {entry[0]: shard.name for shard in shards for entry in shard.entries}
+        total = sum(item.nbytes for item in items)
+        files.append(("model.safetensors.index.json", partial(_write_bytes, index_bytes(homes, total))))
+    if config is not None:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        files.append(("config.json", partial(_write_bytes, text.encode())))
+    return Layout(shards, files)
+
+
+def _write_bytes(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
+
+
+def _same_header(shard: Shard, path: Path) -> bool:
+    if not path.is_file() or path.stat().st_size != shard.nbytes:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(shard.header)) == shard.header

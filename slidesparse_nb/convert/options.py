@@ -1,0 +1,155 @@
+"""What to convert, how to work, and what came of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .. import dtypes, pruning
+from ..errors import OperandError
+from ..pattern import Pattern
+
+SCHEMES = ("auto", *(t.scheme for t in dtypes.PACKED))
+DEFAULT_PATTERN = Pattern(6, 8)
+FORMATS = ("packed", "dense")
+MIN_MEMORY = 256 * 2**20
+UNIT_BYTES = 2**20
+"""Source bytes in one piece of work: its float32 copy stays in a core's cache."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with the phase ("packing", "verifying" ...), bytes of the source done, and bytes in all."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that decides the bytes of a packed checkpoint.
+
+    Attributes:
+        pattern: (2N-2):2N.
+        scheme: "auto" keeps the source's type (float32 becomes bfloat16), or INT8_W8A8, FP8_DYNAMIC, BF16, FP16.
+        prune: none (weights that break the pattern are refused), magnitude, or random (with `seed`).
+        targets, ignore: which modules (exact name, glob, or "re:" regular expression).
+        format: "packed", or "dense": pruned and quantized under the weights' own names, for engines that know no sparsity.
+        max_shard_size: bytes of one output file; None for 5 GB in a folder, and for no limit in a single file.
+        skip_bad: leave modules dense that cannot be packed, instead of failing.
+
+    Raises:
+        OperandError: a value is none of these.
+    """
+
+    pattern: Pattern = DEFAULT_PATTERN
+    scheme: str = "auto"
+    prune: str = "none"
+    seed: int = 0
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    format: str = "packed"
+    max_shard_size: int | None = None
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", Pattern.of(self.pattern))
+        for name, allowed in {"scheme": SCHEMES, "prune": pruning.METHODS, "format": FORMATS}.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise OperandError(f"{name}: {value!r} must be one of {', '.join(allowed)}")
+        if self.max_shard_size is not None and self.max_shard_size < 1:
+            raise OperandError(f"max_shard_size: {self.max_shard_size} must be at least one byte")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to work: nothing here changes a byte of the output.
+
+    Attributes:
+        max_workers: threads; None for all cores.
+        max_memory: bytes that may be in use.
+        resume: continue an interrupted run; harmless where there is none.
+        overwrite: replace the output, if it is one of ours, and forget an unfinished run.
+        verify: read everything back and prove it equal to the source before the output appears.
+        progress: called as work is done.
+
+    Raises:
+        OperandError: a value out of range.
+    """
+
+    max_workers: int | None = None
+    max_memory: int = 2 * 2**30
+    resume: bool = False
+    overwrite: bool = False
+    verify: bool = True
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_workers is not None and self.max_workers < 1:
+            raise OperandError(f"max_workers: {self.max_workers} must be at least 1")
+        if self.max_memory < MIN_MEMORY:
+            raise OperandError(f"max_memory: {self.max_memory} bytes are too few; give at least {MIN_MEMORY >> 20} MiB")
+
+    @property
+    def workers(self) -> int:
+        """Threads, as many as asked for or as the memory allows: three units a thread are in flight, each in several copies."""
+        return max(1, min(self.max_workers or os.cpu_count() or 1, self.max_memory // (64 * UNIT_BYTES)))
+
+    def counter(self, phase: str, total: int) -> Callable[[int], None]:
+        """A function that adds bytes done and reports them."""
+        done = 0
+
+        def add(count: int) -> None:
+            nonlocal done
+            done += count
+            if self.progress is not None:
+                self.progress(phase, done, total)
+
+        return add
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One packed module in numbers; sizes in bytes."""
+
+    name: str
+    n: int
+    k: int
+    source: str
+    stored: str
+    source_bytes: int
+    bytes: int
+    bits_per_weight: float
+
+
+@dataclass
+class Report:
+    """What a conversion did or, with `dry_run`, would do. Sizes in bytes, times in seconds."""
+
+    input: str
+    output: str
+    pattern: str
+    scheme: str
+    format: str
+    prune: str
+    expansion: float
+    ideal_speedup: float
+    modules: list[ModuleReport]
+    left_dense: dict[str, str]
+    skipped: dict[str, str]
+    notes: list[str]
+    files: list[str]
+    weights: int
+    source_bytes: int
+    output_bytes: int
+    dry_run: bool = False
+    already_complete: bool = False
+    verified: bool = False
+    seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+    @property
+    def weights_per_second(self) -> float:
+        """Packed weights over the time to read, pack and write the whole checkpoint, verification apart."""
+        return self.weights / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return {**asdict(self), "weights_per_second": self.weights_per_second}

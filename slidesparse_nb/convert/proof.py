@@ -1,0 +1,39 @@
+"""Proof that a written checkpoint holds what its source holds: every packed weight, and every other tensor byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from ..checkpoint import Checkpoint
+from ..errors import VerificationError
+from .layout import row_ranges
+from .options import UNIT_BYTES
+
+
+def prove_copies(written: Checkpoint, source: Checkpoint, replaced: Iterable[str], add: Callable[[int], None]) -> int:
+    """Check that every tensor of `source` but `replaced` stands in `written`, byte for byte; how many there are.
+
+    Raises:
+        VerificationError: one is missing or differs.
+    """
+    gone, count = set(replaced), 0
+    for name, (info, _) in source.tensors.items():
+        if name in gone:
+            continue
+        if name not in written.tensors:
+            raise VerificationError(f"{name}: is in the source but not in the output")
+        other = written.tensors[name][0]
+        if (other.code, other.shape) != (info.code, info.shape):
+            raise VerificationError(
+                f"{name}: is {info.code} {list(info.shape)} in the source, {other.code} {list(other.shape)} in the output"
+            )
+        for first, last in row_ranges(info.nbytes, 1, UNIT_BYTES):
+            if not np.array_equal(source.raw(name)[first:last], written.raw(name)[first:last]):
+                raise VerificationError(f"{name}: differs from the source between bytes {first} and {last - 1}")
+            source.release(name, first, last)
+            written.release(name, first, last)
+            add(last - first)
+        count += 1
+    return count

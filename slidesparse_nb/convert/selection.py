@@ -1,0 +1,285 @@
+"""Which tensors of a checkpoint are linear layers to be packed, of what type, and why the others are not.
+
+Nothing is read here but headers and config.json; the decisions are names and shapes. Parts that serving engines fuse into one
+matrix (q/k/v, gate/up) are decided together: all are packed or none.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import dtypes
+from ..checkpoint import Checkpoint
+from ..dtypes import DType
+from ..errors import OperandError, UnsupportedError
+
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+"""Sibling layers that engines run as one matrix product."""
+
+NOT_PACKED = (
+    (re.compile(r"(^|.*\.)([^.]*embed[^.]*|wte|wpe|shared)$"), "an embedding"),
+    (re.compile(r"(^|.*\.)(lm_head|embed_out|score|classifier|output_projection)$"), "an output head"),
+    (re.compile(r"(^|.*\.)(router|gate|wg|shared_expert_gate|router\..*)$"), "a router"),
+    (re.compile(r"(^|.*\.)[^.]*(norm|ln_?\d*|ln_f)$", re.IGNORECASE), "a norm"),
+)
+"""Modules with a two-dimensional weight that stay as they are, unless --targets names them exactly."""
+
+TRANSPOSED = {"gpt2": "Conv1D", "openai-gpt": "Conv1D", "imagegpt": "Conv1D"}
+"""Model types whose layers store w as [k, n]: packing would group the wrong axis."""
+
+SOURCE_CODES = ("F32", "F16", "BF16", "F8_E4M3", "I8")
+QUANTIZED_CODES = ("F8_E4M3", "I8")
+
+
+@dataclass(frozen=True)
+class Module:
+    """One linear layer X: its tensors in the checkpoint and the type it will be stored in.
+
+    Attributes:
+        name: X, where the weight is `X.weight`.
+        shape: (n, k).
+        code: safetensors code of the source weight.
+        dtype: the packed type.
+        scale: name of the source's scale tensor, if the weight is already quantized.
+        replaced: source tensors that packing replaces or makes meaningless.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    code: str
+    dtype: DType
+    scale: str | None
+    replaced: tuple[str, ...]
+
+    @property
+    def weight(self) -> str:
+        return f"{self.name}.weight"
+
+
+@dataclass
+class Selection:
+    """What to pack, and for every other candidate the reason why not."""
+
+    modules: list[Module] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
+    """Modules that ought to be packed but cannot be: an error, or skipped if the user says so."""
+    notes: list[str] = field(default_factory=list)
+
+    def drop(self, name: str, reason: str) -> None:
+        """Leave one more module dense, and with it the parts that an engine fuses with it."""
+        gone = {name: reason}
+        for sibling in fused_with(name):
+            gone[sibling] = f"fused by engines with {name}, which stays dense"
+        present = {m.name for m in self.modules}
+        self.left_dense.update({n: r for n, r in gone.items() if n in present or n == name})
+        self.modules = [m for m in self.modules if m.name not in gone]
+
+
+def fused_with(name: str) -> list[str]:
+    """Names of the modules that engines fuse with this one."""
+    parent, _, last = name.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    return [prefix + part for parts in FUSED if last in parts for part in parts if part != last]
+
+
+def matcher(patterns: Iterable[str], option: str, names: Iterable[str]) -> Callable[[str], str | None]:
+    """A function from module name to the first of `patterns` (exact name, glob, or "re:" regular expression) that it matches.
+
+    Raises:
+        OperandError: a pattern is no regular expression, or matches none of `names`.
+    """
+    compiled: list[tuple[str, re.Pattern[str]]] = []
+    for text in patterns:
+        try:
+            regex = re.compile(text[3:] if text.startswith("re:") else fnmatch.translate(text.removesuffix(".weight")))
+        except re.error as error:
+            raise OperandError(f"{option}: {text!r} is not a regular expression ({error})") from None
+        compiled.append((text, regex))
+    names = list(names)
+    for text, regex in compiled:
+        if not any(regex.match(name) for name in names):
+            example = f"; names look like {names[0]!r}" if names else ""
+            raise OperandError(
+                f"{option}: {text!r} matches no two-dimensional weight{example} (exact, glob such as '*q_proj', or 're:...')"
+            )
+
+    def match(name: str) -> str | None:
+        return next((text for text, regex in compiled if regex.match(name)), None)
+
+    return match
+
+
+def select(
+    checkpoint: Checkpoint,
+    *,
+    scheme: str = "auto",
+    targets: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+) -> Selection:
+    """Decide what to pack.
+
+    Args:
+        scheme: "auto" (the source's type; float32 becomes bfloat16) or the name of a packed type.
+        targets: pack only modules that match one of these; a module named exactly is packed whatever its kind.
+        ignore: pack no module that matches one of these.
+
+    Raises:
+        OperandError: an unknown scheme, or a pattern that matches nothing.
+        UnsupportedError: the checkpoint as a whole is of a kind that cannot be packed.
+    """
+    tensors = {name: (info.code, info.shape) for name, (info, _) in checkpoint.tensors.items()}
+    selection = Selection()
+    _refuse_config(checkpoint.config or {}, tensors, selection)
+    quantized = any(code in QUANTIZED_CODES and name.endswith(".weight") for name, (code, _) in tensors.items())
+    candidates = {name[:-7]: shape for name, (_, shape) in tensors.items() if name.endswith(".weight") and len(shape) == 2}
+    targets, ignore = tuple(targets), tuple(ignore)
+    targeted, ignored = matcher(targets, "--targets", candidates), matcher(ignore, "--ignore", candidates)
+    for name, (code, shape) in tensors.items():
+        if len(shape) == 3 and "expert" in name:
+            selection.bad[name] = (
+                f"{name}: stacked experts {list(shape)} are not supported yet; unstack them into one weight an expert, or leave"
+                " them dense with --skip-bad"
+            )
+        if not name.endswith(".weight") or len(shape) != 2:
+            continue
+        module = name[:-7]
+        kind = next((kind for regex, kind in NOT_PACKED if regex.match(module)), None)
+        if (by := ignored(module)) is not None:
+            selection.left_dense[module] = f"ignored by {by!r}"
+        elif targets and targeted(module) is None:
+            selection.left_dense[module] = "not among the targets"
+        elif kind is not None and module not in targets and name not in targets:
+            selection.left_dense[module] = kind
+        elif quantized and code not in QUANTIZED_CODES:
+            selection.left_dense[module] = f"not quantized in the source ({code})"
+        elif code not in SOURCE_CODES:
+            selection.left_dense[module] = f"dtype {code}"
+        else:
+            _add(selection, module, code, (shape[0], shape[1]), tensors, scheme)
+    for module in [m.name for m in selection.modules]:
+        for sibling in fused_with(module):
+            if sibling in selection.left_dense or sibling in selection.bad:
+                selection.left_dense[module] = f"fused by engines with {sibling}, which stays dense"
+    selection.modules = [m for m in selection.modules if m.name not in selection.left_dense]
+    _one_type(selection)
+    return selection
+
+
+def _add(
+    selection: Selection,
+    name: str,
+    code: str,
+    shape: tuple[int, int],
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    scheme: str,
+) -> None:
+    """Append one module, or say in `selection.bad` why it cannot be packed."""
+    source = {"F32": dtypes.BFLOAT16}.get(code) or next(t for t in dtypes.PACKED if t.safetensors == code)
+    dtype = source if scheme == "auto" else dtypes.packed_dtype(scheme)
+    companions = tuple(
+        f"{name}.{part}" for part in ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "weight_shape")
+        if f"{name}.{part}" in tensors
+    )  # fmt: skip
+    scale = None
+    if code in QUANTIZED_CODES:
+        scale = f"{name}.weight_scale"
+        if f"{name}.weight_scale_inv" in tensors:
+            selection.bad[name] = f"{name}.weight_scale_inv: block-wise scales are not supported; requantize per channel"
+            return
+        if scale not in tensors:
+            selection.bad[name] = (
+                f"{name}.weight: {code} values without {scale}; only per-channel or per-tensor scales can be packed"
+            )
+            return
+        rows = tensors[scale][1]
+        if tensors[scale][0] not in ("F32", "F16", "BF16") or rows not in ((), (1,), (1, 1), (shape[0],), (shape[0], 1)):
+            selection.bad[name] = (
+                f"{scale}: {tensors[scale][0]} {list(rows)} is neither per channel [{shape[0]}, 1] nor per tensor [1];"
+                " requantize per channel"
+            )
+            return
+        if dtype is not source:
+            raise UnsupportedError(
+                f"{name}.weight: already quantized to {source}; it cannot become {dtype}: use --scheme auto, or start from the"
+                " unquantized model"
+            )
+    selection.modules.append(Module(name, shape, code, dtype, scale, (f"{name}.weight", *companions)))
+
+
+def _one_type(selection: Selection) -> None:
+    """All packed modules of a checkpoint share one type; say what fp32 became."""
+    kinds = {m.dtype.name for m in selection.modules}
+    if len(kinds) > 1:
+        raise UnsupportedError(
+            f"weights of several types ({', '.join(sorted(kinds))}) in one checkpoint; choose one with --scheme"
+        )
+    if any(m.code == "F32" and m.dtype is dtypes.BFLOAT16 for m in selection.modules):
+        selection.notes.append("float32 weights are stored as bfloat16 (8 bits of precision); --scheme FP16 keeps 11")
+    if any(part.endswith(".input_scale") for m in selection.modules for part in m.replaced):
+        selection.notes.append(
+            "static activation scales (input_scale) are dropped: activations are quantized per token at run time"
+        )
+
+
+def _refuse_config(config: Mapping[str, Any], tensors: Mapping[str, Any], selection: Selection) -> None:
+    """Refuse a checkpoint whose config.json or tensor names say that it cannot be packed at all."""
+    if any(name.endswith(".weight_packed") for name in tensors):
+        mine = any(name.endswith(".weight_meta") for name in tensors)
+        what = (
+            "is packed already; `slidesparse show --unpack OUT` writes it back dense"
+            if mine
+            else "holds another tool's packed weights"
+        )
+        raise UnsupportedError(f"this checkpoint {what}")
+    model_type = str(config.get("model_type", ""))
+    if model_type in TRANSPOSED:
+        raise UnsupportedError(
+            f"model_type {model_type!r} stores its {TRANSPOSED[model_type]} weights as [k, n]; transpose them to [n, k] first"
+        )
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if not quantization:
+        return
+    if not isinstance(quantization, Mapping):
+        raise UnsupportedError("config.json: quantization_config is not an object")
+    method = quantization.get("quant_method")
+    if method != "compressed-tensors":
+        raise UnsupportedError(
+            f"config.json: quant_method {method!r} is not supported; only compressed-tensors FP8 and INT8 W8A8 checkpoints, or"
+            " unquantized ones, can be packed"
+        )
+    groups = quantization.get("config_groups")
+    for label, group in groups.items() if isinstance(groups, Mapping) else ():
+        _refuse_group(f"config.json: config_groups.{label}", group if isinstance(group, Mapping) else {})
+    if quantization.get("kv_cache_scheme"):
+        selection.notes.append("kv_cache_scheme of the source's config.json is not carried over; its scale tensors are")
+
+
+def _refuse_group(where: str, group: Mapping[str, Any]) -> None:
+    """One compressed-tensors config group must be symmetric 8-bit weights, per channel or tensor, with 8-bit activations."""
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    facts = {"num_bits": (8,), "type": ("int", "float"), "strategy": ("channel", "tensor"), "symmetric": (True,)}
+    for key, allowed in facts.items():
+        if weights.get(key, allowed[0]) not in allowed:
+            raise UnsupportedError(
+                f"{where}: weights.{key} = {weights[key]!r}; only {' or '.join(map(repr, allowed))} can be packed"
+            )
+    if not inputs:
+        raise UnsupportedError(
+            f"{where}: weight-only quantization is not supported; 8-bit packed weights run with 8-bit activations"
+        )
+    if inputs.get("num_bits", 8) != 8 or inputs.get("symmetric", True) is not True:
+        raise UnsupportedError(f"{where}: input_activations must be symmetric 8-bit, to run as per-token quantization")

@@ -1,0 +1,104 @@
+"""A packed checkpoint -> the dense one that it stands for, bit for bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .. import __version__, packing
+from ..checkpoint import Checkpoint, packed_entries, read_packed
+from ..errors import UnsupportedError, VerificationError
+from ..packed import PackedWeight
+from ..verification import cut
+from .config import ignored_modules, output_config, output_metadata
+from .job import all_items, carry_out, new_report, output_target
+from .layout import Item, Piece, output_layout, row_ranges
+from .options import UNIT_BYTES, Report, Run
+from .proof import prove_copies
+from .selection import Module
+from .to_packed import dense_entries, dense_pieces
+
+
+def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str], run: Run | None = None) -> Report:
+    """Write a packed checkpoint back dense: 16-bit weights, or 8-bit weights and their scales as compressed-tensors names them.
+
+    Raises:
+        OperandError: `out` exists. FormatError: the source is broken. UnsupportedError: it is not packed.
+        VerificationError: `source` is not in canonical form, or what was written does not equal it.
+    """
+    run, source = run or Run(), Path(source)
+    with Checkpoint.open(source) as checkpoint:
+        weights = read_packed(checkpoint)
+        if not weights:
+            raise UnsupportedError(f"{source}: holds no packed weights")
+        pattern, dtype = next((w.pattern, w.dtype) for w in weights.values())
+        modules = [_module(name, packed) for name, packed in weights.items()]
+        target, single = output_target(source, checkpoint, out, "dense")
+        ignored = ignored_modules(checkpoint.config)
+        layout = output_layout(
+            all_items(checkpoint, modules, lambda module: _item(checkpoint, module, weights[module.name])),
+            checkpoint,
+            metadata=output_metadata(checkpoint, "dense", pattern, dtype),
+            config=output_config(checkpoint, "dense", pattern, dtype, ignored),
+            max_shard_size=None,
+            single=target.name if single else None,
+        )
+        report = new_report(
+            source,
+            target,
+            checkpoint,
+            modules,
+            layout,
+            pattern=pattern,
+            dtype=dtype,
+            format="dense",
+            prune="none",
+            left_dense={name: "not packed" for name in ignored},
+            skipped={},
+            notes=[],
+        )
+
+        def prove(written: Checkpoint, add: Callable[[int], None]) -> None:
+            for module in modules:
+                for first, last in row_ranges(*_extent(weights[module.name]), UNIT_BYTES):
+                    _prove_rows(module, written, cut(weights[module.name], slice(first, last)), first, last)
+                _release(checkpoint, module)
+                add(sum(checkpoint.tensors[name][0].nbytes for name in module.replaced))
+            prove_copies(written, checkpoint, (name for m in modules for name in m.replaced), add)
+
+        carry_out(layout, target, single, checkpoint, {"unpack": __version__}, run, report, "unpacking", prove)
+        return report
+
+
+def _module(name: str, packed: PackedWeight) -> Module:
+    parts = tuple(entry[0] for entry in packed_entries(name, packed.pattern, packed.dtype, packed.shape))
+    return Module(name, packed.shape, packed.dtype.safetensors, packed.dtype, None, parts)
+
+
+def _extent(packed: PackedWeight) -> tuple[int, int]:
+    return packed.n, packed.nbytes // max(1, packed.n)
+
+
+def _item(checkpoint: Checkpoint, module: Module, packed: PackedWeight) -> Item:
+    def make(first: int, last: int) -> Iterator[Piece]:
+        block = cut(packed, slice(first, last)).validate(module.name)
+        yield from dense_pieces(module.name, packing.unpack(block), block.scale, first)
+        if last == packed.n:
+            _release(checkpoint, module)
+
+    return Item(module.name, dense_entries(module.name, module.dtype, module.shape), *_extent(packed), make)
+
+
+def _prove_rows(module: Module, written: Checkpoint, block: PackedWeight, first: int, last: int) -> None:
+    """The dense rows, packed again, are the packed rows."""
+    scale = None if block.scale is None else written.array(f"{module.name}.weight_scale")[first:last]
+    try:
+        packing.verify_rows(block, written.array(module.weight)[first:last], scale=scale, first_row=first)
+    except VerificationError as error:
+        raise VerificationError(f"{module.name}: {error}") from None
+
+
+def _release(checkpoint: Checkpoint, module: Module) -> None:
+    for name in module.replaced:
+        checkpoint.release(name)

@@ -1,0 +1,291 @@
+"""A dense checkpoint -> a packed one (or, with format="dense", a pruned and quantized one)."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__, packing
+from ..checkpoint import Checkpoint, packed_entries, read_packed
+from ..cpu import violations
+from ..dtypes import DType
+from ..errors import OperandError, PatternError, UnsupportedError, VerificationError
+from ..packed import PackedWeight
+from ..packing import violations_hint
+from ..verification import cut
+from .config import output_config, output_metadata
+from .job import all_items, carry_out, extent, new_report, output_target, release_rows, source_scale
+from .layout import Entry, Item, Piece, output_layout, row_ranges
+from .options import UNIT_BYTES, Options, Report, Run
+from .proof import prove_copies
+from .selection import Module, Selection, select
+
+
+def pack_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    options: Options | None = None,
+    run: Run | None = None,
+    *,
+    dry_run: bool = False,
+) -> Report:
+    """Pack a checkpoint: a .safetensors file, a Hugging Face folder, or an index file.
+
+    Args:
+        source: what to read; nothing there is changed.
+        out: a folder, or one .safetensors file if `source` is one; by default beside the source, named after pattern and type.
+        options: what to make. run: how to work.
+        dry_run: return the plan and write nothing.
+
+    Raises:
+        OperandError: wrong arguments, or `out` exists.
+        PatternError: weights break the pattern (naming tensor, row, group and how many).
+        FormatError, UnsupportedError: the source is broken, or of a kind that cannot be packed.
+        VerificationError: what was written is not what was meant.
+        OSError: reading or writing failed; what is done is kept for `resume`. In every other case nothing is left behind.
+    """
+    options, run, source = options or Options(), run or Run(), Path(source)
+    with Checkpoint.open(source) as checkpoint:
+        selection = select(checkpoint, scheme=options.scheme, targets=options.targets, ignore=options.ignore)
+        skipped = _settle_bad(checkpoint, selection, options, run)
+        dtype = selection.modules[0].dtype
+        target, single = output_target(source, checkpoint, out, _label(options, dtype))
+        if single and options.max_shard_size is not None:
+            raise OperandError(f"max_shard_size: {target} is one file and is not split; name a folder as the output")
+        maker = _Maker(checkpoint, options)
+        layout = output_layout(
+            all_items(checkpoint, selection.modules, maker.packed_item if options.format == "packed" else maker.dense_item),
+            checkpoint,
+            metadata=output_metadata(checkpoint, options.format, options.pattern, dtype),
+            config=output_config(checkpoint, options.format, options.pattern, dtype, sorted({*selection.left_dense, *skipped})),
+            max_shard_size=options.max_shard_size,
+            single=target.name if single else None,
+        )
+        report = new_report(
+            source,
+            target,
+            checkpoint,
+            selection.modules,
+            layout,
+            pattern=options.pattern,
+            dtype=dtype,
+            format=options.format,
+            prune=options.prune,
+            left_dense=selection.left_dense,
+            skipped=skipped,
+            notes=[*selection.notes, *_left_behind(checkpoint, single)],
+        )
+        report.dry_run = dry_run
+        if not dry_run:
+            facts = {"options": asdict(options), "version": __version__}
+
+            def prove(written: Checkpoint, add: Callable[[int], None]) -> None:
+                maker.prove(written, selection.modules, run, add)
+
+            carry_out(layout, target, single, checkpoint, facts, run, report, "packing", prove)
+        return report
+
+
+def _label(options: Options, dtype: DType) -> str:
+    """ "6of8-int8": what a default output name says."""
+    kind = {"float8_e4m3fn": "fp8", "bfloat16": "bf16", "float16": "fp16"}.get(dtype.name, dtype.name)
+    return f"{options.pattern.nnz}of{options.pattern.group}-{kind}{'-dense' * (options.format == 'dense')}"
+
+
+def _left_behind(checkpoint: Checkpoint, single: bool) -> list[str]:
+    names = ", ".join(str(name) for name in checkpoint.left_behind)
+    return [f"not copied, since they hold the unpacked weights in other formats: {names}"] if names and not single else []
+
+
+def _settle_bad(checkpoint: Checkpoint, selection: Selection, options: Options, run: Run) -> dict[str, str]:
+    """Fail on modules that cannot be packed or, with `skip_bad`, leave them dense: name -> why."""
+    if selection.bad and not options.skip_bad:
+        raise UnsupportedError(next(iter(selection.bad.values())))
+    skipped = dict(selection.bad)
+    for name, reason in skipped.items():
+        selection.drop(name, reason)
+    if options.skip_bad:
+        maker = _Maker(checkpoint, options)
+        add = run.counter("checking", sum(checkpoint.tensors[m.weight][0].nbytes for m in selection.modules))
+        for module in list(selection.modules):
+            try:
+                maker.check(module, run.workers)
+            except (PatternError, UnsupportedError) as error:
+                skipped[module.name] = str(error)
+                selection.drop(module.name, str(error))
+            add(checkpoint.tensors[module.weight][0].nbytes)
+    for name in skipped:
+        selection.left_dense.pop(name, None)
+    if not selection.modules:
+        reasons = [f"{name}: {why}" for name, why in {**skipped, **selection.left_dense}.items()]
+        raise UnsupportedError(
+            "nothing to pack: no two-dimensional .weight tensor qualifies"
+            + (f" ({'; '.join(reasons[:3])}{'; ...' * (len(reasons) > 3)})" if reasons else "")
+        )
+    return skipped
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the rows of packed modules out of a dense checkpoint."""
+
+    checkpoint: Checkpoint
+    options: Options
+
+    # ---- rows
+
+    def stored_rows(self, module: Module, first: int, last: int) -> tuple[Any, Any]:
+        """Rows pruned and quantized, and their scales; not yet checked against the pattern."""
+        try:
+            return packing.store_rows(
+                self.checkpoint.array(module.weight)[first:last],
+                self.options.pattern,
+                module.dtype,
+                scale=source_scale(self.checkpoint, module, first, last),
+                prune=self.options.prune,
+                seed=self.seed(module),
+                first_row=first,
+            )
+        except OperandError as error:
+            raise UnsupportedError(f"{module.weight}: {error}") from None
+
+    def seed(self, module: Module) -> int:
+        """Every module draws its own random numbers, whatever the order of work."""
+        return zlib.crc32(module.name.encode(), self.options.seed & 0xFFFFFFFF)
+
+    def packed_rows(self, module: Module, first: int, last: int) -> PackedWeight:
+        """Rows first..last-1, packed.
+
+        Raises:
+            PatternError: naming the tensor, the place, and how many groups of the whole tensor violate the pattern.
+        """
+        q, scale = self.stored_rows(module, first, last)
+        try:
+            values, meta = packing.pack_rows(q, self.options.pattern, first_row=first)
+        except PatternError as error:
+            raise self.explain(module, error.row, error.group) from None
+        return PackedWeight(values, meta, scale, self.options.pattern, (last - first, module.shape[1]), module.dtype)
+
+    def explain(self, module: Module, row: int, group: int) -> PatternError:
+        """What is wrong with a whole tensor, and what its weights look like instead."""
+        pattern, (n, k) = self.options.pattern, module.shape
+        count = 0
+        for first, last in row_ranges(*extent(self.checkpoint, module), UNIT_BYTES):
+            count += len(violations(self.stored_rows(module, first, last)[0], pattern))
+            release_rows(self.checkpoint, module, first, last)
+        groups = n * -(-k // pattern.group)
+        column = group * pattern.group
+        hint = violations_hint(self.checkpoint.array(module.weight), pattern)
+        return PatternError(
+            f"{module.weight}: row {row}, group {group} (columns {column} to {min(column + pattern.group, k) - 1}) has more"
+            f" than {pattern.nnz} non-zeros; {count} of {groups} groups ({100 * count / groups:.3g} %) break"
+            f" {pattern.described}; prune with --prune magnitude, or leave such modules dense with --skip-bad{'. ' * bool(hint)}{hint}",
+            row=row,
+            group=group,
+            count=count,
+        )
+
+    def check(self, module: Module, workers: int) -> None:
+        """Raise what packing this module would raise."""
+
+        def one(bounds: tuple[int, int]) -> None:
+            self.packed_rows(module, *bounds)
+            release_rows(self.checkpoint, module, *bounds)
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(one, row_ranges(*extent(self.checkpoint, module), UNIT_BYTES)))
+
+    # ---- items
+
+    def packed_item(self, module: Module) -> Item:
+        name, pattern = module.name, self.options.pattern
+
+        def make(first: int, last: int) -> Iterator[Piece]:
+            block = self.packed_rows(module, first, last)
+            for part, array in (("packed", block.values), ("meta", block.meta), ("scale", block.scale)):
+                if array is not None:
+                    yield f"{name}.weight_{part}", first * array.shape[1] * array.itemsize, array
+            if first == 0:
+                yield f"{name}.weight_shape", 0, np.array(module.shape, np.int64)
+            release_rows(self.checkpoint, module, first, last)
+
+        return Item(
+            name, tuple(packed_entries(name, pattern, module.dtype, module.shape)), *extent(self.checkpoint, module), make
+        )
+
+    def dense_item(self, module: Module) -> Item:
+        def make(first: int, last: int) -> Iterator[Piece]:
+            q, scale = self.stored_rows(module, first, last)
+            if len(bad := violations(q, self.options.pattern)):
+                raise self.explain(module, first + int(bad[0][0]), int(bad[0][1]))
+            yield from dense_pieces(module.name, q, scale, first)
+            release_rows(self.checkpoint, module, first, last)
+
+        return Item(module.name, dense_entries(module.name, module.dtype, module.shape), *extent(self.checkpoint, module), make)
+
+    # ---- proof
+
+    def prove(self, written: Checkpoint, modules: list[Module], run: Run, add: Callable[[int], None]) -> None:
+        """Prove every packed module of `written` against the source, and every other tensor equal to it."""
+        packed = read_packed(written)
+        with ThreadPoolExecutor(run.workers) as pool:
+            for module in modules:
+
+                def one(bounds: tuple[int, int], module: Module = module) -> None:
+                    first, last = bounds
+                    self.prove_rows(module, self.written_rows(written, packed, module, first, last), first, last)
+                    release_rows(self.checkpoint, module, first, last)
+
+                list(pool.map(one, row_ranges(*extent(self.checkpoint, module), UNIT_BYTES)))
+                for name in (*module.replaced, *(e[0] for e in self.packed_item(module).entries)):
+                    if name in written.tensors:
+                        written.release(name)
+                add(sum(self.checkpoint.tensors[name][0].nbytes for name in module.replaced))
+        prove_copies(written, self.checkpoint, (name for m in modules for name in m.replaced), add)
+
+    def written_rows(
+        self, written: Checkpoint, packed: dict[str, PackedWeight], module: Module, first: int, last: int
+    ) -> PackedWeight:
+        """Rows of a module as they were written, in packed form whatever the format."""
+        if self.options.format == "packed":
+            return cut(packed[module.name], slice(first, last))
+        q = written.array(module.weight)[first:last]
+        scale = None if module.dtype.qmax is None else written.array(f"{module.name}.weight_scale")[first:last]
+        try:
+            values, meta = packing.pack_rows(q, self.options.pattern, first_row=first)
+        except PatternError as error:
+            raise VerificationError(f"{module.weight}: the output breaks the pattern: {error}") from None
+        return PackedWeight(values, meta, scale, self.options.pattern, (last - first, module.shape[1]), module.dtype)
+
+    def prove_rows(self, module: Module, block: PackedWeight, first: int, last: int) -> None:
+        try:
+            packing.verify_rows(
+                block,
+                self.checkpoint.array(module.weight)[first:last],
+                scale=source_scale(self.checkpoint, module, first, last),
+                prune=self.options.prune,
+                seed=self.seed(module),
+                first_row=first,
+            )
+        except VerificationError as error:
+            raise VerificationError(f"{module.weight}: {error}") from None
+
+
+def dense_entries(name: str, dtype: DType, shape: tuple[int, int]) -> tuple[Entry, ...]:
+    """The tensors of a module in dense format: the weight under its own name and, for 8 bits, one scale a row."""
+    weight = (f"{name}.weight", dtype.safetensors, shape)
+    return (weight,) if dtype.qmax is None else (weight, (f"{name}.weight_scale", "F32", (shape[0], 1)))
+
+
+def dense_pieces(name: str, q: Any, scale: Any, first: int) -> Iterator[Piece]:
+    """Rows from `first` on of those tensors."""
+    yield f"{name}.weight", first * q.shape[1] * q.itemsize, q
+    if scale is not None:
+        yield f"{name}.weight_scale", first * 4, scale
