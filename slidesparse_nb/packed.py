@@ -68,15 +68,23 @@ class PackedWeight:
         size = f"{self.bits_per_weight:.2f} bits a weight"
         return f"PackedWeight({self.n} x {self.k}, {self.pattern.described}, {self.dtype}, {size})"
 
-    def validate(self, name: str = "packed") -> PackedWeight:
+    def validate(self, name: str = "packed", *, first_row: int = 0) -> PackedWeight:
         """Check dtypes, shapes and index order; return self. (`verify` proves the values.)
 
         Args:
             name: what error messages call this weight.
+            first_row: what they count rows from, if this is a block of rows.
 
         Raises:
             FormatError: a tensor has the wrong dtype or shape, a nibble is out of order, or a scale is negative or not finite.
         """
+        self.check_shapes(name)
+        if isinstance(self.meta, np.ndarray):  # on a device this would wait for it; files are checked before they go there
+            self._check_contents(name, first_row)
+        return self
+
+    def check_shapes(self, name: str = "packed") -> None:
+        """The part of `validate` that looks at no element: FormatError if a tensor has the wrong dtype or shape."""
         n, k = self.shape
         if n < 0 or k < 0:
             raise FormatError(f"{name}: shape ({n}, {k}) must not be negative")
@@ -96,20 +104,19 @@ class PackedWeight:
                     f"{name}.{part}: is {array.dtype} {tuple(array.shape)}, must be {dtypes[0]} {shape}"
                     f" for a weight of shape ({n}, {k}) at {self.pattern}"
                 )
-        if isinstance(self.meta, np.ndarray):  # on a device this would wait for it; files are checked before they go there
-            self._check_contents(name)
-        return self
 
-    def _check_contents(self, name: str) -> None:
+    def _check_contents(self, name: str, first_row: int) -> None:
         if not (legal := _LEGAL_BYTE[self.meta]).all():
             row, column = map(int, np.argwhere(~legal)[0])
             raise FormatError(
-                f"{name}.meta: byte 0x{int(self.meta[row, column]):02x} at row {row}, column {column} holds a nibble out of"
-                " order; every nibble must be i0 | i1 << 2 with i0 < i1"
+                f"{name}.meta: byte 0x{int(self.meta[row, column]):02x} at row {first_row + row}, column {column} holds a"
+                " nibble out of order; every nibble must be i0 | i1 << 2 with i0 < i1"
             )
         if self.scale is not None and not (good := np.isfinite(self.scale) & (self.scale >= 0)).all():
             row = int(np.flatnonzero(~good[:, 0])[0])
-            raise FormatError(f"{name}.scale: {float(self.scale[row, 0])} at row {row} must be finite and not negative")
+            raise FormatError(
+                f"{name}.scale: {float(self.scale[row, 0])} at row {first_row + row} must be finite and not negative"
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import OperandError
+from .errors import OperandError, PatternError
 
 
 @dataclass(frozen=True, order=True)
@@ -97,6 +97,22 @@ class Pattern:
     def bits_per_weight(self, bits: int) -> float:
         """Packed size, values of `bits` bits and their 2-bit indices, per logical weight (scales and padding apart)."""
         return self.nnz / self.group * (bits + 2)
+
+    def violated(self, row: int, group: int, count: int, hint: str = "") -> PatternError:
+        """The error to raise for weights w of which `count` groups break the pattern, the first at (row, group).
+
+        Args:
+            hint: what else is known of such weights: "" or one sentence.
+        """
+        first = group * self.group
+        return PatternError(
+            f"w: row {row}, group {group} (columns {first} to {first + self.group - 1}) has more than {self.nnz} non-zeros,"
+            f" and so have {count} groups in all, but pattern {self.described} allows {self.nnz};"
+            f" prune the weights first, for instance with prune='magnitude'{'; ' + hint if hint else ''}",
+            row=row,
+            group=group,
+            count=count,
+        )
 
     def lift_index(self, k: int) -> NDArray[np.intp]:
         """The column of x that each lifted column reads: int [ks], where values >= k stand for a zero.

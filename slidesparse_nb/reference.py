@@ -35,6 +35,11 @@ def pad(w: Array, pattern: Pattern) -> Array:
     return np.pad(w, ((0, 0), (0, pattern.padded_k(w.shape[1]) - w.shape[1])))
 
 
+def in_groups(w: Array, group: int) -> Array:
+    """Cut rows into runs of `group` elements: [n, k] -> [n, k / group, group], a view."""
+    return w.reshape(w.shape[0], w.shape[1] // group, group)
+
+
 def is_nonzero(w: Array) -> Array:
     """Which elements count as non-zero: all but 0.0 and -0.0. bool, the shape of w."""
     return np.not_equal(w, np.zeros((), w.dtype))
@@ -48,22 +53,22 @@ def prune(w: Array, pattern: Pattern, score: Array | None = None) -> Array:
 
     Args:
         w: [n, k] of any number type.
-        score: [n, k] >= 0; by default the magnitude |w|.
+        score: [n, k] >= 0, compared in float32; by default the magnitude |w|.
     """
     n, k = w.shape
-    score = np.abs(w.astype(np.float32)) if score is None else score
-    padding = np.full((n, -k % pattern.group), -1, score.dtype)  # columns past k go first
-    groups = np.concatenate([score, padding], axis=1).reshape(n, -1, pattern.group)
+    score = np.abs(w.astype(np.float32)) if score is None else score.astype(np.float32)
+    padding = np.full((n, -k % pattern.group), -1, np.float32)  # columns past k go first
+    groups = in_groups(np.concatenate([score, padding], axis=1), pattern.group)
     best_first = np.argsort(-groups, axis=2, kind="stable")
     keep = np.zeros(groups.shape, bool)
     np.put_along_axis(keep, best_first[:, :, : pattern.nnz], True, axis=2)
-    return np.where(keep.reshape(n, -1)[:, :k], w, np.zeros((), w.dtype))
+    return np.where(keep.reshape(n, k + padding.shape[1])[:, :k], w, np.zeros((), w.dtype))
 
 
 def violations(w: Array, pattern: Pattern) -> Array:
     """Where w breaks the pattern: int [count, 2], the (row, group) of every group with more than nnz non-zeros."""
-    groups = is_nonzero(np.pad(w, ((0, 0), (0, -w.shape[1] % pattern.group)))).reshape(w.shape[0], -1, pattern.group)
-    return np.argwhere(groups.sum(axis=2) > pattern.nnz)
+    padded = np.pad(w, ((0, 0), (0, -w.shape[1] % pattern.group)))
+    return np.argwhere(in_groups(is_nonzero(padded), pattern.group).sum(axis=2) > pattern.nnz)
 
 
 # ---- quantize ----------------------------------------------------------------------------------------------------
@@ -117,8 +122,7 @@ def slide(w: Array, pattern: Pattern) -> Array:
     Raises:
         PatternError: a group has more than nnz non-zeros.
     """
-    n = w.shape[0]
-    groups = pad(w, pattern).reshape(n, -1, pattern.group)
+    groups = in_groups(pad(w, pattern), pattern.group)
     left = is_nonzero(groups)
     slid = np.zeros((*groups.shape[:2], pattern.windows, 4), w.dtype)
     for j in range(pattern.windows):
@@ -128,26 +132,18 @@ def slide(w: Array, pattern: Pattern) -> Array:
         left[:, :, columns] &= ~take
     if left.any():
         bad = violations(w, pattern)
-        row, group = map(int, bad[0])
-        raise PatternError(
-            f"w: row {row}, group {group} (columns {group * pattern.group} to {group * pattern.group + pattern.group - 1})"
-            f" has more than {pattern.nnz} non-zeros, and so have {len(bad)} groups in all, but pattern"
-            f" {pattern.described} allows {pattern.nnz}; prune the weights first, for instance with prune='magnitude'",
-            row=row,
-            group=group,
-            count=len(bad),
-        )
-    return slid.reshape(n, -1)
+        raise pattern.violated(int(bad[0, 0]), int(bad[0, 1]), len(bad))
+    return slid.reshape(w.shape[0], pattern.slid_k(w.shape[1]))
 
 
 def unslide(ws: Array, pattern: Pattern, k: int) -> Array:
     """Inverse of slide: every slid value back to its column: [n, ks] -> [n, k]."""
     w = np.zeros((ws.shape[0], pattern.padded_k(k)), ws.dtype)
-    slid = ws.reshape(ws.shape[0], -1, pattern.windows, 4)
+    slid = ws.reshape(ws.shape[0], w.shape[1] // pattern.group, pattern.windows, 4)
     columns = pattern.lift_index(k).reshape(-1, pattern.windows, 4)
     for j in range(pattern.windows):  # one window at a time: no column twice
         into = columns[:, j].ravel()
-        values = slid[:, :, j].reshape(ws.shape[0], -1)
+        values = slid[:, :, j].reshape(ws.shape[0], into.size)
         w[:, into] = np.where(is_nonzero(values), values, w[:, into])
     return w[:, :k]
 
@@ -176,7 +172,7 @@ def compress(ws: Array) -> tuple[Array, Array]:
     Raises:
         PatternError: a window has more than two non-zeros.
     """
-    windows = ws.reshape(ws.shape[0], -1, 4)
+    windows = in_groups(ws, 4)
     nonzero = is_nonzero(windows)
     count = nonzero.sum(axis=2)
     if (count > 2).any():
@@ -189,12 +185,12 @@ def compress(ws: Array) -> tuple[Array, Array]:
     index = np.stack([i0, i1], axis=2)
     values = np.take_along_axis(np.where(nonzero, windows, np.zeros((), ws.dtype)), index, axis=2)
     nibble = (i0 | i1 << 2).astype(np.uint8)
-    return values.reshape(ws.shape[0], -1), nibble[:, 0::2] | nibble[:, 1::2] << 4
+    return values.reshape(ws.shape[0], ws.shape[1] // 2), nibble[:, 0::2] | nibble[:, 1::2] << 4
 
 
 def window_index(meta: Array) -> Array:
     """The two positions of every window: uint8 [n, ks/8] -> int [n, ks/4, 2]."""
-    nibble = np.stack([meta & 15, meta >> 4], axis=2).reshape(meta.shape[0], -1)
+    nibble = np.stack([meta & 15, meta >> 4], axis=2).reshape(meta.shape[0], 2 * meta.shape[1])
     return np.stack([nibble & 3, nibble >> 2], axis=2).astype(np.intp)
 
 
@@ -202,8 +198,8 @@ def decompress(values: Array, meta: Array) -> Array:
     """Inverse of compress: values [n, ks/2], meta [n, ks/8] -> [n, ks]."""
     n = values.shape[0]
     windows = np.zeros((n, values.shape[1] // 2, 4), values.dtype)
-    np.put_along_axis(windows, window_index(meta), values.reshape(n, -1, 2), axis=2)
-    return windows.reshape(n, -1)
+    np.put_along_axis(windows, window_index(meta), in_groups(values, 2), axis=2)
+    return windows.reshape(n, 2 * values.shape[1])
 
 
 # ---- the whole ---------------------------------------------------------------------------------------------------
@@ -262,8 +258,8 @@ def matmul(x: Array, packed: PackedWeight, bias: Array | None = None, out_dtype:
         xq, scale_x = quantize(x, packed.dtype)
     exact = packed.dtype.numpy == np.int8
     accumulator = np.int32 if exact else np.float32
-    xs = lift(xq, pattern).astype(accumulator).reshape(x.shape[0], -1, 4)  # [m, windows, 4]
-    values = np.asarray(packed.values).view(packed.dtype.numpy).astype(accumulator).reshape(packed.n, -1, 2)
+    xs = in_groups(lift(xq, pattern).astype(accumulator), 4)  # [m, windows, 4]
+    values = in_groups(np.asarray(packed.values).view(packed.dtype.numpy).astype(accumulator), 2)
     index = window_index(packed.meta)
     windows = np.arange(index.shape[1])[:, None]
     acc = np.zeros((x.shape[0], packed.n), accumulator)

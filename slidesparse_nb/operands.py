@@ -1,0 +1,88 @@
+"""What may be packed: the checks of weights and their scales, one clear sentence for each way to be wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8, DType, packed_dtype
+from .errors import OperandError
+
+Array = NDArray[Any]
+
+SOURCES = (FLOAT32, FLOAT16.numpy, BFLOAT16.numpy, INT8.numpy, FLOAT8.numpy)
+"""The types of dense weights that can be packed."""
+
+
+def check_weights(w: object) -> Array:
+    """w as a plain NumPy array, or OperandError unless it is a NumPy matrix of a type that can be packed."""
+    if not isinstance(w, np.ndarray):
+        raise OperandError(f"w: {type(w).__name__} is not an array; pass a NumPy array [n, k]")
+    if w.ndim != 2:
+        raise OperandError(f"w: shape {w.shape} must be [n, k]; reshape it to two dimensions")
+    if w.dtype not in SOURCES:
+        way = "; convert it first: w.astype(np.float32)" if w.dtype.kind in "fiu" else ""
+        raise OperandError(f"w: {w.dtype} cannot be packed; it must be one of {', '.join(t.name for t in SOURCES)}{way}")
+    return np.asarray(w)
+
+
+def stored_dtype(w: Array, dtype: object) -> DType:
+    """The type that w is stored in, for the `dtype` asked for."""
+    if dtype is None:
+        return BFLOAT16 if w.dtype == np.float32 else packed_dtype(w.dtype)
+    stored = packed_dtype(dtype)
+    if w.dtype.itemsize == 1 and w.dtype != stored.numpy:
+        raise OperandError(f"dtype: {w.dtype} weights are quantized already and keep their type, got {stored}; leave dtype out")
+    return stored
+
+
+def row_scales(w: Array, scale: Array | float | None, first_row: int = 0) -> Array | None:
+    """The scale of every row of 8-bit w: float32 [n, 1]; None for other types, which have none."""
+    if w.dtype.itemsize > 1:
+        if scale is not None:
+            raise OperandError(f"scale: {w.dtype} weights are quantized here and take none; leave it out")
+        return None
+    if scale is None:
+        raise OperandError(f"scale: is missing; {w.dtype} weights are quantized already, pass their scales, one a row")
+    return row_scale(scale, w.shape[0], first_row)
+
+
+def row_scale(scale: Array | float, n: int, first_row: int = 0) -> Array:
+    """Scales as they are stored: [n, 1], [n], or one number for all rows, of any real type -> float32 [n, 1].
+
+    Raises:
+        OperandError: another shape, or a scale that is negative or not finite (in float32).
+    """
+    given = np.asarray(scale)
+    if given.shape not in ((n, 1), (n,), (), (1,), (1, 1)):
+        raise OperandError(f"scale: shape {given.shape} must be [{n}, 1], [{n}], or one number for all rows")
+    try:
+        with np.errstate(over="ignore"):
+            scales = np.broadcast_to(given.astype(np.float32).reshape(-1, 1), (n, 1))
+    except (TypeError, ValueError):
+        raise OperandError(f"scale: {given.dtype} must be real numbers") from None
+    if not (good := np.isfinite(scales) & (scales >= 0)).all():
+        row = int(np.flatnonzero(~good)[0])
+        raise OperandError(f"scale: {scales[row, 0]} at row {first_row + row} must be finite and not negative")
+    return np.ascontiguousarray(scales)
+
+
+def require_finite(w: Array, first_row: int = 0) -> None:
+    """Raise OperandError at the first NaN or infinity of w."""
+    if w.dtype != np.int8 and not (finite := np.isfinite(w.astype(np.float32, copy=False))).all():
+        row, column = map(int, np.argwhere(~finite)[0])
+        raise OperandError(f"w: {w[row, column]} at row {first_row + row}, column {column}; weights must be finite ({w.dtype})")
+
+
+def require_no_overflow(q: Array, w: Array, first_row: int = 0) -> Array:
+    """q, or OperandError at the first weight that became infinite when it was rounded to the 16-bit type of q."""
+    dtype = packed_dtype(q.dtype)
+    infinite = (q.view(dtype.raw) & np.uint16(dtype.nonzero_mask)) >= np.uint16(dtype.inf_bits or 0)
+    if infinite.any():
+        row, column = map(int, np.argwhere(infinite)[0])
+        raise OperandError(
+            f"w: {w[row, column]} at row {first_row + row}, column {column} overflows {dtype}; store it in another type"
+        )
+    return q

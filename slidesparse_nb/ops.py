@@ -1,0 +1,202 @@
+"""matmul(x, packed) and quantize(x, packed): check the operands, then run where x lives."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import cpu, cpu_matmul
+from .dtypes import BFLOAT16, FLOAT16, FLOAT32, DType, packed_dtype
+from .errors import OperandError
+from .packed import PackedWeight, QuantizedActivations
+from .pattern import Pattern
+
+Array = NDArray[Any]
+
+ACTIVATIONS = (FLOAT32, FLOAT16.numpy, BFLOAT16.numpy)
+"""The types of x, and of the result."""
+
+
+def matmul(
+    x: Any,
+    packed: PackedWeight,
+    *,
+    bias: Any = None,
+    out: Any = None,
+    out_dtype: Any = None,
+    stream: Any = None,
+) -> Any:
+    """y = x @ w.T + bias with packed weights w; the numbers are those of `reference.matmul`.
+
+    8-bit weights: every token (row of x) is quantized to their type first, products accumulate in int32 or float32, and
+    y = (acc * scale_x) * scale_w + bias in float32. 16-bit weights: x is rounded to their type, products accumulate in float32.
+    y is rounded to its type last. int8 results are bit-equal everywhere; others to the order of accumulation.
+
+    Args:
+        x: [..., k] float32, float16 or bfloat16, any number of leading dimensions, none too; or `QuantizedActivations`.
+        packed: weights of shape (n, k), on the machine of x: NumPy arrays for a NumPy x.
+        bias: [n] of any float type, or None.
+        out: [..., n] array to write and return; it may not overlap x.
+        out_dtype: float32, float16 or bfloat16; by default that of `out`, or else that of x.
+        stream: None for NumPy.
+
+    Returns:
+        y: [..., n].
+
+    Raises:
+        OperandError: an operand of the wrong type, shape or dtype.
+        FormatError: the tensors of `packed` do not fit its shape.
+    """
+    if not isinstance(packed, PackedWeight):
+        raise OperandError(f"packed: {type(packed).__name__} must be a PackedWeight; pack(w) or load(path) makes one")
+    given = x.values if isinstance(x, QuantizedActivations) else x
+    if isinstance(given, np.ndarray):
+        return _matmul_numpy(x, packed, bias, out, out_dtype, stream)
+    raise _no_array("x", x)
+
+
+def quantize(x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dtype: Any = None) -> QuantizedActivations:
+    """Quantize activations once, for several products with weights of one pattern and type (q/k/v, gate/up).
+
+    Args:
+        x: [..., k] float32, float16 or bfloat16.
+        packed: weights that x will be multiplied by, or their pattern; then `dtype` is needed too.
+        dtype: int8 or float8_e4m3fn; by default that of `packed`.
+
+    Returns:
+        Values [m, k] and scales [m, 1], one a token. A token that holds NaN or infinity has scale NaN and zeros.
+
+    Raises:
+        OperandError: an operand of the wrong type or shape; weights of 16 bits, whose activations are not quantized.
+    """
+    if isinstance(packed, PackedWeight):
+        wanted = packed.dtype
+        if dtype is not None and packed_dtype(dtype) != wanted:
+            raise OperandError(f"dtype: {packed_dtype(dtype)} is not {wanted}, the type of packed; leave it out")
+    else:
+        Pattern.of(packed)
+        if dtype is None:
+            raise OperandError("dtype: is missing; with a pattern instead of packed weights, pass 'int8' or 'float8_e4m3fn'")
+        wanted = packed_dtype(dtype)
+    if wanted.qmax is None:
+        raise OperandError(f"dtype: activations for {wanted} weights are not quantized; pass x itself to matmul")
+    if isinstance(x, np.ndarray):
+        lead, flat = _flat(_activations(x))
+        if isinstance(packed, PackedWeight):
+            _same_k(flat.shape[1], packed)
+        values, scale = cpu.quantize(cpu.to_float32(flat), wanted)
+        return QuantizedActivations(values, scale, lead, wanted, x.dtype)
+    raise _no_array("x", x)
+
+
+# ---- NumPy -------------------------------------------------------------------------------------------------------
+
+
+def _matmul_numpy(
+    x: Array | QuantizedActivations, packed: PackedWeight, bias: Any, out: Any, out_dtype: Any, stream: Any
+) -> Array:
+    if stream is not None:
+        raise OperandError(f"stream: {stream!r} must be None for NumPy arrays, which have no streams")
+    packed.check_shapes()
+    for name, array in (("packed.values", packed.values), ("bias", bias), ("out", out)):
+        if array is not None and not isinstance(array, np.ndarray):
+            raise OperandError(f"{name}: {type(array).__name__} must be a NumPy array, as x is")
+    if isinstance(x, QuantizedActivations):
+        values, scale_x = _quantized(x, packed.dtype)
+        lead, source = x.lead, np.dtype(x.source)
+    else:
+        lead, flat = _flat(_activations(x))
+        values, scale_x, source = flat, None, x.dtype
+    _same_k(values.shape[1], packed)
+    bias32 = _bias(bias, packed.n)
+    shape = (*lead, packed.n)
+    result = _result(shape, source, out, out_dtype)
+    if out is not None and _overlap(out, x.values if isinstance(x, QuantizedActivations) else x):
+        raise OperandError("out: shares memory with x; pass an array of its own")
+    if scale_x is None:
+        if packed.dtype.qmax is not None:
+            values, scale_x = cpu.quantize(cpu.to_float32(values), packed.dtype)
+        elif values.dtype != packed.dtype.numpy:
+            values = cpu.round16(cpu.to_float32(values), packed.dtype)
+    flat_result = result.reshape(values.shape[0], packed.n) if result.flags.c_contiguous else None
+    y = np.empty((values.shape[0], packed.n), result.dtype) if flat_result is None else flat_result
+    cpu_matmul.matmul(values, scale_x, packed, bias32, y)
+    if flat_result is None:
+        result[...] = y.reshape(shape)
+    return result
+
+
+def _no_array(name: str, value: object) -> OperandError:
+    return OperandError(
+        f"{name}: {type(value).__name__} is not an array; pass a NumPy array [..., k], float32, float16 or bfloat16"
+    )
+
+
+def _activations(x: Array) -> Array:
+    if x.dtype not in ACTIVATIONS:
+        way = "; convert it first: x.astype(np.float32)" if x.dtype.kind in "fiu" else ""
+        raise OperandError(f"x: {x.dtype} must be one of {', '.join(t.name for t in ACTIVATIONS)}{way}")
+    if x.ndim == 0:
+        raise OperandError("x: has no dimensions; it must be [..., k]")
+    return np.asarray(x)
+
+
+def _flat(x: Array) -> tuple[tuple[int, ...], Array]:
+    """Leading dimensions, and x as [m, k]."""
+    lead = x.shape[:-1]
+    return lead, x.reshape(math.prod(lead), x.shape[-1])
+
+
+def _same_k(k: int, packed: PackedWeight) -> None:
+    if k != packed.k:
+        raise OperandError(f"x: k={k} must be {packed.k}, the k of packed (not padded: matmul does that)")
+
+
+def _quantized(x: QuantizedActivations, dtype: DType) -> tuple[Array, Array]:
+    if x.dtype != dtype:
+        raise OperandError(f"x: is quantized to {x.dtype}, but packed holds {dtype}; quantize it with quantize(x, packed)")
+    m = math.prod(x.lead)
+    if x.values.ndim != 2 or x.values.shape[0] != m or x.values.dtype != dtype.numpy:
+        raise OperandError(f"x.values: {x.values.dtype} {x.values.shape} must be {dtype} [{m}, k]")
+    if not isinstance(x.scale, np.ndarray) or x.scale.shape != (m, 1) or x.scale.dtype != FLOAT32:
+        raise OperandError(f"x.scale: must be a NumPy array, float32 [{m}, 1]")
+    return x.values, x.scale
+
+
+def _bias(bias: Array | None, n: int) -> Array | None:
+    if bias is None:
+        return None
+    if bias.shape != (n,) or bias.dtype not in (*ACTIVATIONS, np.dtype(np.float64)):
+        raise OperandError(f"bias: {bias.dtype} {bias.shape} must be a float type, of shape ({n},)")
+    with np.errstate(over="ignore"):
+        return bias.astype(np.float32)
+
+
+def _result(shape: tuple[int, ...], source: np.dtype[Any], out: Array | None, out_dtype: Any) -> Array:
+    """`out`, checked, or a new array."""
+    dtype = source if out is None else out.dtype
+    if out_dtype is not None:
+        try:
+            dtype = out_dtype.numpy if isinstance(out_dtype, DType) else np.dtype(out_dtype)
+        except TypeError:
+            raise OperandError(f"out_dtype: {out_dtype!r} is not a dtype; pass float32, float16 or bfloat16") from None
+    if dtype not in ACTIVATIONS:
+        raise OperandError(f"out_dtype: {dtype} must be one of {', '.join(t.name for t in ACTIVATIONS)}")
+    if out is None:
+        return np.empty(shape, dtype)
+    if out.shape != shape or out.dtype != dtype:
+        raise OperandError(f"out: {out.dtype} {out.shape} must be {dtype} {shape}")
+    if not out.flags.writeable:
+        raise OperandError("out: is read-only; pass a writable array")
+    return out
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    """Whether a and b share an element; True too where that is too hard to tell."""
+    try:
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True

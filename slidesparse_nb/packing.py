@@ -1,0 +1,209 @@
+"""pack(w) -> PackedWeight and back: check the operands, then prune, quantize, slide and compress block by block of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import cpu, pruning
+from .cpu import violations
+from .dtypes import DType
+from .errors import PatternError
+from .operands import check_weights, require_finite, require_no_overflow, row_scale, row_scales, stored_dtype
+from .packed import PackedWeight
+from .pattern import Pattern, known_patterns
+from .verification import verify, verify_rows
+
+__all__ = [
+    "pack",
+    "pack_rows",
+    "row_scale",
+    "store_rows",
+    "unpack",
+    "verify",
+    "verify_rows",
+    "violations",
+    "violations_hint",
+]
+
+Array = NDArray[Any]
+
+ALIGNMENT = 128
+"""Columns after which some pruning tools start a new group, whether or not the last one was full."""
+
+
+# ---- the whole ---------------------------------------------------------------------------------------------------
+
+
+def pack(
+    w: Array,
+    pattern: Pattern | str | tuple[int, int] = "6:8",
+    dtype: object = None,
+    *,
+    scale: Array | float | None = None,
+    prune: str | Array = "none",
+    seed: int = 0,
+    max_workers: int | None = None,
+) -> PackedWeight:
+    """Pack weights: (prune), quantize, slide and compress.
+
+    Args:
+        w: [n, k] NumPy array of any strides: float32, float16 or bfloat16; or int8 or float8_e4m3fn with `scale`.
+        pattern: "6:8", (6, 8) or a Pattern: non-zeros:total.
+        dtype: what is stored: int8, float8_e4m3fn, bfloat16 or float16, by name or NumPy dtype. By default the type of w;
+            bfloat16 for float32. Weights of 8 bits keep their bytes and scales: asking for another type is refused.
+        scale: of 8-bit w only, w ~= w * scale: [n, 1] or [n], one a row; or one number for all rows. Any float type.
+        prune: "none" (weights that break the pattern are refused), "magnitude", "random", or scores [n, k] >= 0: of the
+            weights in a group, those with the highest stay. Pruning comes before quantization; 8-bit w is pruned by its |q|.
+        seed: of prune="random".
+        max_workers: threads; by default as many as there are processors, up to 8.
+
+    Returns:
+        The packed weight, its arrays NumPy's.
+
+    Raises:
+        OperandError: an argument of the wrong type, shape or value; NaN, infinity, or overflow of a 16-bit dtype in w.
+        PatternError: weights as stored (that is, after quantization) have a group with more than nnz non-zeros.
+    """
+    pattern = Pattern.of(pattern)
+    w = check_weights(w)
+    stored = stored_dtype(w, dtype)
+    n, k = w.shape
+    scales = row_scales(w, scale)
+    method = pruning.check(prune, w.shape)
+    ks = pattern.slid_k(k)
+    values, meta = np.empty((n, ks // 2), stored.numpy), np.empty((n, ks // 8), np.uint8)
+    out_scale = None if stored.qmax is None else np.empty((n, 1), np.float32)
+
+    def block(rows: slice) -> PatternError | None:
+        q, q_scale = store_rows(
+            w[rows],
+            pattern,
+            stored,
+            scale=None if scales is None else scales[rows],
+            prune=method if isinstance(method, str) else method[rows],
+            seed=seed,
+            first_row=rows.start,
+        )
+        if out_scale is not None:
+            out_scale[rows] = q_scale
+        try:
+            values[rows], meta[rows] = pack_rows(q, pattern, first_row=rows.start)
+        except PatternError as error:
+            return error
+        return None
+
+    broken = [error for error in cpu.over_blocks(block, n, k, max_workers) if error is not None]
+    if broken:
+        first, count = broken[0], sum(error.count for error in broken)
+        raise pattern.violated(first.row, first.group, count, violations_hint(w, pattern))
+    return PackedWeight(values, meta, out_scale, pattern, (n, k), stored)
+
+
+def unpack(packed: PackedWeight) -> Array:
+    """The stored values at their dense places, bit for bit: [n, k] of packed.dtype.numpy. Times packed.scale: the weights.
+
+    Raises:
+        FormatError: a tensor of `packed` has the wrong dtype or shape, or holds an index out of order.
+    """
+    packed.validate()
+    out = np.empty(packed.shape, packed.dtype.numpy)
+
+    def block(rows: slice) -> None:
+        out[rows] = cpu.decompress(packed.values[rows], packed.meta[rows], packed.pattern, packed.k, packed.dtype)
+
+    for _ in cpu.over_blocks(block, packed.n, packed.k, None):
+        pass
+    return out
+
+
+# ---- blocks of rows ----------------------------------------------------------------------------------------------
+
+
+def store_rows(
+    w: Array,
+    pattern: Pattern | str,
+    dtype: DType | str,
+    *,
+    scale: Array | float | None = None,
+    prune: str | Array = "none",
+    seed: int = 0,
+    first_row: int = 0,
+) -> tuple[Array, Array | None]:
+    """Prune and quantize a block of rows, on one thread; whether the pattern holds is for `pack_rows` to find.
+
+    Args:
+        w: [rows, k], rows first_row ... of the whole matrix; types as for `pack`.
+        scale, prune: as for `pack`, of these rows.
+        first_row: what errors and random scores count rows from.
+
+    Returns:
+        q: [rows, k] of dtype.numpy, new; scale: float32 [rows, 1], None for 16-bit types.
+
+    Raises:
+        OperandError: as for `pack`.
+    """
+    pattern = Pattern.of(pattern)
+    w = check_weights(w)
+    stored = stored_dtype(w, dtype)
+    scales = row_scales(w, scale, first_row)
+    require_finite(w, first_row)
+    method = pruning.check(prune, w.shape)
+    q = np.array(w, order="C", subok=False) if w.dtype == stored.numpy else cpu.to_float32(w)
+    pruning.prune(q, pattern, method, seed=seed, first_row=first_row)
+    if w.dtype == stored.numpy:
+        return q, scales
+    if stored.qmax is not None:
+        return cpu.quantize(q, stored)
+    return require_no_overflow(cpu.round16(q, stored), w, first_row), None
+
+
+def pack_rows(q: Array, pattern: Pattern | str, *, first_row: int = 0) -> tuple[Array, Array]:
+    """Slide and compress a block of stored rows, on one thread.
+
+    Args:
+        q: [rows, k] int8, float8_e4m3fn, bfloat16 or float16, as `store_rows` returns it.
+        first_row: what the error counts rows from.
+
+    Returns:
+        values: [rows, ks/2] of q's dtype; meta: uint8 [rows, ks/8].
+
+    Raises:
+        PatternError: a group has more than nnz non-zeros; row, group, and the count in this block.
+    """
+    pattern = Pattern.of(pattern)
+    values, meta, count = cpu.slide_compress(q, pattern)
+    if count:
+        row, group = map(int, violations(q, pattern)[0])
+        raise pattern.violated(first_row + row, group, count)
+    return values, meta
+
+
+def violations_hint(w: Array, pattern: Pattern | str) -> str:
+    """What weights that break `pattern` look like instead: one sentence without its full stop, or "".
+
+    Args:
+        w: [n, k] of any real type, dense or as stored.
+    """
+    pattern = Pattern.of(pattern)
+    for known in known_patterns():
+        if known.nnz * pattern.group > pattern.nnz * known.group and _obeys(w, known):
+            return (
+                f"they do obey {known.described}, which tools that count zeros call 2:{known.group}:"
+                f" pass {str(known)!r} if that is what they were pruned to"
+            )
+    if ALIGNMENT % pattern.group and w.shape[1] > ALIGNMENT:
+        starts = range(0, w.shape[1], ALIGNMENT)
+        if all(_obeys(w[:, first : first + ALIGNMENT], pattern) for first in starts):
+            return (
+                f"they obey {pattern} if groups start anew every {ALIGNMENT} columns, as some pruning tools cut them, but here"
+                f" groups run on to the end of the row: prune again without that alignment, or to a group that divides"
+                f" {ALIGNMENT}, such as 6:8"
+            )
+    return ""
+
+
+def _obeys(w: Array, pattern: Pattern) -> bool:
+    return not any(violations(w[rows], pattern).size for rows in cpu.blocks(*w.shape))
