@@ -19,7 +19,7 @@ import mmap
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -289,23 +289,21 @@ def header_bytes(
             not Unicode.
     """
     entries = list(entries)
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    placed: list[TensorInfo] = []
-    end = 0
     for name, code, shape in entries:
         if code not in SAFETENSORS_BITS or any(dim < 0 for dim in shape):
             raise OperandError(f"{shown(name)}: {shown(code)} {shown(shape)} is no type and shape of a tensor")
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    placed: list[TensorInfo] = []
+    end = 0
     for name, code, shape in sorted(entries, key=lambda entry: (-SAFETENSORS_BITS[entry[1]], entry[0])):
         if name in header or name == "__metadata__":
             raise OperandError(f"{shown(name)}: must name one tensor, once")
         try:
-            nbytes = tensor_bytes(code, shape)
+            start, end = end, end + tensor_bytes(code, shape)
         except FormatError as error:
             raise OperandError(f"{shown(name)}: {error}") from None
-        dims = [int(dim) for dim in shape]
-        header[name] = {"dtype": code, "shape": dims, "data_offsets": [end, end + nbytes]}
-        placed.append(TensorInfo(name, code, tuple(dims), end, end + nbytes))
-        end += nbytes
+        placed.append(TensorInfo(name, code, tuple(map(int, shape)), start, end))
+        header[name] = {"dtype": code, "shape": placed[-1].shape, "data_offsets": [start, end]}
     try:
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -313,9 +311,9 @@ def header_bytes(
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST_HEADER:
         raise OperandError(f"entries: the header would take {len(text)} bytes, above the limit of {LARGEST_HEADER}")
-    return len(text).to_bytes(8, "little") + text, {
-        t.name: replace(t, start=8 + len(text) + t.start, stop=8 + len(text) + t.stop) for t in placed
-    }
+    data = 8 + len(text)
+    placed = [TensorInfo(t.name, t.code, t.shape, data + t.start, data + t.stop) for t in placed]
+    return len(text).to_bytes(8, "little") + text, {tensor.name: tensor for tensor in placed}
 
 
 class SafetensorsWriter:
