@@ -32,6 +32,8 @@ _HOME = {
     "Options": "convert",
     "Run": "convert",
     "Report": "convert",
+    "Facts": "convert",
+    "Verification": "convert",
     "SlideSparseError": "errors",
     "OperandError": "errors",
     "PatternError": "errors",
@@ -47,9 +49,11 @@ if TYPE_CHECKING:
     from . import reference as reference
     from .checkpoint import load as load
     from .checkpoint import save as save
+    from .convert import Facts as Facts
     from .convert import Options as Options
     from .convert import Report as Report
     from .convert import Run as Run
+    from .convert import Verification as Verification
     from .convert import inspect_checkpoint as inspect_checkpoint
     from .convert import pack_checkpoint as pack_checkpoint
     from .convert import unpack_checkpoint as unpack_checkpoint

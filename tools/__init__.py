@@ -1,1 +1,1 @@
-"""The commands: thin click programs over the public API; installed as `slidesparse ...`."""
+"""The command line: thin click commands over the public API, run from a checkout or installed as `slidesparse NAME`."""

@@ -8,16 +8,18 @@ proof       that what was written is what was meant
 inspection  what a checkpoint holds
 """
 
-from .inspection import ModuleFacts, inspect_checkpoint, verify_checkpoint
+from .inspection import Facts, ModuleFacts, Verification, inspect_checkpoint, verify_checkpoint
 from .options import Options, Report, Run
 from .to_dense import unpack_checkpoint
 from .to_packed import pack_checkpoint
 
 __all__ = [
+    "Facts",
     "ModuleFacts",
     "Options",
     "Report",
     "Run",
+    "Verification",
     "inspect_checkpoint",
     "pack_checkpoint",
     "unpack_checkpoint",

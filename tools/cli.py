@@ -1,0 +1,43 @@
+"""`slidesparse NAME`: the commands of this folder under one name, each loaded when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import click
+
+from . import __name__ as package
+from .terminal import EXIT_CODES
+
+COMMANDS = {
+    "pack": "Pack a checkpoint.",
+    "show": "Show, verify or unpack a checkpoint.",
+    "demo": "Pack a real sentence encoder and compare.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f".{name}", package), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, epilog=EXIT_CODES)
+@click.version_option(package_name="slidesparse_nb")
+def main() -> None:
+    """(2N-2):2N structured-sparse models on 2:4 sparse tensor cores."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Pack a checkpoint: python tools/pack.py INPUT [-o OUT], or slidesparse pack."""
+
+from __future__ import annotations
+
+if __name__ == "__main__" and not __package__:
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "tools"
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+import slidesparse_nb as ss
+
+from .terminal import EXIT_CODES, Size, exits, print_json, print_table, progress_bar, size_text, write_json
+
+SCHEMES = ("auto", "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16")
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("input", type=click.Path(exists=True, path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder, or .safetensors file; default: beside INPUT.")
+@click.option("--pattern", help="Non-zeros:total of each group along k.  [default: 6:8]")
+@click.option("--zeros", type=int, help="With --group: the pattern by its zeros; --zeros 2 --group 8 is 6:8.")
+@click.option("--group", type=int, help="See --zeros.")
+@click.option(
+    "--scheme",
+    type=click.Choice(SCHEMES, case_sensitive=False),
+    default="auto",
+    show_default=True,
+    help="Type of weights and activations; auto keeps the source's (float32 becomes bfloat16).",
+)
+@click.option(
+    "--prune",
+    type=click.Choice(["none", "magnitude", "random"]),
+    default="none",
+    show_default=True,
+    help="What to do with weights that break the pattern; none refuses them.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of --prune random.")
+@click.option(
+    "--targets",
+    multiple=True,
+    metavar="NAME",
+    help="Pack only these modules: exact, glob ('*q_proj'), or 're:...'. Repeatable.",
+)
+@click.option("--ignore", multiple=True, metavar="NAME", help="Leave these modules dense. Repeatable.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["packed", "dense"]),
+    default="packed",
+    show_default=True,
+    help="dense: pruned and quantized weights under their own names, for stock engines.",
+)
+@click.option("--max-shard-size", type=Size(), help="Bytes of one output file in a folder.  [default: 5GB]")
+@click.option("--max-workers", type=click.IntRange(1), help="Threads.  [default: all cores]")
+@click.option(
+    "--max-memory", type=Size(), default="2GiB", show_default=True, help="Memory to work in, the largest tensor apart."
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if this tool wrote it; start over an unfinished run.")
+@click.option(
+    "--verify/--no-verify", default=True, show_default=True, help="Prove the output equal to the source before it appears."
+)
+@click.option(
+    "--strict/--skip-bad", default=True, show_default=True, help="Fail on modules that cannot be packed, or leave them dense."
+)
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the whole report as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
+@click.option("-v", "--verbose", count=True, help="List every module; -vv also where an error came from.")
+@exits
+def pack(
+    input: Path, output: Path | None, quiet: bool, verbose: int, as_json: bool, report: Path | None, dry_run: bool, **given: Any
+) -> None:
+    """Pack the linear layers of a checkpoint into (2N-2):2N sparse form.
+
+    INPUT is a .safetensors file, a Hugging Face folder, or an index file. Embeddings, heads, norms, routers and biases pass
+    through unchanged.
+    """
+    options = ss.Options(
+        pattern=_pattern(given["pattern"], given["zeros"], given["group"]),
+        scheme=given["scheme"],
+        prune=given["prune"],
+        seed=given["seed"],
+        targets=given["targets"],
+        ignore=given["ignore"],
+        format=given["format_"],
+        max_shard_size=given["max_shard_size"],
+        skip_bad=not given["strict"],
+    )
+    with progress_bar(not quiet and not dry_run) as progress:
+        keys = ("max_workers", "max_memory", "resume", "overwrite", "verify")
+        run = ss.Run(**{key: given[key] for key in keys}, progress=progress)
+        done = ss.pack_checkpoint(input, output, options, run, dry_run=dry_run)
+    if report is not None:
+        write_json(report, done.as_dict())
+    if as_json:
+        print_json(done.as_dict())
+    elif not quiet:
+        _print(done, options.pattern, verbose)
+
+
+def _pattern(pattern: str | None, zeros: int | None, group: int | None) -> ss.Pattern:
+    if (zeros is None) != (group is None):
+        raise click.UsageError("--zeros and --group go together: --zeros 2 --group 8 is 6:8")
+    if zeros is None or group is None:
+        return ss.Pattern.of(pattern or "6:8")
+    if pattern is not None:
+        raise click.UsageError("give --pattern, or --zeros and --group, not both")
+    return ss.Pattern(group - zeros, group)
+
+
+def _print(done: ss.Report, pattern: ss.Pattern, verbose: int) -> None:
+    rows = [
+        (
+            m.name,
+            f"{m.n} x {m.k}",
+            f"{m.source} -> {m.stored}",
+            size_text(m.source_bytes),
+            size_text(m.bytes),
+            f"{m.bits_per_weight:.2f}",
+        )
+        for m in done.modules
+    ]
+    if verbose or done.dry_run:
+        print_table(("module", "n x k", "type", "source", "output", "bits/weight"), rows, left=1)
+        for name, reason in done.left_dense.items():
+            click.echo(f"{name}: left dense ({reason})")
+    for name, reason in done.skipped.items():
+        click.echo(f"skipped {name}: {reason}")
+    for note in done.notes:
+        click.echo(f"note: {note}")
+    before, after = sum(m.source_bytes for m in done.modules), sum(m.bytes for m in done.modules)
+    click.echo(
+        f"{len(done.modules)} modules, {done.weights:,} weights at {pattern.described}, {done.scheme}: {size_text(before)} ->"
+        f" {size_text(after)} ({8 * after / max(1, done.weights):.2f} bits a weight); {len(done.left_dense)} left dense"
+    )
+    click.echo(f"k grows {done.expansion:.3g}x when slid; ideal speed-up over dense {done.ideal_speedup:.3g}x")
+    if done.dry_run:
+        click.echo(f"dry run: would write {size_text(done.output_bytes)} to {done.output}")
+    elif done.already_complete:
+        click.echo(f"{done.output} is complete already")
+    else:
+        proof = f"verified in {done.verify_seconds:.1f} s" if done.verified else "not verified"
+        rate = f"{done.weights_per_second / 1e6:.0f} million weights a second"
+        click.echo(f"wrote {size_text(done.output_bytes)} to {done.output} in {done.seconds:.1f} s ({rate}); {proof}")
+
+
+if __name__ == "__main__":
+    pack()

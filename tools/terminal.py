@@ -1,0 +1,127 @@
+"""What every command shares: exit codes, sizes in and out, a progress bar on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+import slidesparse_nb as ss
+
+EXIT_CODES = """\b
+Exit codes: 0 done; 1 failed at run time; 2 wrong usage; 3 weights break the
+pattern; 4 verification failed; 5 unsupported or broken input."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_CODES = ((ss.PatternError, 3), (ss.VerificationError, 4), (ss.UnsupportedError, 5), (ss.FormatError, 5), (ss.OperandError, 2))
+
+
+def exits(function: F) -> F:
+    """Turn errors into one line on stderr and the documented exit code; `-vv` shows where an error came from."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except click.ClickException:
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted; what is done is kept: the same command with --resume continues", 1)
+        except ss.SlideSparseError as error:
+            _fail(str(error), next((code for kind, code in _CODES if isinstance(error, kind)), 1))
+        except (OSError, MemoryError) as error:
+            _fail(f"{error or type(error).__name__}; once that is mended, the same command with --resume continues", 1)
+
+    return run  # type: ignore[return-value]
+
+
+def _fail(message: str, code: int) -> None:
+    if click.get_current_context().params.get("verbose", 0) > 1:
+        traceback.print_exc()
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+_DECIMAL = {unit: 1000**i for i, unit in enumerate(("b", "kb", "mb", "gb", "tb"))}
+_BINARY = {unit: 1024**i for i, unit in enumerate(("", "kib", "mib", "gib", "tib"))}
+_UNITS = {**_DECIMAL, **_BINARY}
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases of click
+    """Bytes: a number with an optional unit, 500MB, 2GiB, 5GB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+        if not match or match[2].lower() not in _UNITS:
+            self.fail(f"{value!r} is not a size such as 500MB or 2GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def size_text(count: float) -> str:
+    """Bytes for a reader: 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+@contextlib.contextmanager
+def progress_bar(show: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar on stderr with rate and time left, one line a phase; yields what `Run(progress=...)` takes."""
+    if not show:
+        yield None
+        return
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console) as bar:
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done)
+
+        yield update
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> None:
+    """A table on stdout, the first `left` columns to the left, the others to the right; never cut by a narrow window."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    out = Console()
+    needed = sum(max(len(str(cell)) for cell in column) + 2 for column in zip(columns, *rows, strict=True))
+    Console(width=max(out.width, needed), highlight=False).print(table)
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
