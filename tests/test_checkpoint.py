@@ -1,0 +1,467 @@
+"""Checkpoints: files, folders, shards, the hub's cache; packed weights through save and load; the golden file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidesparse_nb import packed_tensors, reference
+from slidesparse_nb.checkpoint import (
+    Checkpoint,
+    index_bytes,
+    load,
+    packed_arrays,
+    packed_entries,
+    packed_names,
+    parse_metadata,
+    read_packed,
+    save,
+    shard_name,
+    shard_plan,
+    slidesparse_metadata,
+)
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8, NUMPY_OF, PACKED, DType
+from slidesparse_nb.errors import FormatError, OperandError, UnsupportedError
+from slidesparse_nb.packed import PackedWeight
+from slidesparse_nb.pattern import Pattern, known_patterns
+from slidesparse_nb.safetensors_file import SafetensorsFile
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny.safetensors"
+
+
+def packed_weight(n: int, k: int, pattern: str | Pattern = "6:8", dtype: DType = INT8, seed: int = 0) -> PackedWeight:
+    pattern = Pattern.of(pattern)
+    w = np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
+    return reference.pack(reference.prune(w, pattern), pattern, dtype)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, PackedWeight):
+        facts = [(p.pattern, p.shape, p.dtype, p.scale is None) for p in (a, b)]
+        parts = [(p.values, p.meta) if p.scale is None else (p.values, p.meta, p.scale) for p in (a, b)]
+        return facts[0] == facts[1] and all(same(x, y) for x, y in zip(*parts, strict=True))
+    return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+def same_all(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+
+
+def write(path: Path, text: str = "x") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def shards(root: Path, *files: dict[str, Any]) -> dict[str, str]:
+    """Write each dict as a shard, and the index."""
+    weight_map = {}
+    for i, tensors in enumerate(files):
+        name = shard_name(i, len(files) + 1)  # a name with numbers, even for one
+        save(root / name, tensors)
+        weight_map |= dict.fromkeys(SafetensorsFile(root / name).tensors, name)
+    (root / "model.safetensors.index.json").write_bytes(index_bytes(weight_map, 0))
+    return weight_map
+
+
+# ---- save and load -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("pattern", known_patterns(), ids=str)
+def test_round_trip(tmp_path: Path, pattern: Pattern, dtype: DType) -> None:
+    tensors: dict[str, Any] = {
+        f"layers.{n}x{k}": packed_weight(n, k, pattern, dtype, seed=n + k)
+        for n, k in [(1, 1), (3, 37), (2, 0), (0, 5), (5, pattern.slice_unit), (1, pattern.group + 1), (7, 130)]
+    }
+    tensors["layers.3x37.bias"] = np.arange(3, dtype=np.float16)
+    save(tmp_path / "f.safetensors", tensors)
+    loaded = load(tmp_path / "f.safetensors")
+    assert same_all(loaded, tensors)
+    for name, packed in tensors.items():
+        if isinstance(packed, PackedWeight):
+            assert np.array_equal(reference.unpack(loaded[name]), reference.unpack(packed))
+
+
+@given(data=st.data())
+def test_round_trip_of_anything(tmp_path_factory: Any, data: st.DataObject) -> None:
+    pattern = data.draw(st.sampled_from(known_patterns()))
+    tensors: dict[str, Any] = {}
+    for name in data.draw(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), unique=True, max_size=5)):
+        if data.draw(st.booleans()):
+            n, k = data.draw(st.tuples(st.integers(0, 4), st.integers(0, 50)))
+            tensors[f"packed/{name}"] = packed_weight(n, k, pattern, data.draw(st.sampled_from(PACKED)))
+        else:
+            dtype = NUMPY_OF[data.draw(st.sampled_from(sorted(NUMPY_OF)))]
+            shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
+            tensors[f"array/{name}"] = np.frombuffer(bytes(i % 2 for i in range(27 * 8)), dtype)[: int(np.prod(shape))].reshape(
+                shape
+            )
+    path = tmp_path_factory.mktemp("any") / "f.safetensors"
+    save(path, tensors)
+    once = path.read_bytes()
+    loaded = load(path)
+    assert same_all(loaded, tensors)
+    save(path, loaded)  # over the very file that is mapped
+    assert path.read_bytes() == once
+    assert same_all(loaded, tensors)
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_every_plain_type_both_ways_with_the_oracle(tmp_path: Path) -> None:
+    arrays = {
+        code: np.arange(12).astype(np.int8).view(np.uint8).astype(dtype).reshape(3, 4) for code, dtype in NUMPY_OF.items()
+    }
+    safetensors.numpy.save_file(arrays, tmp_path / "theirs.safetensors")
+    assert same_all(load(tmp_path / "theirs.safetensors"), arrays)
+    save(tmp_path / "ours.safetensors", arrays)
+    theirs = dict(safetensors.deserialize((tmp_path / "ours.safetensors").read_bytes()))
+    assert {name: bytes(tensor["data"]) for name, tensor in theirs.items()} == {n: a.tobytes() for n, a in arrays.items()}
+
+
+def test_loading_copies_nothing_and_keeps_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    save(path, {"fc": packed_weight(4, 40), "bias": np.ones(3)})
+    loaded = load(path)
+    os.unlink(path)
+    packed = loaded["fc"]
+    for array in (packed.values, packed.meta, packed.scale, loaded["bias"]):
+        base = array
+        while isinstance(base.base, np.ndarray):
+            base = base.base
+        assert isinstance(base.base, memoryview)
+        assert isinstance(base.base.obj, mmap.mmap)
+        assert not array.flags.writeable
+    assert same(packed, packed_weight(4, 40))
+
+
+def test_names(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    tensors = {"a": packed_weight(2, 8), "b": packed_weight(2, 8), "a.bias": np.ones(2), "c": np.ones(1)}
+    save(path, tensors)
+    assert same_all(load(path, names=["c", "b"]), {name: tensors[name] for name in ("b", "c")})
+    assert load(path, names=[]) == {}
+    for wrong in ("d", "a.weight_meta"):
+        with pytest.raises(OperandError, match=f"'{wrong}' is no packed module and no tensor"):
+            load(path, names=["a", wrong])
+
+
+def test_several_types_in_a_file(tmp_path: Path) -> None:
+    tensors = {"a": packed_weight(2, 8, dtype=INT8), "b": packed_weight(2, 8, dtype=BFLOAT16), "c": packed_weight(2, 8)}
+    save(tmp_path / "f.safetensors", tensors)
+    header = parse_metadata(SafetensorsFile(tmp_path / "f.safetensors").metadata)
+    assert header is not None
+    assert (header.pattern, header.dtype) == (Pattern(6, 8), None)
+    assert same_all(load(tmp_path / "f.safetensors"), tensors)
+
+
+def test_arrays_of_a_device_are_copied_to_the_host(tmp_path: Path) -> None:
+    class DeviceArray:
+        """What save uses of a CuPy array."""
+
+        def __init__(self, array: Any) -> None:
+            self.array, self.dtype, self.shape, self.nbytes = array, array.dtype, array.shape, array.nbytes
+
+        def get(self) -> Any:
+            return self.array
+
+    packed = packed_weight(3, 16, dtype=FLOAT8)
+    parts = (packed.values.view(np.uint8), packed.meta, packed.scale)  # raw bits: CuPy has no FP8
+    on_device = PackedWeight(*(DeviceArray(part) for part in parts), packed.pattern, packed.shape, packed.dtype)
+    tensors: dict[str, Any] = {"fc": on_device, "bias": DeviceArray(np.ones(3))}
+    save(tmp_path / "f.safetensors", tensors)
+    assert same_all(load(tmp_path / "f.safetensors"), {"fc": packed, "bias": np.ones(3)})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"a": packed_weight(1, 8), "b": packed_weight(1, 8, "2:4")}, "hold patterns 2:4, 6:8; a file has one"),
+        ({"a": packed_weight(1, 8), "a.weight": np.ones(1)}, "'a' has both weight and weight_packed"),
+        ({"a": packed_weight(1, 8), "a.weight_meta": np.ones(1)}, "'a.weight_meta': must name one tensor, once"),
+        ({"a": packed_weight(1, 8), "b.weight_meta": np.ones(1)}, "'b.weight_meta' needs tensor 'b.weight_packed'"),
+        ({"a.weight_packed": np.ones(1), "a.weight_meta": np.ones(1)}, "'a' is packed, but metadata 'slidesparse' is missing"),
+        ({"a": np.array(["text"])}, "'a': <U4 is no type of the safetensors format"),
+        ({"a": np.ones(1, ">f4")}, "'a': >f4 is no type"),
+        ({"__metadata__": np.ones(1)}, "'__metadata__': must name"),
+    ],
+)
+def test_save_refuses(tmp_path: Path, tensors: Any, message: str) -> None:
+    with pytest.raises(OperandError, match=message):
+        save(tmp_path / "f.safetensors", tensors)
+    assert os.listdir(tmp_path) == []
+
+
+def test_save_refuses_bad_paths_and_weights(tmp_path: Path) -> None:
+    for path in (tmp_path / "f.bin", tmp_path, tmp_path / "d.safetensors"):
+        (tmp_path / "d.safetensors").mkdir(exist_ok=True)
+        with pytest.raises(OperandError, match=r"must be a file ending in .safetensors"):
+            save(path, {})
+    packed = packed_weight(2, 16)
+    bad = PackedWeight(packed.values, packed.meta, -packed.scale, packed.pattern, packed.shape, packed.dtype)
+    with pytest.raises(FormatError, match=r"fc.scale: .* must be finite and not negative"):
+        save(tmp_path / "f.safetensors", {"fc": bad})
+    with pytest.raises(FileNotFoundError):
+        save(tmp_path / "none" / "f.safetensors", {})
+    assert os.listdir(tmp_path) == ["d.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "f.safetensors"
+    save(path, {"a": np.ones(3)})
+    old = path.read_bytes()
+
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    for call in ("pwrite", "fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            with pytest.raises(OSError, match="No space"):
+                save(path, {"a": np.zeros(3)})
+        assert path.read_bytes() == old
+        assert os.listdir(tmp_path) == [path.name]
+
+
+# ---- folders -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_one_file(tmp_path: Path) -> None:
+    save(tmp_path / "model.safetensors", {"fc": packed_weight(2, 16), "x": np.ones(2)})
+    write(tmp_path / "config.json", '{"hidden_size": 16, "limit": Infinity}')  # as Python writes it, and models have it
+    save(tmp_path / "consolidated.safetensors", {"y": np.ones(1)})
+    (tmp_path / "2_Dense").mkdir()
+    save(tmp_path / "2_Dense" / "model.safetensors", {"z": np.ones(1)})
+    copied = ["README.md", "tokenizer.json", "1_Pooling/config.json", "2_Dense/config.json", "3_Dense/pytorch_model.bin"]
+    left = ["pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "onnx/model.onnx", "tf_model.h5"]
+    left += ["2_Dense/pytorch_model.bin", "openvino/openvino_model.bin", "other.safetensors.index.json", "A.GGUF"]
+    hidden = [".gitattributes", ".cache/x", ".git/config", "1_Pooling/.hidden"]
+    for name in copied + left + hidden:
+        write(tmp_path / name)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert checkpoint.root == tmp_path
+        assert not checkpoint.is_single_file
+        assert [file.path for file in checkpoint.files] == [tmp_path / "model.safetensors"]
+        assert checkpoint.config == {"hidden_size": 16, "limit": float("inf")}
+        assert sorted(checkpoint.companions) == sorted([*copied, "2_Dense/model.safetensors"])
+        assert sorted(checkpoint.left_behind) == sorted([*left, "consolidated.safetensors"])
+        assert checkpoint.metadata["format"] == "pt"
+        assert checkpoint.array("x").tolist() == [1, 1]
+        assert checkpoint.raw("x").nbytes == 16
+        checkpoint.release("x")
+        assert checkpoint.file_of("x") is checkpoint.files[0]
+        with pytest.raises(OperandError, match="'y' is no tensor of"):
+            checkpoint.array("y")
+        assert list(read_packed(checkpoint)) == ["fc"]
+    assert same_all(load(str(tmp_path)), load(tmp_path / "model.safetensors"))
+
+
+def test_a_file_alone(tmp_path: Path) -> None:
+    save(tmp_path / "model.safetensors", {"x": np.ones(2)})
+    write(tmp_path / "config.json", "{}")
+    with Checkpoint.open(tmp_path / "model.safetensors") as checkpoint:
+        assert checkpoint.is_single_file
+        assert (checkpoint.root, checkpoint.config, checkpoint.companions, checkpoint.left_behind) == (None, None, [], [])
+
+
+def test_shards(tmp_path: Path) -> None:
+    one, two = {"b": packed_weight(2, 16), "b.bias": np.ones(2)}, {"a": packed_weight(2, 8, dtype=FLOAT8)}
+    shards(tmp_path, one, two)
+    write(tmp_path / "tokenizer.json")
+    for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        assert same_all(load(path), one | two)
+        with Checkpoint.open(path) as checkpoint:
+            assert [file.path.name for file in checkpoint.files] == [
+                "model-00001-of-00003.safetensors",
+                "model-00002-of-00003.safetensors",
+            ]
+            assert checkpoint.companions == ["tokenizer.json"]
+            assert checkpoint.left_behind == []
+            assert checkpoint.config is None
+            assert checkpoint.root == tmp_path
+            assert not checkpoint.is_single_file
+            assert next(iter(checkpoint.tensors)).startswith("b")
+
+
+def test_which_weights_a_folder_means(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"holds no .safetensors file"):
+        Checkpoint.open(tmp_path)
+    write(tmp_path / "pytorch_model.bin")
+    with pytest.raises(UnsupportedError, match=r"holds weights only as pytorch_model.bin; convert"):
+        Checkpoint.open(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"pytorch_model.bin: is no .safetensors file"):
+        Checkpoint.open(tmp_path / "pytorch_model.bin")
+    save(tmp_path / "unet.safetensors", {"u": np.ones(1)})
+    assert list(load(tmp_path)) == ["u"]
+    save(tmp_path / "vae.safetensors", {"v": np.ones(1)})
+    with pytest.raises(FormatError, match=r"holds unet.safetensors, vae.safetensors and no model.safetensors.index.json; name"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "vae.safetensors.index.json").write_bytes(index_bytes({"v": "vae.safetensors"}, 8))
+    assert list(load(tmp_path)) == ["v"]
+    save(tmp_path / "model.safetensors", {"m": np.ones(1)})
+    assert list(load(tmp_path)) == ["m"]
+    (tmp_path / "model.safetensors.index.json").write_bytes(index_bytes({"m": "model.safetensors"}, 8))
+    assert list(load(tmp_path)) == ["m"]
+    (tmp_path / "model.safetensors.index.json").write_bytes(index_bytes({"u": "unet.safetensors"}, 8))
+    with pytest.raises(FormatError, match=r"holds both model.safetensors and model.safetensors.index.json of other files"):
+        Checkpoint.open(tmp_path)
+    assert list(load(tmp_path / "model.safetensors.index.json")) == ["u"]
+
+
+def test_the_hub_cache(tmp_path: Path) -> None:
+    repo = tmp_path / "models--org--name"
+    snapshot = repo / "snapshots" / "0123abc"
+    real = tmp_path / "real"
+    for folder in (repo / "blobs", snapshot / "1_Pooling", real):
+        folder.mkdir(parents=True)
+    one = {"fc": packed_weight(2, 16)}
+    shards(real, one)
+    write(real / "config.json", '{"a": 1}')
+    write(real / "1_Pooling" / "config.json", "{}")
+    names = [path.relative_to(real) for path in sorted(real.rglob("*")) if path.is_file()]
+    for i, name in enumerate(names):
+        os.rename(real / name, repo / "blobs" / f"hash{i}")
+        (snapshot / name).symlink_to(Path(*[".."] * (1 + len(name.parts)), "blobs", f"hash{i}"))
+    for path in (snapshot, snapshot / "model.safetensors.index.json"):
+        with Checkpoint.open(path) as checkpoint:
+            assert checkpoint.config == {"a": 1}
+            assert checkpoint.companions == ["1_Pooling/config.json"]
+        assert same_all(load(path), one)
+    assert same_all(load(snapshot / "model-00001-of-00002.safetensors"), one)
+    (tmp_path / "latest").symlink_to(snapshot)
+    assert same_all(load(tmp_path / "latest"), one)
+
+
+# ---- shards, index, metadata -------------------------------------------------------------------------------------
+
+
+def test_shard_plan() -> None:
+    items = [("a", 4), ("b", 4), ("c", 3), ("d", 20), ("e", 1), ("f", 0)]
+    assert shard_plan(items, 10) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+    assert shard_plan(items, 8) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+    assert shard_plan(items, 1) == [["a"], ["b"], ["c"], ["d"], ["e", "f"]]
+    assert shard_plan(items, None) == [["a", "b", "c", "d", "e", "f"]]
+    assert shard_plan([], 5) == [[]]
+
+
+@given(sizes=st.lists(st.integers(0, 30)), limit=st.integers(1, 50))
+def test_shard_plan_keeps_order_and_limit(sizes: list[int], limit: int) -> None:
+    plan = shard_plan(list(enumerate(sizes)), limit)
+    assert [key for shard in plan for key in shard] == list(range(len(sizes)))
+    assert all(len(shard) == 1 or sum(sizes[key] for key in shard) <= limit for shard in plan if shard)
+    for shard, after in itertools.pairwise(plan):
+        assert sum(sizes[key] for key in [*shard, after[0]]) > limit
+
+
+def test_shard_names_and_index() -> None:
+    assert shard_name(0, 1) == "model.safetensors"
+    assert [shard_name(i, 2) for i in range(2)] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert shard_name(11, 12, "x") == "x-00012-of-00012.safetensors"
+    index = b'{\n  "metadata": {\n    "total_size": 5\n  },\n  "weight_map": {\n    "a": "f",\n    "b\xc3\xa9": "e"\n  }\n}\n'
+    assert index_bytes({"bé": "e", "a": "f"}, 5) == index
+
+
+def test_metadata() -> None:
+    metadata = slidesparse_metadata(Pattern(6, 8), INT8)
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata["slidesparse"]) == {
+        "version": 1,
+        "pattern": {"nnz": 6, "group": 8},
+        "dtype": "int8",
+        "tool": packed_tensors.TOOL,
+    }
+    for pattern in known_patterns():
+        for dtype in (*PACKED, None):
+            header = parse_metadata(slidesparse_metadata(pattern, dtype, "t"))
+            assert header == packed_tensors.PackedHeader(pattern, dtype, "t")
+    assert parse_metadata({"format": "pt"}) is None
+
+
+def test_entries_and_arrays_agree() -> None:
+    for dtype in PACKED:
+        packed = packed_weight(3, 50, "8:10", dtype)
+        entries = packed_entries("m", packed.pattern, dtype, packed.shape)
+        arrays = packed_arrays("m", packed)
+        assert [name for name, _, _ in entries] == list(arrays) == packed_names("m", packed)
+        assert [(NUMPY_OF[code], shape) for _, code, shape in entries] == [(a.dtype, a.shape) for a in arrays.values()]
+        assert ("m.weight_scale" in arrays) == (dtype.qmax is not None)
+
+
+def test_other_tools_weight_packed_is_an_ordinary_tensor(tmp_path: Path) -> None:
+    """compressed-tensors' pack-quantized format uses two of our names."""
+    tensors = {
+        "fc.weight_packed": np.ones((2, 2), np.int32),
+        "fc.weight_shape": np.array([2, 16]),
+        "fc.weight_scale": np.ones(2),
+    }
+    save(tmp_path / "f.safetensors", tensors)
+    with Checkpoint.open(tmp_path / "f.safetensors") as checkpoint:
+        assert read_packed(checkpoint) == {}
+    assert same_all(load(tmp_path / "f.safetensors"), tensors)
+
+
+# ---- the golden file ---------------------------------------------------------------------------------------------
+
+GOLDEN_W = [[127, -2, 0, 4, 5, 0, 7, 8, -9, 0], [0, 0, 6, 0, 0, 0, 0, -254, 0, 10]]
+GOLDEN_HEADER = (
+    r'{"__metadata__":{"format":"pt","slidesparse":"{\"version\":1,\"pattern\":{\"nnz\":6,\"group\":8},'
+    r'\"dtype\":\"int8\",\"tool\":\"slidesparse_nb 0.1.0\"}"},'
+    '"fc.weight_shape":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},'
+    '"fc.bias":{"dtype":"F32","shape":[2],"data_offsets":[16,24]},'
+    '"fc.weight_scale":{"dtype":"F32","shape":[2,1],"data_offsets":[24,32]},'
+    '"fc.weight_meta":{"dtype":"U8","shape":[2,3],"data_offsets":[32,38]},'
+    '"fc.weight_packed":{"dtype":"I8","shape":[2,12],"data_offsets":[38,62]}}  '
+)
+GOLDEN_DATA = """
+    02 00 00 00 00 00 00 00  0a 00 00 00 00 00 00 00
+    00 00 c0 3f  00 00 00 c0
+    00 00 80 3f  00 00 00 40
+    94 4e 44  48 4c 44
+    7f fe 04 05 07 08 f7 00 00 00 00 00
+    00 03 00 00 00 81 00 05 00 00 00 00
+"""  # shape (2, 10); bias 1.5, -2; scales 1, 2; nibbles 4 9 E 4 4 4 and 8 4 C 4 4 4; values: docs/format.md has it byte by byte
+
+
+def golden_bytes() -> bytes:
+    header = GOLDEN_HEADER.encode()
+    assert len(header) % 8 == 0
+    return len(header).to_bytes(8, "little") + header + bytes.fromhex(GOLDEN_DATA)
+
+
+def test_golden_file_is_what_is_written_here() -> None:
+    assert GOLDEN.read_bytes() == golden_bytes()
+
+
+def test_golden_file_reads_as_its_weights() -> None:
+    loaded = load(GOLDEN)
+    packed = loaded["fc"]
+    assert loaded.keys() == {"fc", "fc.bias"}
+    assert (packed.pattern, packed.dtype, packed.shape) == (Pattern(6, 8), INT8, (2, 10))
+    assert (reference.unpack(packed) * packed.scale).tolist() == GOLDEN_W
+    assert loaded["fc.bias"].tolist() == [1.5, -2]
+    assert dict(safetensors.deserialize(golden_bytes()))["fc.weight_shape"]["shape"] == [2]
+
+
+def test_golden_weights_write_the_golden_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_tensors, "TOOL", "slidesparse_nb 0.1.0")
+    packed = reference.pack(np.array(GOLDEN_W, np.float32), Pattern(6, 8), INT8)
+    save(tmp_path / "f.safetensors", {"fc.bias": np.array([1.5, -2], np.float32), "fc": packed})
+    assert (tmp_path / "f.safetensors").read_bytes() == golden_bytes()
+
+
+def test_golden_file_is_explained() -> None:
+    """docs/format.md shows these very bytes."""
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    for line in GOLDEN_DATA.strip().splitlines():
+        assert line.strip() in text
+    assert GOLDEN_HEADER.strip() in text.replace("\n", "")
