@@ -13,8 +13,9 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "tools"
 
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -30,13 +31,20 @@ import slidesparse_nb as ss
 
 from .demo_picture import draw
 from .demo_sentences import SENTENCES
-from .encoder import Encoder, QuantizedWeight, is_linear
+from .encoder import Encoder, QuantizedWeight, linear_layers
 
 PATTERNS = ("8:10", "6:8", "4:6", "2:4")
 
 KNOWN = ("The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium.")
 KNOWN_SIMILARITIES = (0.6660, 0.1046, 0.1411)
 """Cosines of 1 to 2, 1 to 3 and 2 to 3 in the quick start of sentence-transformers' documentation, for this same model."""
+
+LEGEND = """\
+ideal speed-up   over int8 dense, if 2:4 sparse products take exactly half the time
+file             linear layers, and everything else as it was: embedding tables in float32
+groups over      groups in the dense source with more non-zeros than the pattern allows
+cosine           of every sentence's embedding with its float32 one
+top-1, top-3     nearest other sentences that are the same as in float32"""
 
 
 @dataclass(frozen=True)
@@ -81,17 +89,13 @@ def agreement(embeddings: NDArray[np.float32], dense: NDArray[np.float32]) -> di
     return {"cosine": cosine, "top1": float((ours[:, 0] == theirs[:, 0]).mean()), "top3": float(shared.mean())}
 
 
-def share_over(weights: Mapping[str, Any], pattern: ss.Pattern) -> float:
-    """Share of groups in the linear layers that have more non-zeros than `pattern` allows."""
-    linear = [w for name, w in weights.items() if is_linear(name)]
-    bad = sum(len(ss.reference.violations(w, pattern)) for w in linear)
-    groups = sum(int(w.shape[0]) * -(-int(w.shape[1]) // pattern.group) for w in linear)
+def share_over(layers: Iterable[NDArray[np.float32]], pattern: ss.Pattern) -> float:
+    """Share of groups in weights [n, k] that have more non-zeros than `pattern` allows."""
+    bad = groups = 0
+    for w in layers:
+        bad += len(ss.reference.violations(w, pattern))
+        groups += w.shape[0] * -(-w.shape[1] // pattern.group)
     return bad / groups
-
-
-def quantized(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The same weights, those of linear layers in int8 and not pruned."""
-    return {name: QuantizedWeight(w) if is_linear(name) else w for name, w in weights.items()}
 
 
 def file_bytes(folder: Path) -> int:
@@ -137,26 +141,28 @@ def table(outcomes: Sequence[Outcome]) -> Table:
 def compare(source: Path, name: str, out: Path, say: Callable[[str], None]) -> list[Outcome]:
     """Run `SENTENCES` through the model in folder `source`: dense, in int8, and packed at each of `PATTERNS` under `out`."""
     weights = ss.load(source)
-    linear = {name: w for name, w in weights.items() if is_linear(name)}
-    count = sum(w.size for w in linear.values())
+    layers = linear_layers(weights)
+    count = sum(w.size for w in layers.values())
 
     def outcome(form_name: str, form: Mapping[str, Any], **facts: Any) -> Outcome:
         embeddings = Encoder(source, form)(SENTENCES)
-        size = sum(form[layer].nbytes for layer in linear)
+        size = sum(int(form.get(layer, w).nbytes) for layer, w in layers.items())
         return Outcome(form_name, linear_bytes=size, bits_per_weight=8 * size / count, **facts, **agreement(embeddings, dense))
 
     dense = Encoder(source, weights)(SENTENCES)
+    quantized = {**weights, **{layer: QuantizedWeight(w) for layer, w in layers.items()}}
     outcomes = [
         outcome("float32", weights, speedup=Fraction(0), file_bytes=file_bytes(source), over=None),
-        outcome("int8 dense", quantized(weights), speedup=Fraction(1), file_bytes=None, over=None),
+        outcome("int8 dense", quantized, speedup=Fraction(1), file_bytes=None, over=None),
     ]
     for text in PATTERNS:
         pattern = ss.Pattern.of(text)
         began = time.perf_counter()
         folder = out / f"{name}-{pattern.nnz}of{pattern.group}-int8"
-        ss.pack_checkpoint(source, folder, pattern=pattern, scheme="INT8_W8A8", prune="magnitude", verify=True, overwrite=True)
-        say(f"packed and verified at {pattern.described} in {time.perf_counter() - began:.1f} s: {folder}")
-        facts = {"speedup": pattern.speedup, "file_bytes": file_bytes(folder), "over": share_over(linear, pattern)}
+        options = ss.Options(pattern=pattern, scheme="INT8_W8A8", prune="magnitude")
+        ss.pack_checkpoint(source, folder, options, ss.Run(verify=True, overwrite=True))
+        say(f"{pattern.described:20} packed and verified in {time.perf_counter() - began:.1f} s: {folder}")
+        facts = {"speedup": pattern.speedup, "file_bytes": file_bytes(folder), "over": share_over(layers.values(), pattern)}
         outcomes.append(outcome(text, ss.load(folder), **facts))
     return outcomes
 
@@ -171,7 +177,7 @@ def known_line(source: Path) -> str:
         raise click.ClickException(
             f"the NumPy encoder is wrong: similarities {shown[0]}, sentence-transformers gives {shown[1]}"
         )
-    return f"the NumPy encoder gives the similarities that sentence-transformers publishes for this model: {shown[0]}"
+    return f"encoder in NumPy: similarities {shown[0]}, as sentence-transformers publishes for this model"
 
 
 @click.command()
@@ -181,18 +187,19 @@ def known_line(source: Path) -> str:
 def main(out: Path, model: Path | None) -> None:
     """Pack a real sentence encoder at 8:10, 6:8, 4:6 and 2:4 and show what each pattern costs: a table and a picture."""
     began = time.perf_counter()
-    log = Console(stderr=True, highlight=False, markup=False)
+    say = functools.partial(click.echo, err=True)
     source, name = (model, model.resolve().name) if model else (packaged_model(), "all-MiniLM-L6-v2")
     out.mkdir(parents=True, exist_ok=True)
     if model is None:
-        log.print(known_line(source))
-    outcomes = compare(source, name, out, log.print)
-    picture = out / "demo.png"
+        say(known_line(source))
+    outcomes = compare(source, name, out, say)
     setting = f"{len(SENTENCES)} sentences through {name}, int8, pruned by magnitude, not retrained"
-    draw(outcomes[1:], setting, picture)
-    console = Console(highlight=False, markup=False, width=max(log.width, 80))
+    draw(outcomes[1:], setting, out / "demo.png")
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, 80)
+    console.print(f"\n{setting}\n")
     console.print(table(outcomes))
-    console.print(f"\n{setting}; picture: {picture} ({time.perf_counter() - began:.0f} s)")
+    click.echo(f"\n{LEGEND}\n\npicture: {out / 'demo.png'}   time: {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

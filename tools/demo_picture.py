@@ -55,7 +55,7 @@ def draw(outcomes: Sequence[Outcome], setting: str, path: Path) -> None:
         rows = [
             ("", [outcome.name for outcome in outcomes]),
             ("ideal speed-up", [f"{float(outcome.speedup):.2f}x" for outcome in outcomes]),
-            ("bits per weight", [f"{outcome.bits_per_weight:.1f}" for outcome in outcomes]),
+            ("bits per weight", [f"{outcome.bits_per_weight:.2f}" for outcome in outcomes]),
             ("nearest sentence kept", [f"{outcome.top1:.0%}" for outcome in outcomes]),
             ("three nearest kept", [f"{outcome.top3:.0%}" for outcome in outcomes]),
         ]

@@ -24,9 +24,9 @@ import slidesparse_nb as ss
 Array = NDArray[np.float32]
 
 
-def is_linear(name: str) -> bool:
-    """Whether the tensor `name` is the weight of one of the encoder's linear layers."""
-    return name.startswith("encoder.layer.") and name.endswith(".weight") and "LayerNorm" not in name
+def linear_layers(weights: Mapping[str, Any]) -> dict[str, Array]:
+    """The encoder's linear layers in a dense checkpoint: module name -> weight [n, k]."""
+    return {name.removesuffix(".weight"): w for name, w in weights.items() if name.startswith("encoder.layer.") and w.ndim == 2}
 
 
 class Encoder:
@@ -34,7 +34,8 @@ class Encoder:
 
     Args:
         folder: a Hugging Face folder of a BERT model with `config.json` and `tokenizer.json`.
-        weights: the tensors by name; a linear layer's weight is float32 [n, k], a `PackedWeight`, or a `QuantizedWeight`.
+        weights: tensors by name, as `slidesparse_nb.load` returns them. A linear layer X is a float32 tensor `X.weight` [n, k],
+            or under X itself a `PackedWeight` or `QuantizedWeight`.
 
     Raises:
         click.UsageError: the folder holds another kind of model.
@@ -83,13 +84,13 @@ class Encoder:
 
     def linear(self, name: str, x: Array) -> Array:
         """x [m, k] @ w.T + bias -> [m, n], by whatever form the weight has."""
-        w, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        w, bias = self.weights.get(name), self.weights[f"{name}.bias"]
         if isinstance(w, ss.PackedWeight):
             y: Array = ss.matmul(x, w, bias=bias)
         elif isinstance(w, QuantizedWeight):
             y = w.matmul(x) + bias
         else:
-            y = x @ w.T + bias
+            y = x @ self.weights[f"{name}.weight"].T + bias
         return y
 
     def norm(self, name: str, x: Array) -> Array:
@@ -104,15 +105,20 @@ class QuantizedWeight:
     """w [n, k] in int8 with one scale a row and nothing pruned: what quantization alone costs."""
 
     def __init__(self, w: Array) -> None:
-        q = ss.quantize(w, "int8")
-        self.values, self.scale = q.values.astype(np.float32), q.scale  # float32 holds int8, and BLAS multiplies it fast
-        self.nbytes = int(q.values.nbytes + q.scale.nbytes)
+        self.values, self.scale = int8_rows(w)
+        self.nbytes = w.size + self.scale.nbytes  # `values` are int8, held as float32 because BLAS multiplies that fast
 
     def matmul(self, x: Array) -> Array:
         """x [m, k] @ w.T -> [m, n]; every token in int8 as well. float32 holds these integer sums exactly up to 2^24."""
-        q = ss.quantize(x, "int8")
-        y: Array = (q.values.astype(np.float32) @ self.values.T) * q.scale * self.scale.T
+        values, scale = int8_rows(x)
+        y: Array = (values @ self.values.T) * scale * self.scale.T
         return y
+
+
+def int8_rows(x: Array) -> tuple[Array, Array]:
+    """x [m, k] -> whole numbers from -127 to 127 [m, k] and a scale a row [m, 1], so that x ~= values * scale."""
+    scale = np.maximum(np.abs(x).max(axis=1, keepdims=True) / np.float32(127), np.finfo(np.float32).tiny)
+    return np.rint(x / scale), scale
 
 
 def attention(q: Array, k: Array, v: Array, heads: int) -> Array:
