@@ -1,6 +1,6 @@
 """Which tensors of a checkpoint are linear layers to be packed, of what type, and why the others are not.
 
-Nothing is read here but headers and config.json; the decisions are names and shapes. Parts that serving engines fuse into one
+The decisions are names, types and shapes; no weight is read. Parts that serving engines fuse into one
 matrix (q/k/v, gate/up) are decided together: all are packed or none.
 """
 
@@ -169,7 +169,7 @@ def select(
         elif code not in SOURCE_CODES:
             selection.left_dense[module] = f"dtype {code}"
         else:
-            _add(selection, module, code, (shape[0], shape[1]), tensors, scheme)
+            _add(selection, module, code, (shape[0], shape[1]), checkpoint, scheme)
     for module in [m.name for m in selection.modules]:
         for sibling in fused_with(module):
             if sibling in selection.left_dense or sibling in selection.bad:
@@ -179,15 +179,9 @@ def select(
     return selection
 
 
-def _add(
-    selection: Selection,
-    name: str,
-    code: str,
-    shape: tuple[int, int],
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    scheme: str,
-) -> None:
+def _add(selection: Selection, name: str, code: str, shape: tuple[int, int], checkpoint: Checkpoint, scheme: str) -> None:
     """Append one module, or say in `selection.bad` why it cannot be packed."""
+    tensors = checkpoint.tensors
     source = {"F32": dtypes.BFLOAT16}.get(code) or next(t for t in dtypes.PACKED if t.safetensors == code)
     dtype = source if scheme == "auto" else dtypes.packed_dtype(scheme)
     companions = tuple(
@@ -205,12 +199,16 @@ def _add(
                 f"{name}.weight: {code} values without {scale}; only per-channel or per-tensor scales can be packed"
             )
             return
-        rows = tensors[scale][1]
-        if tensors[scale][0] not in ("F32", "F16", "BF16") or rows not in ((), (1,), (1, 1), (shape[0],), (shape[0], 1)):
+        found = tensors[scale][0]
+        rows = found.shape
+        if found.code not in ("F32", "F16", "BF16") or rows not in ((), (1,), (1, 1), (shape[0],), (shape[0], 1)):
             selection.bad[name] = (
-                f"{scale}: {tensors[scale][0]} {list(rows)} is neither per channel [{shape[0]}, 1] nor per tensor [1];"
+                f"{scale}: {found.code} {list(rows)} is neither per channel [{shape[0]}, 1] nor per tensor [1];"
                 " requantize per channel"
             )
+            return
+        if (zero := f"{name}.weight_zero_point") in companions and checkpoint.array(zero).any():
+            selection.bad[name] = f"{zero}: a zero point other than 0 cannot be packed; requantize symmetrically"
             return
         if dtype is not source:
             raise UnsupportedError(

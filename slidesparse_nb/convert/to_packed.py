@@ -180,13 +180,13 @@ class _Maker:
         for first, last in row_ranges(*extent(self.checkpoint, module), UNIT_BYTES):
             count += len(violations(self.stored_rows(module, first, last)[0], pattern))
             release_rows(self.checkpoint, module, first, last)
-        groups = n * -(-k // pattern.group)
-        column = group * pattern.group
+        column, groups = group * pattern.group, n * -(-k // pattern.group)
         hint = violations_hint(self.checkpoint.array(module.weight), pattern)
         return PatternError(
             f"{module.weight}: row {row}, group {group} (columns {column} to {min(column + pattern.group, k) - 1}) has more"
             f" than {pattern.nnz} non-zeros; {count} of {groups} groups ({100 * count / groups:.3g} %) break"
-            f" {pattern.described}; prune with --prune magnitude, or leave such modules dense with --skip-bad{'. ' * bool(hint)}{hint}",
+            f" {pattern.described}; prune with --prune magnitude, or leave such modules dense with --skip-bad"
+            + (f"; {hint}" if hint else ""),
             row=row,
             group=group,
             count=count,

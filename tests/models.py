@@ -1,0 +1,133 @@
+"""Small made-up models, in the shapes that real checkpoints have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from slidesparse_nb import Pattern, reference
+from slidesparse_nb.checkpoint import index_bytes
+from slidesparse_nb.dtypes import CODE_OF, FLOAT8, INT8
+from slidesparse_nb.safetensors_file import SafetensorsWriter
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> Path:
+    """One .safetensors file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [(name, CODE_OF[array.dtype], array.shape) for name, array in tensors.items()]
+    with SafetensorsWriter(path, entries, {"format": "pt"} if metadata is None else metadata) as writer:
+        for name, array in tensors.items():
+            writer.write(name, array)
+    return path
+
+
+def tensors(
+    dtype: Any = BF16, *, layers: int = 2, hidden: int = 48, seed: int = 0, prune: str | None = "6:8"
+) -> dict[str, np.ndarray]:
+    """A decoder's tensors: attention with biases, gated MLP, norms, a router, embeddings and a head."""
+    rng = np.random.default_rng(seed)
+
+    def dense(*shape: int) -> np.ndarray:
+        w = rng.standard_normal(shape).astype(np.float32)
+        if prune and len(shape) == 2:
+            w = reference.prune(w, Pattern.of(prune))
+        return w.astype(dtype)
+
+    found = {"model.embed_tokens.weight": rng.standard_normal((64, hidden)).astype(dtype)}
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            found[f"{at}.self_attn.{part}.weight"] = dense(hidden, hidden)
+        found[f"{at}.self_attn.q_proj.bias"] = rng.standard_normal(hidden).astype(dtype)
+        for part in ("gate_proj", "up_proj"):
+            found[f"{at}.mlp.{part}.weight"] = dense(2 * hidden, hidden)
+        found[f"{at}.mlp.down_proj.weight"] = dense(hidden, 2 * hidden)
+        found[f"{at}.mlp.gate.weight"] = rng.standard_normal((4, hidden)).astype(dtype)
+        found[f"{at}.input_layernorm.weight"] = np.ones(hidden, dtype)
+    found["model.norm.weight"] = np.ones(hidden, dtype)
+    found["lm_head.weight"] = rng.standard_normal((64, hidden)).astype(dtype)
+    return found
+
+
+MODULES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def folder(
+    path: Path, parts: dict[str, np.ndarray] | None = None, *, shards: int = 1, config: dict[str, Any] | None = None
+) -> Path:
+    """A Hugging Face folder: weights in `shards` files, config.json, a tokenizer, a subfolder."""
+    parts = tensors() if parts is None else parts
+    path.mkdir(parents=True, exist_ok=True)
+    if shards == 1:
+        write(path / "model.safetensors", parts)
+    else:
+        homes: dict[str, str] = {}
+        for i in range(shards):
+            name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+            mine = {key: parts[key] for key in list(parts)[i::shards]}
+            write(path / name, mine)
+            homes.update(dict.fromkeys(mine, name))
+        (path / "model.safetensors.index.json").write_bytes(index_bytes(homes, sum(a.nbytes for a in parts.values())))
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 48, **(config or {})}))
+    (path / "tokenizer.json").write_text("{}")
+    (path / "1_Pooling").mkdir(exist_ok=True)
+    (path / "1_Pooling" / "config.json").write_text('{"mode": "mean"}')
+    (path / "pytorch_model.bin").write_bytes(b"weights of another format")
+    return path
+
+
+def quantized(kind: str, scales: str = "channel", *, prune: str | None = "6:8") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The same decoder as compressed-tensors writes it: tensors and config; `scales` per "channel" or per "tensor"."""
+    dtype = INT8 if kind == "int8" else FLOAT8
+    parts: dict[str, np.ndarray] = {}
+    for name, w in tensors(prune=prune).items():
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or not module.endswith(MODULES):
+            parts[name] = w
+            continue
+        if scales == "channel":
+            q, scale = reference.quantize(w, dtype)
+        else:
+            q, scale = reference.quantize(w.reshape(1, -1), dtype)
+            q, scale = q.reshape(w.shape), scale.reshape(1)
+        parts[name], parts[f"{module}.weight_scale"] = q, scale.astype(BF16)
+    group = {
+        "targets": ["Linear"],
+        "weights": {
+            "num_bits": 8,
+            "type": "int" if kind == "int8" else "float",
+            "strategy": scales,
+            "symmetric": True,
+            "dynamic": False,
+        },
+        "input_activations": {
+            "num_bits": 8,
+            "type": "int" if kind == "int8" else "float",
+            "strategy": "token",
+            "symmetric": True,
+            "dynamic": True,
+        },
+    }
+    form = "int-quantized" if kind == "int8" else "float-quantized"
+    return parts, {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": form,
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head"],
+        }
+    }

@@ -1,0 +1,318 @@
+"""Whole checkpoints: what is packed, what passes through, and what the output says of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import models
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import slidesparse_nb as ss
+from slidesparse_nb import reference
+from slidesparse_nb.checkpoint import Checkpoint
+from slidesparse_nb.dtypes import packed_dtype
+
+SCHEMES = {"INT8_W8A8": "int8", "FP8_DYNAMIC": "float8_e4m3fn", "BF16": "bfloat16", "FP16": "float16"}
+FAST = ss.Run(max_workers=2)
+
+
+def options(**given: object) -> ss.Options:
+    return ss.Options(**{"pattern": "6:8", **given})  # type: ignore[arg-type]
+
+
+def assert_packed(out: Path, parts: dict[str, np.ndarray], pattern: str, scheme: str) -> None:
+    """Every module holds what the reference makes of its source; every other tensor is the source's, byte for byte."""
+    found = ss.load(out)
+    for name, w in parts.items():
+        module = name.removesuffix(".weight")
+        if module.endswith(models.MODULES) and name.endswith(".weight"):
+            packed = found.pop(module)
+            assert isinstance(packed, ss.PackedWeight)
+            wanted = reference.pack(
+                reference.prune(w, ss.Pattern.of(pattern)), ss.Pattern.of(pattern), packed_dtype(SCHEMES[scheme])
+            )
+            assert packed.values.tobytes() == wanted.values.tobytes()
+            assert packed.meta.tobytes() == wanted.meta.tobytes()
+            assert (packed.scale is None) == (wanted.scale is None)
+            assert packed.scale is None or packed.scale.tobytes() == wanted.scale.tobytes()
+        else:
+            other = found.pop(name)
+            assert isinstance(other, np.ndarray)
+            assert other.dtype == w.dtype
+            assert other.shape == w.shape
+            assert other.tobytes() == w.tobytes()
+    assert not found
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("pattern", ["2:4", "4:6", "6:8", "8:10", "14:16"])
+def test_every_pattern_and_scheme(tmp_path: Path, pattern: str, scheme: str) -> None:
+    parts = models.tensors(np.float32, prune=None)
+    models.folder(tmp_path / "in", parts)
+    report = ss.pack_checkpoint(
+        tmp_path / "in", tmp_path / "out", options(pattern=pattern, scheme=scheme, prune="magnitude"), FAST
+    )
+    assert report.verified
+    assert len(report.modules) == 14
+    assert_packed(tmp_path / "out", parts, pattern, scheme)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_auto_keeps_the_type_and_already_sparse_weights_need_no_pruning(tmp_path: Path, dtype: type) -> None:
+    models.folder(tmp_path / "in", models.tensors(dtype))
+    report = ss.pack_checkpoint(tmp_path / "in", tmp_path / "out", options(), FAST)
+    assert report.scheme == ("FP16" if dtype is np.float16 else "BF16")
+    assert any("float32 weights are stored as bfloat16" in note for note in report.notes) == (dtype is np.float32)
+    result = ss.verify_checkpoint(tmp_path / "out", tmp_path / "in")
+    assert (result.modules, result.pruned) == (14, 0)
+
+
+def test_a_folder_goes_with_its_companions_and_a_new_config(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in", shards=3)
+    report = ss.pack_checkpoint(source, tmp_path / "out", options(scheme="FP8_DYNAMIC", prune="magnitude"), FAST)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == '{"mode": "mean"}'
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    assert any("pytorch_model.bin" in note for note in report.notes)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    quantization = config["quantization_config"]
+    assert quantization["quant_method"] == "slidesparse"
+    assert quantization["pattern"] == {"nnz": 6, "group": 8}
+    assert quantization["k_slice_unit"] == 16
+    assert set(quantization["ignore"]) == {
+        "lm_head",
+        "model.embed_tokens",
+        "model.layers.0.mlp.gate",
+        "model.layers.1.mlp.gate",
+    }
+    assert "sparsity_config" not in json.dumps(config)
+    with safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
+        header = json.loads(file.metadata()["slidesparse"])
+    assert header["pattern"] == {"nnz": 6, "group": 8}
+    assert header["dtype"] == "float8_e4m3fn"
+
+
+def test_shards_are_split_where_asked_and_hold_the_same(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in")
+    ss.pack_checkpoint(source, tmp_path / "one", options(), FAST)
+    ss.pack_checkpoint(source, tmp_path / "many", options(max_shard_size=30_000), FAST)
+    shards = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(shards) > 3
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    one, many = ss.load(tmp_path / "one"), ss.load(tmp_path / "many")
+    assert one.keys() == many.keys()
+    ss.verify_checkpoint(tmp_path / "many", source)
+
+
+def test_sharded_folder_index_file_and_single_file_give_the_same_weights(tmp_path: Path) -> None:
+    parts = models.tensors()
+    models.folder(tmp_path / "sharded", parts, shards=2)
+    file = models.write(tmp_path / "file" / "m.safetensors", parts)
+    ss.pack_checkpoint(tmp_path / "sharded", tmp_path / "a", options(), FAST)
+    ss.pack_checkpoint(tmp_path / "sharded" / "model.safetensors.index.json", tmp_path / "b", options(), FAST)
+    ss.pack_checkpoint(file, tmp_path / "c.safetensors", options(), FAST)
+    ss.pack_checkpoint(file, tmp_path / "d", options(), FAST)
+    for out in ("a", "b", "c.safetensors", "d"):
+        assert_packed(tmp_path / out, parts, "6:8", "BF16")
+    assert (tmp_path / "d" / "model.safetensors").exists()
+
+
+def test_default_output_stands_beside_the_input_and_says_pattern_and_type(tmp_path: Path) -> None:
+    file = models.write(tmp_path / "m.safetensors", models.tensors())
+    assert (
+        Path(ss.pack_checkpoint(file, None, options(scheme="INT8_W8A8"), FAST).output) == tmp_path / "m-6of8-int8.safetensors"
+    )
+    source = models.folder(tmp_path / "model")
+    out = Path(ss.pack_checkpoint(source, None, options(scheme="FP8_DYNAMIC", format="dense"), FAST).output)
+    assert out == tmp_path / "model-6of8-fp8-dense"
+    assert out.is_dir()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("scales", ["channel", "tensor"])
+def test_quantized_sources_keep_bytes_and_scales(tmp_path: Path, kind: str, scales: str) -> None:
+    parts, config = models.quantized(kind, scales)
+    source = models.folder(tmp_path / "in", parts, config=config)
+    report = ss.pack_checkpoint(source, tmp_path / "out", options(), FAST)
+    assert report.scheme == ("INT8_W8A8" if kind == "int8" else "FP8_DYNAMIC")
+    for name, packed in ss.load(tmp_path / "out").items():
+        if isinstance(packed, ss.PackedWeight):
+            assert ss.unpack(packed).tobytes() == parts[f"{name}.weight"].tobytes()
+            assert (packed.scale == parts[f"{name}.weight_scale"].astype(np.float32).reshape(-1, 1)).all()
+    assert ss.verify_checkpoint(tmp_path / "out", source).modules == 14
+    ss.unpack_checkpoint(tmp_path / "out", tmp_path / "dense")
+    unpacked = ss.load(tmp_path / "dense")
+    for name, array in parts.items():
+        if not name.endswith("weight_scale"):
+            assert unpacked[name].tobytes() == array.tobytes()  # type: ignore[union-attr]
+    quantization = json.loads((tmp_path / "dense" / "config.json").read_text())["quantization_config"]
+    assert quantization["quant_method"] == "compressed-tensors"
+    assert quantization["format"] == config["quantization_config"]["format"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_unpack_of_packed_is_the_dense_format_byte_for_byte(tmp_path: Path, scheme: str) -> None:
+    source = models.folder(tmp_path / "in", models.tensors(np.float32, prune=None))
+    ss.pack_checkpoint(source, tmp_path / "packed", options(scheme=scheme, prune="magnitude"), FAST)
+    ss.pack_checkpoint(source, tmp_path / "dense", options(scheme=scheme, prune="magnitude", format="dense"), FAST)
+    report = ss.unpack_checkpoint(tmp_path / "packed", tmp_path / "unpacked")
+    assert report.verified
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "unpacked" / name).read_bytes() == (tmp_path / "dense" / name).read_bytes()
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["slidesparse"]["pattern"] == {"nnz": 6, "group": 8}
+
+
+def test_random_pruning_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in", models.tensors(prune=None))
+    made = []
+    for name, seed, workers in (("a", 1, 1), ("b", 1, 3), ("c", 2, 2)):
+        ss.pack_checkpoint(source, tmp_path / name, options(prune="random", seed=seed), ss.Run(max_workers=workers))
+        made.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert made[0] == made[1] != made[2]
+    ss.verify_checkpoint(tmp_path / "a", source)
+
+
+def test_violations_name_tensor_row_group_and_count_and_leave_nothing(tmp_path: Path) -> None:
+    parts = models.tensors()
+    w = parts["model.layers.1.mlp.up_proj.weight"].copy()
+    w[5, 8:16] = 1
+    w[7, :8] = 1
+    parts["model.layers.1.mlp.up_proj.weight"] = w
+    source = models.folder(tmp_path / "in", parts)
+    with pytest.raises(
+        ss.PatternError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: row 5, group 1 .*2 of 576 groups"
+    ) as caught:
+        ss.pack_checkpoint(source, tmp_path / "out", options(), FAST)
+    assert (caught.value.row, caught.value.group, caught.value.count) == (5, 1, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    with pytest.raises(ss.PatternError):
+        ss.pack_checkpoint(source, tmp_path / "out", options(format="dense"), FAST)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_skip_bad_leaves_the_module_and_its_fused_sibling_dense(tmp_path: Path) -> None:
+    parts = models.tensors()
+    parts["model.layers.0.mlp.up_proj.weight"] = np.ones_like(parts["model.layers.0.mlp.up_proj.weight"])
+    bad = parts["model.layers.1.self_attn.o_proj.weight"].copy()
+    bad[3, 4] = np.nan
+    parts["model.layers.1.self_attn.o_proj.weight"] = bad
+    parts["model.layers.1.mlp.experts.gate_up_proj"] = np.ones((2, 8, 8), models.BF16)
+    source = models.folder(tmp_path / "in", parts)
+    report = ss.pack_checkpoint(source, tmp_path / "out", options(skip_bad=True), FAST)
+    assert set(report.skipped) == {
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1.mlp.experts.gate_up_proj",
+    }
+    assert "model.layers.0.mlp.gate_proj" in report.left_dense
+    found = ss.load(tmp_path / "out")
+    for name in (
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.layers.1.self_attn.o_proj.weight",
+    ):
+        assert found[name].tobytes() == parts[name].tobytes()  # type: ignore[union-attr]
+    assert len(report.modules) == 11
+    for name, why in {"model.layers.1.self_attn.o_proj": "row 3, column 4"}.items():
+        assert why in report.skipped[name]
+
+
+def test_nan_is_refused_by_name(tmp_path: Path) -> None:
+    parts = models.tensors()
+    parts["model.layers.0.self_attn.k_proj.weight"][2, 9] = np.inf
+    source = models.folder(tmp_path / "in", parts)
+    with pytest.raises(ss.UnsupportedError, match=r"k_proj\.weight: .*inf at row 2, column 9"):
+        ss.pack_checkpoint(source, tmp_path / "out", options(prune="magnitude"), FAST)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_may_not_exist_nor_lie_in_the_source(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    ss.pack_checkpoint(source, tmp_path / "out", options(), FAST)  # an empty folder is no obstacle
+    with pytest.raises(ss.OperandError, match="exists; --overwrite"):
+        ss.pack_checkpoint(source, tmp_path / "out", options(), FAST)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    ss.pack_checkpoint(source, tmp_path / "out", options(scheme="INT8_W8A8"), ss.Run(overwrite=True))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+    for place in (source, source / "sub", tmp_path):
+        with pytest.raises(ss.OperandError, match="name a place of its own"):
+            ss.pack_checkpoint(source, place, options(), ss.Run(overwrite=True))
+    with pytest.raises(ss.OperandError, match="name a folder"):
+        ss.pack_checkpoint(source, tmp_path / "x.safetensors", options(), FAST)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "diary.txt").write_text("dear")
+    with pytest.raises(ss.OperandError, match="not a checkpoint that this tool wrote"):
+        ss.pack_checkpoint(source, tmp_path / "home", options(), ss.Run(overwrite=True))
+    assert (tmp_path / "home" / "diary.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "in", "out"]
+
+
+def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in")
+    plan = ss.pack_checkpoint(source, tmp_path / "out", options(scheme="INT8_W8A8"), FAST, dry_run=True)
+    assert not (tmp_path / "out").exists()
+    done = ss.pack_checkpoint(source, tmp_path / "out", options(scheme="INT8_W8A8"), FAST)
+    assert plan.modules == done.modules
+    assert plan.output_bytes == done.output_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert (plan.expansion, plan.ideal_speedup) == (1.5, pytest.approx(4 / 3))
+
+
+def test_verification_catches_a_changed_byte_anywhere(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in")
+    ss.pack_checkpoint(source, tmp_path / "out", options(scheme="INT8_W8A8"), FAST)
+    path = tmp_path / "out" / "model.safetensors"
+    good = path.read_bytes()
+    with Checkpoint.open(tmp_path / "out") as written:
+        places = {name: info.start for name, (info, _) in written.tensors.items() if info.nbytes}
+    for name, start in places.items():
+        bad = bytearray(good)
+        bad[start] ^= 0x01
+        path.write_bytes(bad)
+        with pytest.raises((ss.VerificationError, ss.FormatError)):
+            ss.verify_checkpoint(tmp_path / "out", source)
+        assert name in places
+    path.write_bytes(good)
+    assert ss.verify_checkpoint(tmp_path / "out", source).copies == len(places) - 14 * 4
+
+
+def test_inspection_names_patterns_that_dense_weights_satisfy(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in", models.tensors(prune="4:6"))
+    facts = {m.name: m for m in ss.inspect_checkpoint(source).modules}
+    assert "4:6" in facts["model.layers.0.mlp.up_proj"].satisfies
+    assert "2:4" not in facts["model.layers.0.mlp.up_proj"].satisfies
+    assert facts["lm_head"].satisfies == ()
+    assert facts["lm_head"].reason == "an output head"
+    assert facts["model.layers.0.mlp.up_proj"].zeros == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_options_and_run_refuse_what_they_do_not_know() -> None:
+    for bad in ({"scheme": "INT4"}, {"prune": "wanda"}, {"format": "zip"}, {"max_shard_size": 0}, {"pattern": "2:8"}):
+        with pytest.raises(ss.OperandError):
+            options(**bad)
+    for bad_run in ({"max_workers": 0}, {"max_memory": 1 << 20}):
+        with pytest.raises(ss.OperandError):
+            ss.Run(**bad_run)
+
+
+def test_an_interrupted_proof_or_a_failed_disk_keeps_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = models.folder(tmp_path / "in")
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwrite", full)
+        with pytest.raises(OSError, match="No space"):
+            ss.pack_checkpoint(source, tmp_path / "out", options(), FAST)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ss.OperandError, match="--resume"):
+        ss.pack_checkpoint(source, tmp_path / "out", options(), FAST)
+    ss.pack_checkpoint(source, tmp_path / "out", options(), ss.Run(resume=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]

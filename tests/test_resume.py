@@ -1,0 +1,183 @@
+"""Kill a conversion at any system call that changes something, continue it, and get the same bytes."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import models
+import pytest
+
+import slidesparse_nb as ss
+from slidesparse_nb.convert import streaming
+
+CHANGES = ("pwrite", "write", "rename", "replace", "unlink", "mkdir", "ftruncate", "rmdir")
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the work finely, so that there is much to interrupt."""
+    monkeypatch.setattr("slidesparse_nb.convert.job.UNIT_BYTES", 1024)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run in a forked process; the signal that ended it, or 0."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def kill_at(call: int, torn: bool) -> None:
+    """In this process: die at the call-th system call that changes something, before it or (a write) half way through it."""
+    left = call
+
+    def deadly(name: str) -> None:
+        real = getattr(os, name)
+
+        def wrapped(*args: object, **kwargs: object) -> object:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if torn and name in ("pwrite", "write"):
+                    real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])  # type: ignore[arg-type, call-overload]
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        setattr(os, name, wrapped)
+
+    for name in CHANGES:
+        deadly(name)
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_kill_anywhere_and_resume(tmp_path: Path, small_units: None, single: bool, overwrite: bool) -> None:
+    parts = models.tensors(layers=1)
+    if single:
+        source, name = models.write(tmp_path / "in.safetensors", parts), "out.safetensors"
+    else:
+        source, name = models.folder(tmp_path / "in", parts), "out"
+    shards = None if single else 20_000
+    options = ss.Options(scheme="INT8_W8A8", max_shard_size=shards)
+    out = tmp_path / name
+    ss.pack_checkpoint(source, out, options)
+    wanted = out.read_bytes() if single else contents(out)
+    here = sorted(p.name for p in tmp_path.iterdir())
+    rng = random.Random(f"{single}{overwrite}")
+    kills = 0
+    for trial in range(40):
+        if overwrite:
+            ss.pack_checkpoint(source, out, ss.Options(scheme="BF16", max_shard_size=shards), ss.Run(overwrite=True))
+        elif single:
+            out.unlink()
+        else:
+            shutil.rmtree(out)
+        flags = {"resume": False, "overwrite": overwrite}
+        for _ in range(rng.randint(1, 3)):  # killed once, or again while it resumes
+            call, torn = rng.randint(1, 260), rng.random() < 0.5
+
+            def work(call: int = call, torn: bool = torn, flags: dict[str, bool] = flags) -> None:
+                kill_at(call, torn)
+                ss.pack_checkpoint(source, out, options, ss.Run(max_workers=2, verify=False, **flags))
+
+            killed = in_child(work)
+            kills += killed == signal.SIGKILL
+            if not killed:
+                break
+            flags = {"resume": True, "overwrite": overwrite}
+            if not overwrite and out.exists():  # whole or absent
+                assert (out.read_bytes() if single else contents(out)) == wanted
+        if flags["resume"] or trial == 0:
+            flags["resume"] = True
+            ss.pack_checkpoint(source, out, options, ss.Run(**flags))
+        assert (out.read_bytes() if single else contents(out)) == wanted
+        assert sorted(p.name for p in tmp_path.iterdir()) == here
+    assert kills > 20
+
+
+def test_a_resumed_run_makes_again_only_what_is_missing(
+    tmp_path: Path, small_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = models.folder(tmp_path / "in")
+    options = ss.Options(scheme="INT8_W8A8")
+    assert in_child(lambda: (kill_at(150, False), ss.pack_checkpoint(source, tmp_path / "out", options))) == signal.SIGKILL
+    journal = (tmp_path / "out.journal").read_bytes().splitlines()
+    finished = len(journal) - 1
+    assert finished > 20
+    made = []
+    real = streaming._write
+    monkeypatch.setattr(streaming, "_write", lambda *args: (made.append(args[2:]), real(*args))[1])
+    ss.pack_checkpoint(source, tmp_path / "out", options, ss.Run(resume=True))
+    first = len(made)
+    shutil.rmtree(tmp_path / "out")
+    made.clear()
+    ss.pack_checkpoint(source, tmp_path / "out", options)
+    assert first == len(made) - finished
+
+
+def test_bytes_that_changed_since_they_were_noted_are_made_again(tmp_path: Path, small_units: None) -> None:
+    source = models.folder(tmp_path / "in")
+    options = ss.Options(scheme="INT8_W8A8")
+    ss.pack_checkpoint(source, tmp_path / "whole", options)
+    assert in_child(lambda: (kill_at(250, False), ss.pack_checkpoint(source, tmp_path / "out", options))) == signal.SIGKILL
+    partial = tmp_path / "out.partial" / "model.safetensors"
+    data = bytearray(partial.read_bytes())
+    data[-3000:] = bytes(3000)  # a disk that lost its last writes
+    data[9000] ^= 0xFF
+    partial.write_bytes(data)
+    ss.pack_checkpoint(source, tmp_path / "out", options, ss.Run(resume=True))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_resume_refuses_other_options_and_another_source(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in")
+    assert in_child(lambda: (kill_at(60, False), ss.pack_checkpoint(source, tmp_path / "out"))) == signal.SIGKILL
+    with pytest.raises(ss.OperandError, match="other options or another source"):
+        ss.pack_checkpoint(source, tmp_path / "out", ss.Options(scheme="INT8_W8A8"), ss.Run(resume=True))
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    with pytest.raises(ss.OperandError, match="other options or another source"):
+        ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(resume=True))
+    ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(resume=True, overwrite=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_two_runs_do_not_write_the_same_output(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in")
+    seen = []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if not seen:
+            seen.append(phase)
+            for flags in ({"resume": True}, {"overwrite": True}, {}):
+                with pytest.raises(ss.OperandError, match="another run is writing"):
+                    ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(**flags))
+
+    ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(progress=progress))
+    assert seen == ["packing"]
+
+
+def test_planted_links_beside_the_output_are_refused(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in")
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for name in ("out.partial", "out.journal"):
+        (tmp_path / name).symlink_to(victim)
+        with pytest.raises(ss.OperandError, match="symbolic link"):
+            ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(overwrite=True))
+        (tmp_path / name).unlink()
+    assert not any(victim.iterdir())

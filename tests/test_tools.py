@@ -1,0 +1,132 @@
+"""The commands as a user runs them: output, exit codes, nothing left behind after an error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from tools.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return models.folder(tmp_path / "in")
+
+
+def test_pack_show_verify_unpack(source: Path, tmp_path: Path) -> None:
+    packed = call("pack", source, "-o", tmp_path / "out", "--scheme", "int8_w8a8", "-v", "--report", tmp_path / "report.json")
+    assert packed.exit_code == 0, packed.output
+    assert "14 modules" in packed.stdout
+    assert "6:8 (2 zeros in 8)" in packed.stdout
+    assert "million weights a second" in packed.stdout
+    assert "verified" in packed.stdout
+    assert "model.layers.1.mlp.down_proj" in packed.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["modules"]) == 14
+    assert report["verified"] is True
+    shown = call("show", tmp_path / "out")
+    assert shown.stdout.count("packed 6:8") == 14
+    assert "14 packed modules" in shown.stdout
+    assert "14 modules" in call("show", tmp_path / "out", "--verify").stdout
+    proof = call("show", tmp_path / "out", "--verify", source)
+    assert proof.exit_code == 0
+    assert "equal to their source" in proof.stdout
+    assert call("show", tmp_path / "out", "--unpack", tmp_path / "dense").exit_code == 0
+    assert "6:8" in call("show", tmp_path / "dense").stdout
+    assert json.loads(call("show", tmp_path / "out", "--json", "-q").stdout)["modules"][0]["packed"] == "6:8"
+
+
+def test_zeros_and_group_name_the_same_pattern(source: Path, tmp_path: Path) -> None:
+    assert call("pack", source, "-o", tmp_path / "a", "-q").exit_code == 0
+    assert call("pack", source, "-o", tmp_path / "b", "-q", "--zeros", 2, "--group", 8).exit_code == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_json_is_all_that_stands_on_stdout(source: Path, tmp_path: Path) -> None:
+    plan = call("pack", source, "-o", tmp_path / "out", "--dry-run", "--json")
+    assert json.loads(plan.stdout)["dry_run"] is True
+    assert not (tmp_path / "out").exists()
+    assert "dry run" in call("pack", source, "--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (("--pattern", "2:8"), 2, "is 6:8 here"),
+        (("--pattern", "3:5"), 2, "not of the form"),
+        (("--zeros", "2"), 2, "go together"),
+        (("--zeros", "2", "--group", "8", "--pattern", "6:8"), 2, "not both"),
+        (("--scheme", "INT4"), 2, "INT4"),
+        (("--targets", "q_proj"), 2, "matches no"),
+        (("--max-memory", "lots"), 2, "not a size"),
+        (("--max-memory", "1MB"), 2, "too few"),
+        (("--pattern", "2:4"), 3, "break 2:4 (2 zeros in 4)"),
+    ],
+)
+def test_usage_and_pattern_errors(source: Path, tmp_path: Path, args: tuple[str, ...], code: int, says: str) -> None:
+    result = call("pack", source, "-o", tmp_path / "out", *args)
+    assert result.exit_code == code, result.output
+    assert says in result.stderr
+    assert "Traceback" not in result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_other_exit_codes(source: Path, tmp_path: Path) -> None:
+    assert call("pack", tmp_path / "absent").exit_code == 2
+    (tmp_path / "torn.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-7])
+    assert call("pack", tmp_path / "torn.safetensors").exit_code == 5
+    models.folder(tmp_path / "gptq", config={"quantization_config": {"quant_method": "gptq"}})
+    assert call("pack", tmp_path / "gptq").exit_code == 5
+    assert call("pack", source, "-o", tmp_path / "out", "-q").exit_code == 0
+    assert call("pack", source, "-o", tmp_path / "out", "-q").exit_code == 2
+    assert call("pack", source, "-o", tmp_path / "out", "-q", "--resume").exit_code == 0
+    models.folder(tmp_path / "other", models.tensors(seed=1))
+    assert call("show", tmp_path / "out", "--verify", tmp_path / "other").exit_code == 4
+    assert call("show", tmp_path / "out", "--verify", tmp_path / "absent").exit_code == 2
+    result = call("pack", source, "-o", "/proc/none/out")
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+
+
+def test_quiet_prints_nothing(source: Path, tmp_path: Path) -> None:
+    result = call("pack", source, "-o", tmp_path / "out", "-q")
+    assert (result.exit_code, result.output) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["pack", "show"])
+def test_the_scripts_run_from_any_folder_of_a_checkout(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Exit codes" in done.stdout
+
+
+def test_memory_stays_below_the_limit_and_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
+    """800 MB of weights in 16 tensors through a process limited to 256 MiB plus the largest tensor."""
+    w = np.zeros((5000, 5000), models.BF16)
+    w[:, ::4] = 1
+    models.write(tmp_path / "big.safetensors", {f"layers.{i}.weight": w for i in range(16)})
+    program = (
+        "import resource, sys, slidesparse_nb as ss\n"
+        "ss.pack_checkpoint(sys.argv[1], None, ss.Options(scheme='INT8_W8A8'), ss.Run(max_memory=2**28))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "big.safetensors"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2**28 + w.nbytes
