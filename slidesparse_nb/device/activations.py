@@ -20,30 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import cuda
 
 from ..dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8, DType
 from ..errors import OperandError
 from ..pattern import Pattern
-from .numba_kernel import SIMULATED, Kernel, arrays, device_function
-from .ptx import (
-    LANES,
-    add,
-    as_float,
-    as_word,
-    divide,
-    high_float16,
-    larger,
-    load4,
-    low_bytes,
-    low_float16,
-    low_halves,
-    multiply,
-    store2,
-    store4,
-    to_float8x4,
-    warp_max,
-)
+from .elements import HIGH, LOW, row_scale, to_float8x4_early, to_int8x4
+from .numba_kernel import SIMULATED, Kernel, arrays, cuda, device_function
+from .ptx import LANES, Float, Word, larger, load4, low_halves, multiply, store2, store4, to_float8x4, warp_max
 
 SOURCES = {BFLOAT16.numpy: "bfloat16", FLOAT16.numpy: "float16", FLOAT32: "float32"}
 """Types of x that can be quantized."""
@@ -51,77 +34,14 @@ SOURCES = {BFLOAT16.numpy: "bfloat16", FLOAT16.numpy: "float16", FLOAT32: "float
 PITCH = 16
 """Bytes that a row of values is padded to by default, with zeros."""
 
-ROUND = np.float32(12582912)
-"""1.5 * 2^23: adding it rounds a small float to a whole number, ties to even, and leaves that in the low bits."""
-
-INFINITY = np.uint32(0x7F800000)
-TINY = np.float32(2.0**-100)
 WORD, HALF = np.dtype(np.uint32), np.dtype(np.uint16)
-NAN = np.float32(np.nan)
 SLOTS = 1024 // LANES
 VECTORS = {1: 128, 2: 512, 4: 4096, 8: 8192}
 """16-byte vectors that a thread holds: for rows of up to so many. Blocks stay small enough that several share a processor."""
 
 
-# ---- one element -------------------------------------------------------------------------------------------------
-
-
-@device_function("f32", "u32")
-def low_bfloat16(word: int) -> Any:
-    """The bfloat16 in a word's low half, as float32; exact."""
-    return as_float((word & np.uint32(0xFFFF)) << np.uint32(16))
-
-
-@device_function("f32", "u32")
-def high_bfloat16(word: int) -> Any:
-    """The bfloat16 in a word's high half, as float32; exact."""
-    return as_float(word & np.uint32(0xFFFF0000))
-
-
-LOW = {"bfloat16": low_bfloat16, "float16": low_float16, "float32": as_float}
-HIGH = {"bfloat16": high_bfloat16, "float16": high_float16, "float32": as_float}
-"""From a word of each type: the element in its low half (a whole word of float32), and the one in its high half."""
-
-
-@device_function("u32", "f32", "f32", "f32", "f32")
-def to_int8x4(a: Any, b: Any, c: Any, d: Any) -> int:
-    """Four floats of magnitude below 127.5 as int8, nearest even, a lowest."""
-    ab = low_bytes(as_word(add(a, ROUND)), as_word(add(b, ROUND)))
-    cd = low_bytes(as_word(add(c, ROUND)), as_word(add(d, ROUND)))
-    return low_halves(ab, cd)
-
-
-@device_function("u32", "f32")
-def to_float8(value: Any) -> int:
-    """One float as float8_e4m3fn, nearest even, clipped to +-448, where no instruction does it (before sm_89)."""
-    bits = as_word(value)
-    sign = bits >> np.uint32(24) & np.uint32(0x80)
-    size = bits & np.uint32(0x7FFFFFFF)
-    if size < np.uint32(0x3C800000):  # below 2^-6 a step is 2^-9: adding 2^14, whose own step that is, rounds to it
-        return sign | (as_word(add(as_float(size), np.float32(16384))) - np.uint32(0x46800000))
-    # 20 mantissa bits go, to nearest even; the exponent's bias falls from 127 to 7
-    rounded = (size + np.uint32(0x7FFFF) + (size >> np.uint32(20) & np.uint32(1)) >> np.uint32(20)) - np.uint32(960)
-    return sign | min(rounded, np.uint32(0x7E))
-
-
-@device_function("u32", "f32", "f32", "f32", "f32")
-def to_float8x4_early(a: Any, b: Any, c: Any, d: Any) -> int:
-    """`to_float8x4` for architectures before sm_89."""
-    return low_halves(low_bytes(to_float8(a), to_float8(b)), low_bytes(to_float8(c), to_float8(d)))
-
-
-@device_function(("f32", "f32"), "f32", "f32")
-def row_scale(absmax: Any, t: Any) -> tuple[Any, Any]:
-    """scale and inverse of a row; the inverse is 0 where the row becomes zeros: it is tiny, or not finite (scale NaN)."""
-    if as_word(absmax) >= INFINITY:
-        return NAN, np.float32(0)
-    if absmax < TINY:
-        return np.float32(1), np.float32(0)
-    return divide(absmax, t), divide(t, absmax)
-
-
 @device_function("u32", "u32")
-def block_max(word: int) -> int:
+def block_max(word: Word) -> Word:
     """The largest word of the block, to all its threads."""
     slots = cuda.shared.array(SLOTS, np.uint32)
     thread, warps = np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockDim.x // LANES)
@@ -184,7 +104,12 @@ def _conversions(variant: Variant) -> tuple[Any, Any, Any, Any]:
     """t, and the functions from a word to its elements and from four floats to a word of stored values."""
     if variant.stored == "int8":
         return np.float32(INT8.qmax), LOW[variant.source], HIGH[variant.source], to_int8x4
-    return np.float32(FLOAT8.qmax), LOW[variant.source], HIGH[variant.source], to_float8x4 if variant.native else to_float8x4_early
+    return (
+        np.float32(FLOAT8.qmax),
+        LOW[variant.source],
+        HIGH[variant.source],
+        to_float8x4 if variant.native else to_float8x4_early,
+    )
 
 
 def quantize_rows(variant: Variant) -> Any:
@@ -195,6 +120,17 @@ def quantize_rows(variant: Variant) -> Any:
     wide, lifted = variant.source == "float32", variant.windows > 0
     magnitude = np.uint32(0x7FFFFFFF if wide else 0x7FFF)
     high_magnitude = np.uint32(0 if wide else 0x7FFF0000)
+    second_half = low if wide else high
+
+    @device_function("u32", "u32", "u32", "u32", "u32", "f32")
+    def scaled(a: Word, b: Word, c: Word, d: Word, inverse: Float) -> Word:
+        """Four stored values, of whole words, or of the low and high halves of two words given twice."""
+        return to_stored(
+            multiply(low(a), inverse),
+            multiply(second_half(b), inverse),
+            multiply(low(c), inverse),
+            multiply(second_half(d), inverse),
+        )
 
     def kernel(
         x: Any,  # [m, ld] vectors of 16 bytes
@@ -231,22 +167,15 @@ def quantize_rows(variant: Variant) -> Any:
                 keep = live if at <= last else np.uint32(0)
                 a, b, c, d = held[4 * v] & keep, held[4 * v + 1] & keep, held[4 * v + 2] & keep, held[4 * v + 3] & keep
                 if wide:
-                    first = to_stored(
-                        multiply(low(a), inverse), multiply(low(b), inverse), multiply(low(c), inverse), multiply(low(d), inverse)
-                    )
+                    first = scaled(a, b, c, d, inverse)
                     if lifted:
                         row_words[at] = first
                     else:
                         values[out_row + np.int64(at)] = first
                 else:
-                    first = to_stored(
-                        multiply(low(a), inverse), multiply(high(a), inverse), multiply(low(b), inverse), multiply(high(b), inverse)
-                    )
-                    second = to_stored(
-                        multiply(low(c), inverse), multiply(high(c), inverse), multiply(low(d), inverse), multiply(high(d), inverse)
-                    )
+                    first, second = scaled(a, a, b, b, inverse), scaled(c, c, d, d, inverse)
                     if lifted:
-                        row_words[2 * at], row_words[2 * at + 1] = first, second
+                        row_words[np.uint32(2) * at], row_words[np.uint32(2) * at + np.uint32(1)] = first, second
                     else:
                         store2(values, out_row + np.int64(at), first, second)
         if lifted:
@@ -257,7 +186,9 @@ def quantize_rows(variant: Variant) -> Any:
                     window = np.uint32(np.uint32(4) * unit + np.uint32(i))
                     out[i] = np.uint32(0)
                     if window < np.uint32(slid):
-                        half = window // np.uint32(windows) * np.uint32(group) + window % np.uint32(windows)  # starts at an even column
+                        half = window // np.uint32(windows) * np.uint32(group) + window % np.uint32(
+                            windows
+                        )  # starts at an even column
                         out[i] = low_halves(row_halves[half], row_halves[half + np.uint32(1)])
                 store4(values, out_row + np.int64(unit), out[0], out[1], out[2], out[3])
 

@@ -10,28 +10,34 @@ With NUMBA_ENABLE_CUDASIM=1 the same functions run in Numba's simulator, over Nu
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import importlib
 import inspect
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numba
 import numpy as np
-from numba import cuda
+
+# Whole modules of type Any: what these packages make at run time, a type checker does not see.
+numba: Any = importlib.import_module("numba")
+cuda: Any = importlib.import_module("numba.cuda")
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """True where Numba's CUDA simulator stands for the device; NumPy arrays then stand for CuPy's."""
 
-if SIMULATED:
-    import numpy as arrays
-else:
-    import cupy as arrays
-    from llvmlite import ir
-    from numba.cuda import types
-    from numba.cuda.extending import intrinsic
+arrays: Any = importlib.import_module("numpy" if SIMULATED else "cupy")
+
+if not SIMULATED:
+    ir: Any = importlib.import_module("llvmlite.ir")
+    types: Any = importlib.import_module("numba.cuda.types")
+    extending: Any = importlib.import_module("numba.cuda.extending")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,7 +59,7 @@ def _intrinsic(function: F, result: Any, operands: tuple[Any, ...], emit: Callab
     parameters += inspect.signature(function).parameters.values()
     typing.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     typing.__name__, typing.__doc__ = function.__name__, function.__doc__
-    made: F = intrinsic(typing)
+    made: F = extending.intrinsic(typing)
     return made
 
 
@@ -83,7 +89,7 @@ def instruction(text: str, constraints: str, result: str, *operands: str, effect
     Args:
         text: PTX, with $0 for the result and $1, $2 ... for the operands.
         constraints: LLVM's, "=r,r,r": r a 32-bit register, f a float, l a 64-bit register.
-        effect: it does more than give a result, or all lanes of a warp must meet in it: never dropped, never moved into a branch.
+        effect: it does more than give a result, or all lanes of a warp must meet in it; it is never dropped nor moved.
     """
 
     def wrap(twin: F) -> F:
@@ -208,16 +214,22 @@ class Kernel:
 
     def cubin(self, capability: tuple[int, int]) -> Path:
         """The cubin for an architecture, from the cache folder or compiled into it now; needs no GPU."""
-        from . import jit
+        parts = [
+            self.name,
+            repr(self.parameters),
+            repr(self.max_threads),
+            repr(capability),
+            *_versions(),
+            *_sources(self.function),
+        ]
+        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
-        key = [self.name, *self.parameters, str(self.max_threads), *_sources(self.function), *_versions(), repr(capability)]
-
-        def build() -> dict[str, bytes]:
+        def build(folder: Path) -> None:
             ptx = self.ptx(capability)
-            return {"kernel.ptx": ptx.encode(), "kernel.cubin": assemble(ptx, capability)}
+            (folder / "kernel.ptx").write_text(ptx)
+            (folder / "kernel.cubin").write_bytes(assemble(ptx, capability))
 
-        folder: Path = jit.cached(self.name, key, build)
-        return folder / "kernel.cubin"
+        return cache_folder(f"{self.name}-{key}", build) / "kernel.cubin"
 
     def ptx(self, capability: tuple[int, int]) -> str:
         """The kernel in PTX, entry point `name`; needs no GPU."""
@@ -231,16 +243,29 @@ class Kernel:
         return text.replace(mangled[1], self.name)
 
     def _simulate(self, grid: tuple[int, ...], threads: int, args: tuple[Any, ...], shared: int) -> None:
-        kinds = {"u": np.uint64, "f": np.float32}
         kinds = {"u8*": np.uint8, "u16*": np.uint16, "u32*": np.uint32, "u64*": np.uint64, "f32*": np.float32}
         seen = [Memory(a, np.dtype(kinds[p])) if p in kinds else int(a) for a, p in zip(args, self.parameters, strict=True)]
         cuda.jit(self.function)[grid, threads, 0, shared](*seen)
 
 
+def cache_folder(name: str, build: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache, filled by `build` if it is not there; several processes may race for it."""
+    root = Path(os.environ.get("SLIDESPARSE_CACHE_DIR") or Path.home() / ".cache" / "slidesparse_nb")
+    folder = root / name
+    if not folder.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".building-") as building:
+            filled = Path(building) / "filled"
+            filled.mkdir()
+            build(filled)
+            with contextlib.suppress(OSError):  # another process was first, with the same files
+                filled.rename(folder)
+    return folder
+
+
 def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
     """PTX -> cubin by nvJitLink, which Numba brings in the version of its compiler; the driver may be older than both."""
-    from cuda.bindings import nvjitlink
-
+    nvjitlink = importlib.import_module("cuda.bindings.nvjitlink")
     code = ptx.encode()
     linker = nvjitlink.create(2, [f"-arch=sm_{capability[0]}{capability[1]}", "-O3"])
     try:
@@ -262,21 +287,13 @@ def _sources(function: Callable[..., None]) -> list[str]:
     """The text that decides what is compiled: the kernel's own file, the instructions and this file."""
     here = Path(__file__)
     own = sys.modules[function.__module__].__file__
-    return [_source(str(p)) for p in (here, here.with_name("ptx.py"), own)]
+    return [_source(str(p)) for p in (here, here.with_name("ptx.py"), here.with_name("elements.py"), own)]
 
 
 @functools.cache
 def _versions() -> list[str]:
-    """The compilers: Numba, its CUDA part, LLVM's binding, NVVM's PTX version and the assembler."""
-    import llvmlite
-    import numba_cuda
-    from cuda.bindings import nvjitlink
-    from numba.cuda.cudadrv import nvvm
-
-    return [
-        numba.__version__,
-        numba_cuda.__version__,
-        llvmlite.__version__,
-        repr(nvvm.NVVM().get_version()),
-        repr(nvjitlink.version()),
-    ]
+    """The compilers: Numba, its CUDA part, LLVM's binding, NVVM and the assembler."""
+    nvvm = importlib.import_module("numba.cuda.cudadrv.nvvm").NVVM()
+    nvjitlink = importlib.import_module("cuda.bindings.nvjitlink")
+    packages = [importlib.import_module(name).__version__ for name in ("numba", "numba_cuda", "llvmlite")]
+    return [*packages, repr((nvvm.get_version(), nvvm.get_ir_version(), nvjitlink.version()))]

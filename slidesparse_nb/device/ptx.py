@@ -12,6 +12,11 @@ import numpy as np
 from ..dtypes import BFLOAT16, FLOAT8
 from .numba_kernel import SIMULATED, instruction, load_vector, store_vector
 
+Word = Any
+"""32 bits: a machine register, NumPy's uint32 or an int in the simulator."""
+Float = Any
+"""A float32."""
+
 LANES = 1 if SIMULATED else 32
 """Threads that `warp_max` reduces over: the simulator has no warps, there every thread is one."""
 
@@ -20,78 +25,84 @@ LANES = 1 if SIMULATED else 32
 
 
 @load_vector("u32*", "i64", 4)
-def load4(words: Any, i: int) -> tuple[int, int, int, int]:
+def load4(words: Any, i: Any) -> tuple[Word, Word, Word, Word]:
     """Words 4i to 4i+3 in one 16-byte load (ld.global.v4.u32)."""
     return words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]
 
 
 @store_vector("u32*", "i64", 2)
-def store2(words: Any, i: int, a: int, b: int) -> None:
+def store2(words: Any, i: Any, a: Word, b: Word) -> None:
     """Words 2i and 2i+1 in one 8-byte store (st.global.v2.u32)."""
     words[2 * i], words[2 * i + 1] = a, b
 
 
 @store_vector("u32*", "i64", 4)
-def store4(words: Any, i: int, a: int, b: int, c: int, d: int) -> None:
+def store4(words: Any, i: Any, a: Word, b: Word, c: Word, d: Word) -> None:
     """Words 4i to 4i+3 in one 16-byte store (st.global.v4.u32)."""
     words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = a, b, c, d
 
 
-# The atomics below return the old value, as the manual has it ("Parallel Synchronization and Communication: atom"). In the
-# simulator a thread may be interrupted between reading and writing, but there these only mark errors, one block at a time.
+# Atomics return the old value ("Parallel Synchronization and Communication: atom"). In the simulator a thread may be
+# interrupted between reading and writing, but a block's threads only count and mark errors with them.
 
 
-@instruction("atom.global.min.u64 $0, [$1], $2;", "=l,l,l,~{memory}", "u64", "u64*", "u64", effect=True)
-def atomic_min(address: Any, value: int) -> int:
-    """*address = min(*address, value)."""
-    old = address[0]
-    address[0] = min(int(old), int(value))
-    return int(old)
+@instruction(
+    "{.reg .u64 a; mad.lo.u64 a, $2, 8, $1; atom.global.min.u64 $0, [a], $3;}",
+    "=l,l,l,l,~{memory}", "u64", "u64*", "u64", "u64", effect=True,
+)  # fmt: skip
+def atomic_min(words: Any, i: Any, value: int) -> int:
+    """words[i] = min(words[i], value)."""
+    old = int(words[i])
+    words[i] = min(old, int(value))
+    return old
 
 
-@instruction("atom.global.add.u64 $0, [$1], $2;", "=l,l,l,~{memory}", "u64", "u64*", "u64", effect=True)
-def atomic_add(address: Any, value: int) -> int:
-    """*address += value."""
-    old = address[0]
-    address[0] = int(old) + int(value)
-    return int(old)
+@instruction(
+    "{.reg .u64 a; mad.lo.u64 a, $2, 8, $1; atom.global.add.u64 $0, [a], $3;}",
+    "=l,l,l,l,~{memory}", "u64", "u64*", "u64", "u64", effect=True,
+)  # fmt: skip
+def atomic_add(words: Any, i: Any, value: int) -> int:
+    """words[i] += value."""
+    old = int(words[i])
+    words[i] = old + int(value)
+    return old
 
 
 # ---- bits and integers -------------------------------------------------------------------------------------------
 
 
 @instruction("mov.b32 $0, $1;", "=f,r", "f32", "u32")
-def as_float(word: int) -> Any:
+def as_float(word: Word) -> Float:
     """The float32 of these bits (mov.b32)."""
     return np.uint32(word).view(np.float32)
 
 
 @instruction("mov.b32 $0, $1;", "=r,f", "u32", "f32")
-def as_word(value: float) -> int:
+def as_word(value: Float) -> Word:
     """The bits of this float32 (mov.b32)."""
     return int(np.float32(value).view(np.uint32))
 
 
 @instruction("max.u32 $0, $1, $2;", "=r,r,r", "u32", "u32", "u32")
-def larger(a: int, b: int) -> int:
+def larger(a: Word, b: Word) -> Word:
     """The larger of two words ("Integer Arithmetic: max")."""
     return max(int(a), int(b))
 
 
 @instruction("prmt.b32 $0, $1, $2, 0x0040;", "=r,r,r", "u32", "u32", "u32")
-def low_bytes(a: int, b: int) -> int:
+def low_bytes(a: Word, b: Word) -> Word:
     """a's low byte, then b's ("Data Movement: prmt"); the upper half is no one's."""
     return int(a) & 0xFF | (int(b) & 0xFF) << 8
 
 
 @instruction("prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", "u32", "u32", "u32")
-def low_halves(a: int, b: int) -> int:
+def low_halves(a: Word, b: Word) -> Word:
     """a's low 16 bits, then b's ("Data Movement: prmt")."""
     return int(a) & 0xFFFF | (int(b) & 0xFFFF) << 16
 
 
 @instruction("redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r", "u32", "u32", effect=True)
-def warp_max(word: int) -> int:
+def warp_max(word: Word) -> Word:
     """The largest word of the warp, to all its lanes, which must all be here ("redux.sync", sm_80)."""
     return word
 
@@ -100,44 +111,44 @@ def warp_max(word: int) -> int:
 
 
 @instruction("mul.rn.f32 $0, $1, $2;", "=f,f,f", "f32", "f32", "f32")
-def multiply(a: Any, b: Any) -> Any:
+def multiply(a: Float, b: Float) -> Float:
     """a * b rounded; an explicit .rn is never fused with an addition ("Floating Point: mul")."""
     return np.float32(a) * np.float32(b)
 
 
 @instruction("add.rn.f32 $0, $1, $2;", "=f,f,f", "f32", "f32", "f32")
-def add(a: Any, b: Any) -> Any:
+def add(a: Float, b: Float) -> Float:
     """a + b rounded; an explicit .rn is never fused with a product ("Floating Point: add")."""
     return np.float32(a) + np.float32(b)
 
 
 @instruction("div.rn.f32 $0, $1, $2;", "=f,f,f", "f32", "f32", "f32")
-def divide(a: Any, b: Any) -> Any:
+def divide(a: Float, b: Float) -> Float:
     """a / b correctly rounded ("Floating Point: div")."""
     return np.float32(a) / np.float32(b)
 
 
 @instruction("{.reg .b16 h, z; mov.b32 {h, z}, $1; cvt.f32.f16 $0, h;}", "=f,r", "f32", "u32")
-def low_float16(word: int) -> Any:
+def low_float16(word: Word) -> Float:
     """The float16 in a word's low half, as float32 ("Data Movement: cvt"); exact."""
     return np.float32(np.uint16(int(word) & 0xFFFF).view(np.float16))
 
 
 @instruction("{.reg .b16 h, z; mov.b32 {z, h}, $1; cvt.f32.f16 $0, h;}", "=f,r", "f32", "u32")
-def high_float16(word: int) -> Any:
+def high_float16(word: Word) -> Float:
     """The float16 in a word's high half, as float32; exact."""
     return np.float32(np.uint16(int(word) >> 16).view(np.float16))
 
 
 @instruction("{.reg .b16 h, z; mov.b16 z, 0; cvt.rn.f16.f32 h, $1; mov.b32 $0, {h, z};}", "=r,f", "u32", "f32")
-def to_float16(value: Any) -> int:
+def to_float16(value: Float) -> Word:
     """The bits of value rounded to float16, nearest even; what overflows becomes infinity ("cvt.rn.f16.f32")."""
     with np.errstate(over="ignore"):
         return int(np.float16(value).view(np.uint16))
 
 
 @instruction("{.reg .b16 h, z; mov.b16 z, 0; cvt.rn.bf16.f32 h, $1; mov.b32 $0, {h, z};}", "=r,f", "u32", "f32")
-def to_bfloat16(value: Any) -> int:
+def to_bfloat16(value: Float) -> Word:
     """The bits of value rounded to bfloat16, nearest even; what overflows becomes infinity ("cvt.rn.bf16.f32", sm_80)."""
     return int(np.asarray(value, np.float32).astype(BFLOAT16.numpy).view(np.uint16))
 
@@ -146,6 +157,6 @@ def to_bfloat16(value: Any) -> int:
     "{.reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; mov.b32 $0, {l, h};}",
     "=r,f,f,f,f", "u32", "f32", "f32", "f32", "f32",
 )  # fmt: skip
-def to_float8x4(a: Any, b: Any, c: Any, d: Any) -> int:
+def to_float8x4(a: Float, b: Float, c: Float, d: Float) -> Word:
     """The bits of four floats as float8_e4m3fn, nearest even, clipped to +-448, a lowest ("cvt.rn.satfinite.e4m3x2", sm_89)."""
     return int(np.clip(np.array([a, b, c, d], np.float32), -448, 448).astype(FLOAT8.numpy).view("<u4")[0])

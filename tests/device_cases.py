@@ -1,0 +1,76 @@
+"""Operands and expectations that the tests of device kernels share, on the GPU and in the simulator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slidesparse_nb import reference
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from slidesparse_nb.pattern import Pattern
+
+SOURCES = [BFLOAT16.numpy, FLOAT16.numpy, FLOAT32]
+
+
+def bits(a: Any) -> Any:
+    """The stored bits of an array."""
+    return a.view(f"u{a.itemsize}")
+
+
+def awkward_rows(m: int, k: int, source: np.dtype[Any], seed: int = 0) -> Any:
+    """[m, k] of `source`: rows of normal numbers, and among them every kind of row that rounding or scaling could get wrong."""
+    rng = np.random.default_rng([seed, m, k])
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    if not x.size:
+        return x.astype(source)
+    largest = 60000 if source == np.float16 else 3e38
+    smallest = 6e-8 if source == np.float16 else 1e-40
+
+    def set_row(row: int, values: Any) -> None:
+        if row < m:
+            x[row] = values
+
+    set_row(1, rng.integers(-127, 128, k) + np.where(np.arange(k) % 3 == 0, 0.5, 0))  # ties, if absmax is 127
+    if m > 1:
+        x[1, -1] = 127
+    set_row(2, np.where(np.arange(k) == k // 2, largest, x[0]))  # an outlier; the others vanish
+    set_row(3, 0)
+    set_row(4, -0.0)
+    set_row(5, smallest)  # below the smallest normal number
+    set_row(6, rng.standard_normal(k) * 2.0**-100 / 3)  # around the smallest scale
+    set_row(7, np.where(np.arange(k) == k - 1, np.nan, x[0]))
+    set_row(8, np.where(np.arange(k) == 0, -np.inf, x[0]))
+    set_row(9, 448 * np.float32(2.0) ** -rng.integers(0, 20, k) * (1 + rng.integers(0, 32, k) / 16))  # float8's steps, halves
+    set_row(10, -largest)
+    set_row(11, np.nan)
+    with np.errstate(over="ignore"):
+        return x.astype(source)
+
+
+def quantized(x: Any, dtype: DType, pattern: Pattern | None, width: int) -> tuple[Any, Any]:
+    """What a device must give: bytes [m, width] with zeros past the values, scale float32 [m, 1]."""
+    with np.errstate(invalid="ignore"):
+        q, scale = reference.quantize(x, dtype)
+    if pattern is not None:
+        q = reference.lift(q, pattern)
+    values = np.zeros((x.shape[0], width), np.uint8)
+    values[:, : q.shape[1]] = bits(q)
+    return values, scale
+
+
+def same(values: Any, scale: Any, expected: tuple[Any, Any]) -> None:
+    """Assert equality, bit for bit."""
+    wrong = np.argwhere(bits(values) != expected[0])
+    assert not wrong.size, f"{len(wrong)} values differ, the first at {wrong[0]}: {values[tuple(wrong[0])]}"
+    np.testing.assert_array_equal(bits(scale), bits(expected[1]))
+
+
+def same_weight(packed: Any, expected: Any) -> None:
+    """Assert that two packed weights of NumPy arrays are one, byte for byte."""
+    np.testing.assert_array_equal(bits(packed.values), bits(expected.values))
+    np.testing.assert_array_equal(packed.meta, expected.meta)
+    assert (packed.scale is None) == (expected.scale is None)
+    if expected.scale is not None:
+        np.testing.assert_array_equal(bits(packed.scale), bits(expected.scale))
+    assert (packed.pattern, packed.shape, packed.dtype) == (expected.pattern, expected.shape, expected.dtype)
