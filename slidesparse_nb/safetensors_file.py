@@ -11,14 +11,12 @@ never paths. Source: the safetensors format, https://github.com/huggingface/safe
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import gc
 import json
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +27,7 @@ from numpy.typing import NDArray
 
 from .dtypes import NUMPY_OF, SAFETENSORS_BITS
 from .errors import FormatError, OperandError, UnsupportedError
-from .strict_json import parse_json, shown
+from .strict_json import parse_json, shown, uncollected
 
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit that other readers of the format set, too."""
@@ -130,18 +128,6 @@ def _parse_header(header: dict[str, Any], data_start: int, size: int, path: obje
     return {tensor.name: tensor for tensor in found}
 
 
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Hold the garbage collector: it would walk a growing header again and again, three quarters of the time to read it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def open_regular(path: str | os.PathLike[str]) -> int:
     """Open a regular file and nothing else (a FIFO would hang) for reading; a file descriptor.
 
@@ -161,7 +147,8 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 class SafetensorsFile:
     """A .safetensors file, memory-mapped and read-only; a context manager.
 
-    The arrays it gives keep the map alive, so they stay valid even after `close()`. Threads may share it.
+    The arrays it gives keep the map alive, so they stay valid even after `close()`, and after the file is replaced by a rename
+    or unlinked (but a file cut short while it is mapped takes the process with it). Threads may share it.
 
     Attributes:
         path: the file.
@@ -190,7 +177,7 @@ class SafetensorsFile:
         finally:
             os.close(descriptor)
         try:
-            with _uncollected():
+            with uncollected():
                 self._read_header(self._map[8 : 8 + length], size)
         except FormatError:
             self.close()

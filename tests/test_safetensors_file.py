@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
+import slidesparse_nb
+from slidesparse_nb import safetensors_file
 from slidesparse_nb.dtypes import NUMPY_OF, SAFETENSORS_BITS
 from slidesparse_nb.errors import FormatError, OperandError, UnsupportedError
 from slidesparse_nb.safetensors_file import (
-    LARGEST_HEADER,
     SafetensorsFile,
     SafetensorsWriter,
     header_bytes,
@@ -134,12 +136,19 @@ def test_layout_by_hand() -> None:
         ([("a", "F4", (3,))], {}, "no whole number of bytes"),
         ([("\ud800", "I8", (1,))], {}, "lone surrogate"),
         ([], {"a": "\ud800"}, "lone surrogate"),
-        ([("a" * LARGEST_HEADER, "I8", (1,))], {}, "limit of 100000000"),
     ],
 )
 def test_layouts_that_cannot_be(entries: Any, metadata: Any, message: str) -> None:
     with pytest.raises(OperandError, match=message):
         header_bytes(entries, metadata)
+
+
+def test_headers_that_no_reader_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert safetensors_file.LARGEST_HEADER == 100_000_000
+    monkeypatch.setattr(safetensors_file, "LARGEST_HEADER", 1000)
+    assert len(header_bytes([("a" * 900, "I8", (1,))], {})[0]) <= 1008
+    with pytest.raises(OperandError, match="the header would take 1056 bytes, above the limit of 1000"):
+        header_bytes([("a" * 1000, "I8", (1,))], {})
 
 
 # ---- read --------------------------------------------------------------------------------------------------------
@@ -223,13 +232,18 @@ def test_a_header_of_100_000_tensors_takes_less_than_a_second(tmp_path: Path) ->
     entries = [(f"model.layers.{i}.self_attn.q_proj.weight", "BF16", (2, 4)) for i in range(100_000)]
     with SafetensorsWriter(tmp_path / "f", entries, {}):
         pass
-    seconds = []
-    for _ in range(3):
-        start = time.process_time()
-        with SafetensorsFile(tmp_path / "f") as file:
-            seconds.append(time.process_time() - start)
-            assert len(file.tensors) == 100_000
-    assert min(seconds) < 1
+    program = """if True:
+        import sys, time
+        from slidesparse_nb.safetensors_file import SafetensorsFile
+        for _ in range(3):
+            start = time.process_time()
+            assert len(SafetensorsFile(sys.argv[1]).tensors) == 100_000
+            print(time.process_time() - start)
+    """  # a program of its own: whatever traces or measures the tests would slow it down
+    environment = os.environ | {"PYTHONPATH": str(Path(slidesparse_nb.__file__).parents[1])}
+    command = [sys.executable, "-c", program, str(tmp_path / "f")]
+    seconds = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert min(map(float, seconds.split())) < 1
 
 
 # ---- write -------------------------------------------------------------------------------------------------------
