@@ -103,6 +103,9 @@ def test_shards_are_split_where_asked_and_hold_the_same(tmp_path: Path) -> None:
     ss.pack_checkpoint(source, tmp_path / "many", options(max_shard_size=30_000), FAST)
     shards = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 3
+    assert [shard.name for shard in shards] == [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
     one, many = ss.load(tmp_path / "one"), ss.load(tmp_path / "many")

@@ -118,10 +118,7 @@ def output_layout(
         return Layout([Shard(single, tuple(items), metadata)], [])
     by_name = {item.name: item for item in items}
     plan = shard_plan([(item.name, item.nbytes) for item in items], max_shard_size or DEFAULT_SHARD)
-    shards = [
-        Shard(shard_name(i, len(plan)), tuple(by_name[name] for name in names), metadata)
-        for i, names in enumerate(plan, start=1)
-    ]
+    shards = [Shard(shard_name(i, len(plan)), tuple(by_name[name] for name in names), metadata) for i, names in enumerate(plan)]
     files: list[tuple[str, Callable[[Path], Any]]] = []
     for relative in source.companions:
         assert source.root is not None
