@@ -1,0 +1,272 @@
+"""Quantization of activations on the GPU, against the reference bit for bit, and against a plain copy for speed."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+cp = pytest.importorskip("cupy", reason="needs CuPy")
+
+from device_cases import SOURCES, awkward_rows, bits, quantized, same  # noqa: E402
+
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8  # noqa: E402
+from slidesparse_nb.pattern import Pattern  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+GUARD = 256
+"""Bytes before and after every output, which must stay as they were."""
+
+
+@pytest.fixture(scope="module")
+def activations():
+    from slidesparse_nb.device import activations
+
+    return activations
+
+
+def on_device(x):
+    """x as a CuPy array; bfloat16 through its bits."""
+    return cp.asarray(bits(x)).view(x.dtype)
+
+
+def guarded(shape, itemsize):
+    """A poisoned array of bytes [rows, width * itemsize] inside a larger one, and that one."""
+    rows, width = shape
+    whole = cp.full(2 * GUARD + rows * width * itemsize, 0x5A, cp.uint8)
+    return whole[GUARD : whole.size - GUARD].reshape(rows, width * itemsize), whole
+
+
+def check(activations, x, dtype, pattern=None, placed=None, pitch=16):
+    """Quantize x on the device into guarded, poisoned arrays and compare every byte."""
+    width = activations.row_pitch(x.shape[1], pattern, pitch)
+    out, out_whole = guarded((x.shape[0], width), 1)
+    scale, scale_whole = guarded((x.shape[0], 1), 4)
+    given = on_device(x) if placed is None else placed
+    activations.quantize(given, dtype, pattern=pattern, pitch=pitch, out=out, scale=scale.view(cp.float32))
+    same(out.get(), scale.view(cp.float32).get(), quantized(x, dtype, pattern, width))
+    for whole in (out_whole, scale_whole):
+        host = whole.get()
+        assert (host[:GUARD] == 0x5A).all()
+        assert (host[host.size - GUARD :] == 0x5A).all()
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_equals_the_reference(activations, source, dtype) -> None:
+    for m, k in [(12, 1), (12, 31), (13, 64), (12, 1000), (37, 3584), (12, 3583), (5, 18944), (2, 65536), (2, 70000)]:
+        check(activations, awkward_rows(m, k, source), dtype)
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype", "pattern"),
+    [(BFLOAT16.numpy, INT8, p) for p in ("2:4", "4:6", "8:10", "10:12", "14:16")]
+    + [(source, dtype, "6:8") for source in SOURCES for dtype in (INT8, FLOAT8)],
+    ids=str,
+)
+def test_lifted_equals_the_reference(activations, source, dtype, pattern) -> None:
+    pattern = Pattern.of(pattern)
+    for m, k in [(12, 1), (12, 41), (13, 64), (37, 3584), (12, 3583), (5, 18944)]:
+        check(activations, awkward_rows(m, k, source), dtype, pattern)
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+def test_every_bfloat16_is_rounded_right(activations, dtype) -> None:
+    """Rows of every finite bfloat16 up to some magnitude: many scales meet every mantissa."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(BFLOAT16.numpy)
+    every = every[np.isfinite(every.astype(np.float32))]
+    size = np.abs(every.astype(np.float32))
+    rows = [np.where(size <= np.float32(1.37 * 2.0**e), every, np.zeros((), every.dtype)) for e in (-99, -3, 0, 9, 60, 127)]
+    check(activations, np.stack(rows), dtype)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_float8_with_and_without_the_instruction(activations, native) -> None:
+    rng = np.random.default_rng(5)
+    x = np.exp2(rng.uniform(-25, 0, (64, 4096))).astype(np.float32) * rng.choice([-1, 1], (64, 4096))
+    x = x.astype(np.float32)
+    launch = activations.plan("float32", FLOAT8.name, 4096, x.strides, True, 4096, None, native)
+    assert launch.variant.native == native
+    out, scale = cp.empty((64, 4096), cp.uint8), cp.empty((64, 1), cp.float32)
+    activations.kernel(launch.variant)((64,), launch.threads, cp.asarray(x), out, scale, *launch.integers)
+    same(out.get(), scale.get(), quantized(x, FLOAT8, None, 4096))
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 4, 8])
+def test_every_number_of_vectors(activations, vectors) -> None:
+    k = 3584
+    x = awkward_rows(20, k, BFLOAT16.numpy)
+    for pattern in (None, Pattern(6, 8)):
+        width = activations.row_pitch(k, pattern)
+        launch = activations.plan("bfloat16", "int8", k, x.strides, True, width, pattern, True, vectors)
+        out, scale = cp.empty((20, width), cp.uint8), cp.empty((20, 1), cp.float32)
+        kernel = activations.kernel(launch.variant)
+        kernel((20,), launch.threads, on_device(x), out, scale, *launch.integers, shared=launch.shared)
+        same(out.get(), scale.get(), quantized(x, INT8, pattern, width))
+
+
+@pytest.mark.parametrize("layout", ["odd address", "padded rows", "transposed", "every second", "backwards"])
+def test_strides(activations, layout) -> None:
+    x = awkward_rows(40, 512, FLOAT16.numpy)
+    flat = cp.empty(40 * 600 + 8, cp.float16)
+    if layout == "odd address":
+        placed = flat[1 : 1 + 40 * 512].reshape(40, 512)
+    elif layout == "padded rows":
+        placed = flat[: 40 * 600].reshape(40, 600)[:, :512]
+    elif layout == "transposed":
+        placed = flat[: 40 * 512].reshape(512, 40).T
+    elif layout == "every second":
+        placed = cp.empty((40, 1024), cp.float16)[:, ::2]
+    else:
+        placed = flat[: 40 * 512].reshape(40, 512)[::-1, ::-1]
+    placed[...] = cp.asarray(x)
+    check(activations, x, FLOAT8, placed=placed, pitch=128)
+
+
+def test_many_rows(activations) -> None:
+    """More than 2^31 bytes of values; three rows are looked at."""
+    m, k = (1 << 31) // 4096 + 64, 4096
+    if cp.cuda.runtime.memGetInfo()[0] < 4 * m * k:
+        pytest.fail("needs 9 GB of device memory")
+    x = cp.zeros((m, k), cp.float16)
+    host = awkward_rows(3, k, FLOAT16.numpy)
+    rows = [0, m // 2, m - 1]
+    for i, row in enumerate(rows):
+        x[row] = cp.asarray(host[i])
+    out, scale = activations.quantize(x, INT8)
+    got = np.stack([out[row].get() for row in rows]), np.stack([scale[row].get() for row in rows])
+    same(*got, quantized(host, INT8, None, k))
+
+
+def test_streams_threads_and_graph(activations) -> None:
+    """The same numbers from four threads, each with a stream, and from a captured graph replayed on new data."""
+    xs = [awkward_rows(64, 3584, BFLOAT16.numpy, seed) for seed in range(4)]
+    expected = [quantized(x, INT8, None, 3584) for x in xs]
+    given = [on_device(x) for x in xs]
+    results: list = [None] * 4
+
+    def work(i: int) -> None:
+        with cp.cuda.Stream(non_blocking=True) as stream:
+            for _ in range(50):
+                results[i] = activations.quantize(given[i], INT8, stream=stream)
+            stream.synchronize()
+
+    cp.cuda.get_current_stream().synchronize()
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for (values, scale), wanted in zip(results, expected, strict=True):
+        same(values.get(), scale.get(), wanted)
+
+    x, out, scale = given[0].copy(), cp.empty((64, 3584), cp.int8), cp.empty((64, 1), cp.float32)
+    cp.cuda.get_current_stream().synchronize()
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        activations.quantize(x, INT8, out=out, scale=scale)
+        graph = stream.end_capture()
+        for i in (1, 2):
+            x[...] = given[i]
+            out.fill(0)
+            graph.launch(stream)
+            stream.synchronize()
+            same(out.get(), scale.get(), expected[i])
+
+
+def test_a_thousand_launches_agree(activations) -> None:
+    x = on_device(awkward_rows(300, 18944, BFLOAT16.numpy))
+    first, scale = activations.quantize(x, FLOAT8, pattern=Pattern(6, 8))
+    differ = cp.zeros((), cp.int64)
+    again = cp.empty_like(first)
+    for _ in range(1000):
+        activations.quantize(x, FLOAT8, pattern=Pattern(6, 8), out=again, scale=scale)
+        differ += (again != first).any()
+    assert int(differ) == 0
+
+
+# ---- speed -------------------------------------------------------------------------------------------------------
+
+
+def seconds(launches) -> float:
+    """Median device time of one of these launches, run one after the other from a graph."""
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        for launch in launches:
+            launch(stream)
+        graph = stream.end_capture()
+        times = []
+        for _ in range(12):
+            begin, end = cp.cuda.Event(), cp.cuda.Event()
+            begin.record(stream)
+            graph.launch(stream)
+            end.record(stream)
+            end.synchronize()
+            times.append(cp.cuda.get_elapsed_time(begin, end) * 1e-3 / len(launches))
+    return float(np.median(times[2:]))
+
+
+def measure(activations, m, k, source, dtype, pattern=None, vectors=None) -> tuple[float, float]:
+    """GB/s, read and written, of quantization and of a copy that moves as many bytes."""
+    width = activations.row_pitch(k, pattern)
+    moved = m * k * source.itemsize + m * width + 4 * m
+    sets = max(2, -(-(1 << 29) // moved))  # several times the second-level cache
+    rng = cp.random.default_rng(0)
+    xs = [rng.standard_normal((m, k), dtype=cp.float32).astype(source) for _ in range(sets)]
+    outs = [(cp.empty((m, width), cp.int8), cp.empty((m, 1), cp.float32)) for _ in range(sets)]
+    launch = activations.plan(activations.SOURCES[source], dtype.name, k, xs[0].strides, True, width, pattern, True, vectors)
+    kernel = activations.kernel(launch.variant)
+
+    def quantize(i):
+        return lambda stream: kernel(
+            (m,), launch.threads, xs[i], *outs[i], *launch.integers, shared=launch.shared, stream=stream
+        )
+
+    half = moved // 2
+    froms, tos = [cp.empty(half, cp.uint8) for _ in range(sets)], [cp.empty(half, cp.uint8) for _ in range(sets)]
+
+    def copy(i):
+        return lambda stream: cp.cuda.runtime.memcpyAsync(tos[i].data.ptr, froms[i].data.ptr, half, 3, stream.ptr)
+
+    quantize(0)(cp.cuda.get_current_stream())  # compiled and loaded before anything is captured
+    cp.cuda.get_current_stream().synchronize()
+    kernel_s, copy_s = seconds([quantize(i) for i in range(sets)]), seconds([copy(i) for i in range(sets)])
+    return moved / kernel_s * 1e-9, 2 * half / copy_s * 1e-9
+
+
+def test_bandwidth(activations) -> None:
+    """At least 80 % of what a plain copy of as many bytes reaches in the same run."""
+    slow = []
+    print("\n     m      k  x         values          GB/s   copy  ratio")
+    for m in (1024, 4096, 16384):
+        for k in (3584, 18944):
+            for dtype in (INT8, FLOAT8):
+                reached, copy = measure(activations, m, k, BFLOAT16.numpy, dtype)
+                print(f"{m:6} {k:6}  bfloat16  {dtype.name:13} {reached:6.0f} {copy:6.0f}  {reached / copy:5.2f}")
+                if reached < 0.8 * copy:
+                    slow.append((m, k, dtype.name, reached, copy))
+    for source, dtype, pattern in ((FLOAT32, INT8, None), (FLOAT16.numpy, FLOAT8, None), (BFLOAT16.numpy, INT8, Pattern(6, 8))):
+        reached, copy = measure(activations, 4096, 3584, source, dtype, pattern)
+        lifted = f"lifted {pattern}" if pattern else ""
+        print(f"  4096   3584  {source.name:9} {dtype.name:13} {reached:6.0f} {copy:6.0f}  {reached / copy:5.2f}  {lifted}")
+    assert not slow
+
+
+def test_launch_costs_little(activations) -> None:
+    """Time of the caller for one call into given arrays, all checks included."""
+    x, out, scale = cp.zeros((1, 64), cp.float16), cp.empty((1, 64), cp.int8), cp.empty((1, 1), cp.float32)
+    activations.quantize(x, INT8, out=out, scale=scale)
+    best = 1.0
+    for _ in range(5):
+        cp.cuda.get_current_stream().synchronize()
+        begin = time.perf_counter()
+        for _ in range(200):
+            activations.quantize(x, INT8, out=out, scale=scale)
+        best = min(best, (time.perf_counter() - begin) / 200)
+    print(f"\na call of quantize takes {best * 1e6:.1f} us of its caller's time")
+    assert best < 30e-6

@@ -1,0 +1,147 @@
+"""Packing on the GPU, against the reference and the CPU byte for byte."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+cp = pytest.importorskip("cupy", reason="needs CuPy")
+
+from device_cases import SOURCES, bits, same_weight  # noqa: E402
+
+from slidesparse_nb import packing, reference  # noqa: E402
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED  # noqa: E402
+from slidesparse_nb.errors import OperandError, PatternError  # noqa: E402
+from slidesparse_nb.packed import PackedWeight  # noqa: E402
+from slidesparse_nb.pattern import Pattern, known_patterns  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def weights():
+    from slidesparse_nb.device import weights
+
+    return weights
+
+
+def on_device(w):
+    """w as a CuPy array; float8 as its bits."""
+    raw = cp.asarray(bits(w))
+    return raw if w.dtype == FLOAT8.numpy else raw.view(w.dtype)
+
+
+def on_host(packed):
+    """A packed weight of CuPy arrays as one of NumPy arrays."""
+    scale = None if packed.scale is None else packed.scale.get()
+    return PackedWeight(packed.values.get(), packed.meta.get(), scale, packed.pattern, packed.shape, packed.dtype)
+
+
+def awkward_weights(n, k, source, seed=0):
+    rng = np.random.default_rng([seed, n, k])
+    w = rng.standard_normal((n, k)).astype(np.float32)
+    w[rng.random((n, k)) < 0.1] = -0.0
+    w[1::5] = rng.integers(-3, 4, w[1::5].shape)  # many equal magnitudes
+    w[2::7] *= 2.0**-104
+    w[3::11] = 0
+    w[4::9] *= 1e-6  # rounds to zero in float16
+    return w.astype(source)
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_equals_the_reference(weights, source, dtype) -> None:
+    every = dtype is INT8 and source == BFLOAT16.numpy
+    for pattern in [*known_patterns(), Pattern(30, 32)] if every else map(Pattern.of, ("2:4", "4:6", "6:8", "14:16")):
+        for n, k in [(1, 1), (13, 37), (7, 16), (29, 1009), (64, 512)]:
+            w = awkward_weights(n, k, source)
+            pruned = reference.prune(w, pattern)
+            expected = reference.pack(pruned, pattern, dtype)
+            packed = weights.pack(on_device(w), pattern, dtype, prune="magnitude")
+            assert isinstance(packed.values, cp.ndarray)
+            same_weight(on_host(packed), expected)
+            np.testing.assert_array_equal(bits(weights.unpack(packed).get()), bits(reference.unpack(expected)))
+            np.testing.assert_array_equal(bits(weights.prune(on_device(w), pattern).get()), bits(pruned))
+            same_weight(on_host(weights.pack(on_device(pruned), pattern, dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+def test_quantized_weights_keep_their_bytes(weights, dtype) -> None:
+    rng = np.random.default_rng(3)
+    for pattern in known_patterns():
+        stored = rng.integers(0, 256, (33, 331), np.uint8)
+        stored[stored & 0x7F == 0x7F] = 0x80
+        w, scale = stored.view(dtype.numpy), rng.random((33, 1), np.float32)
+        expected = reference.pack(reference.prune(w, pattern), pattern, dtype, scale)
+        packed = weights.pack(on_device(w), pattern, dtype, scale=cp.asarray(scale), prune="magnitude")
+        same_weight(on_host(packed), expected)
+
+
+def test_scores_and_strides(weights) -> None:
+    rng = np.random.default_rng(4)
+    score = rng.random((50, 250), np.float32)
+    w = awkward_weights(50, 250, BFLOAT16.numpy)
+    expected = packing.pack(w, "4:6", "int8", prune=score)
+    transposed = on_device(np.ascontiguousarray(w.T)).T
+    same_weight(on_host(weights.pack(transposed, Pattern(4, 6), INT8, prune=cp.asarray(score))), expected)
+
+
+def test_a_whole_layer(weights) -> None:
+    """18944 x 3584, compared with the CPU, and timed."""
+    w = np.random.default_rng(0).standard_normal((18944, 3584), np.float32).astype(BFLOAT16.numpy)
+    given = on_device(w)
+    for dtype in (INT8, FLOAT8, BFLOAT16):
+        expected = packing.pack(w, "6:8", dtype, prune="magnitude")
+        same_weight(on_host(weights.pack(given, Pattern(6, 8), dtype, prune="magnitude")), expected)
+        begin = time.perf_counter()
+        weights.pack(given, Pattern(6, 8), dtype, prune="magnitude")
+        print(f"\npack 18944 x 3584 bfloat16 to {dtype}, 6:8: {(time.perf_counter() - begin) * 1e3:.2f} ms")
+
+
+def test_many_elements(weights) -> None:
+    """More than 2^31 of them; the last rows are looked at."""
+    n, k = (1 << 31) // 4096 + 32, 4096
+    if cp.cuda.runtime.memGetInfo()[0] < 6 * n * k:
+        pytest.fail("needs 13 GB of device memory")
+    w = cp.zeros((n, k), cp.float16)
+    last = awkward_weights(9, k, FLOAT16.numpy)
+    w[-9:] = cp.asarray(last)
+    packed = weights.pack(w, Pattern(6, 8), INT8, prune="magnitude")
+    expected = packing.pack(last, "6:8", "int8", prune="magnitude")
+    np.testing.assert_array_equal(packed.values[-9:].get(), expected.values)
+    np.testing.assert_array_equal(packed.meta[-9:].get(), expected.meta)
+    with pytest.raises(PatternError) as error:
+        weights.pack(w, Pattern(6, 8), FLOAT16)
+    broken = reference.violations(last, Pattern(6, 8))
+    assert (error.value.row, error.value.group, error.value.count) == (broken[0, 0] + n - 9, broken[0, 1], len(broken))
+
+
+def test_reports_violations(weights) -> None:
+    w = np.ones((300, 400), np.float32)
+    w[:7] = w[7, :16] = 0
+    with pytest.raises(PatternError) as error:
+        weights.pack(cp.asarray(w), Pattern(6, 8), INT8)
+    assert (error.value.row, error.value.group, error.value.count) == (7, 2, 48 + 292 * 50)
+
+
+@pytest.mark.parametrize("prune", ["none", "magnitude"])
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_refuses_what_is_not_finite(weights, dtype, prune) -> None:
+    w = np.zeros((40, 4000), np.float32)
+    w[20, 1717], w[20, 1800], w[33, 1] = -np.inf, np.nan, np.nan
+    for source in SOURCES:
+        with pytest.raises(OperandError, match=rf"w: -inf at row 20, column 1717; weights must be finite \({source}\)"):
+            weights.pack(on_device(w.astype(source)), Pattern(6, 8), dtype, prune=prune)
+
+
+def test_refuses_overflow_and_bad_scales(weights) -> None:
+    w = np.zeros((20, 80), np.float32)
+    w[13, 3] = 70000
+    with pytest.raises(OperandError, match=r"w: 70000\.0 at row 13, column 3 overflows float16"):
+        weights.pack(cp.asarray(w), Pattern(6, 8), FLOAT16)
+    scale = cp.ones((20, 1), cp.float32)
+    scale[11] = -1
+    with pytest.raises(OperandError, match=r"scale: -1\.0 at row 11 must be finite"):
+        weights.pack(cp.zeros((20, 80), cp.int8), Pattern(6, 8), INT8, scale=scale)
