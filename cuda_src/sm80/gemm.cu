@@ -1,0 +1,377 @@
+// y[m, n] = x[m, k] @ w[n, k].T with (2N-2):2N weights on the sparse tensor cores of sm_80 and later.
+//
+// Weights stand arranged in fragment order (arch/sm80.py, `arrange`); activations stand unslid, as they are, and are lifted
+// between shared memory and the instruction:
+//
+//   8-bit    a window is one register. At an even unit it is a word of x as loaded; at an odd unit, one byte permute of two.
+//   16-bit   a window is a register of an even lane and one of the odd lane beside it. The even lane only ever needs even
+//            units, the odd lane odd ones; at an odd unit of the window each takes one of two words that it has.
+//
+// A thread block makes TILE_M tokens x TILE_N outputs; a warp WARP_M x WARP_N of it, as WARP_N/16 strips x WARP_M/8 groups.
+//
+//   global --cp.async--> ring of STAGES stages --> A: registers, for up to PASS instructions along k at a time
+//                                              --> x: words of 8 tokens --lift--> B --mma.sp--> accumulators
+//
+// The A registers of the next pass are loaded while the last 8 tokens of this one are multiplied, into the same registers.
+// With gridDim.y > 1 the blocks of one tile share k; the last to finish adds the parts in order, so results do not vary.
+#include "common/types.cuh"
+#include "sm80/ptx.cuh"
+#include "sm80/smem.cuh"
+
+// ---- what the host chooses (arch/sm80.py); the defaults let this file compile alone --------------------------------------
+#ifndef DTYPE
+#define DTYPE TYPE_INT8  // of weights and activations
+#endif
+#ifndef OUT
+#define OUT TYPE_BFLOAT16
+#endif
+#ifndef GROUP
+#define GROUP 8  // L of the pattern: 8 for 6:8
+#define WORDS 8  // words of a lane and row
+#define RUN 16   // units that an owner holds side by side
+#define LOAD 16  // bytes of one load of x
+#define STRIDE 144
+#endif
+#ifndef TILE_N
+#define TILE_N 128
+#define TILE_M 128
+#define WARPS_N 2
+#define WARPS_M 2
+#define STAGES 3
+#endif
+
+// ---- what follows from it ----------------------------------------------------------------------------------------------
+constexpr bool WIDE = DTYPE == TYPE_BFLOAT16 || DTYPE == TYPE_FLOAT16;
+constexpr int UNITS = GROUP / 2, WINDOWS = UNITS - 1;           // per group
+constexpr int STEPS = 2 * WORDS / UNITS * WINDOWS / 4;          // instructions along k in a block
+constexpr int META_WORDS = WIDE ? (STEPS + 1) / 2 : STEPS;      // an index word serves two 16-bit instructions
+constexpr int BLOCK_BYTES = 512 * STEPS + 128 * META_WORDS;     // of one strip
+constexpr int ROW_BYTES = 16 * WORDS, PIECES = ROW_BYTES / 16;  // of one row of x, in pieces of 16 bytes
+constexpr bool MIRRORED = WIDE && RUN % 4 == 0;                 // the second pair of lanes reads runs backwards: other banks
+constexpr int WARPS = WARPS_N * WARPS_M, THREADS = 32 * WARPS;
+constexpr int WARP_N = TILE_N / WARPS_N, WARP_M = TILE_M / WARPS_M;
+constexpr int STRIPS = WARP_N / 16, GROUPS = WARP_M / 8;        // of one warp
+// On sm_90 and sm_100 the compiler builds the float8 instruction from others, and needs registers for that.
+constexpr bool EMULATED = DTYPE == TYPE_FLOAT8 && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200;
+constexpr int A_REGISTERS = EMULATED ? 1 : WIDE && WORDS > 12 ? 4 : WORDS > 8 ? 8 : 12;  // fragments of A that a warp holds
+constexpr int AT_ONCE = A_REGISTERS / STRIPS > 0 ? A_REGISTERS / STRIPS : 1;
+constexpr int PASSES = (STEPS + AT_ONCE - 1) / AT_ONCE, PASS = (STEPS + PASSES - 1) / PASSES;
+
+static_assert(TILE_N % (16 * WARPS_N) == 0 && TILE_M % (8 * WARPS_M) == 0, "a warp takes whole strips and groups of 8 tokens");
+static_assert(2 * WORDS % UNITS == 0 && (2 * WORDS / UNITS * WINDOWS) % 4 == 0, "a block takes whole groups and instructions");
+static_assert(STRIDE % 16 == 0 && STRIDE >= ROW_BYTES && PIECES <= 32 && STAGES >= 2, "rows are copied in 16-byte pieces");
+
+typedef Stage<TILE_N / 16, BLOCK_BYTES, TILE_M, STRIDE> StageT;
+typedef SharedMemory<STAGES, StageT, WARPS, Staging<WARP_N>> Shared;
+#if DTYPE == TYPE_INT8
+typedef int Accumulator;
+INLINE float as_float(int v) { return __int2float_rn(v); }
+#else
+typedef float Accumulator;
+INLINE float as_float(float v) { return v; }
+#endif
+
+template <int STEP> INLINE void multiply(Accumulator (&d)[4], const uint4& a, const u32 (&b)[4], u32 e) {
+#if DTYPE == TYPE_INT8
+    mma_sp_s8<0>(d, a, b, e);
+#elif DTYPE == TYPE_FLOAT8
+    mma_sp_e4m3<0>(d, a, b, e);
+#elif DTYPE == TYPE_BFLOAT16
+    mma_sp_bf16<STEP % 2>(d, a, b, e);
+#else
+    mma_sp_f16<STEP % 2>(d, a, b, e);
+#endif
+}
+
+// ---- words of x and windows ----------------------------------------------------------------------------------------------
+__device__ constexpr int unit_of(int slot) { return slot / WINDOWS * UNITS + slot % WINDOWS; }  // where an owner's window starts
+__device__ constexpr int first_word(int pass) { return unit_of(4 * pass * PASS) / 2; }
+__device__ constexpr int last_word(int pass) {
+    int step = (pass + 1) * PASS < STEPS ? (pass + 1) * PASS : STEPS;
+    return (unit_of(4 * step - 1) + 1) / 2;
+}
+
+struct Lane {
+    int g, q;  // lane = 4 g + q
+    int start; // bytes into a row of x of this lane's first word
+    int next;  // 16-bit: bytes from one word of a run to the next
+    bool high; // 16-bit: whether this lane takes the later of two words in a window at an odd unit
+
+    INLINE explicit Lane(int lane) : g(lane >> 2), q(lane & 3) {
+        const int pair = q >> 1, odd = q & 1;
+        const bool backwards = MIRRORED && pair;
+        start = WIDE ? 4 * (pair * RUN + odd + (backwards ? RUN - 2 : 0)) : 2 * RUN * q;
+        next = backwards ? -8 : 8;
+        high = backwards ? odd : !odd;
+    }
+
+    // Words of one pass, from a row of a stage.
+    INLINE void load(u32 (&w)[WORDS], const u8* row, int pass) const {
+        const u8* mine = row + start;
+#pragma unroll
+        for (int i = 0; i < WORDS; i += LOAD / 4) {
+            if (i + LOAD / 4 <= first_word(pass) || i > last_word(pass)) continue;
+            if (WIDE) {
+                w[i] = *(const u32*)(mine + i / (RUN / 2) * (8 * RUN) + i % (RUN / 2) * next);
+                continue;
+            }
+            const u8* from = mine + i / (RUN / 2) * (8 * RUN) + i % (RUN / 2) * 4;
+            if (LOAD == 16) {
+                uint4 v = *(const uint4*)from;
+                w[i] = v.x, w[i + 1] = v.y, w[i + 2] = v.z, w[i + 3] = v.w;
+            } else if (LOAD == 8) {
+                uint2 v = *(const uint2*)from;
+                w[i] = v.x, w[i + 1] = v.y;
+            } else {
+                w[i] = *(const u32*)from;
+            }
+        }
+    }
+
+    // The lift: this lane's register of one window.
+    INLINE u32 window(const u32 (&w)[WORDS], int slot) const {
+        int unit = unit_of(slot);
+        u32 low = w[unit / 2];
+        if (unit % 2 == 0) return low;
+        u32 up = w[unit / 2 + 1];
+        return WIDE ? (high ? up : low) : __byte_perm(low, up, 0x5432);
+    }
+};
+
+// ---- copies from global memory ---------------------------------------------------------------------------------------------
+// A warp copies whole strips of weights, and RPI rows of x at a time, PIECES lanes a row.
+struct Copies {
+    static constexpr int STRIPS_A_WARP = (TILE_N / 16 + WARPS - 1) / WARPS, RPI = 32 / PIECES;
+    static constexpr int ROUNDS = (TILE_M + RPI * WARPS - 1) / (RPI * WARPS);
+    const u8* weights[STRIPS_A_WARP];
+    const u8* x;
+    i64 x_step;        // bytes from a round's row of x to the next round's
+    int left;          // bytes of the row from this lane's piece on; what lies past them is zero
+    int rows;          // rows of x from this lane's first on
+    int warp, lane, row, piece;
+
+    INLINE Copies(const u8* x_, i64 x_pitch, i64 x_bytes, const u8* w, i64 blocks, i64 first, i64 m, i64 strips, int tile_m, int tile_n)
+        : warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
+#pragma unroll
+        for (int i = 0; i < STRIPS_A_WARP; i++) {
+            i64 strip = (i64)tile_n * (TILE_N / 16) + warp + i * WARPS;
+            strip = strip < strips ? strip : strips - 1;  // rows past n are multiplied and never written
+            weights[i] = w + (strip * blocks + first) * BLOCK_BYTES + lane * 16;
+        }
+        row = warp * RPI + lane / PIECES, piece = lane % PIECES;
+        i64 token = (i64)tile_m * TILE_M + row;
+        x = x_ + token * x_pitch + first * ROW_BYTES + piece * 16;
+        x_step = x_pitch * (RPI * WARPS);
+        left = (int)(x_bytes - first * ROW_BYTES - piece * 16);
+        rows = (int)(m - token < TILE_M ? m - token : TILE_M);
+    }
+
+    // The next block of k into a stage.
+    INLINE void next(StageT& stage) {
+#pragma unroll
+        for (int i = 0; i < STRIPS_A_WARP; i++) {
+            if (TILE_N / 16 % WARPS == 0 || warp + i * WARPS < TILE_N / 16) {
+                u8* to = stage.weights[warp + i * WARPS] + lane * 16;
+#pragma unroll
+                for (int at = 0; at < BLOCK_BYTES; at += 512)
+                    if (at + 512 <= BLOCK_BYTES || lane * 16 < BLOCK_BYTES - at) cp_async_16(to + at, weights[i] + at);
+            }
+            weights[i] += BLOCK_BYTES;
+        }
+        if (32 % PIECES == 0 || lane < RPI * PIECES) {
+            const int bytes = left >= 16 ? 16 : left > 0 ? left : 0;
+            const u8* from = x;
+#pragma unroll(ROUNDS > 8 ? 1 : ROUNDS)
+            for (int i = 0; i < ROUNDS; i++, from += x_step) {
+                int local = i * RPI * WARPS;
+                if (TILE_M % (RPI * WARPS) == 0 || row + local < TILE_M)
+                    cp_async_16(stage.x[row + local] + piece * 16, from, local < rows ? bytes : 0);
+            }
+        }
+        x += ROW_BYTES, left -= ROW_BYTES;
+    }
+};
+
+// ---- the kernel ------------------------------------------------------------------------------------------------------------
+extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
+    const u8* __restrict__ x,         // [M, K] of DTYPE, 16-byte aligned rows
+    i64 x_pitch,                      // bytes from row to row, a multiple of 16
+    i64 x_bytes,                      // bytes of K elements
+    const u8* __restrict__ weights,   // [strips, blocks, BLOCK_BYTES], arranged
+    const float* __restrict__ scale_x,  // [M], 8-bit types
+    const float* __restrict__ scale_w,  // [N], 8-bit types
+    const void* __restrict__ bias,    // [N] of bias_type, or null
+    i64 bias_type,
+    Output<OUT>::Storage* __restrict__ y,  // [M, N]
+    i64 y_pitch,                      // elements from row to row
+    i64 m, i64 n, i64 blocks,
+    uint4* __restrict__ parts,        // [gridDim.y, tiles, STRIPS * GROUPS, THREADS] accumulators, if gridDim.y > 1
+    u32* __restrict__ arrived)        // [tiles] zeros, and left so
+{
+    extern __shared__ __align__(16) u8 raw[];
+    Shared& shared = *(Shared*)raw;
+
+    // Tiles of 8 columns of tiles side by side run together, so that they share weights and activations in the L2 cache.
+    const int tiles_n = (int)((n + TILE_N - 1) / TILE_N), tiles_m = (int)((m + TILE_M - 1) / TILE_M);
+    const int band = blockIdx.x / (8 * tiles_m), in_band = blockIdx.x % (8 * tiles_m);
+    const int width = tiles_n - 8 * band < 8 ? tiles_n - 8 * band : 8;
+    const int tile_n = 8 * band + in_band % width, tile_m = in_band / width;
+
+    const int warp = threadIdx.x / 32;
+    const int warp_n = warp % WARPS_N * WARP_N, warp_m = warp / WARPS_N * WARP_M;
+    const Lane lane(threadIdx.x % 32);
+    const i64 first = blocks * blockIdx.y / gridDim.y;
+    const int count = (int)(blocks * (blockIdx.y + 1) / gridDim.y - first);
+    Copies copies(x, x_pitch, x_bytes, weights, blocks, first, m, (n + 15) / 16, tile_m, tile_n);
+
+    Accumulator acc[STRIPS][GROUPS][4] = {};
+    uint4 a[PASS][STRIPS];
+    u32 e[PASS][STRIPS];
+    u32 words[2][WORDS];
+
+    auto load_a = [&](const StageT& stage, int pass, int s, int i) {
+        const u8* strip = stage.weights[warp_n / 16 + i];
+        int step = pass * PASS + s, index = threadIdx.x % 32;
+        a[s][i] = ((const uint4*)strip)[32 * step + index];
+        if (!WIDE || step % 2 == 0 || s == 0) e[s][i] = ((const u32*)(strip + 512 * STEPS))[32 * (WIDE ? step / 2 : step) + index];
+    };
+    auto load_x = [&](u32 (&w)[WORDS], const StageT& stage, int pass, int group) {
+        lane.load(w, stage.x[warp_m + 8 * group + lane.g], pass);
+    };
+
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) {
+        if (i < count) copies.next(shared.stage[i]);
+        cp_async_commit_group();
+    }
+    cp_async_wait_group<STAGES - 1>();
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < PASS; s++)
+#pragma unroll
+        for (int i = 0; i < STRIPS; i++) load_a(shared.stage[0], 0, s, i);
+    load_x(words[0], shared.stage[0], 0, 0);
+
+    int slot = 0;
+#pragma unroll 1
+    for (int block = 0; block < count; block++) {
+        StageT& now = shared.stage[slot];
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+        StageT& then = shared.stage[slot];
+#pragma unroll
+        for (int pass = 0; pass < PASSES; pass++) {
+            const int next_pass = (pass + 1) % PASSES;
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) {
+                const bool last = group == GROUPS - 1, leave = last && pass == PASSES - 1;
+                const int turn = (pass * GROUPS + group) % 2;
+                if (leave) {  // everything of this stage is in registers: the next must have come, and this one may be filled
+                    cp_async_wait_group<STAGES - 2>();
+                    __syncthreads();
+                    if (block + STAGES < count) copies.next(now);
+                    cp_async_commit_group();
+                }
+                const StageT& source = leave ? then : now;
+                load_x(words[1 - turn], source, last ? next_pass : pass, last ? 0 : group + 1);
+#pragma unroll
+                for (int s = 0; s < PASS; s++) {
+                    const int step = pass * PASS + s;
+                    if (step < STEPS) {
+                        u32 b[4];
+#pragma unroll
+                        for (int r = 0; r < 4; r++) b[r] = lane.window(words[turn], 4 * step + r);
+#pragma unroll
+                        for (int i = 0; i < STRIPS; i++) {
+                            if (step % 2 == 0) multiply<0>(acc[i][group], a[s][i], b, e[s][i]);
+                            else multiply<1>(acc[i][group], a[s][i], b, e[WIDE && s > 0 ? s - 1 : s][i]);
+                        }
+                    }
+                }
+                if (last)
+#pragma unroll
+                    for (int s = 0; s < PASS; s++)
+#pragma unroll
+                        for (int i = 0; i < STRIPS; i++)
+                            if (next_pass * PASS + s < STEPS) load_a(source, next_pass, s, i);
+            }
+        }
+        if (PASSES * GROUPS % 2)  // the words of the next block's first group stand in words[1]
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) words[0][i] = words[1][i];
+    }
+    cp_async_wait_group<0>();
+    __syncthreads();
+
+    if (gridDim.y > 1) {  // this block's part; whoever comes last adds them all, in order
+        const i64 tiles = gridDim.x, part = (i64)STRIPS * GROUPS * THREADS;
+        uint4* mine = parts + blockIdx.x * part + threadIdx.x;
+        auto fragment = [&](int f) -> Accumulator (&)[4] { return acc[f / GROUPS][f % GROUPS]; };
+#pragma unroll
+        for (int f = 0; f < STRIPS * GROUPS; f++) mine[blockIdx.y * tiles * part + f * THREADS] = *(const uint4*)fragment(f);
+        __threadfence();
+        __syncthreads();
+        u32& seen = *(u32*)raw;
+        if (threadIdx.x == 0) seen = atomicAdd(&arrived[blockIdx.x], 1);
+        __syncthreads();
+        if (seen + 1 != gridDim.y) return;
+        __threadfence();
+        if (threadIdx.x == 0) arrived[blockIdx.x] = 0;
+        __syncthreads();  // `seen` is about to be overwritten
+#pragma unroll
+        for (int f = 0; f < STRIPS * GROUPS; f++) {
+            Accumulator(&sum)[4] = fragment(f);
+            sum[0] = sum[1] = sum[2] = sum[3] = 0;
+            for (i64 z = 0; z < gridDim.y; z++) {
+                uint4 v = ld_global_cg(mine + z * tiles * part + f * THREADS);
+                const Accumulator* add = (const Accumulator*)&v;
+#pragma unroll
+                for (int r = 0; r < 4; r++) sum[r] += add[r];
+            }
+        }
+    }
+
+    // Epilogue: eight tokens at a time through this warp's own rows in shared memory, out in 16-byte pieces of y.
+    typedef Output<OUT>::Storage Out;
+    constexpr int VECTOR = 16 / sizeof(Out), LANES = WARP_N / VECTOR;  // lanes that write one row
+    static_assert(32 % LANES == 0, "the lanes of a warp share out whole rows");
+    Staging<WARP_N>& staging = shared.staging[warp];
+    const int write_row = threadIdx.x % 32 / LANES, column = threadIdx.x % LANES * VECTOR;
+    const i64 n0 = (i64)tile_n * TILE_N + warp_n + column, m0 = (i64)tile_m * TILE_M + warp_m;
+    float channel[VECTOR], offset[VECTOR];
+#pragma unroll
+    for (int v = 0; v < VECTOR; v++) {
+        channel[v] = !WIDE && n0 + v < n ? scale_w[n0 + v] : 1.0f;
+        offset[v] = bias && n0 + v < n ? load_float(bias, n0 + v, bias_type) : 0.0f;
+    }
+    const bool vector_writes = n0 + VECTOR <= n && ((u64)y | (u64)(y_pitch * sizeof(Out))) % 16 == 0;
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+#pragma unroll
+        for (int i = 0; i < STRIPS; i++)
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                staging.row[2 * lane.q + (r & 1)][16 * i + 8 * (r >> 1) + lane.g] = as_float(acc[i][group][r]);
+        __syncwarp();
+#pragma unroll
+        for (int row = write_row; row < 8; row += 32 / LANES) {
+            const i64 token = m0 + 8 * group + row;
+            if (token >= m || n0 >= n) continue;
+            const float of_token = WIDE ? 1.0f : scale_x[token];
+            alignas(16) Out out[VECTOR];
+#pragma unroll
+            for (int v = 0; v < VECTOR; v++) {
+                float sum = staging.row[row][column + v];
+                if (!WIDE) sum = __fmul_rn(__fmul_rn(sum, of_token), channel[v]);
+                if (bias) sum = __fadd_rn(sum, offset[v]);
+                out[v] = Output<OUT>::round(sum);
+            }
+            Out* to = y + token * y_pitch + n0;
+            if (vector_writes) *(uint4*)to = *(const uint4*)out;
+            else
+#pragma unroll
+                for (int v = 0; v < VECTOR; v++)
+                    if (n0 + v < n) to[v] = out[v];
+        }
+        __syncwarp();
+    }
+}

@@ -1,0 +1,40 @@
+// One PTX instruction per function, named after it, with its section of the PTX ISA manual.
+#pragma once
+#include "common/types.cuh"
+
+// "Warp-level matrix multiply-accumulate with sparse matrix A": mma.sp::ordered_metadata, D[16, 8] += A[16, k] * B[k, 8].
+// lane = 4 g + q. A is the compressed matrix, four registers: rows g + 8 (r & 1), half r >> 1 of k. B: column g.
+// D: row g + 8 (r >> 1), column 2 q + (r & 1). e: index nibbles; SELECTOR: which lane pair of a quad holds them (16-bit only).
+// k = 64 for 8-bit types, 32 for 16-bit types. Ordered: i0 < i1 in every nibble, or the result is undefined.
+#define MMA_SP(NAME, SHAPE, TYPES, ACC, C)                                                                       \
+    template <int SELECTOR> INLINE void NAME(ACC (&d)[4], const uint4& a, const u32 (&b)[4], u32 e) {            \
+        asm("mma.sp::ordered_metadata.sync.aligned." SHAPE ".row.col." TYPES                                     \
+            " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"                           \
+            : "+" C(d[0]), "+" C(d[1]), "+" C(d[2]), "+" C(d[3])                                                 \
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e), "n"(SELECTOR)); \
+    }
+MMA_SP(mma_sp_s8, "m16n8k64", "s32.s8.s8.s32", int, "r")
+MMA_SP(mma_sp_e4m3, "m16n8k64", "f32.e4m3.e4m3.f32", float, "f")
+MMA_SP(mma_sp_bf16, "m16n8k32", "f32.bf16.bf16.f32", float, "f")
+MMA_SP(mma_sp_f16, "m16n8k32", "f32.f16.f16.f32", float, "f")
+
+// "Data Movement: cp.async": 16 bytes from global to shared memory, of which the first `bytes` are read and the rest are
+// zeros. Past the L1 cache (.cg); nothing is read when bytes is 0.
+INLINE void cp_async_16(void* shared, const void* global, int bytes) {
+    u32 to = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+INLINE void cp_async_16(void* shared, const void* global) {
+    u32 to = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+// Closes a group of copies; waits until at most PENDING groups are still under way.
+INLINE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> INLINE void cp_async_wait_group() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// "Data Movement: ld", .cg: from the L2 cache, where another block may just have written.
+INLINE uint4 ld_global_cg(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}

@@ -1,0 +1,171 @@
+"""The arranged weights and the way activations are read, against a NumPy model of the `mma.sp` instruction."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from slidesparse_nb import reference
+from slidesparse_nb.arch import for_capability, sm80
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
+from slidesparse_nb.errors import UnsupportedError
+from slidesparse_nb.pattern import Pattern, known_patterns
+
+PATTERNS = known_patterns()
+LANE = np.arange(32)
+G, Q = LANE >> 2, LANE & 3
+
+
+def weights(rng, n, k, pattern, dtype):
+    w = reference.prune(rng.standard_normal((n, k)).astype(np.float32), pattern)
+    return reference.pack(w, pattern, dtype)
+
+
+# ---- the instruction, from the tables of the PTX ISA -----------------------------------------------------------------
+
+
+def mma_sp(a, e, b, dtype, selector):
+    """D [16, 8] of one m16n8k64 (8-bit) or m16n8k32 (16-bit): a [32, 4], e [32], b [32, 4] are the lanes' registers."""
+    per = 32 // dtype.bits  # elements of one register
+    k = 16 * per
+    dense, kept = np.zeros((16, k)), np.zeros((16, k // 2))
+    a = np.ascontiguousarray(a).view(dtype.numpy).reshape(32, 4, per).astype(np.float64)
+    b = np.ascontiguousarray(b).view(dtype.numpy).reshape(32, 4, per).astype(np.float64)
+    activations, nibble = np.zeros((8, k)), np.zeros((16, k // 4), int)
+    for lane in range(32):
+        g, q = G[lane], Q[lane]
+        for r in range(4):
+            for i in range(per):
+                kept[g + 8 * (r & 1), 4 * per * (r >> 1) + per * q + i] = a[lane, r, i]
+                activations[g, 4 * per * r + per * q + i] = b[lane, r, i]
+        word = int(e[lane])
+        for j in range(8):
+            if dtype.bits == 8:
+                nibble[g + 8 * (q & 1), 8 * (q >> 1) + j] = word >> 4 * j & 15
+            elif q >> 1 == selector:
+                nibble[g + 8 * (j >> 2), 4 * (q & 1) + (j & 3)] = word >> 4 * j & 15
+    for row in range(16):
+        for window in range(k // 4):
+            i0, i1 = nibble[row, window] & 3, nibble[row, window] >> 2
+            assert i0 < i1
+            dense[row, 4 * window + i0] = kept[row, 2 * window]
+            dense[row, 4 * window + i1] = kept[row, 2 * window + 1]
+    return dense @ activations.T
+
+
+# ---- the kernel's inner loop -----------------------------------------------------------------------------------------
+
+
+def lifted(words, layout, step):
+    """The four B registers of every lane: words uint32 [32, words] -> uint32 [32, 4]."""
+    half = layout.pattern.group // 2
+    out = np.zeros((32, 4), np.uint32)
+    for register in range(4):
+        slot = 4 * step + register
+        unit = slot // layout.pattern.windows * half + slot % layout.pattern.windows
+        low = words[:, unit // 2]
+        if unit % 2 == 0:
+            out[:, register] = low
+            continue
+        high = words[:, unit // 2 + 1]
+        if layout.bits == 8:
+            out[:, register] = low >> 16 | high << 16  # __byte_perm(low, high, 0x5432)
+        else:
+            backwards = (Q >> 1 == 1) & layout.mirrored
+            out[:, register] = np.where(np.where(backwards, Q & 1, 1 - (Q & 1)), high, low)
+    return out
+
+
+def simulated(x, arranged, packed):
+    """x [8, k] @ w.T in float64, by the kernel's steps in the kernel's order."""
+    layout = sm80.layout(packed.pattern, packed.dtype.bits)
+    strips, blocks = arranged.shape[:2]
+    rows = np.zeros((8, blocks * layout.row_bytes), np.uint8)
+    raw = np.ascontiguousarray(x).view(np.uint8)
+    rows[:, : raw.shape[1]] = raw
+    acc = np.zeros((strips, 16, 8))
+    offsets = sm80.word_offsets(layout)
+    for block in range(blocks):
+        row = np.ascontiguousarray(rows[:, block * layout.row_bytes : (block + 1) * layout.row_bytes]).view(np.uint32)
+        words = row[G[:, None], offsets[Q] // 4]
+        for strip in range(strips):
+            piece = arranged[strip, block]
+            a = piece[: 512 * layout.steps].view(np.uint32).reshape(layout.steps, 32, 4)
+            e = piece[512 * layout.steps :].view(np.uint32).reshape(layout.meta_words, 32)
+            for step in range(layout.steps):
+                word, selector = (step, 0) if layout.bits == 8 else (step // 2, step % 2)
+                acc[strip] += mma_sp(a[step], e[word], lifted(words, layout, step), packed.dtype, selector)
+    return acc.reshape(-1, 8)[: packed.n].T
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_arranged_weights_through_the_instruction(pattern, dtype):
+    rng = np.random.default_rng(1)
+    layout = sm80.layout(pattern, dtype.bits)
+    for n, k in ((19, layout.columns + 3), (16, 2 * pattern.group - 1)):
+        packed = weights(rng, n, k, pattern, dtype)
+        x = (rng.integers(-127, 128, (8, k)) if dtype is INT8 else rng.standard_normal((8, k))).astype(dtype.numpy)
+        want = x.astype(np.float64) @ reference.unpack(packed).astype(np.float64).T
+        got = simulated(x, sm80.arrange(packed), packed)
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_every_word_and_window_has_one_owner(pattern, dtype):
+    layout = sm80.layout(pattern, dtype.bits)
+    order, swapped = sm80.window_order(layout)
+    assert sorted(order.ravel()) == list(range(layout.windows))
+    assert swapped.any() == (dtype.bits == 16 and pattern.group > 4)
+    offsets = sm80.word_offsets(layout)
+    assert len({int(o) for o in offsets.ravel()}) == offsets.size  # nobody reads a word twice ...
+    assert sorted(offsets.ravel()) == list(range(0, layout.row_bytes, 4))  # ... and every word is read
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 131), (33, 512), (0, 64), (5, 0)])
+def test_restore_undoes_arrange(pattern, dtype, n, k):
+    packed = weights(np.random.default_rng(3), n, k, pattern, dtype)
+    layout = sm80.layout(pattern, dtype.bits)
+    arranged = sm80.arrange(packed)
+    assert arranged.shape == (-(-n // 16), layout.blocks(k), layout.block_bytes)
+    assert arranged.dtype == np.uint8
+    back = sm80.restore(arranged, packed)
+    back.validate()
+    assert (back.values.view(dtype.raw) == packed.values.view(dtype.raw)).all()
+    assert (back.meta == packed.meta).all()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_layouts(pattern, bits):
+    layout = sm80.layout(pattern, bits)
+    assert sm80.bank_conflicts(layout) == 0
+    assert layout.windows == 4 * layout.steps * layout.owners
+    assert layout.columns % pattern.group == 0
+    assert layout.stride % 16 == 0
+    assert layout.row_bytes <= layout.stride < 2 * layout.row_bytes
+    assert layout.block_bytes % 128 == 0
+
+
+def test_bank_model_sees_conflicts():
+    """A row of 128 bytes and no padding puts all eight tokens on the same banks."""
+    layout = sm80.layout(Pattern(6, 8), 16)
+    bad = dataclasses.replace(layout, stride=128)
+    assert sm80.bank_conflicts(bad) == 8 * 7
+
+
+def test_what_is_refused():
+    with pytest.raises(UnsupportedError, match="no sparse tensor cores"):
+        for_capability((7, 5))
+    with pytest.raises(UnsupportedError, match=r"need compute capability 8\.9"):
+        sm80.require_support((8, 6), FLOAT8)
+    with pytest.raises(UnsupportedError, match="wider than 16"):
+        sm80.layout(Pattern(30, 32), 8)
+    for dtype in (INT8, FLOAT16, BFLOAT16):
+        sm80.require_support((8, 0), dtype)
+    assert for_capability((12, 0)) is sm80
