@@ -10,20 +10,19 @@ With NUMBA_ENABLE_CUDASIM=1 the same functions run in Numba's simulator, over Nu
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib
 import inspect
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+
+from . import jit
 
 # Whole modules of type Any: what these packages make at run time, a type checker does not see.
 numba: Any = importlib.import_module("numba")
@@ -210,26 +209,18 @@ class Kernel:
 
     def _load(self) -> Any:
         capability = int(arrays.cuda.Device().compute_capability)
-        return arrays.RawModule(path=str(self.cubin(divmod(capability, 10)))).get_function(self.name)
+        return jit.load(self.build(divmod(capability, 10)), self.name)
 
-    def cubin(self, capability: tuple[int, int]) -> Path:
-        """The cubin for an architecture, from the cache folder or compiled into it now; needs no GPU."""
-        parts = [
-            self.name,
-            repr(self.parameters),
-            repr(self.max_threads),
-            repr(capability),
-            *_versions(),
-            *_sources(self.function),
-        ]
+    def build(self, capability: tuple[int, int]) -> jit.Built:
+        """The kernel for an architecture, from the cache folder or compiled into it now; needs no GPU."""
+        parts = [self.name, repr((self.parameters, self.max_threads, capability)), *_versions(), *_sources(self.function)]
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
-        def build(folder: Path) -> None:
+        def make() -> tuple[bytes, str, dict[str, str]]:
             ptx = self.ptx(capability)
-            (folder / "kernel.ptx").write_text(ptx)
-            (folder / "kernel.cubin").write_bytes(assemble(ptx, capability))
+            return *assemble(ptx, capability), {"kernel.ptx": ptx}
 
-        return cache_folder(f"{self.name}-{key}", build) / "kernel.cubin"
+        return jit.kept(f"{self.name}-{jit.architecture(capability)}-{key}", make)
 
     def ptx(self, capability: tuple[int, int]) -> str:
         """The kernel in PTX, entry point `name`; needs no GPU."""
@@ -248,34 +239,22 @@ class Kernel:
         cuda.jit(self.function)[grid, threads, 0, shared](*seen)
 
 
-def cache_folder(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, filled by `build` if it is not there; several processes may race for it."""
-    root = Path(os.environ.get("SLIDESPARSE_CACHE_DIR") or Path.home() / ".cache" / "slidesparse_nb")
-    folder = root / name
-    if not folder.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".building-") as building:
-            filled = Path(building) / "filled"
-            filled.mkdir()
-            build(filled)
-            with contextlib.suppress(OSError):  # another process was first, with the same files
-                filled.rename(folder)
-    return folder
-
-
-def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
-    """PTX -> cubin by nvJitLink, which Numba brings in the version of its compiler; the driver may be older than both."""
+def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
+    """PTX -> cubin and the assembler's log, by nvJitLink, which is as new as Numba's compiler; the driver may be older."""
     nvjitlink = importlib.import_module("cuda.bindings.nvjitlink")
     code = ptx.encode()
-    linker = nvjitlink.create(2, [f"-arch=sm_{capability[0]}{capability[1]}", "-O3"])
+    options = [f"-arch={jit.architecture(capability)}", "-O3", "-verbose"]
+    linker = nvjitlink.create(len(options), options)
     try:
         nvjitlink.add_data(linker, nvjitlink.InputType.PTX, code, len(code), "kernel.ptx")
         nvjitlink.complete(linker)
         cubin = bytearray(nvjitlink.get_linked_cubin_size(linker))
         nvjitlink.get_linked_cubin(linker, cubin)
+        log = bytearray(nvjitlink.get_info_log_size(linker))
+        nvjitlink.get_info_log(linker, log)
     finally:
         nvjitlink.destroy(linker)
-    return bytes(cubin)
+    return bytes(cubin), log.rstrip(b"\0").decode(errors="replace")
 
 
 @functools.cache
