@@ -18,7 +18,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import BFLOAT16, DType
+from .dtypes import BFLOAT16, FLOAT8, FLOAT16, DType, packed_dtype
 from .errors import OperandError
 from .pattern import Pattern
 
@@ -59,28 +59,51 @@ def float32_table(dtype: DType) -> Array:
     return np.arange(2**dtype.bits, dtype=dtype.raw).view(dtype.numpy).astype(np.float32)
 
 
+@jit
+def _look_up(raw: Array, table: Array, out: Array) -> None:
+    for i in range(raw.size):
+        out[i] = table[raw[i]]
+
+
 def to_float32(w: Array) -> Array:
     """A new contiguous float32 array of w (float32, float16, bfloat16, int8 or float8_e4m3fn); exact."""
     if w.dtype == BFLOAT16.numpy:
-        return (np.left_shift(raw_bits(w), np.uint32(16), dtype=np.uint32, order="C")).view(np.float32)
-    return np.array(w, np.float32, order="C")
+        return np.left_shift(raw_bits(w), np.uint32(16), dtype=np.uint32, order="C").view(np.float32)
+    if w.dtype not in (FLOAT8.numpy, FLOAT16.numpy):
+        return np.array(w, np.float32, order="C")
+    out = np.empty(w.shape, np.float32)
+    _look_up(contiguous(raw_bits(w)).reshape(-1), float32_table(packed_dtype(w.dtype)), out.reshape(-1))
+    return out
 
 
 @jit
 def _bfloat16(bits: Array, out: Array) -> None:
     for i in range(bits.size):
         b = bits[i]
-        rounded = (b + np.uint32(0x7FFF + ((b >> 16) & 1))) >> 16
-        out[i] = rounded if (b & MAGNITUDE) <= INFINITY else (b >> 16) | 0x40  # a NaN must not carry into infinity
+        rounded = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        nan = ((b >> np.uint32(16)) & np.uint32(0x8000)) | np.uint32(0x7FC0)  # one that must not carry into its sign
+        out[i] = rounded if (b & MAGNITUDE) <= INFINITY else nan
+
+
+@jit
+def _float16(bits: Array, out: Array) -> None:
+    for i in range(bits.size):
+        b = bits[i] & MAGNITUDE
+        sign = (bits[i] >> np.uint32(16)) & np.uint32(0x8000)
+        # 13 mantissa bits go, to nearest even; the exponent's bias falls from 127 to 15
+        normal = ((b + np.uint32(0xFFF) + ((b >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)) - np.uint32(112 << 10)
+        normal = min(normal, np.uint32(0x7C00))
+        # below 2^-14 a step is 2^-24: adding 1/2, whose own step that is, rounds to it
+        subnormal = np.float32(np.uint32(b).view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000)
+        finite = subnormal if b < np.uint32(0x38800000) else normal
+        out[i] = sign | (finite if b <= INFINITY else np.uint32(0x7E00))
 
 
 def round16(w: Array, dtype: DType) -> Array:
-    """w float32 rounded to bfloat16 or float16, nearest even; what overflows becomes infinity."""
-    if dtype.numpy != BFLOAT16.numpy:
-        with np.errstate(over="ignore"):
-            return w.astype(dtype.numpy, order="C")
+    """w float32 rounded to bfloat16 or float16, nearest even; what overflows becomes infinity. [..., k], contiguous."""
     out = np.empty(w.shape, np.uint16)
-    _bfloat16(contiguous(w).view(np.uint32).reshape(-1), out.reshape(-1))
+    convert = _bfloat16 if dtype.numpy == BFLOAT16.numpy else _float16
+    convert(contiguous(w).view(np.uint32).reshape(-1), out.reshape(-1))
     return out.view(dtype.numpy)
 
 
@@ -281,19 +304,28 @@ def slide_compress(q: Array, pattern: Pattern) -> tuple[Array, Array, int]:
 @jit
 def _decompress(values: Array, meta: Array, mask: int, windows: int, table: Array, out: Array) -> None:
     """out [rows, kp] = table[values] at their columns; a zero slot leaves its column as it is."""
+    two = np.uint64(2)  # unsigned indices: signed ones are tested for being negative
     for r in range(values.shape[0]):
-        out[r, :] = 0
-        for g in range(2 * meta.shape[1] // windows):
-            for j in range(windows):
-                at = g * windows + j
-                nibble = np.int64(meta[r, at >> 1]) >> (4 * (at & 1))
-                start = g * (2 * windows + 2) + 2 * j
-                first = values[r, 2 * at]
-                second = values[r, 2 * at + 1]
+        row, index, dense = values[r], meta[r], out[r]
+        dense[:] = 0
+        at = np.uint64(0)
+        start = np.uint64(0)
+        left = windows  # windows left in the group
+        for byte in range(index.size):
+            nibbles = np.uint64(index[byte])
+            for _ in range(2):
+                first, second = row[at], row[at + np.uint64(1)]
                 if first & mask:
-                    out[r, start + (nibble & 3)] = table[first]
+                    dense[start + (nibbles & np.uint64(3))] = table[first]
                 if second & mask:
-                    out[r, start + (nibble >> 2 & 3)] = table[second]
+                    dense[start + (nibbles >> two & np.uint64(3))] = table[second]
+                nibbles >>= np.uint64(4)
+                at += two
+                start += two
+                left -= 1
+                if left == 0:
+                    left = windows
+                    start += two
 
 
 def decompress(values: Array, meta: Array, pattern: Pattern, k: int, dtype: DType) -> Array:
@@ -325,7 +357,7 @@ def blocks(n: int, k: int) -> Iterator[slice]:
 def over_blocks(work: Callable[[slice], Any], n: int, k: int, max_workers: int | None) -> Iterator[Any]:
     """`work` of every block of rows, in order of rows, on up to `max_workers` threads."""
     todo = list(blocks(n, k))
-    if max_workers is not None and (not isinstance(max_workers, int) or max_workers < 1):
+    if max_workers is not None and (not isinstance(max_workers, int) or isinstance(max_workers, bool) or max_workers < 1):
         raise OperandError(f"max_workers: {max_workers!r} must be a whole number of at least 1")
     workers = min(len(todo), min(8, os.cpu_count() or 1) if max_workers is None else max_workers)
     if workers <= 1:

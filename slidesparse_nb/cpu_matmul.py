@@ -21,8 +21,11 @@ from .pattern import Pattern
 
 Array = NDArray[Any]
 
-TILE = 2**22
-"""Weights that are decompressed at once: 16 MiB of float32."""
+TILE = 2**21
+"""Weights that are decompressed at once: 8 MiB of float32."""
+
+THREADED = 2**20
+"""Weights from which threads are worth their start, about a tenth of a millisecond."""
 
 EXACT = 1024
 """Products of two int8 values, at most 2^14 each, whose sum float32 holds exactly."""
@@ -43,8 +46,8 @@ def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | 
     xs[odd] = 0
     step = max(1, min(n, TILE // max(1, k)))
     weights = np.empty((step, pattern.padded_k(k)), np.float32)
-    workers = min(8, os.cpu_count() or 1, -(-step * k // cpu.BLOCK))
-    with ThreadPoolExecutor(max(1, workers)) as pool, np.errstate(invalid="ignore", over="ignore"):
+    workers = 1 if n * k < THREADED else min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool, np.errstate(invalid="ignore", over="ignore"):
         for first in range(0, n, step):
             tile = slice(first, min(n, first + step))
             values, meta = packed.values[tile], packed.meta[tile]
@@ -72,10 +75,10 @@ def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | 
 
 def _exact_product(x: Array, w: Array) -> Array:
     """x [m, k] @ w [n, k].T of whole numbers up to 128 in float32; sums are exact in int32, then rounded to float32."""
-    total = np.zeros((x.shape[0], w.shape[0]), np.int32)
-    for first in range(0, x.shape[1], EXACT):
-        columns = slice(first, first + EXACT)
-        total += (x[:, columns] @ w[:, columns].T).astype(np.int32)
+    sums = (x[:, first : first + EXACT] @ w[:, first : first + EXACT].T for first in range(0, x.shape[1], EXACT))
+    total = next(sums, np.zeros((x.shape[0], w.shape[0]))).astype(np.int32)
+    for part in sums:
+        total += part.astype(np.int32)
     return total.astype(np.float32)
 
 
@@ -95,8 +98,9 @@ def _dot(x: Array, values: Array, meta: Array, windows: int, table: Array, out: 
 def dot(x: Array, values: Array, meta: Array, pattern: Pattern, dtype: DType) -> Array:
     """x float32 [m, k] times packed rows as the hardware does it: float32 [m, rows].
 
-    Every slot of a window meets an activation, an unused one too, so that NaN and infinity in x reach exactly the outputs of `reference.matmul`. For the few rows of x
-    that hold them: decompressed weights and a dense product are faster, and right for finite ones.
+    Every slot of a window meets an activation, an unused one too, so that NaN and infinity in x reach exactly the outputs of
+    `reference.matmul`. This is for the few rows of x that hold them; for finite rows decompressed weights and a dense product
+    are right, and faster.
     """
     columns = np.zeros((pattern.padded_k(x.shape[1]), x.shape[0]), np.float32)
     columns[: x.shape[1]] = x.T

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8, DType, packed_dtype
+from .dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8, PACKED, DType, packed_dtype
 from .errors import OperandError
 
 Array = NDArray[Any]
@@ -69,20 +69,31 @@ def row_scale(scale: Array | float, n: int, first_row: int = 0) -> Array:
     return np.ascontiguousarray(scales)
 
 
+_INFINITE = {row.numpy: (row.nonzero_mask, row.inf_bits) for row in PACKED} | {FLOAT32: (0x7FFFFFFF, 0x7F800000)}
+
+
+def infinite(w: Array) -> Array | None:
+    """Where w is NaN or infinity: bool, the shape of w; None if it is nowhere."""
+    mask, infinity = _INFINITE[w.dtype]
+    if infinity is None or not w.size:
+        return None
+    raw = np.dtype(f"u{w.dtype.itemsize}").type
+    magnitude = w.view(raw) & raw(mask)
+    return magnitude >= raw(infinity) if magnitude.max() >= infinity else None
+
+
 def require_finite(w: Array, first_row: int = 0) -> None:
-    """Raise OperandError at the first NaN or infinity of w."""
-    if w.dtype != np.int8 and not (finite := np.isfinite(w.astype(np.float32, copy=False))).all():
-        row, column = map(int, np.argwhere(~finite)[0])
+    """Raise OperandError at the first NaN or infinity of w, which holds rows first_row ... of the weights."""
+    if (bad := infinite(w)) is not None:
+        row, column = map(int, np.argwhere(bad)[0])
         raise OperandError(f"w: {w[row, column]} at row {first_row + row}, column {column}; weights must be finite ({w.dtype})")
 
 
 def require_no_overflow(q: Array, w: Array, first_row: int = 0) -> Array:
     """q, or OperandError at the first weight that became infinite when it was rounded to the 16-bit type of q."""
-    dtype = packed_dtype(q.dtype)
-    infinite = (q.view(dtype.raw) & np.uint16(dtype.nonzero_mask)) >= np.uint16(dtype.inf_bits or 0)
-    if infinite.any():
-        row, column = map(int, np.argwhere(infinite)[0])
+    if (bad := infinite(q)) is not None:
+        row, column = map(int, np.argwhere(bad)[0])
         raise OperandError(
-            f"w: {w[row, column]} at row {first_row + row}, column {column} overflows {dtype}; store it in another type"
+            f"w: {w[row, column]} at row {first_row + row}, column {column} overflows {q.dtype}; store it in another type"
         )
     return q

@@ -8,25 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import cpu, pruning
-from .cpu import violations
 from .dtypes import DType
 from .errors import PatternError
-from .operands import check_weights, require_finite, require_no_overflow, row_scale, row_scales, stored_dtype
+from .operands import check_weights, require_finite, require_no_overflow, row_scales, stored_dtype
 from .packed import PackedWeight
 from .pattern import Pattern, known_patterns
 from .verification import verify, verify_rows
 
-__all__ = [
-    "pack",
-    "pack_rows",
-    "row_scale",
-    "store_rows",
-    "unpack",
-    "verify",
-    "verify_rows",
-    "violations",
-    "violations_hint",
-]
+__all__ = ["pack", "pack_rows", "store_rows", "unpack", "verify", "verify_rows", "violations_hint"]
 
 Array = NDArray[Any]
 
@@ -176,7 +165,7 @@ def pack_rows(q: Array, pattern: Pattern | str, *, first_row: int = 0) -> tuple[
     pattern = Pattern.of(pattern)
     values, meta, count = cpu.slide_compress(q, pattern)
     if count:
-        row, group = map(int, violations(q, pattern)[0])
+        row, group = map(int, cpu.violations(q, pattern)[0])
         raise pattern.violated(first_row + row, group, count)
     return values, meta
 
@@ -188,12 +177,7 @@ def violations_hint(w: Array, pattern: Pattern | str) -> str:
         w: [n, k] of any real type, dense or as stored.
     """
     pattern = Pattern.of(pattern)
-    for known in known_patterns():
-        if known.nnz * pattern.group > pattern.nnz * known.group and _obeys(w, known):
-            return (
-                f"they do obey {known.described}, which tools that count zeros call 2:{known.group}:"
-                f" pass {str(known)!r} if that is what they were pruned to"
-            )
+    # first, since 4:6 in pieces of 128 columns often happens to be 6:8 as well
     if ALIGNMENT % pattern.group and w.shape[1] > ALIGNMENT:
         starts = range(0, w.shape[1], ALIGNMENT)
         if all(_obeys(w[:, first : first + ALIGNMENT], pattern) for first in starts):
@@ -202,8 +186,14 @@ def violations_hint(w: Array, pattern: Pattern | str) -> str:
                 f" groups run on to the end of the row: prune again without that alignment, or to a group that divides"
                 f" {ALIGNMENT}, such as 6:8"
             )
+    for known in known_patterns():
+        if known.nnz * pattern.group > pattern.nnz * known.group and _obeys(w, known):
+            return (
+                f"they do obey {known.described}, which tools that count zeros call 2:{known.group}:"
+                f" pass {str(known)!r} if that is what they were pruned to"
+            )
     return ""
 
 
 def _obeys(w: Array, pattern: Pattern) -> bool:
-    return not any(violations(w[rows], pattern).size for rows in cpu.blocks(*w.shape))
+    return not any(cpu.violations(w[rows], pattern).size for rows in cpu.blocks(*w.shape))

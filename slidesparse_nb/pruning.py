@@ -92,7 +92,8 @@ def uniform(seed: int, first_row: int, rows: int, k: int) -> Array:
     def mixed(z: Array) -> Array:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        z = z ^ (z >> np.uint64(31))
+        return z
 
     start = mixed(np.array([[seed % 2**64]], np.uint64))
     row = mixed(start + (np.arange(first_row, first_row + rows, dtype=np.uint64)[:, None] + np.uint64(1)) * gamma)

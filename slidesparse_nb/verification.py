@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from . import cpu, pruning
 from .dtypes import DType
 from .errors import OperandError, VerificationError
-from .operands import check_weights, require_finite, row_scales
+from .operands import check_weights, infinite, require_finite, row_scales
 from .packed import PackedWeight
 from .pattern import Pattern
 from .reference import TINY, in_groups
@@ -148,11 +148,9 @@ def canonical(packed: PackedWeight, first_row: int = 0) -> Array:
     """The dense stored values [n, k], or VerificationError unless the packed form is the one that `pack` would give them."""
     dtype, pattern = packed.dtype, packed.pattern
     raw = packed.values.view(dtype.raw)
-    if dtype.inf_bits is not None:
-        bad = (raw & np.array(dtype.nonzero_mask, dtype.raw)) >= np.array(dtype.inf_bits, dtype.raw)
-        if bad.any():
-            row, slot = map(int, np.argwhere(bad)[0])
-            raise VerificationError(f"packed.values: NaN or infinity at row {first_row + row}, window {slot // 2}")
+    if (bad := infinite(packed.values.view(dtype.numpy))) is not None:
+        row, slot = map(int, np.argwhere(bad)[0])
+        raise VerificationError(f"packed.values: NaN or infinity at row {first_row + row}, window {slot // 2}")
     q = cpu.decompress(packed.values, packed.meta, pattern, packed.k, dtype)
     values, meta, _ = cpu.slide_compress(q, pattern)
     same = values.view(dtype.raw) == raw

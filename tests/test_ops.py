@@ -1,0 +1,310 @@
+"""matmul and quantize on NumPy arrays: the numbers of the reference, every shape, every refusal."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import FLOATS, SHAPES, SMALL, weights
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidesparse_nb import (
+    FormatError,
+    OperandError,
+    PackedWeight,
+    Pattern,
+    QuantizedActivations,
+    cpu_matmul,
+    matmul,
+    pack,
+    quantize,
+    reference,
+)
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+
+P = Pattern(6, 8)
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def check(y: np.ndarray, x: np.ndarray, packed: PackedWeight, bias: np.ndarray | None = None, out_dtype: Any = None) -> None:
+    """y is reference.matmul: int8 to the bit, others to the order of adding; NaN and infinity where they belong."""
+    out_dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    with np.errstate(all="ignore"):
+        wanted = reference.matmul(flat, packed, bias, out_dtype)
+    assert y.shape == (*x.shape[:-1], packed.n)
+    assert y.dtype == out_dtype
+    if packed.dtype is INT8:
+        assert y.tobytes() == wanted.tobytes()
+        return
+    got, wanted = (a.reshape(wanted.shape).astype(np.float32) for a in (y, wanted))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
+    np.testing.assert_array_equal(np.where(np.isinf(got), got, 0), np.where(np.isinf(wanted), wanted, 0))
+    finite = np.isfinite(wanted)
+    if finite.any():
+        w = reference.dequantize(reference.unpack(packed), packed.scale)
+        size = np.abs(np.where(np.isfinite(flat), flat, 0).astype(np.float64)) @ np.abs(w).astype(np.float64).T + 1
+        step = {4: 1e-6, 2: 2.0**-8}[out_dtype.itemsize]
+        assert (np.abs(got[finite] - wanted[finite]) <= (step * size)[finite]).all()
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("source", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_reference(dtype: DType, source: np.dtype, shape: tuple[int, int]) -> None:
+    for pattern in SMALL:
+        packed = pack(weights(shape), pattern, dtype, prune="magnitude")
+        for m in (0, 1, 5):
+            x = weights((m, shape[1]), source, seed=m)
+            check(matmul(x, packed), x, packed)
+
+
+@given(
+    st.sampled_from(SMALL),
+    st.sampled_from(PACKED),
+    st.sampled_from(FLOATS),
+    st.sampled_from(FLOATS),
+    st.tuples(st.integers(0, 6), st.integers(0, 9), st.integers(0, 70)),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+def test_any_case(
+    pattern: Pattern, dtype: DType, source: np.dtype, out: np.dtype, size: tuple[int, int, int], seed: int, special: bool
+) -> None:
+    m, n, k = size
+    packed = pack(weights((n, k), seed=seed), pattern, dtype, prune="magnitude")
+    x, bias = weights((m, k), source, seed + 1), weights((1, n), source, seed + 2)[0]
+    if special and x.size:
+        rng = np.random.default_rng(seed)
+        x[rng.random(x.shape) < 0.03] = rng.choice([np.nan, np.inf, -np.inf])
+    check(matmul(x, packed, bias=bias, out_dtype=out), x, packed, bias, out)
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_leading_dimensions(dtype: DType) -> None:
+    packed = pack(weights((6, 21)), P, dtype, prune="magnitude")
+    for lead in ((), (4,), (2, 3), (2, 1, 3, 2), (0,), (3, 0, 2)):
+        x = weights((math.prod(lead), 21)).reshape(*lead, 21)
+        check(matmul(x, packed), x, packed)
+        prepared = quantize(x, packed) if dtype.qmax else None
+        if prepared is not None:
+            assert prepared.lead == lead
+            assert matmul(prepared, packed).tobytes() == matmul(x, packed).tobytes()
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("m", [1, 3, 70])
+def test_tiles_and_threads(dtype: DType, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = pack(weights((61, 130)), P, dtype, prune="magnitude")
+    x, bias = weights((m, 130), seed=1), weights((1, 61), seed=2)[0]
+    x[0, 7] = np.nan
+    for tile, threaded, block in ((2**21, 2**20, 2**18), (1000, 2**20, 300), (3000, 1, 500), (1, 1, 1)):
+        monkeypatch.setattr(cpu_matmul, "TILE", tile)
+        monkeypatch.setattr(cpu_matmul, "THREADED", threaded)
+        monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", block)
+        check(matmul(x, packed, bias=bias), x, packed, bias)
+
+
+def test_int8_sums_are_exact_past_float32() -> None:
+    """Largest products, all of one sign, in numbers that float32 cannot count."""
+    for k in (1024, 1025, 4096, 9000):
+        w = np.full((3, k), -128, np.int8)
+        w[1] = 127
+        w[2, ::2] = 127
+        w[:, 1::4] = w[:, 3::4] = 0
+        packed = pack(w, "2:4", scale=[1, 1, 1])
+        x = np.ones((2, k), np.float32)
+        x[1, ::3] = 0.9921
+        y = matmul(x, packed, out_dtype=np.float32)
+        check(y, x, packed)
+        prepared = quantize(x, packed)
+        exact = prepared.values.astype(np.int64) @ w.astype(np.int64).T
+        assert (y == exact.astype(np.float32) * prepared.scale).all()
+        lowest = QuantizedActivations(
+            np.full((1, k), -128, np.int8), np.ones((1, 1), np.float32), (1,), INT8, np.dtype(np.float32)
+        )
+        assert (matmul(lowest, packed)[0] == (-128 * w.astype(np.int64).sum(axis=1)).astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+def test_infinity_meets_unused_slots(dtype: DType) -> None:
+    w = np.array([[0, 0, 0, 0], [3, 0, 4, 0], [0, 2, 0, 0]], np.float32)
+    x = np.array([[1, np.inf, 1, 1], [1, 1, 1, 1]], np.float32)
+    np.testing.assert_array_equal(matmul(x, pack(w, "2:4", dtype)), [[np.nan, 7, np.inf], [0, 7, 2]])
+
+
+def test_overflow_of_x_in_a_16_bit_type_is_infinity() -> None:
+    packed = pack(np.array([[1, 0, 0, 0], [0, 0, 1, 0]], np.float32), "2:4", "float16")
+    np.testing.assert_array_equal(matmul(np.array([[1e6, 1, 1, 1]], np.float32), packed), [[np.inf, np.nan]])
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_out(dtype: DType) -> None:
+    packed = pack(weights((6, 21)), P, dtype, prune="magnitude")
+    x = weights((2, 3, 21), seed=1)  # type: ignore[arg-type]
+    wanted = matmul(x, packed)
+    out = np.full((2, 3, 6), np.nan, np.float32)
+    assert matmul(x, packed, out=out) is out
+    assert out.tobytes() == wanted.tobytes()
+    wide = np.full((3, 2, 12), np.nan, np.float32)
+    view = wide.transpose(1, 0, 2)[:, :, ::2]
+    assert matmul(x, packed, out=view, out_dtype="float32") is view
+    assert (view == wanted).all()
+    assert np.isnan(wide[:, :, 1::2]).all()
+    half = np.empty((2, 3, 6), np.float16)
+    assert (matmul(x, packed, out=half) == wanted.astype(np.float16)).all()
+    both = np.zeros((2, 3, 27), np.float32)  # neighbours in one buffer do not overlap
+    both[..., :21] = x
+    matmul(both[..., :21], packed, out=both[..., 21:])
+    assert (both[..., 21:] == wanted).all()
+
+
+@pytest.mark.parametrize("kind", [*FLOATS, np.dtype(np.float64)], ids=str)
+def test_bias(kind: np.dtype) -> None:
+    packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
+    x, bias = weights((4, 21), np.float16), weights((1, 6), kind)[0]
+    check(matmul(x, packed, bias=bias), x, packed, bias)
+    check(matmul(x, packed, bias=np.repeat(bias, 2)[::2]), x, packed, bias)
+
+
+def test_inputs_of_every_layout() -> None:
+    packed = pack(weights((6, 21)), P, "bfloat16", prune="magnitude")
+    x = weights((4, 21))
+    wanted = matmul(x, packed)
+    fixed = x.copy()
+    fixed.flags.writeable = False
+    for view in (np.asfortranarray(x), np.repeat(x, 2, 1)[:, ::2], x[::-1].copy()[::-1], fixed):
+        np.testing.assert_array_equal(matmul(view, packed), wanted)
+    raw = replace(packed, values=packed.values.view(np.uint16), meta=np.asfortranarray(packed.meta))
+    np.testing.assert_array_equal(matmul(x, raw), wanted)
+    raw.meta.flags.writeable = raw.values.flags.writeable = False
+    np.testing.assert_array_equal(matmul(x, raw), wanted)
+    assert (x == weights((4, 21))).all()
+
+
+# ---- quantize ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+@pytest.mark.parametrize("source", FLOATS, ids=str)
+def test_quantize(dtype: DType, source: np.dtype) -> None:
+    x = weights((2, 3, 21), source)  # type: ignore[arg-type]
+    x[1, 1, 4] = np.nan
+    packed = pack(weights((6, 21)), P, dtype, prune="magnitude")
+    wanted, wanted_scale = reference.quantize(x.reshape(6, 21), dtype)
+    for prepared in (quantize(x, packed), quantize(x, "6:8", dtype), quantize(x, P, str(dtype)), quantize(x, packed, dtype)):
+        assert prepared.values.tobytes() == wanted.tobytes()
+        assert prepared.scale.tobytes() == wanted_scale.tobytes()
+        assert (prepared.lead, prepared.dtype, prepared.source, prepared.k) == ((2, 3), dtype, x.dtype, 21)
+    y = matmul(prepared, packed)
+    assert y.dtype == source
+    assert y.tobytes() == matmul(x, packed).tobytes()
+    assert matmul(prepared, packed, out_dtype=np.float32).dtype == np.float32
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------
+
+X = np.ones((2, 21), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        ([[1.0] * 21], {}, "x: list is not an array; pass a NumPy array"),
+        (
+            X.astype(np.float64),
+            {},
+            r"x: float64 must be one of float32, float16, bfloat16; convert it first: x.astype\(np.float32\)",
+        ),
+        (X.astype(np.int8), {}, "x: int8 must be one of"),
+        (X.astype(bool), {}, "x: bool must be one of float32, float16, bfloat16$"),
+        (np.ones((), np.float32), {}, "x: has no dimensions"),
+        (np.ones((2, 22), np.float32), {}, "x: k=22 must be 21, the k of packed"),
+        (np.ones(32, np.float32), {}, "x: k=32 must be 21"),
+        (X, {"bias": [0.0] * 6}, "bias: list must be a NumPy array, as x is"),
+        (X, {"bias": np.zeros(5, np.float32)}, r"bias: float32 \(5,\) must be a float type, of shape \(6,\)"),
+        (X, {"bias": np.zeros((1, 6), np.float32)}, r"bias: float32 \(1, 6\)"),
+        (X, {"bias": np.zeros(6, np.int32)}, "bias: int32"),
+        (X, {"out": [0]}, "out: list must be a NumPy array"),
+        (X, {"out": np.zeros((2, 5), np.float32)}, r"out: float32 \(2, 5\) must be float32 \(2, 6\)"),
+        (X, {"out": np.zeros((1, 2, 6), np.float32)}, r"out: float32 \(1, 2, 6\) must be"),
+        (X, {"out": np.zeros((2, 6), np.float16), "out_dtype": "float32"}, r"out: float16 \(2, 6\) must be float32"),
+        (X, {"out": np.zeros((2, 6), np.float64)}, "out_dtype: float64 must be one of"),
+        (X, {"out": np.broadcast_to(np.float32(0), (2, 6))}, "out: is read-only"),
+        (X, {"out_dtype": "int8"}, "out_dtype: int8 must be one of"),
+        (X, {"out_dtype": "none"}, "out_dtype: 'none' is not a dtype"),
+        (X, {"stream": 0}, "stream: 0 must be None for NumPy arrays"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_matmul_refuses(x: Any, options: dict[str, Any], message: str) -> None:
+    packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
+    with pytest.raises(OperandError, match=f"^{message}"):
+        matmul(x, packed, **options)
+
+
+def test_out_may_not_overlap_x() -> None:
+    packed = pack(weights((21, 21)), P, "bfloat16", prune="magnitude")
+    x = weights((4, 21))
+    for out in (x, x[::-1]):
+        with pytest.raises(OperandError, match="out: shares memory with x; pass an array of its own"):
+            matmul(x, packed, out=out)
+    strided = np.zeros((7, 11, 13, 60), np.float32)  # too hard to tell: taken as overlapping
+    a, b = strided[::2, ::3, ::5, 0:42:2], strided[::2, ::3, ::5, 1:43:2]
+    with pytest.raises(OperandError, match="out: shares memory with x"):
+        matmul(a, packed, out=strided[::2, ::3, ::5, 2:44:2])
+    assert not np.shares_memory(a, b)
+
+
+def test_weights_are_checked() -> None:
+    with pytest.raises(OperandError, match="packed: ndarray must be a PackedWeight; pack"):
+        matmul(X, X)  # type: ignore[arg-type]
+    packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
+    with pytest.raises(FormatError, match="values: is int8"):
+        matmul(X, replace(packed, shape=(7, 21)))
+
+    class Elsewhere:
+        shape, dtype = packed.values.shape, packed.values.dtype
+
+    with pytest.raises(OperandError, match=r"packed.values: Elsewhere must be a NumPy array, as x is"):
+        matmul(X, replace(packed, values=Elsewhere()))
+
+
+def test_quantized_activations_are_checked() -> None:
+    packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
+    x = quantize(X, packed)
+    for change, message in (
+        ({"dtype": FLOAT8}, "x: is quantized to float8_e4m3fn, but packed holds int8"),
+        ({"lead": (3,)}, r"x.values: int8 \(2, 21\) must be int8 \[3, k\]"),
+        ({"values": x.values.astype(np.int16)}, "x.values: int16"),
+        ({"values": x.values[0]}, r"x.values: int8 \(21,\)"),
+        ({"values": x.values[:, :20]}, "x: k=20 must be 21"),
+        ({"values": [[1]]}, "x: QuantizedActivations is not an array"),
+        ({"scale": x.scale[:, 0]}, r"x.scale: must be a NumPy array, float32 \[2, 1\]"),
+        ({"scale": x.scale.astype(np.float64)}, "x.scale: must be"),
+        ({"scale": [[1.0], [1.0]]}, "x.scale: must be"),
+    ):
+        with pytest.raises(OperandError, match=f"^{message}"):
+            matmul(replace(x, **change), packed)  # type: ignore[arg-type]
+
+
+def test_quantize_refuses() -> None:
+    packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
+    for args, message in (
+        ((X.tolist(), packed), "x: list is not an array"),
+        ((X.astype(np.float64), packed), "x: float64 must be one of"),
+        ((X[:, :20], packed), "x: k=20 must be 21"),
+        ((X, packed, "fp8"), "dtype: float8_e4m3fn is not int8, the type of packed; leave it out"),
+        ((X, "6:8"), "dtype: is missing; with a pattern"),
+        ((X, "6:8", "bf16"), "dtype: activations for bfloat16 weights are not quantized; pass x itself to matmul"),
+        ((X, pack(weights((6, 21)), P, prune="magnitude")), "dtype: activations for bfloat16"),
+        ((X, "5:8", "int8"), "pattern: 5:8"),
+        ((X, X, "int8"), "pattern: "),
+    ):
+        with pytest.raises(OperandError, match=f"^{message}"):
+            quantize(*args)  # type: ignore[arg-type]

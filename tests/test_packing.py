@@ -1,0 +1,256 @@
+"""pack and unpack: every source, every way to lay it out, and one clear sentence for everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import FLOATS, LARGE, SHAPES, SMALL, drop_two, stored, weights
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidesparse_nb import OperandError, PackedWeight, Pattern, PatternError, pack, packing, reference, unpack
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+
+
+def same(a: PackedWeight, b: PackedWeight) -> bool:
+    """Equal byte for byte."""
+    facts = (a.pattern, a.shape, a.dtype) == (b.pattern, b.shape, b.dtype)
+    for left, right in ((a.values, b.values), (a.meta, b.meta), (a.scale, b.scale)):
+        if (left is None) != (right is None):
+            return False
+        if left is not None:
+            facts &= (left.dtype, left.shape, left.tobytes()) == (right.dtype, right.shape, right.tobytes())
+    return facts
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("source", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_equals_the_reference(dtype: DType, source: np.dtype, shape: tuple[int, int]) -> None:
+    for pattern in [*SMALL, LARGE[1]]:
+        w = weights(shape, source)
+        pruned = reference.prune(w, pattern)
+        wanted = reference.pack(pruned, pattern, dtype)
+        assert same(pack(pruned, pattern, dtype), wanted)
+        assert same(pack(w, pattern, dtype, prune="magnitude"), wanted)
+
+
+@given(
+    st.sampled_from(SMALL + LARGE),
+    st.sampled_from(PACKED),
+    st.sampled_from(FLOATS),
+    st.integers(0, 5),
+    st.integers(0, 100),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_shape(pattern: Pattern, dtype: DType, source: np.dtype, n: int, k: int, seed: int) -> None:
+    w = drop_two(weights((n, k), source, seed), pattern, seed)
+    packed = pack(w, pattern, dtype).validate()
+    assert same(packed, reference.pack(w, pattern, dtype))
+    if dtype.qmax is None:
+        assert (unpack(packed) == w.astype(dtype.numpy)).all()
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_that_are_quantized_keep_bytes_and_scales(dtype: DType, shape: tuple[int, int]) -> None:
+    for pattern in SMALL:
+        q = stored(shape, pattern, dtype)
+        scale = np.random.default_rng(0).random((shape[0], 1)).astype(np.float32)
+        packed = pack(q, pattern, scale=scale)
+        assert same(packed, reference.pack(q, pattern, dtype, scale))
+        back = unpack(packed)
+        assert back.dtype == dtype.numpy
+        assert (back == q).all()  # and -0.0 is +0
+        assert (packed.scale == scale).all()
+        dense = stored(shape, Pattern(30, 32), dtype, seed=1)
+        assert same(
+            pack(dense, pattern, str(dtype), scale=scale, prune="magnitude"),
+            reference.pack(reference.prune(dense, pattern), pattern, dtype, scale),
+        )
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        0.5,
+        np.float64(0.5),
+        np.array(0.5),
+        np.array([0.5]),
+        np.array([[0.5]], np.float16),
+        np.full(3, 0.5),
+        np.full((3, 1), 0.5, ml_dtypes.bfloat16),
+    ],
+    ids=str,
+)
+def test_scales_of_every_shape(scale: Any) -> None:
+    packed = pack(np.ones((3, 2), np.int8), scale=scale)
+    assert packed.scale.dtype == np.float32
+    assert packed.scale.tolist() == [[0.5]] * 3
+
+
+def test_default_types() -> None:
+    w = np.zeros((1, 8))
+    assert pack(w.astype(np.float32)).dtype is BFLOAT16
+    assert pack(w.astype(np.float16)).dtype is FLOAT16
+    assert pack(w.astype(ml_dtypes.bfloat16)).dtype is BFLOAT16
+    assert pack(w.astype(np.int8), scale=1).dtype is INT8
+    assert pack(w.astype(ml_dtypes.float8_e4m3fn), scale=1).dtype is FLOAT8
+    assert pack(w.astype(np.float32)).pattern == Pattern(6, 8)
+
+
+@pytest.mark.parametrize("source", [*FLOATS, INT8.numpy, FLOAT8.numpy], ids=str)
+def test_every_layout_in_memory(source: np.dtype, tmp_path: Path) -> None:
+    scale = 1 if source.itemsize == 1 else None
+    w = np.random.default_rng(0).integers(-9, 10, (6, 40)).astype(source)
+    before = w.tobytes()
+    wanted = pack(w, "6:8", scale=scale, prune="magnitude")
+    fixed = w.copy()
+    fixed.flags.writeable = False
+    mapped = np.memmap(tmp_path / "w", source, "w+", shape=w.shape)
+    mapped[:] = w
+    for same_w in (
+        np.asfortranarray(w),
+        np.repeat(np.repeat(w, 2, 0), 3, 1)[::2, ::3],
+        w[::-1, ::-1].copy()[::-1, ::-1],
+        fixed,
+        mapped,
+    ):
+        got = pack(same_w, "6:8", scale=scale, prune="magnitude")
+        assert same(got, wanted)
+        assert type(got.values) is np.ndarray
+    assert w.tobytes() == before  # pruning is not in place
+    q, _ = packing.store_rows(w, "6:8", wanted.dtype, scale=scale)
+    assert not np.shares_memory(q, w)
+
+
+def test_threads_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = weights((37, 90))
+    wanted = pack(w, "8:10", "int8", prune="magnitude", max_workers=1)
+    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 200)
+    for workers in (None, 1, 2, 7):
+        assert same(pack(w, "8:10", "int8", prune="magnitude", max_workers=workers), wanted)
+    assert (unpack(wanted) == reference.unpack(wanted)).all()
+
+
+def test_quantization_can_make_room() -> None:
+    """Non-zero means non-zero as stored."""
+    w = np.full((1, 8), 1e-3, np.float32)
+    w[0, :6] = 1
+    assert pack(w, "6:8", "int8").values.tolist() == [[127] * 6 + [0] * 6]
+    with pytest.raises(PatternError):
+        pack(w, "6:8", "bfloat16")
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_violations_are_counted_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 64)
+    w = np.zeros((50, 32), np.float32)
+    w[13, 8:15] = w[13, 16:24] = w[49] = 1
+    for workers in (1, 2):
+        with pytest.raises(PatternError, match=r"row 13, group 1 \(columns 8 to 15\) .* so have 6 groups in all") as caught:
+            pack(w, "6:8", max_workers=workers)
+        assert (caught.value.row, caught.value.group, caught.value.count) == (13, 1, 6)
+    with pytest.raises(PatternError, match="row 113, group 1") as caught:
+        packing.pack_rows(w.astype(np.float16), "6:8", first_row=100)
+    assert caught.value.row == 113
+
+
+def test_hint_at_the_pattern_that_holds() -> None:
+    w = reference.prune(weights((4, 128)), Pattern(6, 8))
+    with pytest.raises(
+        PatternError, match=r"they do obey 6:8 \(2 zeros in 8\), which tools that count zeros call 2:8: pass '6:8'"
+    ):
+        pack(w, "2:4")
+    assert packing.violations_hint(w, "2:4") == packing.violations_hint(w.astype(np.float16), Pattern(2, 4))
+    assert packing.violations_hint(np.ones((2, 256), np.int8), "6:8") == ""
+
+
+def test_hint_at_groups_that_start_anew_every_128_columns() -> None:
+    w = np.ones((3, 384), np.float32)
+    for first in range(0, 384, 128):
+        w[:, first : first + 128] = reference.prune(w[:, first : first + 128], Pattern(4, 6))
+    with pytest.raises(PatternError, match=r"obey 4:6 if groups start anew every 128 columns, .* such as 6:8$"):
+        pack(w, "4:6")
+    w[0] = 1
+    assert packing.violations_hint(w, "4:6") == ""
+
+
+@pytest.mark.parametrize("dtype", [*PACKED, None], ids=str)
+@pytest.mark.parametrize("source", FLOATS, ids=str)
+@pytest.mark.parametrize("prune", ["none", "random"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_not_finite(dtype: DType | None, source: np.dtype, prune: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 32)
+    w = np.zeros((20, 16), source)
+    w[17, 3] = value
+    for workers in (1, 2):
+        with pytest.raises(OperandError, match=f"w: {value} at row 17, column 3; weights must be finite"):
+            pack(w, "6:8", dtype, prune=prune, max_workers=workers)
+
+
+def test_float8_nan() -> None:
+    w = np.array([[1, np.nan]], FLOAT8.numpy)
+    with pytest.raises(OperandError, match="w: nan at row 0, column 1"):
+        pack(w, scale=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype", "value"),
+    [
+        (np.float32, "float16", 65520),
+        (np.float32, "float16", -1e5),
+        (np.float32, "bfloat16", 3.4e38),
+        (ml_dtypes.bfloat16, "float16", 1e5),
+    ],
+)
+def test_overflow(source: Any, dtype: str, value: float) -> None:
+    w = np.zeros((4, 16), source)
+    w[2, 7] = value
+    with pytest.raises(OperandError, match=f"at row 12, column 7 overflows {dtype}; store it in another type"):
+        packing.store_rows(w, "6:8", dtype, first_row=10)
+
+
+F32, I8 = np.ones((2, 8), np.float32), np.ones((2, 8), np.int8)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        (([[1.0]],), {}, "w: list is not an array; pass a NumPy array"),
+        ((None,), {}, "w: NoneType is not an array"),
+        ((F32[0],), {}, r"w: shape \(8,\) must be \[n, k\]"),
+        ((F32[None],), {}, r"w: shape \(1, 2, 8\) must be"),
+        ((F32.astype(np.float64),), {}, r"w: float64 cannot be packed; .* convert it first: w.astype\(np.float32\)"),
+        ((I8.astype(np.int32),), {}, "w: int32 cannot be packed"),
+        ((F32.astype(">f4"),), {}, "w: >f4 cannot be packed"),
+        (
+            (F32.astype(np.complex64),),
+            {},
+            "w: complex64 cannot be packed; it must be one of float32, float16, bfloat16, int8, float8_e4m3fn$",
+        ),
+        ((F32, "3:8"), {}, "pattern: 3:8"),
+        ((F32, "6:8", "int4"), {}, "dtype: 'int4' is not a packed type"),
+        ((F32,), {"scale": 1}, "scale: float32 weights are quantized here and take none"),
+        ((I8,), {}, "scale: is missing; int8 weights are quantized already"),
+        ((I8, "6:8", "bfloat16"), {"scale": 1}, "dtype: int8 weights are quantized already and keep their type, got bfloat16"),
+        ((I8, "6:8", "fp8"), {"scale": 1}, "dtype: int8 weights .* got float8_e4m3fn"),
+        ((I8,), {"scale": np.ones(3)}, r"scale: shape \(3,\) must be \[2, 1\], \[2\], or one number"),
+        ((I8,), {"scale": np.ones((1, 2))}, r"scale: shape \(1, 2\)"),
+        ((I8,), {"scale": [1, -1]}, "scale: -1.0 at row 1 must be finite and not negative"),
+        ((I8,), {"scale": np.nan}, "scale: nan at row 0"),
+        ((I8,), {"scale": 1e39}, "scale: inf at row 0"),
+        ((I8,), {"scale": "a"}, "scale: <U1 must be real numbers"),
+        ((F32,), {"max_workers": 0}, "max_workers: 0 must be"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_refusals(args: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OperandError, match=f"^{message}"):
+        pack(*args, **options)

@@ -1,0 +1,108 @@
+"""The arithmetic of (2N-2):2N."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidesparse_nb import OperandError, Pattern
+from slidesparse_nb.pattern import known_patterns
+
+halves = st.integers(2, 20)  # N
+
+
+@pytest.mark.parametrize("value", ["6:8", " 6 : 8 ", (6, 8), [6, 8], Pattern(6, 8)])
+def test_of(value: object) -> None:
+    assert Pattern.of(value) == Pattern(6, 8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["", "6", "6:8:2", "a:b", "-6:8", "6:-8", None, 6, (6,), (6, 8, 2), "9999999999:8"])
+def test_of_refuses(value: object) -> None:
+    with pytest.raises(OperandError, match="must be non-zeros:total"):
+        Pattern.of(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [(6.0, 8.0), ("6", "8"), (True, 8), (None, 8)])
+def test_of_refuses_what_is_no_integer(value: object) -> None:
+    with pytest.raises(OperandError, match="must be two integers"):
+        Pattern.of(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["0:2", "4:8", "1:4", "3:5", "8:8", "8:6", "0:0", "5:7"])
+def test_of_refuses_other_forms(value: str) -> None:
+    with pytest.raises(OperandError, match=r"not of the form \(2N-2\):2N") as caught:
+        Pattern.of(value)
+    assert "counts zeros" not in str(caught.value)
+
+
+def test_zeros_first_naming_is_pointed_out() -> None:
+    with pytest.raises(OperandError, match=r"2:8 .*counts zeros calls 2:8 \(2 zeros in 8\) is 6:8 here"):
+        Pattern.of("2:8")
+
+
+@pytest.mark.parametrize(
+    ("text", "windows", "expansion", "speedup", "unit"),
+    [
+        ("2:4", 1, Fraction(1), Fraction(2), 8),
+        ("4:6", 2, Fraction(4, 3), Fraction(3, 2), 6),
+        ("6:8", 3, Fraction(3, 2), Fraction(4, 3), 16),
+        ("8:10", 4, Fraction(8, 5), Fraction(5, 4), 10),
+        ("14:16", 7, Fraction(7, 4), Fraction(8, 7), 32),
+    ],
+)
+def test_published_numbers(text: str, windows: int, expansion: Fraction, speedup: Fraction, unit: int) -> None:
+    pattern = Pattern.of(text)
+    assert (pattern.windows, pattern.expansion, pattern.speedup, pattern.slice_unit) == (windows, expansion, speedup, unit)
+    assert str(pattern) == text
+    assert pattern.described == f"{text} (2 zeros in {pattern.group})"
+
+
+@pytest.mark.parametrize(
+    ("text", "bits8", "bits16"),
+    [("2:4", 5, 9), ("4:6", 20 / 3, 12), ("6:8", 7.5, 13.5), ("8:10", 8, 14.4), ("14:16", 8.75, 15.75)],
+)
+def test_bits_per_weight(text: str, bits8: float, bits16: float) -> None:
+    assert Pattern.of(text).bits_per_weight(8) == pytest.approx(bits8)
+    assert Pattern.of(text).bits_per_weight(16) == pytest.approx(bits16)
+
+
+@given(halves, st.integers(0, 1000))
+def test_slice_unit_is_the_smallest_cut_on_whole_bytes(n: int, k: int) -> None:
+    pattern = Pattern(2 * n - 2, 2 * n)
+    unit = pattern.slice_unit
+    whole = [g for g in (1, 2) if g * pattern.windows % 2 == 0]  # two windows share a byte of indices
+    assert unit == pattern.group * whole[0]
+    assert pattern.padded_k(k) % unit == 0
+    assert 0 <= pattern.padded_k(k) - k < unit
+    assert pattern.slid_k(k) == pattern.expansion * pattern.padded_k(k)
+    assert pattern.slid_k(k) % 8 == 0
+
+
+@given(halves, st.integers(0, 200))
+def test_lift_index(n: int, k: int) -> None:
+    pattern = Pattern(2 * n - 2, 2 * n)
+    expected = [
+        group * pattern.group + 2 * window + place
+        for group in range(pattern.padded_k(k) // pattern.group)
+        for window in range(pattern.windows)
+        for place in range(4)
+    ]
+    assert pattern.lift_index(k).tolist() == expected
+    assert pattern.lift_index(k).dtype == np.intp
+
+
+def test_order_and_known_patterns() -> None:
+    assert [str(p) for p in known_patterns(10)] == ["2:4", "4:6", "6:8", "8:10"]
+    assert sorted(known_patterns(), reverse=True)[0] == Pattern(14, 16)
+    assert len({Pattern.of("6:8"), Pattern(6, 8)}) == 1
+
+
+def test_violated_names_the_place() -> None:
+    error = Pattern(6, 8).violated(3, 2, 5, "they are dense")
+    assert (error.row, error.group, error.count) == (3, 2, 5)
+    assert "row 3, group 2 (columns 16 to 23)" in str(error)
+    assert str(error).endswith("; they are dense")

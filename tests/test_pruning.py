@@ -1,0 +1,93 @@
+"""Scores: which weights go, whatever the block they stand in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import weights
+
+from slidesparse_nb import OperandError, Pattern, pack, pruning, reference, unpack
+
+
+def test_uniform_is_a_function_of_seed_row_and_column() -> None:
+    whole = pruning.uniform(7, 0, 50, 33)
+    assert whole.dtype == np.float32
+    for first in (0, 1, 20):
+        assert (pruning.uniform(7, first, 5, 33) == whole[first : first + 5]).all()
+    assert (pruning.uniform(7, 0, 50, 20) == whole[:, :20]).all()
+    assert (pruning.uniform(8, 0, 50, 33) != whole).mean() > 0.99
+    assert (pruning.uniform(-1, 0, 2, 2) == pruning.uniform(2**64 - 1, 0, 2, 2)).all()
+
+
+def test_uniform_is_uniform() -> None:
+    u = pruning.uniform(0, 0, 1000, 1000)
+    assert u.min() >= 0
+    assert u.max() < 1
+    share = np.bincount((u * 16).astype(int).ravel(), minlength=16) / u.size
+    assert np.abs(share - 1 / 16).max() < 0.001
+    assert abs(np.corrcoef(u[:, :-1].ravel(), u[:, 1:].ravel())[0, 1]) < 0.005
+    assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 0.005
+
+
+def test_golden_random_scores() -> None:
+    """A model pruned today is pruned alike tomorrow, and on other machines."""
+    mask = 2**64 - 1
+
+    def mixed(z: int) -> int:
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        return z ^ z >> 31
+
+    for seed, row, column in ((0, 0, 0), (5, 3, 2), (123456789, 4095, 1)):
+        by_hand = mixed(mixed(mixed(seed) + (row + 1) * 0x9E3779B97F4A7C15 & mask) + (column + 1) * 0x9E3779B97F4A7C15 & mask)
+        assert pruning.uniform(seed, row, 1, column + 1)[0, column] == (by_hand >> 40) / 2**24
+
+
+def test_zero_weights_go_first() -> None:
+    w = np.array([[5, 0, -0.0, 1, 2, 3, 4, 9]], np.float32)
+    given = np.array([[0, 9, 9, 0, 0, 0, 0, 0]], np.float32)
+    assert (pruning.scores(w, given) < 0).tolist() == [[False, True, True, False, False, False, False, False]]
+    for method in ("random", "magnitude", given):
+        assert (unpack(pack(w, "6:8", "float16", prune=method)) == w).all()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random", "scores"])
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_blocks_and_workers_do_not_matter(method: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 100)
+    w = weights((23, 37))
+    given = np.random.default_rng(0).random(w.shape)
+    pattern = Pattern(6, 8)
+    score = {"magnitude": np.abs(w), "random": pruning.uniform(3, 0, *w.shape), "scores": given}[method]
+    score = np.where(w == 0, -1, score).astype(np.float32)
+    wanted = reference.prune(w, pattern, score)
+    prune: Any = given if method == "scores" else method
+    got = unpack(pack(w, pattern, "bfloat16", prune=prune, seed=3, max_workers=workers))
+    assert (got == wanted.astype(got.dtype)).all()
+
+
+def test_scores_of_any_real_type() -> None:
+    w = np.ones((1, 4), np.float32)
+    for dtype in (np.int64, np.uint8, np.float64, np.float16, np.bool_):
+        score = np.array([[0, 1, 0, 1]], dtype)
+        assert unpack(pack(w, "2:4", "float16", prune=score)).tolist() == [[0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ("wanda", "prune: 'wanda' is not a method; it must be one of none, magnitude, random, or an array"),
+        (None, "prune: NoneType must be one of"),
+        ([[1.0] * 8], "prune: list must be one of none, magnitude, random, or a NumPy array"),
+        (np.ones((8, 1)), r"prune: scores of shape \(8, 1\) must have one score a weight, \(1, 8\)"),
+        (np.full((1, 8), -1.0), "prune: score -1.0 at row 0, column 0 must be finite and not negative"),
+        (np.array([[0, 1, 2, 3, np.nan, 5, 6, 7]]), "prune: score nan at row 0, column 4"),
+        (np.array([[0, 1, 2, 1e39, 4, 5, 6, 7]]), r"prune: score 1e\+39 at row 0, column 3"),
+        (np.array([["a"] * 8]), "prune: scores of type <U1 must be real numbers"),
+    ],
+)
+def test_refusals(prune: Any, message: str) -> None:
+    with pytest.raises(OperandError, match=f"^{message}"):
+        pack(np.ones((1, 8), np.float32), "6:8", prune=prune)

@@ -1,0 +1,292 @@
+"""verify accepts what pack makes and nothing else: each way to be wrong is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import FLOATS, LARGE, SHAPES, SMALL, drop_two, stored, weights
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidesparse_nb import FormatError, OperandError, PackedWeight, Pattern, VerificationError, pack, reference, unpack, verify
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb.packing import verify_rows
+from slidesparse_nb.verification import cut, lowest_two
+
+P = Pattern(6, 8)
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("source", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accepts_what_pack_makes(dtype: DType, source: np.dtype, shape: tuple[int, int]) -> None:
+    for pattern in [*SMALL, LARGE[1]]:
+        w = weights(shape, source)
+        sparse = drop_two(w, pattern)
+        packed = pack(sparse, pattern, dtype)
+        verify(packed)
+        verify(packed, sparse)
+        for method in ("magnitude", "random", np.random.default_rng(0).random(shape)):
+            packed = pack(w, pattern, dtype, prune=method, seed=5)
+            verify(packed, w, prune=method, seed=5)
+            if isinstance(method, str) and method == "random":
+                verify(packed, w, prune=method, seed=None)
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+def test_accepts_weights_that_were_quantized(dtype: DType) -> None:
+    for shape in SHAPES:
+        q, scale = stored(shape, Pattern(30, 32), dtype), np.linspace(0, 1, shape[0])
+        packed = pack(q, P, scale=scale, prune="magnitude")
+        verify(packed, q, scale=scale, prune="magnitude")
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(SMALL + LARGE), st.sampled_from(PACKED), st.integers(0, 70), st.booleans())
+def test_accepts_ties_and_wide_ranges(seed: int, pattern: Pattern, dtype: DType, k: int, ties: bool) -> None:
+    rng = np.random.default_rng(seed)
+    w = rng.integers(-3, 4, (3, k)) if ties else rng.standard_normal((3, k)) * 2.0 ** rng.integers(-110, 10, (3, k))
+    w = w.astype(np.float32)
+    for method in ("magnitude", "random"):
+        verify(pack(w, pattern, dtype, prune=method), w, prune=method)
+
+
+def test_rows_below_the_smallest_scale() -> None:
+    w = np.full((3, 8), 2.0**-101, np.float32)
+    w[1, 2] = 2.0**-100
+    w[2] = 0
+    for dtype in ("int8", "fp8"):
+        packed = pack(w, P, dtype, prune="magnitude")
+        verify(packed, w, prune="magnitude")
+        assert packed.scale[:, 0].tolist()[::2] == [1, 1]
+        lost = pack(np.zeros_like(w), P, dtype)  # row 1 had a weight to keep
+        with pytest.raises(VerificationError, match=r"row 1, column 2 was lost"):
+            verify(lost, w)
+
+
+def test_threads_name_the_true_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 64)
+    w = drop_two(weights((40, 32)), P)
+    packed = pack(w, P, "float16")
+    other = w.copy()
+    other[33, np.flatnonzero(w[33])[4]] += 1
+    for workers in (1, 2):
+        verify(packed, w, max_workers=workers)
+        with pytest.raises(VerificationError, match="for row 33, column"):
+            verify(packed, other, max_workers=workers)
+    with pytest.raises(VerificationError, match="for row 1033, column"):
+        verify_rows(cut(packed, slice(20, 40)), other[20:], first_row=1020)
+
+
+# ---- what is wrong with the packed form --------------------------------------------------------------------------
+
+
+def tampered(
+    packed: PackedWeight, row: int, window: int, positions: tuple[int, int], values: tuple[float, float]
+) -> PackedWeight:
+    """`packed` with one window replaced."""
+    new_values, meta = packed.values.copy(), packed.meta.copy()
+    new_values[row, 2 * window : 2 * window + 2] = np.array(values, packed.dtype.numpy)
+    shift = 4 * (window % 2)
+    meta[row, window // 2] = meta[row, window // 2] & (0xF0 >> shift) | (positions[0] | positions[1] << 2) << shift
+    return replace(packed, values=new_values, meta=meta)
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize(
+    ("window", "positions", "values", "named"),
+    [
+        (0, (0, 2), (1, 0), 0),  # a lone value at 0 stands at (0, 1)
+        (0, (0, 3), (0, 0), 0),  # and so does an empty window
+        (0, (1, 2), (0, 3), 0),  # a lone value at 2 stands at (0, 2)
+        (1, (0, 1), (3, 0), 0),  # column 2 belongs to window 0, which has room
+        (1, (1, 2), (3, 4), 0),  # column 3 too
+        (4, (2, 3), (3, 4), 4),  # columns past k hold nothing
+    ],
+)
+def test_not_canonical(dtype: DType, window: int, positions: tuple[int, int], values: tuple[float, float], named: int) -> None:
+    empty = pack(np.zeros((2, 11), np.float32), P, dtype)
+    bad = tampered(empty, 1, window, positions, values).validate()
+    with pytest.raises(VerificationError, match=rf"window {named} of row 1 \(group {named // 3}\) is not canonical"):
+        verify(bad)
+
+
+def test_a_column_stored_twice_is_not_canonical() -> None:
+    packed = tampered(pack(np.array([[0, 0, 5, 0, 0, 0, 0, 0]], np.float32), P, "float16"), 0, 1, (0, 1), (5, 0))
+    with pytest.raises(VerificationError, match="not canonical"):
+        verify(packed)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT8, BFLOAT16, FLOAT16], ids=str)
+def test_minus_zero_in_a_slot(dtype: DType) -> None:
+    packed = tampered(pack(np.zeros((1, 8), np.float32), P, dtype), 0, 2, (0, 1), (-0.0, 0.0))
+    with pytest.raises(VerificationError, match=r"window 2 of row 0 .* does not hold"):
+        verify(packed)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT8, BFLOAT16, FLOAT16], ids=str)
+def test_not_finite(dtype: DType) -> None:
+    for value in (np.nan, -np.nan, *([] if dtype is FLOAT8 else [np.inf, -np.inf])):
+        packed = tampered(pack(np.ones((2, 6), np.float32), P, dtype), 1, 1, (0, 1), (1.0, value))
+        with pytest.raises(VerificationError, match="NaN or infinity at row 1, window 1"):
+            verify(packed)
+
+
+def test_structure_comes_first() -> None:
+    packed = pack(np.ones((2, 6), np.float32), P, "int8")
+    meta = packed.meta.copy()
+    meta[1, 0] = 0
+    with pytest.raises(FormatError, match="byte 0x00 at row 1, column 0"):
+        verify(replace(packed, meta=meta))
+    with pytest.raises(FormatError, match="byte 0x00 at row 101"):
+        verify_rows(replace(packed, meta=meta), first_row=100)
+    with pytest.raises(FormatError, match="scale: is missing"):
+        verify(replace(packed, scale=None))
+
+
+# ---- what is wrong with the values -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def w() -> np.ndarray:
+    return drop_two(weights((5, 30), seed=3), P)
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_one_bit_of_a_value(dtype: DType, w: np.ndarray) -> None:
+    packed = pack(w, P, dtype)
+    raw = packed.values.view(dtype.raw)
+    slots = np.argwhere((raw & dtype.raw.type(dtype.nonzero_mask)) > 1)
+    for row, slot in slots[::7]:
+        values = raw.copy()
+        values[row, slot] ^= 1
+        with pytest.raises(
+            VerificationError, match=rf"(for row {row}, column \d+ is not|scale: .* at row {row} |NaN .* at row {row},)"
+        ):
+            verify(replace(packed, values=values.view(dtype.numpy)), w)
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+def test_one_bit_of_a_scale(dtype: DType, w: np.ndarray) -> None:
+    packed = pack(w, P, dtype)
+    scale = packed.scale.copy()
+    scale[3] = np.nextafter(scale[3], np.float32(np.inf))
+    with pytest.raises(VerificationError, match=r"packed.scale: .* at row 3 is not .*, the source's"):
+        verify(replace(packed, scale=scale), w)
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_a_weight_lost_or_moved(dtype: DType, w: np.ndarray) -> None:
+    q = unpack(pack(w, P, dtype))
+    scale = pack(w, P, dtype).scale
+    row, column = np.argwhere((q != 0) & (np.abs(w) < np.abs(w).max(axis=1, keepdims=True)))[5]
+    lost = q.copy()
+    lost[row, column] = 0
+    with pytest.raises(VerificationError, match=f"at row {row}, column {column} was lost, but at pattern 6:8 prune='none'"):
+        verify(reference.pack(lost, P, dtype, scale), w)
+    with pytest.raises(VerificationError, match=f"at row {row}, column {column} was lost"):
+        verify(reference.pack(lost, P, dtype, scale), w, prune="magnitude")
+    with pytest.raises(VerificationError, match=f"at row {row}, column {column} was lost"):
+        verify(reference.pack(lost, P, dtype, scale), w, prune="random", seed=None)
+    moved = lost.copy()
+    free = int(np.flatnonzero(w[row] == 0)[0])
+    moved[row, free] = q[row, column]
+    with pytest.raises(VerificationError, match=f"for row {row}, column {free} is not -?0"):
+        verify(reference.pack(np.where(w == 0, moved, q), P, dtype, scale), w)
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_pruning_of_the_wrong_weights(dtype: DType) -> None:
+    w = np.array([[9, 8, 7, 6, 5, 4, 3, 2]], np.float32)
+    kept = np.array([[9, 8, 7, 6, 5, 0, 0, 2]], np.float32)  # 4 went though 2 is smaller
+    packed = pack(kept, P, dtype)
+    with pytest.raises(
+        VerificationError, match=r"w = 4.0 at row 0, column 5 was lost, .* prune='magnitude' would not have lost it"
+    ):
+        verify(packed, w, prune="magnitude")
+    verify(packed, w, prune=np.array([[9, 8, 7, 6, 5, 0, 0, 2]]))
+    with pytest.raises(VerificationError, match="the scores would not have"):
+        verify(packed, w, prune=np.arange(8.0)[None])
+    verify(packed, w, prune="random", seed=None)
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_random_pruning_with_the_seed_and_without(seed: int | None) -> None:
+    w = np.array([[9, 8, 7, 6, 5, 4, 3, 2]], np.float32)
+    packed = pack(w, P, "float16", prune="random", seed=1)
+    if seed is None:
+        verify(packed, w, prune="random", seed=None)
+        one_more = unpack(packed)
+        one_more[0, np.flatnonzero(one_more[0])[0]] = 0
+        with pytest.raises(VerificationError, match="was lost"):
+            verify(pack(one_more, P), w, prune="random", seed=None)
+    else:
+        with pytest.raises(VerificationError, match=r"was (lost|kept)"):
+            verify(packed, w, prune="random", seed=seed)
+
+
+def test_ties_go_to_the_left() -> None:
+    w = np.ones((1, 8), np.float32)
+    left, right = w.copy(), w.copy()
+    left[0, :2] = right[0, 6:] = 0
+    verify(pack(right, P), w, prune="magnitude")
+    with pytest.raises(VerificationError, match="column 0 was lost"):
+        verify(pack(left, P), w, prune="magnitude")
+
+
+def test_kept_where_pruning_drops() -> None:
+    """A group of zeros and small weights: what quantizes to zero anyway is no excuse for keeping the wrong one."""
+    score = np.array([[7, 6, 5, 4, 3, 2, 1, 0]], np.float32)
+    w = np.array([[9, 8, 7, 6, 5, 1e-6, 3, 2]], np.float32)
+    packed = pack(np.array([[9, 8, 7, 6, 5, 0, 3, 0]], np.float32), P, "int8")
+    with pytest.raises(VerificationError, match=r"column 6 was kept, .* the scores would not have kept it"):
+        verify(packed, w, prune=score)
+
+
+def test_lowest_two_against_sorting() -> None:
+    rng = np.random.default_rng(0)
+    for pattern in SMALL:
+        for k in (0, 1, pattern.group - 1, pattern.group, 3 * pattern.group - 1, 4 * pattern.group + 2):
+            score = rng.integers(-1, 4, (6, k)).astype(np.float32)
+            kept = reference.prune(np.ones((6, k)), pattern, score)
+            assert (lowest_two(score, pattern) == (kept == 0)).all()
+
+
+# ---- operands ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"w": np.ones((5, 31), np.float32)}, VerificationError, r"shape \(5, 30\) is not \(5, 31\), that of w"),
+        ({"w": np.ones((5, 30), np.float64)}, OperandError, "w: float64"),
+        (
+            {"w": np.ones((5, 30), ml_dtypes.float8_e4m3fn)},
+            VerificationError,
+            "int8 values cannot come from float8_e4m3fn weights",
+        ),
+        ({"w": np.full((5, 30), np.nan, np.float32)}, OperandError, "w: nan at row 0, column 0"),
+        ({"w": np.ones((5, 30), np.int8)}, OperandError, "scale: is missing"),
+        ({"scale": 1}, OperandError, "scale: float32 weights are quantized here"),
+        ({"prune": "most"}, OperandError, "prune: 'most' is not a method"),
+        ({"prune": np.ones(3)}, OperandError, "prune: scores of shape"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_refusals(change: dict[str, Any], error: type[Exception], message: str, w: np.ndarray) -> None:
+    packed = pack(w, P, "int8")
+    with pytest.raises(error, match=message):
+        verify(packed, **{"w": w, **change})
+
+
+def test_arrays_of_another_machine(w: np.ndarray) -> None:
+    class Elsewhere:
+        def __init__(self, array: np.ndarray) -> None:
+            self.shape, self.dtype = array.shape, array.dtype
+
+    packed = pack(w, P)
+    with pytest.raises(OperandError, match="arrays are Elsewhere; verify needs NumPy arrays"):
+        verify(replace(packed, values=Elsewhere(packed.values), meta=Elsewhere(packed.meta)))
