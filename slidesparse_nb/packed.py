@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class PackedWeight:
         pattern: the Pattern.
         shape: logical (n, k), before k is padded to the slice unit.
         dtype: storage type of `values`.
+        arranged: per device, what its kernels load; made on first use, and by `to_device`.
 
     Arrays are NumPy or CuPy, all of one kind; on a device that has no FP8 or bfloat16 arrays, `values` holds the raw bits
     (`dtype.raw`). Two packed weights of the same matrix are equal byte for byte: the form is canonical.
@@ -40,6 +42,7 @@ class PackedWeight:
     pattern: Pattern
     shape: tuple[int, int]
     dtype: DType
+    arranged: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def n(self) -> int:
@@ -67,6 +70,18 @@ class PackedWeight:
     def __repr__(self) -> str:
         size = f"{self.bits_per_weight:.2f} bits a weight"
         return f"PackedWeight({self.n} x {self.k}, {self.pattern.described}, {self.dtype}, {size})"
+
+    def to_device(self, device: int | None = None) -> PackedWeight:
+        """Arrange the weight for a GPU ahead of its first product; return self.
+
+        Args:
+            device: number of the GPU; by default the current one.
+
+        Raises:
+            UnsupportedError: the device has no sparse tensor cores, or none for this type.
+        """
+        importlib.import_module(f"{__package__}.device.gemm").to_device(self, device)  # looked up when called: it stands above
+        return self
 
     def validate(self, name: str = "packed", *, first_row: int = 0) -> PackedWeight:
         """Check dtypes, shapes and index order; return self. (`verify` proves the values.)

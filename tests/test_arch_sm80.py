@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slidesparse_nb import reference
-from slidesparse_nb.arch import for_capability, sm80
+from slidesparse_nb.arch import for_capability, sm80, sm80_layout
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
 from slidesparse_nb.errors import UnsupportedError
 from slidesparse_nb.pattern import Pattern, known_patterns
@@ -86,7 +86,7 @@ def simulated(x, arranged, packed):
     raw = np.ascontiguousarray(x).view(np.uint8)
     rows[:, : raw.shape[1]] = raw
     acc = np.zeros((strips, 16, 8))
-    offsets = sm80.word_offsets(layout)
+    offsets = sm80_layout.word_offsets(layout)
     for block in range(blocks):
         row = np.ascontiguousarray(rows[:, block * layout.row_bytes : (block + 1) * layout.row_bytes]).view(np.uint32)
         words = row[G[:, None], offsets[Q] // 4]
@@ -117,10 +117,10 @@ def test_arranged_weights_through_the_instruction(pattern, dtype):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_every_word_and_window_has_one_owner(pattern, dtype):
     layout = sm80.layout(pattern, dtype.bits)
-    order, swapped = sm80.window_order(layout)
+    order, swapped = sm80_layout.window_order(layout)
     assert sorted(order.ravel()) == list(range(layout.windows))
     assert swapped.any() == (dtype.bits == 16 and pattern.group > 4)
-    offsets = sm80.word_offsets(layout)
+    offsets = sm80_layout.word_offsets(layout)
     assert len({int(o) for o in offsets.ravel()}) == offsets.size  # nobody reads a word twice ...
     assert sorted(offsets.ravel()) == list(range(0, layout.row_bytes, 4))  # ... and every word is read
 
@@ -144,7 +144,7 @@ def test_restore_undoes_arrange(pattern, dtype, n, k):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_layouts(pattern, bits):
     layout = sm80.layout(pattern, bits)
-    assert sm80.bank_conflicts(layout) == 0
+    assert sm80_layout.bank_conflicts(layout) == 0
     assert layout.windows == 4 * layout.steps * layout.owners
     assert layout.columns % pattern.group == 0
     assert layout.stride % 16 == 0
@@ -156,7 +156,7 @@ def test_bank_model_sees_conflicts():
     """A row of 128 bytes and no padding puts all eight tokens on the same banks."""
     layout = sm80.layout(Pattern(6, 8), 16)
     bad = dataclasses.replace(layout, stride=128)
-    assert sm80.bank_conflicts(bad) == 8 * 7
+    assert sm80_layout.bank_conflicts(bad) == 8 * 7
 
 
 def test_what_is_refused():

@@ -1,0 +1,28 @@
+"""Every environment variable that this library reads, here and nowhere else.
+
+SLIDESPARSE_CACHE_DIR   compiled kernels; by default slidesparse_nb in the user's cache folder
+SLIDESPARSE_DEBUG       if set, and not 0, every first launch prints problem, configuration, source and launch
+CUDA_PATH, CUDA_HOME    where the CUDA toolkit is, if its compiler is not found elsewhere
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """The folder of compiled kernels; it need not exist yet."""
+    if chosen := os.environ.get("SLIDESPARSE_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slidesparse_nb"
+
+
+def debug() -> bool:
+    """Whether launches explain themselves on standard error."""
+    return os.environ.get("SLIDESPARSE_DEBUG", "0") not in ("", "0")
+
+
+def toolkits() -> list[str]:
+    """Folders of CUDA toolkits that the user named."""
+    return [root for name in ("CUDA_PATH", "CUDA_HOME") if (root := os.environ.get(name))]
