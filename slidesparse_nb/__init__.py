@@ -23,6 +23,7 @@ _HOME = {
     "verify": "packing",
     "matmul": "ops",
     "quantize": "ops",
+    "diagnose": "diagnosis",
     "load": "checkpoint",
     "save": "checkpoint",
     "pack_checkpoint": "convert",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from .convert import pack_checkpoint as pack_checkpoint
     from .convert import unpack_checkpoint as unpack_checkpoint
     from .convert import verify_checkpoint as verify_checkpoint
+    from .diagnosis import diagnose as diagnose
     from .errors import FormatError as FormatError
     from .errors import OperandError as OperandError
     from .errors import PatternError as PatternError
