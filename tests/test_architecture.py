@@ -20,7 +20,7 @@ FLOORS = (  # an import goes down, or to the left on its own floor
     ("packed", "operands", "safetensors_file", "packed_tensors", "model_folder"),
     ("reference", "arch"),
     ("cpu", "cpu_matmul", "device"),
-    ("pruning", "verification", "packing", "checkpoint", "ops", "diagnosis"),
+    ("pruning", "verification", "packing", "checkpoint", "ops"),
     ("convert", "diagnosis"),
     ("tools", "integrations"),
 )

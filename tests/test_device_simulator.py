@@ -66,8 +66,7 @@ else:
             launch = activations.plan("bfloat16", "int8", k, x.strides, True, width, pattern, True, vectors)
             assert (launch.variant.vectors, launch.threads) == (vectors, 32)
             values, scale = np.full((2, width), 0x55, np.uint8), np.zeros((2, 1), np.float32)
-            kernel = activations.kernel(launch.variant)
-            kernel((2,), launch.threads, x, values, scale, *launch.integers, shared=launch.shared)
+            launch.kernel((2,), launch.threads, x, values, scale, *launch.integers, shared=launch.shared)
             same(values, scale, quantized(x, INT8, pattern, width))
 
     @pytest.mark.parametrize("layout", ["odd address", "padded rows", "transposed", "every second"])

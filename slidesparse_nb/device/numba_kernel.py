@@ -10,6 +10,7 @@ With NUMBA_ENABLE_CUDASIM=1 the same functions run in Numba's simulator, over Nu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -31,7 +32,9 @@ cuda: Any = importlib.import_module("numba.cuda")
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """True where Numba's CUDA simulator stands for the device; NumPy arrays then stand for CuPy's."""
 
-arrays: Any = importlib.import_module("numpy" if SIMULATED else "cupy")
+arrays: Any = None
+with contextlib.suppress(ImportError):  # without CuPy kernels can still be compiled ahead
+    arrays = importlib.import_module("numpy" if SIMULATED else "cupy")
 
 if not SIMULATED:
     ir: Any = importlib.import_module("llvmlite.ir")
@@ -187,7 +190,7 @@ class Kernel:
         self.function = function
         self.parameters = parameters
         self.max_threads = max_threads
-        self._loaded: dict[int, Any] = {}
+        self._loaded: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0, stream: Any = None) -> None:
         """Launch on the current device: `grid` blocks of `threads`, `shared` bytes of dynamic shared memory.
@@ -200,16 +203,16 @@ class Kernel:
             self._simulate(grid, threads, args, shared)
             return
         device = arrays.cuda.runtime.getDevice()
-        loaded = self._loaded.get(device)
-        if loaded is None:
-            loaded = self._loaded[device] = self._load()
-        if shared > 48 << 10 and loaded.max_dynamic_shared_size_bytes < shared:
-            loaded.max_dynamic_shared_size_bytes = shared
-        loaded.kernel(grid, (threads,), args, shared, stream)
+        raw, function = self._loaded.get(device) or self._load(device)
+        if shared > 48 << 10 and raw.max_dynamic_shared_size_bytes < shared:
+            raw.max_dynamic_shared_size_bytes = shared
+        function(grid, (threads,), args, shared, stream)
 
-    def _load(self) -> Any:
-        capability = int(arrays.cuda.Device().compute_capability)
-        return jit.load(self.build(divmod(capability, 10)), self.name)
+    def _load(self, device: int) -> tuple[Any, Any]:
+        capability = int(arrays.cuda.Device(device).compute_capability)
+        raw = jit.load(self.build(divmod(capability, 10)), self.name)
+        self._loaded[device] = raw, raw.kernel
+        return self._loaded[device]
 
     def build(self, capability: tuple[int, int]) -> jit.Built:
         """The kernel for an architecture, from the cache folder or compiled into it now; needs no GPU."""

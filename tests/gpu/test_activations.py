@@ -91,7 +91,7 @@ def test_float8_with_and_without_the_instruction(activations, native) -> None:
     launch = activations.plan("float32", FLOAT8.name, 4096, x.strides, True, 4096, None, native)
     assert launch.variant.native == native
     out, scale = cp.empty((64, 4096), cp.uint8), cp.empty((64, 1), cp.float32)
-    activations.kernel(launch.variant)((64,), launch.threads, cp.asarray(x), out, scale, *launch.integers)
+    launch.kernel((64,), launch.threads, cp.asarray(x), out, scale, *launch.integers)
     same(out.get(), scale.get(), quantized(x, FLOAT8, None, 4096))
 
 
@@ -103,8 +103,7 @@ def test_every_number_of_vectors(activations, vectors) -> None:
         width = activations.row_pitch(k, pattern)
         launch = activations.plan("bfloat16", "int8", k, x.strides, True, width, pattern, True, vectors)
         out, scale = cp.empty((20, width), cp.uint8), cp.empty((20, 1), cp.float32)
-        kernel = activations.kernel(launch.variant)
-        kernel((20,), launch.threads, on_device(x), out, scale, *launch.integers, shared=launch.shared)
+        launch.kernel((20,), launch.threads, on_device(x), out, scale, *launch.integers, shared=launch.shared)
         same(out.get(), scale.get(), quantized(x, INT8, pattern, width))
 
 
@@ -220,10 +219,9 @@ def measure(activations, m, k, source, dtype, pattern=None, vectors=None) -> tup
     xs = [rng.standard_normal((m, k), dtype=cp.float32).astype(source) for _ in range(sets)]
     outs = [(cp.empty((m, width), cp.int8), cp.empty((m, 1), cp.float32)) for _ in range(sets)]
     launch = activations.plan(activations.SOURCES[source], dtype.name, k, xs[0].strides, True, width, pattern, True, vectors)
-    kernel = activations.kernel(launch.variant)
 
     def quantize(i):
-        return lambda stream: kernel(
+        return lambda stream: launch.kernel(
             (m,), launch.threads, xs[i], *outs[i], *launch.integers, shared=launch.shared, stream=stream
         )
 
