@@ -23,6 +23,8 @@ _HOME = {
     "verify": "packing",
     "matmul": "ops",
     "quantize": "ops",
+    "workspace_bytes": "ops",
+    "build_kernels": "building",
     "diagnose": "diagnosis",
     "load": "checkpoint",
     "save": "checkpoint",
@@ -48,6 +50,7 @@ __all__ = [*_HOME, "reference"]
 
 if TYPE_CHECKING:
     from . import reference as reference
+    from .building import build_kernels as build_kernels
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .convert import Facts as Facts
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
     from .errors import VerificationError as VerificationError
     from .ops import matmul as matmul
     from .ops import quantize as quantize
+    from .ops import workspace_bytes as workspace_bytes
     from .packed import PackedWeight as PackedWeight
     from .packed import QuantizedActivations as QuantizedActivations
     from .packing import pack as pack

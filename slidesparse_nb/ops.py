@@ -16,6 +16,9 @@ from .pattern import Pattern
 
 Array = NDArray[Any]
 
+CUDA = 2
+"""The kind of a CUDA device in DLPack, kDLCUDA."""
+
 ACTIVATIONS = (FLOAT32, FLOAT16.numpy, BFLOAT16.numpy)
 """The types of x, and of the result."""
 
@@ -28,6 +31,7 @@ def matmul(
     out: Any = None,
     out_dtype: Any = None,
     stream: Any = None,
+    workspace: Any = None,
 ) -> Any:
     """y = x @ w.T + bias with packed weights w; the numbers are those of `reference.matmul`.
 
@@ -41,7 +45,9 @@ def matmul(
         bias: [n] of any float type, or None.
         out: [..., n] array to write and return; it may not overlap x.
         out_dtype: float32, float16 or bfloat16; by default that of `out`, or else that of x.
-        stream: None for NumPy.
+        stream: on a GPU, the CuPy stream to work on, by default the current one; None for NumPy.
+        workspace: on a GPU, `cupy.zeros(workspace_bytes(...), "uint8")`: with it and `out`, nothing is allocated, so that the
+            call can be captured in a CUDA graph. It serves one stream at a time.
 
     Returns:
         y: [..., n].
@@ -54,8 +60,17 @@ def matmul(
         raise OperandError(f"packed: {type(packed).__name__} must be a PackedWeight; pack(w) or load(path) makes one")
     given = x.values if isinstance(x, QuantizedActivations) else x
     if isinstance(given, np.ndarray):
+        if workspace is not None:
+            raise OperandError(f"workspace: {type(workspace).__name__} must be None for NumPy arrays")
         return _matmul_numpy(x, packed, bias, out, out_dtype, stream)
+    if _on_gpu(given):
+        return _gemm().matmul(x, packed, bias, out, out_dtype, stream, workspace)
     raise _no_array("x", x)
+
+
+def workspace_bytes(m: int, packed: PackedWeight, out_dtype: Any) -> int:
+    """Bytes of a workspace for `matmul` of m tokens into `out_dtype` on the current GPU; the kernel is compiled on the way."""
+    return int(_gemm().workspace_bytes(m, packed, out_dtype))
 
 
 def quantize(x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dtype: Any = None) -> QuantizedActivations:
@@ -89,7 +104,23 @@ def quantize(x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dty
             _same_k(flat.shape[1], packed)
         values, scale = cpu.quantize(cpu.to_float32(flat), wanted)
         return QuantizedActivations(values, scale, lead, wanted, x.dtype)
+    if _on_gpu(x):
+        quantized: QuantizedActivations = _gemm().quantize(x, wanted, packed.k if isinstance(packed, PackedWeight) else None)
+        return quantized
     raise _no_array("x", x)
+
+
+def _on_gpu(x: Any) -> bool:
+    """Whether x is an array on a GPU, of whatever library."""
+    if (device := getattr(x, "__dlpack_device__", None)) is not None:
+        return int(device()[0]) == CUDA
+    return hasattr(x, "__cuda_array_interface__")
+
+
+def _gemm() -> Any:
+    from .device import gemm  # CuPy is imported when a GPU is first used, and not before
+
+    return gemm
 
 
 # ---- NumPy -------------------------------------------------------------------------------------------------------
@@ -131,7 +162,8 @@ def _matmul_numpy(
 
 def _no_array(name: str, value: object) -> OperandError:
     return OperandError(
-        f"{name}: {type(value).__name__} is not an array; pass a NumPy array [..., k], float32, float16 or bfloat16"
+        f"{name}: {type(value).__name__} is not an array; pass a NumPy array, or one on a GPU: [..., k], float32, float16"
+        " or bfloat16"
     )
 
 

@@ -13,6 +13,7 @@ from .terminal import EXIT_CODES
 COMMANDS = {
     "pack": "Pack a checkpoint.",
     "show": "Show, verify or unpack a checkpoint.",
+    "build": "Compile the GPU kernels ahead, on any machine.",
     "doctor": "Say what of this machine can be used.",
     "demo": "Pack a real sentence encoder and compare.",
 }

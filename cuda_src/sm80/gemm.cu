@@ -53,7 +53,7 @@ constexpr int WARP_N = TILE_N / WARPS_N, WARP_M = TILE_M / WARPS_M;
 constexpr int STRIPS = WARP_N / 16, GROUPS = WARP_M / 8;        // of one warp
 // On sm_90 and sm_100 the compiler builds the float8 instruction from others, and needs registers for that.
 constexpr bool EMULATED = DTYPE == TYPE_FLOAT8 && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200;
-constexpr int A_REGISTERS = EMULATED ? 1 : WIDE && WORDS > 12 ? 4 : WORDS > 8 ? 8 : 12;  // fragments of A that a warp holds
+constexpr int A_REGISTERS = EMULATED ? 1 : WORDS > 8 ? 8 : 12;  // fragments of A that a warp holds
 constexpr int AT_ONCE = A_REGISTERS / STRIPS > 0 ? A_REGISTERS / STRIPS : 1;
 constexpr int PASSES = (STEPS + AT_ONCE - 1) / AT_ONCE, PASS = (STEPS + PASSES - 1) / PASSES;
 

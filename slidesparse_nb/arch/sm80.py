@@ -60,6 +60,11 @@ class Tile:
     def warps(self) -> int:
         return self.warps_n * self.warps_m
 
+    @property
+    def accumulators(self) -> int:
+        """Registers of a thread that hold sums."""
+        return self.n * self.m // (32 * self.warps)
+
     def __str__(self) -> str:
         return f"{self.m} tokens x {self.n} outputs, {self.warps_m} x {self.warps_n} warps"
 
@@ -111,10 +116,10 @@ def stage_bytes(layout: Layout, tile: Tile) -> int:
 
 
 def stages(layout: Layout, tile: Tile, sm: Processor) -> int:
-    """As many stages as leave room for tile.per_sm blocks; if that is not two, as many as one block may have."""
+    """As many stages as leave room for tile.per_sm blocks; if that is not three, as many as one block may have."""
     each = stage_bytes(layout, tile)
     shared = ((sm.shared // tile.per_sm - 1024) // each, sm.block_shared // each)
-    return min(MOST_STAGES, shared[0] if shared[0] >= 2 else shared[1])
+    return min(MOST_STAGES, shared[0] if shared[0] >= 3 else shared[1])
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,8 @@ def candidates(pattern: Pattern, dtype: DType, out: str, capability: tuple[int, 
     require_support(capability, dtype)
     sm, lay = processor(capability), layout(pattern, dtype.bits)
     for tile in EMULATED_TILES if emulated(capability, dtype) else TILES:
+        if lay.words * lay.bits > 192 and tile.accumulators > 64:
+            continue  # 14:16 in 16 bits: the words of a row would not fit in registers beside the sums
         if (count := stages(lay, tile, sm)) >= 2:
             yield Config(dtype, out, lay, tile, count, 1)
 

@@ -78,17 +78,18 @@ class DeviceWeight:
 
 
 class Plan:
-    """One shape of one weight: the configuration, its kernel, and where things stand in a workspace.
+    """One shape of one weight: the configuration (the cheapest, unless one is given), its kernel, the parts of a workspace.
 
     Attributes:
         rows_bytes, row_pitch: of the quantized or copied x.
         scale_at, parts_at, bytes: offsets into the workspace, which starts with the counters.
     """
 
-    def __init__(self, weight: DeviceWeight, m: int, out: str) -> None:
+    def __init__(self, weight: DeviceWeight, m: int, out: str, config: sm80.Config | None = None) -> None:
         packed, n = weight.packed, weight.packed.n
         size = packed.dtype.bits // 8
-        config = sm80.choose(m, n, weight.k, weight.pattern, packed.dtype, out, weight.capability, weight.sms)
+        if config is None:
+            config = sm80.choose(m, n, weight.k, weight.pattern, packed.dtype, out, weight.capability, weight.sms)
         if config.splits > 1 and config.tiles(m, n) > COUNTERS:
             raise AssertionError(config)
         built = jit.build(sm80.KERNEL, config.defines(), jit.architecture(weight.capability), jit.device_compiler())
@@ -224,6 +225,22 @@ def matmul(
     if rows_y.data.ptr != y.data.ptr:
         y[...] = rows_y.reshape(y.shape)
     return y if out is None else out
+
+
+def quantize(x: Any, dtype: DType, k: int | None = None) -> QuantizedActivations:
+    """x [..., k] on a GPU, quantized once for several products; `slidesparse_nb.quantize`.
+
+    Args:
+        k: what its last dimension must be, if that is known.
+    """
+    x = as_cupy("x", x)
+    float_name("x", x)
+    if x.ndim == 0 or (k is not None and x.shape[-1] != k):
+        raise OperandError(f"x: shape {x.shape} must be [..., {'k' if k is None else k}]")
+    lead, source = x.shape[:-1], x.dtype
+    with cupy.cuda.Device(x.data.device_id):
+        values, scale = activations.quantize(x.reshape(math.prod(lead), x.shape[-1]), dtype)
+    return QuantizedActivations(values[:, : x.shape[-1]], scale, lead, dtype, source)
 
 
 # ---- operands --------------------------------------------------------------------------------------------------------

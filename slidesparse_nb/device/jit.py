@@ -106,24 +106,21 @@ def build(source: str, defines: Mapping[str, int | str], arch: str, compiler: nv
     options = [f"-arch={arch}", *OPTIONS]
     parts = [text, *_included(source).values(), *options, repr(compiler.version)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    folder = env.cache_dir() / f"{Path(source).with_suffix('').as_posix().replace('/', '-')}-{arch}-{key}"
-    if found := _complete(folder):
-        return found
+    name = f"{Path(source).with_suffix('').as_posix().replace('/', '-')}-{arch}-{key}"
+    folder = env.cache_dir() / name
 
-    with _new_folder(folder) as new:
-        (new / "kernel.cu").write_text(text)
+    def make() -> tuple[bytes, str, Mapping[str, str]]:
         try:
             cubin, log = compiler.compile(text, str(folder / "kernel.cu"), [*options, f"-I{source_folder()}"])
         except nvrtc.CompileError as error:
-            failed = folder.with_name(f"{folder.name}.failed.cu")
+            failed = folder.with_name(f"{name}.failed.cu")
             failed.write_text(text)
             raise KernelError(
                 f"{source}: does not compile for {arch}; its text is in {failed}; the compiler says:\n{error}"
             ) from None
-        (new / "kernel.cubin").write_bytes(cubin)
-        (new / "build.log").write_text(log)
-        (new / "sha256").write_text(hashlib.sha256(cubin).hexdigest())
-    return Built(folder, log)
+        return cubin, log, {"kernel.cu": text}
+
+    return kept(name, make)
 
 
 def _included(source: str) -> dict[str, str]:

@@ -1,0 +1,128 @@
+"""Compiling the GPU kernels ahead, on any machine: every kernel and candidate, and what the compiler made of each."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from . import env
+from .arch import for_capability
+from .device import jit, nvrtc
+from .dtypes import PACKED, DType, packed_dtype
+from .pattern import Pattern, known_patterns
+
+ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+"""The compute capabilities that kernels are compiled for in tests."""
+
+Job = tuple[str, Mapping[str, "int | str"], str]
+"""Source under cuda_src, defines, architecture."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of one kernel.
+
+    Attributes:
+        registers, spills, stack: of a thread: registers; bytes stored and loaded for want of them; bytes of stack.
+        shared: bytes of dynamic shared memory a thread block.
+        sparse: sparse matrix instructions in the machine code; None without a disassembler.
+    """
+
+    arch: str
+    pattern: str
+    dtype: str
+    config: str
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    sparse: int | None
+
+    @property
+    def good(self) -> bool:
+        """No spills, and sparse tensor cores at work."""
+        return not self.spills and not self.stack and self.sparse != 0
+
+
+def build_kernels(
+    capabilities: Sequence[tuple[int, int]] = ARCHITECTURES,
+    patterns: Sequence[Pattern] | None = None,
+    dtypes: Sequence[DType | str] = PACKED,
+    out: str = "bfloat16",
+    processes: int | None = None,
+) -> list[Report]:
+    """Compile every kernel and candidate into the cache, without a GPU; those that are there already are not compiled again.
+
+    Args:
+        capabilities: compute capabilities, such as (9, 0).
+        patterns: by default 2:4 to 14:16.
+        dtypes: of the weights; a type that an architecture does not multiply is left out there.
+        out: name of the type of y.
+        processes: by default as many as there are processors.
+
+    Raises:
+        UnsupportedError: there is no compiler, or it does not know an architecture.
+        KernelError: a kernel does not compile.
+    """
+    rows = [packed_dtype(d) for d in dtypes]
+    work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, rows, out))
+    built = compile_all([job for job, _ in work], processes=processes)
+    return [
+        Report(*told[:4], b.registers, b.spills, b.stack, told[4], sparse_instructions(b))
+        for b, (_, told) in zip(built, work, strict=True)
+    ]
+
+
+def _jobs(
+    capabilities: Sequence[tuple[int, int]], patterns: Sequence[Pattern], dtypes: Sequence[DType], out: str
+) -> Iterator[tuple[Job, tuple[str, str, str, str, int]]]:
+    """Every kernel and candidate: how it is built, and what the report says of it beforehand."""
+    for capability in capabilities:
+        family, arch = for_capability(capability), jit.architecture(capability)
+        for pattern in patterns:
+            for dtype in dtypes:
+                if dtype in family.supported_dtypes(capability):
+                    for config in family.candidates(pattern, dtype, out, capability):
+                        told = (arch, str(pattern), str(dtype), str(config), config.shared_bytes)
+                        yield (family.KERNEL, config.defines(), arch), told
+
+
+def compile_all(work: Sequence[Job], compiler: str | None = None, processes: int | None = None) -> list[jit.Built]:
+    """Compile into the cache, by several processes; those that are there already are not compiled again.
+
+    Args:
+        compiler: path of the NVRTC library; by default the one that is found.
+    """
+    processes = min(processes or os.cpu_count() or 1, len(work))
+    if processes <= 1:
+        return [_compile((job, compiler)) for job in work]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_compile, [(job, compiler) for job in work], chunksize=1))
+
+
+def _compile(task: tuple[Job, str | None]) -> jit.Built:
+    (source, defines, arch), compiler = task
+    return jit.build(source, defines, arch, nvrtc.load() if compiler is None else nvrtc.at(compiler))
+
+
+def disassembler() -> str | None:
+    """NVIDIA's nvdisasm: on the path, beside the Python packages, or in a toolkit."""
+    folders = [p for root in sys.path if root for p in Path(root).glob("nvidia/*/bin")]
+    folders += [Path(root) / "bin" for root in [*env.toolkits(), "/usr/local/cuda"]]
+    return shutil.which("nvdisasm") or shutil.which("nvdisasm", path=os.pathsep.join(map(str, folders)))
+
+
+def sparse_instructions(built: jit.Built) -> int | None:
+    """Sparse matrix instructions (HMMA.SP, IMMA.SP, QMMA.SP) in the machine code; None without a disassembler."""
+    if (tool := disassembler()) is None:
+        return None
+    text = subprocess.run([tool, "-c", str(built.cubin)], check=True, capture_output=True, text=True).stdout
+    return len(re.findall(r"\b[HIQ]MMA\.SP\b", text))

@@ -1,0 +1,71 @@
+"""What the GPU tests of matmul share: weights, activations, the exact product, and how far from it a result may be."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import slidesparse_nb as ss
+from slidesparse_nb import reference
+from slidesparse_nb.dtypes import INT8
+
+EXACT_ABOVE = 2.0**-23
+"""Error of one addition in float32 that truncates, as tensor cores may."""
+
+ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""Relative error of rounding y to its type; for float16 also half its smallest subnormal."""
+
+
+def weight(rng, n, k, pattern, dtype):
+    """Random weights [n, k], pruned and packed; about a tenth of the groups are all zero."""
+    w = rng.standard_normal((n, k)).astype(np.float32)
+    group = ss.Pattern.of(pattern).group
+    empty = np.repeat(rng.random((n, -(-k // group))) < 0.1, group, axis=1)[:, :k]
+    return ss.pack(np.where(empty, np.float32(0), w), pattern, dtype, prune="magnitude")
+
+
+def tokens(rng, m, k, dtype):
+    """Activations [m, k]: a row of zeros, one with an outlier, one of alternating saturated values, the rest normal."""
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    if m > 2:
+        x[0] = 0
+        x[1, k // 2] = 300
+        x[2] = np.where(np.arange(k) % 2, -4, 4)
+    return x.astype(dtype)
+
+
+def product(x, packed, bias=None):
+    """y in float64 before it is rounded to its type, and the sum of magnitudes |x| |w|: both [m, n].
+
+    With int8 weights the first is float32 and exact: integers below 2^53 add up in float64, and the epilogue is the
+    reference's.
+    """
+    dtype = packed.dtype
+    q, scale = reference.quantize(x, dtype) if dtype.qmax is not None else (x.astype(dtype.numpy), None)
+    w = ss.unpack(packed).astype(np.float64)
+    q = q.astype(np.float64)
+    acc, magnitude = q @ w.T, np.abs(q) @ np.abs(w).T
+    if dtype is INT8:
+        y = (acc.astype(np.int32).astype(np.float32) * scale) * packed.scale[:, 0]
+        return (y if bias is None else y + bias.astype(np.float32)), magnitude
+    if scale is not None:
+        acc, magnitude = acc * scale * packed.scale[:, 0], magnitude * scale * packed.scale[:, 0]
+    if bias is not None:
+        acc, magnitude = acc + bias.astype(np.float64), magnitude + np.abs(bias.astype(np.float64))
+    return acc, magnitude
+
+
+def check(y, x, packed, bias=None):
+    """Compare y, a NumPy array [m, n], with the exact product.
+
+    int8: equal. Others: at most ks products and as many additions, each off by at most 2^-23 of a partial sum, which no order
+    of them makes larger than the sum of magnitudes; three roundings by scales and bias; then that to the type of y.
+    """
+    exact, magnitude = product(x, packed, bias)
+    if packed.dtype is INT8:
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(y, exact.astype(y.dtype))
+        return
+    bound = (packed.ks + 4) * EXACT_ABOVE * magnitude
+    bound = bound + ROUNDING[y.dtype.name] * (np.abs(exact) + bound) + (2.0**-25 if y.dtype == np.float16 else 0)
+    error = np.abs(y.astype(np.float64) - exact)
+    assert (error <= bound).all(), f"off by {error.max():.3g} where {bound[np.unravel_index(error.argmax(), error.shape)]:.3g}"

@@ -1,0 +1,426 @@
+"""matmul on a GPU: every pattern, type, output, tile and awkward shape, against exact products; then how it is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import slidesparse_nb as ss
+from slidesparse_nb import reference
+from slidesparse_nb.arch import sm80
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
+from slidesparse_nb.errors import OperandError
+from slidesparse_nb.pattern import Pattern, known_patterns
+
+cp = pytest.importorskip("cupy", reason="needs CuPy")
+
+from gemm_cases import check, tokens, weight  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+BF16, F16, F32 = BFLOAT16.numpy, FLOAT16.numpy, np.dtype(np.float32)
+SHAPES = [(1, 1, 1), (1, 16, 64), (3, 17, 131), (8, 128, 512), (33, 130, 257), (131, 259, 1031), (70, 512, 3072)]
+GUARD = 4096
+"""Bytes before and after an output, which must stay as they were."""
+
+
+@pytest.fixture(scope="module")
+def gemm():
+    from slidesparse_nb.device import gemm
+
+    return gemm
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_ahead():
+    """What the tests launch, compiled by all processors at once, as `slidesparse build` does it."""
+    from slidesparse_nb.building import compile_all
+    from slidesparse_nb.device import jit
+
+    capability = capability_here()
+    wanted = [(p, d, "bfloat16") for p in known_patterns() for d in sm80.supported_dtypes(capability)]
+    wanted += [(Pattern(6, 8), d, out) for d in sm80.supported_dtypes(capability) for out in ("float32", "float16")]
+    jobs = [(sm80.KERNEL, c.defines(), jit.architecture(capability)) for w in wanted for c in sm80.candidates(*w, capability)]
+    start = time.perf_counter()
+    compile_all(jobs, jit.device_compiler().path)
+    print(f"\n{len(jobs)} kernels compiled ahead in {time.perf_counter() - start:.1f} s")
+
+
+def capability_here():
+    return divmod(int(cp.cuda.Device().compute_capability), 10)
+
+
+def on_gpu(a):
+    """A NumPy array on the GPU; types that CuPy may not copy go as their bits."""
+    return cp.asarray(a.view(f"u{a.itemsize}")).view(a.dtype)
+
+
+def host(a):
+    return a.view(f"u{a.itemsize}").get().view(a.dtype)
+
+
+def guarded(m, n, dtype, pitch=None):
+    """A poisoned [m, n] array inside a larger one, and a function that checks what surrounds it."""
+    dtype, pitch = np.dtype(dtype), pitch or n
+    inside = m * pitch * dtype.itemsize
+    whole = cp.full(GUARD + inside + GUARD, 0xA5, cp.uint8)
+    y = whole[GUARD : GUARD + inside].view(f"u{dtype.itemsize}").reshape(m, pitch)[:, :n].view(dtype)
+
+    def surroundings():
+        after = whole.get()
+        assert (after[:GUARD] == 0xA5).all()
+        assert (after[GUARD + inside :] == 0xA5).all()
+        gaps = after[GUARD : GUARD + inside].reshape(m, pitch * dtype.itemsize)[:, n * dtype.itemsize :]
+        assert (gaps == 0xA5).all()
+
+    return y, surroundings
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("pattern", known_patterns(), ids=str)
+def test_every_pattern_and_type(pattern, dtype):
+    rng = np.random.default_rng(pattern.group)
+    for m, n, k in SHAPES:
+        packed = weight(rng, n, k, pattern, dtype)
+        x = tokens(rng, m, k, BF16)
+        bias = rng.standard_normal(n).astype(np.float32) if n % 2 else None
+        y, surroundings = guarded(m, n, BF16, pitch=n + n % 3)
+        given = None if bias is None else cp.asarray(bias)
+        assert ss.matmul(on_gpu(x), packed, bias=given, out=y) is y
+        check(host(cp.ascontiguousarray(y)), x, packed, bias)
+        surroundings()
+
+
+@pytest.mark.parametrize("out", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("source", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_types_of_x_and_y(dtype, source, out):
+    rng = np.random.default_rng(5)
+    for m, n, k in ((5, 33, 200), (64, 256, 1024)):
+        packed, x = weight(rng, n, k, "6:8", dtype), tokens(rng, m, k, source)
+        bias = rng.standard_normal(n).astype(out)
+        y = ss.matmul(on_gpu(x), packed, bias=on_gpu(bias), out_dtype=out)
+        assert y.dtype == out
+        check(host(y), x, packed, bias)
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "4:6", "6:8", "14:16"])
+def test_every_tile_and_split(gemm, pattern, dtype):
+    rng = np.random.default_rng(6)
+    k = 1500
+    packed = weight(rng, 273, k, pattern, dtype)
+    device = gemm.to_device(packed)
+    for config in sm80.candidates(packed.pattern, dtype, "bfloat16", device.capability):
+        for splits in (1, 2, 5):
+            m = config.tile.m + config.tile.m // 2 + 1
+            x = tokens(rng, m, k, BF16)
+            device.plans[m, "bfloat16"] = gemm.Plan(device, m, "bfloat16", dataclasses.replace(config, splits=splits))
+            y, surroundings = guarded(m, 273, BF16, pitch=280)
+            ss.matmul(on_gpu(x), packed, out=y)
+            check(host(cp.ascontiguousarray(y)), x, packed)
+            surroundings()
+            del device.plans[m, "bfloat16"]
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_nan_and_infinity_reach_what_the_reference_says(dtype):
+    rng = np.random.default_rng(7)
+    for pattern in ("4:6", "6:8", "8:10"):
+        packed = weight(rng, 40, 96, pattern, dtype)
+        x = tokens(rng, 30, 96, F32 if dtype.qmax else dtype.numpy)
+        for row, value in enumerate((np.nan, np.inf, -np.inf)):
+            x[4 * row + 3, rng.integers(96)] = value
+        for row in range(15, 30):
+            x[row, rng.integers(96)] = np.inf
+        want = reference.matmul(x, packed)
+        got = ss.matmul(on_gpu(x), packed, out_dtype=F32).get()
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+        np.testing.assert_array_equal(np.isinf(got), np.isinf(want))
+        np.testing.assert_array_equal(got[np.isinf(got)], want[np.isinf(want)])
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_equals_the_processor_bit_for_bit():
+    """The same call with NumPy arrays and with CuPy arrays."""
+    rng = np.random.default_rng(8)
+    packed = weight(rng, 300, 1000, "6:8", INT8)
+    for source in (F32, F16, BF16):
+        x, bias = tokens(rng, 50, 1000, source), rng.standard_normal(300).astype(np.float32)
+        cpu = ss.matmul(x, packed, bias=bias)
+        gpu = ss.matmul(on_gpu(x), packed, bias=cp.asarray(bias))
+        np.testing.assert_array_equal(host(gpu).view(f"u{gpu.itemsize}"), cpu.view(f"u{cpu.itemsize}"))
+
+
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16, FLOAT16], ids=str)
+def test_groups_too_wide_for_registers(dtype):
+    rng = np.random.default_rng(9)
+    for pattern in ("16:18", "30:32"):
+        packed, x = weight(rng, 70, 500, pattern, dtype), tokens(rng, 20, 500, BF16)
+        check(host(ss.matmul(on_gpu(x), packed)), x, packed)
+        if dtype is INT8:
+            check(host(ss.matmul(ss.quantize(on_gpu(x), packed), packed)), x, packed)
+
+
+def test_a_thousand_launches_give_the_same_bits(gemm):
+    rng = np.random.default_rng(10)
+    for dtype, m, n, k in ((BFLOAT16, 16, 256, 4096), (BFLOAT16, 300, 512, 1024), (INT8, 40, 512, 2048)):
+        packed, x = weight(rng, n, k, "6:8", dtype), on_gpu(tokens(rng, m, k, BF16))
+        y = cp.empty((m, n), F32)
+        first = ss.matmul(x, packed, out_dtype=F32).view(cp.uint32)
+        differing = cp.zeros((), cp.int64)
+        for _ in range(1000):
+            y.view(cp.uint32).fill(0x7FA5A5A5)
+            ss.matmul(x, packed, out=y)
+            differing += (y.view(cp.uint32) != first).sum()
+        assert int(differing) == 0
+    assert gemm.to_device(packed).plans
+
+
+def test_outputs_past_two_to_the_31():
+    """n * m > 2^31 elements, y of 4.4 GB; samples from all corners, and the row and column sums of a few."""
+    rng = np.random.default_rng(11)
+    m, n, k = 65600, 32800, 64
+    packed = weight(rng, n, k, "6:8", INT8)
+    x = tokens(rng, m, k, BF16)
+    y = ss.matmul(on_gpu(x), packed)
+    rows = np.r_[0:5, m // 2, m - 40 : m]
+    check(host(y[rows]), x[rows], packed)
+    columns = np.r_[0:3, n // 2, n - 20 : n]
+    part = ss.PackedWeight(
+        packed.values[columns], packed.meta[columns], packed.scale[columns], packed.pattern, (len(columns), k), packed.dtype
+    )
+    check(host(cp.ascontiguousarray(y[:, columns])), x, part)
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+
+class SpeaksDLPack:
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack__(self, **arguments):
+        return self._array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+
+class SpeaksCudaArrayInterface:
+    def __init__(self, array):
+        self._array = array
+        self.__cuda_array_interface__ = array.__cuda_array_interface__
+
+
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+def test_x_of_any_strides_and_libraries(dtype):
+    rng = np.random.default_rng(12)
+    packed = weight(rng, 48, 90, "6:8", dtype)
+    x = tokens(rng, 24, 90, F16)
+    want = host(ss.matmul(on_gpu(x), packed))
+    wide = cp.zeros((24, 3 * 90 + 5), F16)
+    wide[:, 1:271:3] = on_gpu(x)
+    shifted = cp.zeros(24 * 90 + 1, F16)
+    shifted[1:] = on_gpu(x).ravel()
+    given = {
+        "every third column": wide[:, 1:271:3],
+        "columns first": cp.asfortranarray(on_gpu(x)),
+        "rows backwards": on_gpu(x[::-1].copy())[::-1],
+        "address not aligned": shifted[1:].reshape(24, 90),
+        "three dimensions": on_gpu(x).reshape(2, 12, 90),
+        "dlpack": SpeaksDLPack(on_gpu(x)),
+        "array interface": SpeaksCudaArrayInterface(on_gpu(x)),
+    }
+    for name, a in given.items():
+        y = ss.matmul(a, packed)
+        assert y.shape == ((2, 12, 48) if name == "three dimensions" else (24, 48))
+        np.testing.assert_array_equal(host(y).reshape(24, 48), want, err_msg=name)
+    one = ss.matmul(on_gpu(x)[3], packed)
+    assert one.shape == (48,)
+    np.testing.assert_array_equal(host(one), want[3])
+
+
+def test_y_of_any_strides():
+    rng = np.random.default_rng(13)
+    packed, x = weight(rng, 50, 128, "6:8", INT8), on_gpu(tokens(rng, 12, 128, BF16))
+    want = host(ss.matmul(x, packed))
+    for pitch in (50, 51, 56, 64):
+        y, surroundings = guarded(12, 50, BF16, pitch)
+        ss.matmul(x, packed, out=y)
+        np.testing.assert_array_equal(host(cp.ascontiguousarray(y)), want)
+        surroundings()
+    transposed = cp.empty((50, 12), BF16).T
+    assert ss.matmul(x, packed, out=transposed) is transposed
+    np.testing.assert_array_equal(host(cp.ascontiguousarray(transposed)), want)
+    spaced = cp.zeros((3, 8, 50), BF16)[:, ::2]
+    ss.matmul(x.reshape(3, 4, 128), packed, out=spaced)
+    np.testing.assert_array_equal(host(cp.ascontiguousarray(spaced)).reshape(12, 50), want)
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_nothing_to_do(dtype):
+    rng = np.random.default_rng(14)
+    packed = weight(rng, 20, 32, "6:8", dtype)
+    assert ss.matmul(cp.zeros((0, 32), F32), packed).shape == (0, 20)
+    assert ss.matmul(cp.zeros((4, 0, 32), F32), packed).shape == (4, 0, 20)
+    empty = weight(rng, 0, 32, "6:8", dtype)
+    assert ss.matmul(cp.zeros((3, 32), F32), empty).shape == (3, 0)
+    nothing = weight(rng, 5, 0, "6:8", dtype)
+    bias = np.arange(5, dtype=np.float32)
+    y = ss.matmul(cp.zeros((3, 0), F32), nothing, bias=cp.asarray(bias)).get()
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, (3, 5)))
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+def test_one_quantized_x_for_several_weights(dtype):
+    rng = np.random.default_rng(15)
+    x = tokens(rng, 17, 96, BF16)
+    first, second = weight(rng, 30, 96, "6:8", dtype), weight(rng, 50, 96, "4:6", dtype)
+    shared = ss.quantize(on_gpu(x).reshape(1, 17, 96), first)
+    assert shared.k == 96
+    for packed in (first, second):
+        y = ss.matmul(shared, packed)
+        assert y.shape == (1, 17, packed.n)
+        assert y.dtype == BF16
+        np.testing.assert_array_equal(host(y)[0], host(ss.matmul(on_gpu(x), packed)))
+
+
+def test_what_is_refused():
+    rng = np.random.default_rng(16)
+    packed, x = weight(rng, 32, 64, "6:8", INT8), cp.zeros((4, 64), F32)
+    for arguments, message in (
+        ((cp.zeros((4, 65), F32), packed), r"^x: shape \(4, 65\) must be \[..., 64\]"),
+        ((cp.zeros((4, 64), np.int32), packed), "^x: int32 must be one of"),
+        ((cp.zeros((), F32), packed), "^x: shape"),
+    ):
+        with pytest.raises(OperandError, match=message):
+            ss.matmul(*arguments)
+    for options, message in (
+        ({"out": cp.zeros((4, 31), F32)}, "^out: float32"),
+        ({"out": np.zeros((4, 32), np.float32)}, "^out: is a NumPy array, but x is on a GPU"),
+        ({"out_dtype": np.int8}, "^out_dtype: int8 must be"),
+        ({"bias": cp.zeros(31, F32)}, "^bias: float32"),
+        ({"workspace": cp.zeros(64, np.uint8)}, "^workspace: 64 bytes must be at least"),
+        ({"stream": "fast"}, "^stream: str is not a CUDA stream"),
+    ):
+        with pytest.raises(OperandError, match=message):
+            ss.matmul(x, packed, **options)
+    square = weight(rng, 64, 64, "6:8", INT8)
+    with pytest.raises(OperandError, match=r"^out: shares memory with x"):
+        ss.matmul(x, square, out=x)
+    with pytest.raises(OperandError, match=r"^x: is quantized to int8, but packed holds float8"):
+        ss.matmul(ss.quantize(x, packed), weight(rng, 32, 64, "6:8", FLOAT8))
+
+
+# ---- streams, graphs, threads ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("m", [5, 200])
+def test_captured_in_a_graph(dtype, m):
+    rng = np.random.default_rng(17)
+    packed = weight(rng, 256, 2048, "6:8", dtype)
+    inputs = [tokens(rng, m, 2048, BF16) for _ in range(3)]
+    x, y = on_gpu(inputs[0]), cp.empty((m, 256), BF16)
+    workspace = cp.zeros(ss.workspace_bytes(m, packed, BF16), np.uint8)
+    stream = cp.cuda.Stream(non_blocking=True)
+    ss.matmul(x, packed, out=y, workspace=workspace, stream=stream)  # compiled and loaded before the capture
+    stream.synchronize()
+    pool = cp.get_default_memory_pool()
+    before = pool.total_bytes(), pool.used_bytes()
+    with stream:
+        stream.begin_capture()
+        ss.matmul(x, packed, out=y, workspace=workspace)
+        graph = stream.end_capture()
+    assert (pool.total_bytes(), pool.used_bytes()) == before
+    for values in inputs:
+        x.view(cp.uint16)[...] = cp.asarray(values.view(np.uint16))
+        y.view(cp.uint16).fill(0x7FA5)
+        cp.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        check(host(y), values, packed)
+
+
+def test_two_streams_and_a_foreign_one():
+    rng = np.random.default_rng(18)
+    packed = weight(rng, 512, 4096, "6:8", INT8)  # k is split: both streams need counters
+    inputs = [tokens(rng, 9, 4096, BF16) for _ in range(2)]
+    given = [on_gpu(a) for a in inputs]
+    streams = [cp.cuda.Stream(non_blocking=True) for _ in range(2)]
+    cp.cuda.Device().synchronize()
+    results = [[ss.matmul(x, packed, stream=s) for x, s in zip(given, streams, strict=True)] for _ in range(50)]
+    cp.cuda.Device().synchronize()
+    for pair in results:
+        for y, x in zip(pair, inputs, strict=True):
+            check(host(y), x, packed)
+    with streams[0]:
+        y = ss.matmul(given[0], packed, stream=streams[1].ptr)
+    streams[1].synchronize()
+    check(host(y), inputs[0], packed)
+
+
+def test_two_threads():
+    rng = np.random.default_rng(19)
+    packed = weight(rng, 300, 1024, "6:8", INT8)  # arranged by whoever comes first
+    inputs = [tokens(rng, m, 1024, BF16) for m in (7, 150)]
+    failures = []
+
+    def work(x):
+        try:
+            with cp.cuda.Stream(non_blocking=True) as stream:
+                a = on_gpu(x)
+                for _ in range(100):
+                    y = ss.matmul(a, packed)
+                stream.synchronize()
+                check(host(y), x, packed)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(x,)) for x in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+
+def test_to_device_ahead_and_explanation(gemm, monkeypatch, capfd):
+    monkeypatch.setenv("SLIDESPARSE_DEBUG", "1")
+    packed = weight(np.random.default_rng(20), 64, 128, "6:8", INT8)
+    assert packed.to_device() is packed
+    assert set(packed.arranged) == {cp.cuda.runtime.getDevice()}
+    np.testing.assert_array_equal(gemm.to_device(packed).arranged.get(), sm80.arrange(packed))
+    ss.matmul(cp.zeros((3, 128), F32), packed)
+    told = capfd.readouterr().err
+    assert "y[3, 64] = x[3, 128] @ w.T, 6:8 (2 zeros in 8) int8 -> float32" in told
+    assert "kernel.cu" in told
+    ss.matmul(cp.zeros((3, 128), F32), packed)
+    assert not capfd.readouterr().err
+
+
+def test_a_warm_call_costs_little_python():
+    """The whole 8-bit linear, quantization and product, in under 60 microseconds of the calling thread."""
+    rng = np.random.default_rng(21)
+    packed, x = weight(rng, 256, 512, "6:8", INT8), on_gpu(tokens(rng, 8, 512, BF16))
+    y, workspace = cp.empty((8, 256), BF16), cp.zeros(ss.workspace_bytes(8, packed, BF16), np.uint8)
+    costs = {}
+    for name, options in (("allocating", {}), ("with out and workspace", {"out": y, "workspace": workspace})):
+        samples = []
+        for _ in range(20):
+            start = time.perf_counter()
+            for _ in range(50):
+                ss.matmul(x, packed, **options)
+            samples.append((time.perf_counter() - start) / 50 * 1e6)
+            cp.cuda.Device().synchronize()
+        costs[name] = float(np.median(samples))
+    print("\nmicroseconds a warm 8-bit linear:", {name: round(cost, 1) for name, cost in costs.items()})
+    assert max(costs.values()) < 60
