@@ -12,8 +12,18 @@ from .errors import OperandError
 
 Array = NDArray[Any]
 
+DLPACK_CUDA = 2
+"""The kind of a CUDA device in DLPack, kDLCUDA."""
+
 SOURCES = (FLOAT32, FLOAT16.numpy, BFLOAT16.numpy, INT8.numpy, FLOAT8.numpy)
 """The types of dense weights that can be packed."""
+
+
+def on_gpu(a: Any) -> bool:
+    """Whether `a` is an array on a GPU, of whatever library."""
+    if (device := getattr(a, "__dlpack_device__", None)) is not None:
+        return int(device()[0]) == DLPACK_CUDA
+    return hasattr(a, "__cuda_array_interface__")
 
 
 def check_weights(w: object) -> Array:

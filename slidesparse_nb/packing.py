@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from . import cpu, pruning
 from .dtypes import DType
 from .errors import PatternError
-from .operands import check_weights, require_finite, require_no_overflow, row_scales, stored_dtype
+from .operands import check_weights, on_gpu, require_finite, require_no_overflow, row_scales, stored_dtype
 from .packed import PackedWeight
 from .pattern import Pattern, known_patterns
 from .verification import verify, verify_rows
@@ -39,7 +39,8 @@ def pack(
     """Pack weights: (prune), quantize, slide and compress.
 
     Args:
-        w: [n, k] NumPy array of any strides: float32, float16 or bfloat16; or int8 or float8_e4m3fn with `scale`.
+        w: [n, k] NumPy array of any strides: float32, float16 or bfloat16; or int8 or float8_e4m3fn with `scale`. Or an array
+            on a GPU, which is packed there and never leaves it; float8_e4m3fn as its bits, uint8, with `dtype`.
         pattern: "6:8", (6, 8) or a Pattern: non-zeros:total.
         dtype: what is stored: int8, float8_e4m3fn, bfloat16 or float16, by name or NumPy dtype. By default the type of w;
             bfloat16 for float32. Weights of 8 bits keep their bytes and scales: asking for another type is refused.
@@ -50,13 +51,17 @@ def pack(
         max_workers: threads; by default as many as there are processors, up to 8.
 
     Returns:
-        The packed weight, its arrays NumPy's.
+        The packed weight, its arrays NumPy's, or CuPy's for a w on a GPU.
 
     Raises:
         OperandError: an argument of the wrong type, shape or value; NaN, infinity, or overflow of a 16-bit dtype in w.
         PatternError: weights as stored (that is, after quantization) have a group with more than nnz non-zeros.
     """
     pattern = Pattern.of(pattern)
+    if on_gpu(w):
+        from .device import arrays, weights  # CuPy is imported when a GPU is first used, and not before
+
+        return weights.pack(arrays.as_cupy("w", w), pattern, dtype, scale=scale, prune=prune)
     w = check_weights(w)
     stored = stored_dtype(w, dtype)
     n, k = w.shape
@@ -94,10 +99,17 @@ def pack(
 def unpack(packed: PackedWeight) -> Array:
     """The stored values at their dense places, bit for bit: [n, k] of packed.dtype.numpy. Times packed.scale: the weights.
 
+    Of weights on a GPU the result stays there, and has the dtype of packed.values, which may be raw bits.
+
     Raises:
         FormatError: a tensor of `packed` has the wrong dtype or shape, or holds an index out of order.
     """
     packed.validate()
+    if on_gpu(packed.values):
+        from .device import weights
+
+        dense: Array = weights.unpack(packed)
+        return dense
     out = np.empty(packed.shape, packed.dtype.numpy)
 
     def block(rows: slice) -> None:

@@ -26,7 +26,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 else:
     from device_cases import SOURCES, awkward_rows, quantized, same, same_weight
 
-    from slidesparse_nb import reference
+    from slidesparse_nb import packing, reference
     from slidesparse_nb.device import activations, elements, numba_kernel, ptx, weights
     from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
     from slidesparse_nb.errors import OperandError, PatternError
@@ -149,6 +149,16 @@ else:
         expected = reference.pack(reference.prune(w, pattern), pattern, dtype, scale)
         same_weight(weights.pack(stored, pattern, dtype, scale=scale, prune="magnitude"), expected)
 
+    def test_pack_defaults() -> None:
+        w = np.random.default_rng(7).standard_normal((3, 16)).astype(np.float32)
+        same_weight(weights.pack(w, Pattern(14, 16), prune="magnitude"), packing.pack(w, "14:16", prune="magnitude"))
+        q = np.ones((3, 6), np.int8)
+        for scale in (2, [1, 2, 3], np.float64([[0.5]])):
+            same_weight(
+                weights.pack(q, Pattern(4, 6), scale=scale, prune="magnitude"),
+                packing.pack(q, "4:6", scale=scale, prune="magnitude"),
+            )
+
     def test_pack_by_scores_of_strided_weights() -> None:
         pattern = Pattern(4, 6)
         rng = np.random.default_rng(4)
@@ -196,12 +206,21 @@ else:
     @pytest.mark.parametrize(
         ("given", "words"),
         [
-            ({"w": np.zeros((2, 8), np.float64)}, "w: float64 cannot be packed as int8"),
+            ({"w": np.zeros((2, 8), np.float64)}, "w: float64 cannot be packed; it must be float32, float16, bfloat16 or int8"),
+            ({"w": np.zeros((2, 8), np.uint8)}, "of float8_e4m3fn weights pass the bits as uint8, and the dtype"),
+            (
+                {"w": np.zeros((2, 8), np.int8), "dtype": FLOAT8},
+                "dtype: int8 weights are quantized already and keep their type",
+            ),
+            (
+                {"w": np.zeros((2, 8), np.int8), "scale": np.ones(3)},
+                r"scale: shape \(3,\) must be \[2, 1\], \[2\], or one number",
+            ),
             ({"w": np.zeros(8, np.float32)}, r"w: shape \(8,\) must be \[n, k\]"),
-            ({"w": np.zeros((2, 8), np.int8)}, "scale: int8 weights are quantized already, pass their scales"),
+            ({"w": np.zeros((2, 8), np.int8)}, "scale: is missing; int8 weights are quantized already"),
             ({"scale": np.ones((2, 1), np.float32)}, "scale: float32 weights are quantized here and take none"),
             ({"prune": "random"}, "prune: 'random' on a device must be 'none', 'magnitude' or scores"),
-            ({"prune": np.ones((2, 7), np.float32)}, r"prune: scores float32 \(2, 7\) must be contiguous float32 \(2, 8\)"),
+            ({"prune": np.ones((2, 7), np.float32)}, r"prune: scores of shape \(2, 7\) must have one score a weight"),
         ],
     )
     def test_pack_refuses(given, words) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
-from slidesparse_nb.device import activations, numba_kernel, weights
+from slidesparse_nb.device import activations, numba_kernel, weight_kernels
 from slidesparse_nb.device.activations import Variant
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
 
@@ -57,26 +57,26 @@ def test_every_architecture(capability: tuple[int, int]) -> None:
     native = capability >= (8, 9)
     for variant in (Variant("bfloat16", "int8", 4, 0, True), Variant("float16", "float8_e4m3fn", 8, 3, native)):
         assert f".target sm_{capability[0]}{capability[1]}" in text(activations.kernel(variant), capability)
-    text(weights.slide_compress_kernel(INT8, 3), capability)
+    text(weight_kernels.slide_compress_kernel(INT8, 3), capability)
 
 
 @pytest.mark.parametrize("group", [4, 8, 32])
 def test_weights(group: int) -> None:
     windows = group // 2 - 1
     for kernel in (
-        weights.prune_kernel("bfloat16", group, False),
-        weights.prune_kernel("int8", group, True),
-        weights.slide_compress_kernel(FLOAT8, windows),
-        weights.slide_compress_kernel(BFLOAT16, windows),
-        weights.unpack_kernel(8, 0x7F, windows),
+        weight_kernels.prune_kernel("bfloat16", group, False),
+        weight_kernels.prune_kernel("int8", group, True),
+        weight_kernels.slide_compress_kernel(FLOAT8, windows),
+        weight_kernels.slide_compress_kernel(BFLOAT16, windows),
+        weight_kernels.unpack_kernel(8, 0x7F, windows),
     ):
         text(kernel, (9, 0))
 
 
 def test_rounding_and_scales() -> None:
-    assert "cvt.rn.bf16.f32" in text(weights.round_kernel("float32", "bfloat16"), (8, 0))
-    assert "cvt.rn.f16.f32" in text(weights.round_kernel("bfloat16", "float16"), (8, 0))
-    text(weights.check_scales_kernel(), (8, 0))
+    assert "cvt.rn.bf16.f32" in text(weight_kernels.round_kernel("float32", "bfloat16"), (8, 0))
+    assert "cvt.rn.f16.f32" in text(weight_kernels.round_kernel("bfloat16", "float16"), (8, 0))
+    text(weight_kernels.check_scales_kernel(), (8, 0))
 
 
 def test_names_tell_kernels_apart() -> None:
@@ -93,7 +93,7 @@ def test_names_tell_kernels_apart() -> None:
 
 
 def test_a_kept_kernel_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = weights.check_scales_kernel()
+    kernel = weight_kernels.check_scales_kernel()
     first = kernel.build((9, 0))
     monkeypatch.setattr(numba_kernel.Kernel, "ptx", None)
     assert kernel.build((9, 0)) == first
@@ -102,8 +102,8 @@ def test_a_kept_kernel_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) ->
 def test_compiling_needs_no_cupy() -> None:
     program = (
         "import sys; sys.modules['cupy'] = None\n"
-        "from slidesparse_nb.device import weights\n"
-        "assert weights.check_scales_kernel().build((8, 0)).cubin.stat().st_size"
+        "from slidesparse_nb.device import weight_kernels\n"
+        "assert weight_kernels.check_scales_kernel().build((8, 0)).cubin.stat().st_size"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], env=os.environ, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

@@ -76,6 +76,7 @@ def test_quantized_weights_keep_their_bytes(weights, dtype) -> None:
         w, scale = stored.view(dtype.numpy), rng.random((33, 1), np.float32)
         expected = reference.pack(reference.prune(w, pattern), pattern, dtype, scale)
         packed = weights.pack(on_device(w), pattern, dtype, scale=cp.asarray(scale), prune="magnitude")
+        assert packing.pack(on_device(w), pattern, dtype, scale=scale[:, 0], prune="magnitude").values.device.id == 0
         same_weight(on_host(packed), expected)
 
 
@@ -86,6 +87,18 @@ def test_scores_and_strides(weights) -> None:
     expected = packing.pack(w, "4:6", "int8", prune=score)
     transposed = on_device(np.ascontiguousarray(w.T)).T
     same_weight(on_host(weights.pack(transposed, Pattern(4, 6), INT8, prune=cp.asarray(score))), expected)
+
+
+def test_pack_keeps_what_is_on_the_device_there(weights) -> None:
+    """The public `pack` and `unpack`, of CuPy arrays and of another library's."""
+    w = awkward_weights(33, 100, BFLOAT16.numpy)
+    expected = packing.pack(w, "6:8", "int8", prune="magnitude")
+    packed = packing.pack(on_device(w), "6:8", "int8", prune="magnitude")
+    same_weight(on_host(packed), expected)
+    np.testing.assert_array_equal(packing.unpack(packed).get(), packing.unpack(expected))
+    torch = pytest.importorskip("torch")
+    tensor = torch.from_numpy(w.astype(np.float32)).to("cuda", torch.bfloat16)
+    same_weight(on_host(packing.pack(tensor, "6:8", "int8", prune="magnitude")), expected)
 
 
 def test_a_whole_layer(weights) -> None:
