@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from .dtypes import BFLOAT16, FLOAT8, FLOAT16, DType, packed_dtype
 from .errors import OperandError
 from .pattern import Pattern
+from .reference import TINY
 
 Array = NDArray[Any]
 F = TypeVar("F", bound=Callable[..., Any])
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 INFINITY = np.uint32(0x7F800000)
-TINY = np.float32(2.0**-100)
 
 
 def jit(function: F) -> F:

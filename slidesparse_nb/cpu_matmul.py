@@ -21,8 +21,11 @@ from .pattern import Pattern
 
 Array = NDArray[Any]
 
-TILE = 2**21
-"""Weights that are decompressed at once: 8 MiB of float32."""
+TILE = 2**20
+"""Weights that are decompressed at once: 4 MiB of float32 ..."""
+
+TILE_ROWS = 256
+"""... but no fewer rows than BLAS needs to be fast."""
 
 THREADED = 2**20
 """Weights from which threads are worth their start, about a tenth of a millisecond."""
@@ -44,7 +47,7 @@ def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | 
     odd = np.flatnonzero(~np.isfinite(xs).all(axis=1))  # rows that must meet unused slots too: 0 * infinity is NaN
     odd_xs = xs[odd]
     xs[odd] = 0
-    step = max(1, min(n, TILE // max(1, k)))
+    step = max(1, min(n, max(TILE_ROWS, TILE // max(1, k))))
     weights = np.empty((step, pattern.padded_k(k)), np.float32)
     workers = 1 if n * k < THREADED else min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool, np.errstate(invalid="ignore", over="ignore"):

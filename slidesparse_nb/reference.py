@@ -253,7 +253,8 @@ def matmul(x: Array, packed: PackedWeight, bias: Array | None = None, out_dtype:
     """
     pattern = packed.pattern
     if packed.dtype.qmax is None:
-        xq, scale_x = x.astype(packed.dtype.numpy), None
+        with np.errstate(over="ignore"):  # to infinity
+            xq, scale_x = x.astype(packed.dtype.numpy), None
     else:
         xq, scale_x = quantize(x, packed.dtype)
     exact = packed.dtype.numpy == np.int8
