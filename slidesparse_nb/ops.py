@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 from . import cpu, cpu_matmul
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, DType, packed_dtype
 from .errors import OperandError
+from .operands import on_gpu
 from .packed import PackedWeight, QuantizedActivations
 from .pattern import Pattern
 
 Array = NDArray[Any]
-
-CUDA = 2
-"""The kind of a CUDA device in DLPack, kDLCUDA."""
 
 ACTIVATIONS = (FLOAT32, FLOAT16.numpy, BFLOAT16.numpy)
 """The types of x, and of the result."""
@@ -63,7 +61,7 @@ def matmul(
         if workspace is not None:
             raise OperandError(f"workspace: {type(workspace).__name__} must be None for NumPy arrays")
         return _matmul_numpy(x, packed, bias, out, out_dtype, stream)
-    if _on_gpu(given):
+    if on_gpu(given):
         return _gemm().matmul(x, packed, bias, out, out_dtype, stream, workspace)
     raise _no_array("x", x)
 
@@ -104,17 +102,10 @@ def quantize(x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dty
             _same_k(flat.shape[1], packed)
         values, scale = cpu.quantize(cpu.to_float32(flat), wanted)
         return QuantizedActivations(values, scale, lead, wanted, x.dtype)
-    if _on_gpu(x):
+    if on_gpu(x):
         quantized: QuantizedActivations = _gemm().quantize(x, wanted, packed.k if isinstance(packed, PackedWeight) else None)
         return quantized
     raise _no_array("x", x)
-
-
-def _on_gpu(x: Any) -> bool:
-    """Whether x is an array on a GPU, of whatever library."""
-    if (device := getattr(x, "__dlpack_device__", None)) is not None:
-        return int(device()[0]) == CUDA
-    return hasattr(x, "__cuda_array_interface__")
 
 
 def _gemm() -> Any:

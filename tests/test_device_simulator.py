@@ -17,6 +17,7 @@ pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip inst
 
 if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 
+    @pytest.mark.slow
     def test_the_kernels_in_the_simulator() -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
         environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTEST_ADDOPTS": ""}
