@@ -208,7 +208,10 @@ else:
         ("given", "words"),
         [
             ({"w": np.zeros((2, 8), np.float64)}, "w: float64 cannot be packed; it must be float32, float16, bfloat16 or int8"),
-            ({"w": np.zeros((2, 8), np.uint8), "dtype": None}, "of float8_e4m3fn weights pass the bits as uint8, and the dtype"),
+            (
+                {"w": np.zeros((2, 8), np.uint8), "dtype": None},
+                "of float8_e4m3fn weights pass the bits as uint8, and the dtype",
+            ),
             (
                 {"w": np.zeros((2, 8), np.int8), "dtype": FLOAT8},
                 "dtype: int8 weights are quantized already and keep their type",
