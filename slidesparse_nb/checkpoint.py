@@ -249,6 +249,8 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
         FormatError: a packed weight is inconsistent.
     """
     path = Path(path)
+    if not isinstance(tensors, Mapping):
+        raise OperandError(f"tensors: {type(tensors).__name__} must be a dictionary, such as {{'fc': packed}}")
     if path.suffix != ".safetensors" or path.is_dir():
         raise OperandError(f"path: {shown(str(path))} must be a file ending in .safetensors")
     entries: list[tuple[str, str, tuple[int, ...]]] = []

@@ -199,7 +199,7 @@ def violations_hint(w: Array, pattern: Pattern | str) -> str:
                 f" {ALIGNMENT}, such as 6:8"
             )
     for known in known_patterns():
-        if known.nnz * pattern.group > pattern.nnz * known.group and _obeys(w, known):
+        if known.group <= w.shape[1] and known.nnz * pattern.group > pattern.nnz * known.group and _obeys(w, known):
             return (
                 f"they do obey {known.described}, which tools that count zeros call 2:{known.group}:"
                 f" pass {str(known)!r} if that is what they were pruned to"

@@ -126,7 +126,7 @@ def verify_rows(
     illegal = _illegal(lost, kept, w, packed.pattern, method, seed, first_row)
     if illegal.any():
         row, column = map(int, np.argwhere(illegal)[0])
-        how = f"prune={method!r}" if isinstance(method, str) else "the scores"
+        how = "the scores" if not isinstance(method, str) else f"prune={method!r}" if seed is not None else "pruning"
         state = "kept" if kept[row, column] else "lost"
         raise VerificationError(
             f"packed.values: w = {w[row, column]} at row {first_row + row}, column {column} was {state},"

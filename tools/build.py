@@ -48,7 +48,16 @@ def build(
     if as_json:
         print_json([asdict(r) for r in reports])
     else:
-        print_table(COLUMNS, [["-" if v is None else v for v in asdict(r).values()] for r in reports], left=4)
+        print_table(
+            COLUMNS,
+            [["-" if v is None else v for v in asdict(r).values()] for r in reports],
+            left=(
+                0,
+                1,
+                2,
+                3,
+            ),
+        )
     raise SystemExit(0 if all(r.good for r in reports) else 1)
 
 

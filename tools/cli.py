@@ -35,7 +35,7 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_Commands, epilog=EXIT_CODES)
+@click.group(cls=_Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="slidesparse_nb")
 def main() -> None:
     """(2N-2):2N structured-sparse models on 2:4 sparse tensor cores."""

@@ -184,7 +184,7 @@ def known_line(source: Path) -> str:
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo-out"), show_default=True,
               help="Folder for the packed models and the picture.")  # fmt: skip
 @click.option("--model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A BERT folder of your own.")
-def main(out: Path, model: Path | None) -> None:
+def demo(out: Path, model: Path | None) -> None:
     """Pack a real sentence encoder at 8:10, 6:8, 4:6 and 2:4 and show what each pattern costs: a table and a picture."""
     began = time.perf_counter()
     say = functools.partial(click.echo, err=True)
@@ -203,4 +203,4 @@ def main(out: Path, model: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    demo()

@@ -16,7 +16,7 @@ import click
 
 import slidesparse_nb as ss
 
-from .terminal import EXIT_CODES, Size, exits, print_json, print_table, progress_bar, size_text, write_json
+from .terminal import EXIT_CODES, Size, count, exits, print_json, print_table, progress_bar, size_text, write_json
 
 SCHEMES = ("auto", "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16")
 
@@ -95,7 +95,9 @@ def pack(
         max_shard_size=given["max_shard_size"],
         skip_bad=not given["strict"],
     )
-    with progress_bar(not quiet and not dry_run) as progress:
+    if report is not None and not report.absolute().parent.is_dir():
+        raise click.BadParameter(f"{report.parent} is no folder", param_hint="--report")
+    with progress_bar(not quiet) as progress:
         keys = ("max_workers", "max_memory", "resume", "overwrite", "verify")
         run = ss.Run(**{key: given[key] for key in keys}, progress=progress)
         done = ss.pack_checkpoint(input, output, options, run, dry_run=dry_run)
@@ -105,6 +107,11 @@ def pack(
         print_json(done.as_dict())
     elif not quiet:
         _print(done, options.pattern, verbose)
+    if done.refused:
+        first = next(iter(done.refused.values()))
+        raise ss.PatternError(
+            f"{len(done.refused)} of {count(len(done.modules), 'module')} would be refused, the first: {first}"
+        )
 
 
 def _pattern(pattern: str | None, zeros: int | None, group: int | None) -> ss.Pattern:
@@ -130,28 +137,30 @@ def _print(done: ss.Report, pattern: ss.Pattern, verbose: int) -> None:
         for m in done.modules
     ]
     if verbose or done.dry_run:
-        print_table(("module", "n x k", "type", "source", "output", "bits/weight"), rows, left=1)
+        print_table(("module", "n x k", "type", "source", "output", "bits/weight"), rows)
         for name, reason in done.left_dense.items():
             click.echo(f"{name}: left dense ({reason})")
-    for name, reason in done.skipped.items():
-        click.echo(f"skipped {name}: {reason}")
+    for reason in done.skipped.values():
+        click.echo(f"skipped: {reason}")
     for note in done.notes:
         click.echo(f"note: {note}")
     before, after = sum(m.source_bytes for m in done.modules), sum(m.bytes for m in done.modules)
+    others = f"{len(done.left_dense)} left dense" + f", {len(done.skipped)} skipped" * bool(done.skipped)
     click.echo(
-        f"{len(done.modules)} modules, {done.weights:,} weights at {pattern.described}, {done.scheme}: {size_text(before)} ->"
-        f" {size_text(after)} ({8 * after / max(1, done.weights):.2f} bits a weight); {len(done.left_dense)} left dense"
+        f"{count(len(done.modules), 'module')}, {done.weights:,} weights at {pattern.described}, {done.scheme}:"
+        f" {size_text(before)} -> {size_text(after)} ({8 * after / max(1, done.weights):.2f} bits a weight); {others}"
     )
-    click.echo(f"k grows {done.expansion:.3g}x when slid; ideal speed-up over dense {done.ideal_speedup:.3g}x")
+    if done.format == "packed":
+        click.echo(f"k grows {done.expansion:.3g}x when slid; ideal speed-up over dense {done.ideal_speedup:.3g}x")
     if done.dry_run:
         click.echo(f"dry run: would write {size_text(done.output_bytes)} to {done.output}")
     elif done.already_complete:
-        click.echo(f"{done.output} is complete already")
+        click.echo(f"{done.output} is complete already, and proved so")
     else:
         proof = f"verified in {done.verify_seconds:.1f} s" if done.verified else "not verified"
-        rate = f"{done.weights_per_second / 1e6:.0f} million weights a second"
-        click.echo(f"wrote {size_text(done.output_bytes)} to {done.output} in {done.seconds:.1f} s ({rate}); {proof}")
+        rate = "" if done.resumed else f" ({done.weights_per_second / 1e6:.3g} million weights a second)"
+        click.echo(f"wrote {size_text(done.output_bytes)} to {done.output} in {done.seconds:.1f} s{rate}; {proof}")
 
 
 if __name__ == "__main__":
-    pack()
+    pack(prog_name="pack.py")

@@ -9,6 +9,7 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "tools"
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import click
 
 import slidesparse_nb as ss
 
-from .terminal import EXIT_CODES, exits, print_json, print_table, progress_bar, size_text
+from .terminal import EXIT_CODES, count, exits, print_json, print_table, progress_bar, size_text
 
 ITSELF = "-"
 
@@ -31,7 +32,10 @@ ITSELF = "-"
     help="Prove a packed checkpoint against itself, or against its dense source.",
 )
 @click.option(
-    "--unpack", type=click.Path(path_type=Path), metavar="OUT", help="Write a packed checkpoint back dense, bit for bit."
+    "--unpack",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Write a packed checkpoint back dense.",
 )
 @click.option("--overwrite", is_flag=True, help="Let --unpack replace OUT.")
 @click.option("--resume", is_flag=True, help="Let --unpack continue an interrupted run.")
@@ -46,33 +50,41 @@ def show(
 
     A packed checkpoint: every module, its pattern, type and size. A dense one: which patterns its weights already satisfy.
     """
+    if unpack is None and (overwrite or resume):
+        raise click.UsageError("--overwrite and --resume go with --unpack")
+    if verify not in (None, ITSELF) and not Path(str(verify)).exists():
+        raise click.BadParameter(f"{verify!r} does not exist", param_hint="--verify")
     with progress_bar(not quiet) as progress:
+        proof = result = facts = None
+        if verify is not None:
+            proof = ss.verify_checkpoint(path, None if verify == ITSELF else verify, progress=progress)
         if unpack is not None:
             result = ss.unpack_checkpoint(path, unpack, ss.Run(overwrite=overwrite, resume=resume, progress=progress))
-        if verify is not None:
-            if verify != ITSELF and not Path(verify).exists():
-                raise click.BadParameter(f"{verify!r} does not exist", param_hint="--verify")
-            proof = ss.verify_checkpoint(path, None if verify == ITSELF else verify, progress=progress)
-        if unpack is None and verify is None:
+        if verify is None and unpack is None:
             facts = ss.inspect_checkpoint(path, progress=progress)
-    if unpack is not None:
-        done = (
-            f"{result.output} is complete already"
-            if result.already_complete
-            else f"wrote {size_text(result.output_bytes)} to {result.output}"
-        )
-        print_json(result.as_dict()) if as_json else click.echo(f"{len(result.modules)} modules unpacked; {done}")
-    if verify is not None:
+    if proof is not None:
         print_json(asdict(proof)) if as_json else click.echo(_proof_text(proof))
-    if unpack is None and verify is None:
+    if result is not None:
+        print_json(result.as_dict()) if as_json else click.echo(_unpacked_text(result))
+    if facts is not None:
         print_json(asdict(facts)) if as_json else _print(facts)
 
 
+def _unpacked_text(result: ss.Report) -> str:
+    what = f"{count(len(result.modules), 'module')} unpacked"
+    if result.already_complete:
+        return f"{result.output} is complete already"
+    return f"{what}; wrote {size_text(result.output_bytes)} to {result.output}"
+
+
 def _proof_text(proof: ss.Verification) -> str:
-    text = f"verified: {proof.modules} modules, {proof.weights:,} weights in canonical form"
+    text = f"verified: {count(proof.modules, 'module')}, {proof.weights:,} weights in canonical form"
     if proof.against_source:
-        text += f", equal to their source ({proof.pruned:,} of its non-zeros are not stored);"
-        text += f" {proof.copies} other tensors are equal byte for byte"
+        how = f" ({'by' if proof.by_magnitude else 'not by'} magnitude)" if proof.pruned else ""
+        text += (
+            f"; every stored weight is its source's: {proof.pruned:,} of the source were pruned{how}, {proof.rounded:,} were"
+        )
+        text += f" too small for the type; {count(proof.copies, 'other tensor')} equal byte for byte"
     return text
 
 
@@ -82,31 +94,22 @@ def _print(facts: ss.Facts) -> None:
         state = f"packed {m.packed}" if m.packed else "dense"
         satisfies = "" if m.packed else ", ".join(m.satisfies) or "none"
         zeros = "" if m.zeros is None else f"{100 * m.zeros:.1f} %"
-        rows.append(
-            (
-                m.name,
-                state,
-                m.reason,
-                satisfies,
-                f"{m.n} x {m.k}",
-                m.stored,
-                size_text(m.bytes),
-                f"{m.bits_per_weight:.2f}",
-                zeros,
-            )
-        )
-    head = ("module", "state", "would stay dense", "satisfies", "n x k", "type", "bytes", "bits/weight", "zeros")
+        sizes = (f"{m.n} x {m.k}", m.stored, size_text(m.bytes), f"{m.bits_per_weight:.2f}")
+        rows.append((m.name, state, *sizes, zeros, satisfies, m.reason))
+    rows.sort(key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row[0])])
+    head = ("module", "state", "n x k", "type", "bytes", "bits/weight", "zeros", "satisfies", "would stay dense")
     used = [i for i, name in enumerate(head) if i == 0 or any(row[i] for row in rows)]
     if rows:
-        print_table([head[i] for i in used], [[row[i] for i in used] for row in rows], left=sum(i < 4 for i in used))
+        left = [j for j, i in enumerate(used) if i in (0, 1, 7, 8)]
+        print_table([head[i] for i in used], [[row[i] for i in used] for row in rows], left=left)
     click.echo(
-        f"{facts.path}: {facts.tensors} tensors, {size_text(facts.bytes)} in {facts.files} file{'s' * (facts.files != 1)};"
-        f" {sum(m.packed is not None for m in facts.modules)} packed modules,"
-        f" {facts.other_tensors} other tensors ({size_text(facts.other_bytes)})"
+        f"{facts.path}: {facts.tensors} tensors, {size_text(facts.bytes)} in {count(facts.files, 'file')};"
+        f" {count(sum(m.packed is not None for m in facts.modules), 'packed module')},"
+        f" {count(facts.other_tensors, 'other tensor')} ({size_text(facts.other_bytes)})"
     )
     for note in facts.notes:
         click.echo(f"note: {note}")
 
 
 if __name__ == "__main__":
-    show()
+    show(prog_name="show.py")

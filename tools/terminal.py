@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 import sys
 import traceback
@@ -16,12 +17,13 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 import slidesparse_nb as ss
 
 EXIT_CODES = """\b
 Exit codes: 0 done; 1 failed at run time; 2 wrong usage; 3 weights break the
-pattern; 4 verification failed; 5 unsupported or broken input."""
+pattern; 4 verification failed; 5 unsupported or broken input; 130 interrupted."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,12 +39,15 @@ def exits(function: F) -> F:
             return function(*args, **kwargs)
         except click.ClickException:
             raise
-        except KeyboardInterrupt:
-            _fail("interrupted; what is done is kept: the same command with --resume continues", 1)
+        except KeyboardInterrupt as stop:
+            _fail(f"interrupted{'; ' * bool(stop.args)}{stop}", 130)
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except ss.SlideSparseError as error:
             _fail(str(error), next((code for kind, code in _CODES if isinstance(error, kind)), 1))
         except (OSError, MemoryError) as error:
-            _fail(f"{error or type(error).__name__}; once that is mended, the same command with --resume continues", 1)
+            _fail(str(error) or type(error).__name__, 1)
 
     return run  # type: ignore[return-value]
 
@@ -54,7 +59,7 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-_DECIMAL = {unit: 1000**i for i, unit in enumerate(("b", "kb", "mb", "gb", "tb"))}
+_DECIMAL = {unit: 1000**i for i, units in enumerate(("b", "k kb", "m mb", "g gb", "t tb")) for unit in units.split()}
 _BINARY = {unit: 1024**i for i, unit in enumerate(("", "kib", "mib", "gib", "tib"))}
 _UNITS = {**_DECIMAL, **_BINARY}
 
@@ -82,6 +87,11 @@ def size_text(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 module", "2 modules"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 @contextlib.contextmanager
 def progress_bar(show: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar on stderr with rate and time left, one line a phase; yields what `Run(progress=...)` takes."""
@@ -89,6 +99,9 @@ def progress_bar(show: bool) -> Iterator[Callable[[str, int, int], None] | None]
         yield None
         return
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(),
@@ -107,13 +120,13 @@ def progress_bar(show: bool) -> Iterator[Callable[[str, int, int], None] | None]
         yield update
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> None:
-    """A table on stdout, the first `left` columns to the left, the others to the right; never cut by a narrow window."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: Sequence[int] = (0,)) -> None:
+    """A table on stdout, columns numbered in `left` to the left, the others to the right; never cut by a narrow window."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+        table.add_column(name, justify="left" if i in left else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(str(cell)) for cell in row))
     out = Console()
     needed = sum(max(len(str(cell)) for cell in column) + 2 for column in zip(columns, *rows, strict=True))
     Console(width=max(out.width, needed), highlight=False).print(table)

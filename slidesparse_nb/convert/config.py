@@ -11,12 +11,20 @@ from ..dtypes import DType
 from ..pattern import Pattern
 
 FORMAT_VERSION = 1
+DENSE_MARK = "slidesparse_dense"
+"""Metadata key of files in dense format; its value is that of "slidesparse" in packed ones."""
 
 
 def output_metadata(source: Checkpoint, format: str, pattern: Pattern, dtype: DType) -> dict[str, str]:
-    """`__metadata__` of the output's files: the source's own entries, and for packed ones what they hold."""
-    kept = {key: value for key, value in source.metadata.items() if key != "slidesparse"}
-    return {**kept, **slidesparse_metadata(pattern, dtype)} if format == "packed" else {"format": "pt", **kept}
+    """`__metadata__` of the output's files: the source's own entries, and what they hold."""
+    kept = {key: value for key, value in source.metadata.items() if key not in ("slidesparse", DENSE_MARK)}
+    mine = slidesparse_metadata(pattern, dtype)
+    return {**kept, **(mine if format == "packed" else {"format": "pt", DENSE_MARK: mine["slidesparse"]})}
+
+
+def is_ours(checkpoint: Checkpoint) -> bool:
+    """Whether this library wrote a checkpoint: the metadata of its files says so."""
+    return "slidesparse" in checkpoint.metadata or DENSE_MARK in checkpoint.metadata
 
 
 def output_config(

@@ -17,7 +17,7 @@ from ..errors import UnsupportedError, VerificationError
 from ..packed import PackedWeight
 from ..pattern import known_patterns
 from ..reference import Array
-from ..verification import cut
+from ..verification import cut, quantized
 from .job import source_scale
 from .layout import row_ranges
 from .options import UNIT_BYTES, Progress, Run
@@ -127,12 +127,20 @@ def _dense_facts(checkpoint: Checkpoint, name: str, reason: str) -> ModuleFacts:
 
 @dataclass
 class Verification:
-    """What `verify_checkpoint` proved."""
+    """What `verify_checkpoint` proved.
+
+    Attributes:
+        modules, weights: in packed form. copies: other tensors, equal byte for byte.
+        pruned: weights of the source that are not zero and were pruned; by_magnitude: each the smallest of its group.
+        rounded: weights of the source that are not zero but too small for the packed type.
+    """
 
     modules: int = 0
     weights: int = 0
     copies: int = 0
     pruned: int = 0
+    by_magnitude: bool = True
+    rounded: int = 0
     against_source: bool = False
 
 
@@ -183,18 +191,27 @@ def _against(
 ) -> None:
     """Prove packed modules, and the tensors beside them, against the dense source."""
     dtype = next(iter(packed.values())).dtype
-    scheme = "auto" if any(code in ("I8", "F8_E4M3") for code in _codes(dense)) else dtype.scheme
-    modules = {m.name: m for m in select(dense, scheme=scheme, targets=[*packed]).modules}
     for name, weight in packed.items():
-        if name not in modules or modules[name].shape != weight.shape:
-            raise VerificationError(f"{name}: the source has no weight of shape {weight.shape} of that name")
+        if f"{name}.weight" not in dense.tensors or dense.tensors[f"{name}.weight"][0].shape != weight.shape:
+            raise VerificationError(f"{name}: the source has no weight of shape {list(weight.shape)} of that name")
+    scheme = "auto" if any(code in ("I8", "F8_E4M3") for code in _codes(dense)) else dtype.scheme
+    modules = {m.name: m for m in select(dense, scheme=scheme, targets=tuple(packed)).modules}
+    for name, weight in packed.items():
+        if name not in modules:
+            raise VerificationError(f"{name}: the source's weight of that name is not one that could have been packed")
         module = modules[name]
 
         def check(block: PackedWeight, first: int, last: int) -> None:
             w = dense.array(module.weight)[first:last]  # noqa: B023 (called before the loop goes on)
             scale = source_scale(dense, module, first, last)  # noqa: B023
-            packing.verify_rows(block, w, scale=scale, prune="random", seed=None, first_row=first)
-            result.pruned += _dropped(block, w)
+            try:
+                packing.verify_rows(block, w, scale=scale, prune="magnitude", first_row=first)
+            except VerificationError:
+                packing.verify_rows(block, w, scale=scale, prune="random", seed=None, first_row=first)
+                result.by_magnitude = False
+            pruned, rounded = dropped(block, w)
+            result.pruned += pruned
+            result.rounded += rounded
 
         _each_block(written, name, weight, check)
         dense.release(module.weight)
@@ -207,6 +224,13 @@ def _codes(checkpoint: Checkpoint) -> set[str]:
     return {info.code for name, (info, _) in checkpoint.tensors.items() if name.endswith(".weight")}
 
 
-def _dropped(block: PackedWeight, w: Array) -> int:
-    """Source weights of these rows that are not stored."""
-    return int(np.count_nonzero(w)) - int(np.count_nonzero(block.values))
+def dropped(block: PackedWeight, w: Array) -> tuple[int, int]:
+    """Of the non-zero source weights of these rows that are not stored: how many were pruned, how many rounded to zero."""
+    kept = packing.unpack(block).astype(np.float32) != 0
+    weights = w.astype(np.float32)
+    gone = (weights != 0) & ~kept
+    if block.dtype.qmax is None or w.dtype.itemsize == 1:
+        survive = w.astype(block.dtype.numpy).astype(np.float32) != 0
+    else:
+        survive = quantized(weights, kept, block.dtype)[0].astype(np.float32) != 0
+    return int(np.count_nonzero(gone & survive)), int(np.count_nonzero(gone & ~survive))

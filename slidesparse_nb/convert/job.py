@@ -10,13 +10,16 @@ from typing import Any
 
 from .. import dtypes
 from ..checkpoint import Checkpoint
-from ..errors import OperandError, SlideSparseError
+from ..errors import FormatError, OperandError, SlideSparseError, VerificationError
 from ..pattern import Pattern
 from ..safetensors_file import TensorInfo
+from .config import is_ours
 from .layout import Item, Layout, Piece
 from .options import UNIT_BYTES, ModuleReport, Report, Run
 from .selection import Module
 from .streaming import Staging, clear_leftovers, write_layout
+
+CONTINUE = "the same command with --resume continues"
 
 
 def extent(checkpoint: Checkpoint, module: Module) -> tuple[int, int]:
@@ -50,14 +53,16 @@ def output_target(source: Path, checkpoint: Checkpoint, out: str | os.PathLike[s
     if out is None:
         if checkpoint.is_single_file:
             return source.with_name(f"{source.name.removesuffix('.safetensors')}-{label}.safetensors"), True
+        if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):  # a hub cache keeps nothing of ours
+            return Path(f"{root.parents[1].name.rpartition('--')[2]}-{label}"), False
         return root.with_name(f"{root.name}-{label}"), False
     target = Path(out)
     single = target.suffix == ".safetensors"
     if single and not checkpoint.is_single_file:
-        raise OperandError(f"-o: {target} is one file, but {source} is a folder; name a folder")
+        raise OperandError(f"out: {target} is one file, but {source} is a folder; name a folder")
     place = target.resolve()
     if place == origin or place in origin.parents or (not checkpoint.is_single_file and root in place.parents):
-        raise OperandError(f"-o: {target} is the source {source}, inside it or around it; name a place of its own")
+        raise OperandError(f"out: {target} is the source {source}, inside it or around it; name a place of its own")
     return target, single
 
 
@@ -145,13 +150,21 @@ def carry_out(
         prove: raises VerificationError unless the written checkpoint equals its source; counts the bytes it has proved.
     """
     if run.resume and not run.overwrite and layout.stands_at(target, single):
+        with Checkpoint.open(target) as written:
+            try:  # the same headers may hold other weights: pruned otherwise, or from an earlier state of the source
+                prove(written, run.counter("verifying", report.source_bytes))
+            except (VerificationError, FormatError) as error:
+                raise OperandError(
+                    f"out: {target} exists and is not what these options make of this source ({error})"
+                ) from None
         clear_leftovers(target)
-        report.already_complete = True
+        report.already_complete = report.verified = True
         return
     refuse_existing(target, single, run.overwrite)
     identity = [(str(f.path.resolve()), f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in checkpoint.files]
     fingerprint = layout.fingerprint({**facts, "source": identity})
     staging = Staging(target, single=single, fingerprint=fingerprint, resume=run.resume, overwrite=run.overwrite)
+    report.resumed = bool(staging.done)
     try:
         start = time.perf_counter()
         add = run.counter(phase, report.source_bytes)
@@ -163,9 +176,14 @@ def carry_out(
                 prove(written, run.counter("verifying", report.source_bytes))
             report.verified, report.verify_seconds = True, time.perf_counter() - start
         staging.publish()
-    except (OSError, KeyboardInterrupt, MemoryError):
+    except KeyboardInterrupt:
         staging.keep()
-        raise
+        raise KeyboardInterrupt(f"what is done is kept in {staging.folder}: {CONTINUE}") from None
+    except OSError as error:
+        staging.keep()
+        raise OSError(
+            error.errno, f"{error.strerror}; what is done is kept: {CONTINUE}", str(error.filename or target)
+        ) from error
     except BaseException:
         staging.discard()
         raise
@@ -176,20 +194,17 @@ def refuse_existing(target: Path, single: bool, overwrite: bool) -> None:
     if not os.path.lexists(target) or (target.is_dir() and not single and not any(target.iterdir())):
         return
     if not overwrite:
-        raise OperandError(f"-o: {target} exists; --overwrite replaces it, or name another place")
-    if target.is_dir() != (not single) or target.is_symlink():
-        raise OperandError(f"-o: {target} is not the kind of thing that would replace it; remove it first")
-    if not single and not _is_ours(target):
-        raise OperandError(f"-o: {target} is not a checkpoint that this tool wrote, so it is not overwritten; remove it first")
+        raise OperandError(f"out: {target} exists; --overwrite replaces it, or name another place")
+    if target.is_symlink() or not _is_ours(target, single):
+        raise OperandError(f"out: {target} is not a checkpoint that this tool wrote, so it is not overwritten; remove it first")
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder is an output of this library: its config.json or the metadata of its files says so."""
+def _is_ours(target: Path, single: bool) -> bool:
+    """Whether a file, or a folder, is an output of this library."""
+    if target.is_dir() == single:
+        return False
     try:
-        with Checkpoint.open(folder) as checkpoint:
-            config = checkpoint.config or {}
-            quantization = config.get("quantization_config")
-            packed = isinstance(quantization, dict) and quantization.get("quant_method") == "slidesparse"
-            return packed or "slidesparse" in config or "slidesparse" in checkpoint.metadata
+        with Checkpoint.open(target) as checkpoint:
+            return is_ours(checkpoint)
     except SlideSparseError:
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .. import dtypes, pruning
@@ -51,6 +51,10 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", Pattern.of(self.pattern))
+        object.__setattr__(self, "scheme", {name.lower(): name for name in SCHEMES}.get(str(self.scheme).lower(), self.scheme))
+        for name in ("targets", "ignore"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for name, allowed in {"scheme": SCHEMES, "prune": pruning.METHODS, "format": FORMATS}.items():
             if (value := getattr(self, name)) not in allowed:
                 raise OperandError(f"{name}: {value!r} must be one of {', '.join(allowed)}")
@@ -121,7 +125,13 @@ class ModuleReport:
 
 @dataclass
 class Report:
-    """What a conversion did or, with `dry_run`, would do. Sizes in bytes, times in seconds."""
+    """What a conversion did or, with `dry_run`, would do. Sizes in bytes, times in seconds.
+
+    Attributes:
+        left_dense: modules that are not packed by choice, and why. skipped: those that could not be, with `skip_bad`.
+        refused: those that a real run would fail on (of a dry run).
+        already_complete: `out` held the result before. resumed: an earlier run had done part of the work.
+    """
 
     input: str
     output: str
@@ -140,7 +150,9 @@ class Report:
     source_bytes: int
     output_bytes: int
     dry_run: bool = False
+    refused: dict[str, str] = field(default_factory=dict)
     already_complete: bool = False
+    resumed: bool = False
     verified: bool = False
     seconds: float = 0.0
     verify_seconds: float = 0.0

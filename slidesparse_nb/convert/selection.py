@@ -16,6 +16,7 @@ from .. import dtypes
 from ..checkpoint import Checkpoint
 from ..dtypes import DType
 from ..errors import OperandError, UnsupportedError
+from ..pattern import Pattern
 
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -30,8 +31,14 @@ FUSED = (
 """Sibling layers that engines run as one matrix product."""
 
 NOT_PACKED = (
-    (re.compile(r"(^|.*\.)([^.]*embed[^.]*|wte|wpe|shared)$"), "an embedding"),
-    (re.compile(r"(^|.*\.)(lm_head|embed_out|score|classifier|output_projection)$"), "an output head"),
+    (re.compile(r"(^|.*\.)([^.]*embed[^.]*|([^.]*_)?emb|wte|wpe|shared|relative_attention_bias)$"), "an embedding"),
+    (
+        re.compile(
+            r"((^|.*\.)(lm_head(\..*)?|cls\..*|[^.]*_?classifier(\..*)?|v_head(\..*)?|qa_outputs|score|head|embed_out|vocab_projector"
+            r"|vocab_transform|output_layer|output_projection)|proj_out|output)$"
+        ),
+        "an output head",
+    ),
     (re.compile(r"(^|.*\.)(router|gate|wg|shared_expert_gate|router\..*)$"), "a router"),
     (re.compile(r"(^|.*\.)[^.]*(norm|ln_?\d*|ln_f)$", re.IGNORECASE), "a norm"),
 )
@@ -96,11 +103,18 @@ def fused_with(name: str) -> list[str]:
     return [prefix + part for parts in FUSED if last in parts for part in parts if part != last]
 
 
-def matcher(patterns: Iterable[str], option: str, names: Iterable[str]) -> Callable[[str], str | None]:
-    """A function from module name to the first of `patterns` (exact name, glob, or "re:" regular expression) that it matches.
+Matcher = Callable[[str], "str | None"]
+"""From a module's name to the pattern that it matches."""
+
+
+def matcher(patterns: Iterable[str], option: str, names: Iterable[str]) -> tuple[Matcher, list[str]]:
+    """A function from a module's name to the first of `patterns` (exact, glob, or "re:" regular expression) that it matches.
+
+    Returns:
+        That function, and the patterns that match none of `names`.
 
     Raises:
-        OperandError: a pattern is no regular expression, or matches none of `names`.
+        OperandError: a pattern is no regular expression.
     """
     compiled: list[tuple[str, re.Pattern[str]]] = []
     for text in patterns:
@@ -109,45 +123,51 @@ def matcher(patterns: Iterable[str], option: str, names: Iterable[str]) -> Calla
         except re.error as error:
             raise OperandError(f"{option}: {text!r} is not a regular expression ({error})") from None
         compiled.append((text, regex))
-    names = list(names)
-    for text, regex in compiled:
-        if not any(regex.match(name) for name in names):
-            example = f"; names look like {names[0]!r}" if names else ""
-            raise OperandError(
-                f"{option}: {text!r} matches no two-dimensional weight{example} (exact, glob such as '*q_proj', or 're:...')"
-            )
 
     def match(name: str) -> str | None:
         return next((text for text, regex in compiled if regex.match(name)), None)
 
-    return match
+    names = list(names)
+    return match, [text for text, regex in compiled if not any(regex.match(name) for name in names)]
 
 
 def select(
     checkpoint: Checkpoint,
     *,
+    pattern: Pattern | None = None,
     scheme: str = "auto",
-    targets: Iterable[str] = (),
-    ignore: Iterable[str] = (),
+    targets: tuple[str, ...] = (),
+    ignore: tuple[str, ...] = (),
 ) -> Selection:
     """Decide what to pack.
 
     Args:
+        pattern: to leave out weights that are narrower than one of its groups.
         scheme: "auto" (the source's type; float32 becomes bfloat16) or the name of a packed type.
         targets: pack only modules that match one of these; a module named exactly is packed whatever its kind.
         ignore: pack no module that matches one of these.
 
     Raises:
-        OperandError: an unknown scheme, or a pattern that matches nothing.
+        OperandError: an unknown scheme, or a target that matches nothing.
         UnsupportedError: the checkpoint as a whole is of a kind that cannot be packed.
     """
     tensors = {name: (info.code, info.shape) for name, (info, _) in checkpoint.tensors.items()}
     selection = Selection()
     _refuse_config(checkpoint.config or {}, tensors, selection)
     quantized = any(code in QUANTIZED_CODES and name.endswith(".weight") for name, (code, _) in tensors.items())
+    vocabulary = (checkpoint.config or {}).get("vocab_size")
     candidates = {name[:-7]: shape for name, (_, shape) in tensors.items() if name.endswith(".weight") and len(shape) == 2}
-    targets, ignore = tuple(targets), tuple(ignore)
-    targeted, ignored = matcher(targets, "--targets", candidates), matcher(ignore, "--ignore", candidates)
+    targeted, astray = matcher(targets, "targets", candidates)
+    if astray:
+        example = next(
+            (name for name, shape in candidates.items() if not _kind(name, shape, vocabulary)), "layers.0.mlp.up_proj"
+        )
+        raise OperandError(
+            f"targets: {astray[0]!r} matches no two-dimensional weight; names look like {example!r} (exact, a glob such as"
+            " '*_proj', or 're:...'; they are names of modules, not of classes)"
+        )
+    ignored, astray = matcher(ignore, "ignore", candidates)
+    selection.notes += [f"--ignore {text!r} matches nothing here" for text in astray]
     for name, (code, shape) in tensors.items():
         if len(shape) == 3 and "expert" in name:
             selection.bad[name] = (
@@ -156,18 +176,23 @@ def select(
             )
         if not name.endswith(".weight") or len(shape) != 2:
             continue
-        module = name[:-7]
-        kind = next((kind for regex, kind in NOT_PACKED if regex.match(module)), None)
+        module = name.removesuffix(".weight")
+        kind = _kind(module, shape, vocabulary)
         if (by := ignored(module)) is not None:
             selection.left_dense[module] = f"ignored by {by!r}"
         elif targets and targeted(module) is None:
             selection.left_dense[module] = "not among the targets"
         elif kind is not None and module not in targets and name not in targets:
             selection.left_dense[module] = kind
+        elif pattern is not None and shape[1] < pattern.group:
+            selection.left_dense[module] = f"narrower than a group of {pattern}"
         elif quantized and code not in QUANTIZED_CODES:
             selection.left_dense[module] = f"not quantized in the source ({code})"
         elif code not in SOURCE_CODES:
-            selection.left_dense[module] = f"dtype {code}"
+            wanted = ", ".join(SOURCE_CODES)
+            selection.bad[module] = (
+                f"{name}: {code} weights cannot be packed; convert them to one of {wanted}, or use --skip-bad"
+            )
         else:
             _add(selection, module, code, (shape[0], shape[1]), checkpoint, scheme)
     for module in [m.name for m in selection.modules]:
@@ -177,6 +202,13 @@ def select(
     selection.modules = [m for m in selection.modules if m.name not in selection.left_dense]
     _one_type(selection)
     return selection
+
+
+def _kind(module: str, shape: tuple[int, ...], vocabulary: object) -> str | None:
+    """What a two-dimensional weight is, if it is no linear layer to be packed."""
+    if isinstance(vocabulary, int) and vocabulary >= 1000 and shape[0] == vocabulary:
+        return "as large as the vocabulary"
+    return next((kind for regex, kind in NOT_PACKED if regex.match(module)), None)
 
 
 def _add(selection: Selection, name: str, code: str, shape: tuple[int, int], checkpoint: Checkpoint, scheme: str) -> None:

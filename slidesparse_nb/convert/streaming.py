@@ -58,12 +58,12 @@ class Staging:
         out.parent.mkdir(parents=True, exist_ok=True)
         for path in (self.folder, self.journal):
             if path.is_symlink():
-                raise OperandError(f"-o: {path} is a symbolic link; remove it first")
+                raise OperandError(f"out: {path} is a symbolic link; remove it first")
         unfinished = self.journal.exists()
         if unfinished and not (resume or overwrite):
             self._lock(os.O_RDWR).close()  # says so if that run is alive
             raise OperandError(
-                f"-o: an unfinished run of {out} stands at {self.folder}; continue it with --resume, or start over with"
+                f"out: an unfinished run of {out} stands at {self.folder}; continue it with --resume, or start over with"
                 " --overwrite"
             )
         self._file = self._lock(os.O_RDWR | os.O_CREAT)
@@ -72,7 +72,7 @@ class Staging:
         if first is not None and first != fingerprint and not overwrite:
             self._file.close()
             raise OperandError(
-                f"-o: the unfinished run at {self.folder} was started with other options or another source; start over with"
+                f"out: the unfinished run at {self.folder} was started with other options or another source; start over with"
                 " --overwrite"
             )
         if not self.resumed:
@@ -89,7 +89,7 @@ class Staging:
         except OSError as error:
             file.close()
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise OperandError(f"-o: another run is writing {self.out} at this moment") from None
+                raise OperandError(f"out: another run is writing {self.out} at this moment") from None
             raise
         return file
 

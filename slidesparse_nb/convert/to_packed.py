@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from .. import __version__, packing
 from ..checkpoint import Checkpoint, packed_entries, read_packed
 from ..cpu import violations
 from ..dtypes import DType
-from ..errors import OperandError, PatternError, UnsupportedError, VerificationError
+from ..errors import OperandError, PatternError, SlideSparseError, UnsupportedError, VerificationError
 from ..packed import PackedWeight
 from ..packing import violations_hint
 from ..verification import cut
@@ -53,7 +54,9 @@ def pack_checkpoint(
     """
     options, run, source = options or Options(), run or Run(), Path(source)
     with Checkpoint.open(source) as checkpoint:
-        selection = select(checkpoint, scheme=options.scheme, targets=options.targets, ignore=options.ignore)
+        selection = select(
+            checkpoint, pattern=options.pattern, scheme=options.scheme, targets=options.targets, ignore=options.ignore
+        )
         skipped = _settle_bad(checkpoint, selection, options, run)
         dtype = selection.modules[0].dtype
         target, single = output_target(source, checkpoint, out, _label(options, dtype))
@@ -83,8 +86,12 @@ def pack_checkpoint(
             notes=[*selection.notes, *_left_behind(checkpoint, single)],
         )
         report.dry_run = dry_run
-        if not dry_run:
+        if dry_run:
+            if not options.skip_bad:  # then they are among the skipped
+                report.refused = maker.check_all(selection.modules, run)
+        else:
             facts = {"options": asdict(options), "version": __version__}
+            maker.warm_up(selection.modules[0])
 
             def prove(written: Checkpoint, add: Callable[[int], None]) -> None:
                 maker.prove(written, selection.modules, run, add)
@@ -112,19 +119,15 @@ def _settle_bad(checkpoint: Checkpoint, selection: Selection, options: Options, 
     for name, reason in skipped.items():
         selection.drop(name, reason)
     if options.skip_bad:
-        maker = _Maker(checkpoint, options)
-        add = run.counter("checking", sum(checkpoint.tensors[m.weight][0].nbytes for m in selection.modules))
-        for module in list(selection.modules):
-            try:
-                maker.check(module, run.workers)
-            except (PatternError, UnsupportedError) as error:
-                skipped[module.name] = str(error)
-                selection.drop(module.name, str(error))
-            add(checkpoint.tensors[module.weight][0].nbytes)
+        bad = _Maker(checkpoint, options).check_all(selection.modules, run)
+        skipped |= bad
+        for name, reason in bad.items():
+            selection.drop(name, reason)
     for name in skipped:
         selection.left_dense.pop(name, None)
     if not selection.modules:
         reasons = [f"{name}: {why}" for name, why in {**skipped, **selection.left_dense}.items()]
+        reasons.sort(key=lambda reason: "fused by engines" not in reason)  # the one that a user may not expect
         raise UnsupportedError(
             "nothing to pack: no two-dimensional .weight tensor qualifies"
             + (f" ({'; '.join(reasons[:3])}{'; ...' * (len(reasons) > 3)})" if reasons else "")
@@ -192,15 +195,28 @@ class _Maker:
             count=count,
         )
 
-    def check(self, module: Module, workers: int) -> None:
-        """Raise what packing this module would raise."""
+    def check_all(self, modules: list[Module], run: Run) -> dict[str, str]:
+        """Of the modules that packing would refuse, name -> why."""
+        refused: dict[str, str] = {}
+        add = run.counter("checking", sum(self.checkpoint.tensors[m.weight][0].nbytes for m in modules))
+        with ThreadPoolExecutor(run.workers) as pool:
+            for module in modules:
 
-        def one(bounds: tuple[int, int]) -> None:
-            self.packed_rows(module, *bounds)
-            release_rows(self.checkpoint, module, *bounds)
+                def one(bounds: tuple[int, int], module: Module = module) -> None:
+                    self.packed_rows(module, *bounds)
+                    release_rows(self.checkpoint, module, *bounds)
 
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(one, row_ranges(*extent(self.checkpoint, module), UNIT_BYTES)))
+                try:
+                    list(pool.map(one, row_ranges(*extent(self.checkpoint, module), UNIT_BYTES)))
+                except (PatternError, UnsupportedError) as error:
+                    refused[module.name] = str(error)
+                add(self.checkpoint.tensors[module.weight][0].nbytes)
+        return refused
+
+    def warm_up(self, module: Module) -> None:
+        """Compile what packing calls, so that its rate is not that of the compiler."""
+        with contextlib.suppress(SlideSparseError):
+            self.packed_rows(module, 0, min(1, module.shape[0]))
 
     # ---- items
 
