@@ -8,9 +8,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from . import env
@@ -57,7 +56,7 @@ def build_kernels(
     patterns: Sequence[Pattern] | None = None,
     dtypes: Sequence[DType | str] = PACKED,
     out: str = "bfloat16",
-    processes: int | None = None,
+    workers: int | None = None,
 ) -> list[Report]:
     """Compile every kernel and candidate into the cache, without a GPU; those that are there already are not compiled again.
 
@@ -66,7 +65,7 @@ def build_kernels(
         patterns: by default 2:4 to 14:16.
         dtypes: of the weights; a type that an architecture does not multiply is left out there.
         out: name of the type of y.
-        processes: by default as many as there are processors.
+        workers: kernels compiled at a time; by default as many as there are processors.
 
     Raises:
         UnsupportedError: there is no compiler, or it does not know an architecture.
@@ -74,7 +73,7 @@ def build_kernels(
     """
     rows = [packed_dtype(d) for d in dtypes]
     work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, rows, out))
-    built = compile_all([job for job, _ in work], processes=processes)
+    built = compile_all([job for job, _ in work], workers=workers)
     return [
         Report(*told[:4], b.registers, b.spills, b.stack, told[4], sparse_instructions(b))
         for b, (_, told) in zip(built, work, strict=True)
@@ -95,22 +94,16 @@ def _jobs(
                         yield (family.KERNEL, config.defines(), arch), told
 
 
-def compile_all(work: Sequence[Job], compiler: str | None = None, processes: int | None = None) -> list[jit.Built]:
-    """Compile into the cache, by several processes; those that are there already are not compiled again.
+def compile_all(work: Sequence[Job], compiler: nvrtc.Nvrtc | None = None, workers: int | None = None) -> list[jit.Built]:
+    """Compile into the cache, several kernels at a time; those that are there already are not compiled again.
 
     Args:
-        compiler: path of the NVRTC library; by default the one that is found.
+        compiler: by default the one that is found.
+        workers: threads, which NVRTC lets compile at the same time; by default as many as there are processors.
     """
-    processes = min(processes or os.cpu_count() or 1, len(work))
-    if processes <= 1:
-        return [_compile((job, compiler)) for job in work]
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_compile, [(job, compiler) for job in work], chunksize=1))
-
-
-def _compile(task: tuple[Job, str | None]) -> jit.Built:
-    (source, defines, arch), compiler = task
-    return jit.build(source, defines, arch, nvrtc.load() if compiler is None else nvrtc.at(compiler))
+    compiler = compiler or nvrtc.load()
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        return list(pool.map(lambda job: jit.build(job[0], job[1], job[2], compiler), work))
 
 
 def disassembler() -> str | None:

@@ -60,11 +60,10 @@ def mma_sp(a, e, b, dtype, selector):
 
 def lifted(words, layout, step):
     """The four B registers of every lane: words uint32 [32, words] -> uint32 [32, 4]."""
-    half = layout.pattern.group // 2
+    units = sm80_layout.slot_units(layout)
     out = np.zeros((32, 4), np.uint32)
     for register in range(4):
-        slot = 4 * step + register
-        unit = slot // layout.pattern.windows * half + slot % layout.pattern.windows
+        unit = units[4 * step + register]
         low = words[:, unit // 2]
         if unit % 2 == 0:
             out[:, register] = low
@@ -81,7 +80,7 @@ def lifted(words, layout, step):
 def simulated(x, arranged, packed):
     """x [8, k] @ w.T in float64, by the kernel's steps in the kernel's order."""
     layout = sm80.layout(packed.pattern, packed.dtype.bits)
-    strips, blocks = arranged.shape[:2]
+    blocks, strips = arranged.shape[:2]
     rows = np.zeros((8, blocks * layout.row_bytes), np.uint8)
     raw = np.ascontiguousarray(x).view(np.uint8)
     rows[:, : raw.shape[1]] = raw
@@ -91,7 +90,7 @@ def simulated(x, arranged, packed):
         row = np.ascontiguousarray(rows[:, block * layout.row_bytes : (block + 1) * layout.row_bytes]).view(np.uint32)
         words = row[G[:, None], offsets[Q] // 4]
         for strip in range(strips):
-            piece = arranged[strip, block]
+            piece = arranged[block, strip]
             a = piece[: 512 * layout.steps].view(np.uint32).reshape(layout.steps, 32, 4)
             e = piece[512 * layout.steps :].view(np.uint32).reshape(layout.meta_words, 32)
             for step in range(layout.steps):
@@ -132,7 +131,7 @@ def test_restore_undoes_arrange(pattern, dtype, n, k):
     packed = weights(np.random.default_rng(3), n, k, pattern, dtype)
     layout = sm80.layout(pattern, dtype.bits)
     arranged = sm80.arrange(packed)
-    assert arranged.shape == (-(-n // 16), layout.blocks(k), layout.block_bytes)
+    assert arranged.shape == (layout.blocks(k), -(-n // 256) * 16, layout.block_bytes)
     assert arranged.dtype == np.uint8
     back = sm80.restore(arranged, packed)
     back.validate()

@@ -35,16 +35,16 @@ def _capability(text: str) -> tuple[int, int]:
 @click.option("--pattern", "patterns", multiple=True, metavar="6:8", help="Pattern; may be repeated. Default: 2:4 to 14:16.")
 @click.option("--dtype", "dtypes", multiple=True, metavar="int8", help="Type of the weights; may be repeated. Default: all.")
 @click.option("--out", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--jobs", "processes", type=click.IntRange(1), help="Processes. Default: as many as processors.")
+@click.option("--jobs", "workers", type=click.IntRange(1), help="Kernels at a time. Default: as many as processors.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @exits
 def build(
-    archs: tuple[str, ...], patterns: tuple[str, ...], dtypes: tuple[str, ...], out: str, processes: int | None, as_json: bool
+    archs: tuple[str, ...], patterns: tuple[str, ...], dtypes: tuple[str, ...], out: str, workers: int | None, as_json: bool
 ) -> None:
     """Compile every kernel into the cache, without a GPU, and print what the compiler made of each."""
     chosen: dict[str, Any] = {"capabilities": [_capability(a) for a in archs], "patterns": [ss.Pattern.of(p) for p in patterns]}
     chosen["dtypes"] = list(dtypes)
-    reports = ss.build_kernels(**{name: given for name, given in chosen.items() if given}, out=out, processes=processes)
+    reports = ss.build_kernels(**{name: given for name, given in chosen.items() if given}, out=out, workers=workers)
     if as_json:
         print_json([asdict(r) for r in reports])
     else:

@@ -31,6 +31,7 @@
 #define RUN 16   // units that an owner holds side by side
 #define LOAD 16  // bytes of one load of x
 #define STRIDE 144
+#define SPAN 12  // windows among which those that need no join come first
 #endif
 #ifndef TILE_N
 #define TILE_N 128
@@ -84,12 +85,32 @@ template <int STEP> INLINE void multiply(Accumulator (&d)[4], const uint4& a, co
 }
 
 // ---- words of x and windows ----------------------------------------------------------------------------------------------
-__device__ constexpr int unit_of(int slot) { return slot / WINDOWS * UNITS + slot % WINDOWS; }  // where an owner's window starts
-__device__ constexpr int first_word(int pass) { return unit_of(4 * pass * PASS) / 2; }
-__device__ constexpr int last_word(int pass) {
-    int step = (pass + 1) * PASS < STEPS ? (pass + 1) * PASS : STEPS;
-    return (unit_of(4 * step - 1) + 1) / 2;
+struct Slots {
+    int unit[4 * STEPS];         // where the window starts that an owner gives as register slot % 4 of step slot / 4
+    int first[PASSES], last[PASSES];  // words that a pass reads
+};
+
+// Windows at even units come first in every SPAN: they are words as loaded, in the registers where they were loaded.
+__device__ constexpr Slots make_slots() {
+    Slots s = {};
+    int slot = 0;
+    for (int span = 0; span < 4 * STEPS; span += SPAN)
+        for (int odd = 0; odd < 2; odd++)
+            for (int t = span; t < span + SPAN && t < 4 * STEPS; t++) {
+                int unit = t / WINDOWS * UNITS + t % WINDOWS;
+                if (unit % 2 == odd) s.unit[slot++] = unit;
+            }
+    for (int pass = 0; pass < PASSES; pass++) {
+        s.first[pass] = WORDS;
+        for (int i = 4 * PASS * pass; i < 4 * PASS * (pass + 1) && i < 4 * STEPS; i++) {
+            int low = s.unit[i] / 2, high = (s.unit[i] + 1) / 2;
+            if (low < s.first[pass]) s.first[pass] = low;
+            if (high > s.last[pass]) s.last[pass] = high;
+        }
+    }
+    return s;
 }
+__device__ constexpr Slots slots = make_slots();
 
 struct Lane {
     int g, q;  // lane = 4 g + q
@@ -110,7 +131,7 @@ struct Lane {
         const u8* mine = row + start;
 #pragma unroll
         for (int i = 0; i < WORDS; i += LOAD / 4) {
-            if (i + LOAD / 4 <= first_word(pass) || i > last_word(pass)) continue;
+            if (i + LOAD / 4 <= slots.first[pass] || i > slots.last[pass]) continue;
             if (WIDE) {
                 w[i] = *(const u32*)(mine + i / (RUN / 2) * (8 * RUN) + i % (RUN / 2) * next);
                 continue;
@@ -130,7 +151,7 @@ struct Lane {
 
     // The lift: this lane's register of one window.
     INLINE u32 window(const u32 (&w)[WORDS], int slot) const {
-        int unit = unit_of(slot);
+        const int unit = slots.unit[slot];
         u32 low = w[unit / 2];
         if (unit % 2 == 0) return low;
         u32 up = w[unit / 2 + 1];
@@ -139,56 +160,47 @@ struct Lane {
 };
 
 // ---- copies from global memory ---------------------------------------------------------------------------------------------
-// A warp copies whole strips of weights, and RPI rows of x at a time, PIECES lanes a row.
+// The weights of a tile and block are contiguous, so all threads copy them 16 bytes each, in rounds. Of x, PIECES threads copy
+// a row, and a round takes as many rows as there are threads for.
 struct Copies {
-    static constexpr int STRIPS_A_WARP = (TILE_N / 16 + WARPS - 1) / WARPS, RPI = 32 / PIECES;
-    static constexpr int ROUNDS = (TILE_M + RPI * WARPS - 1) / (RPI * WARPS);
-    const u8* weights[STRIPS_A_WARP];
-    const u8* x;
-    i64 x_step;        // bytes from a round's row of x to the next round's
-    int left;          // bytes of the row from this lane's piece on; what lies past them is zero
-    int rows;          // rows of x from this lane's first on
-    int warp, lane, row, piece;
+    static constexpr int ROUND = 16 * THREADS, TILE_BYTES = TILE_N / 16 * BLOCK_BYTES, ROUND_ROWS = THREADS / PIECES;
+    static constexpr int W_ROUNDS = (TILE_BYTES + ROUND - 1) / ROUND, X_ROUNDS = (TILE_M + ROUND_ROWS - 1) / ROUND_ROWS;
+    static constexpr int ROUNDS = W_ROUNDS + X_ROUNDS;
+    const u8 *weights, *x;
+    i64 w_step, x_step;  // bytes from block to block; from a round's row of x to the next round's
+    int x_left;          // bytes of the row of x from this thread's piece on: pieces past them are zeros
+    int rows;            // rows of x from this thread's first on: the others are zeros
 
-    INLINE Copies(const u8* x_, i64 x_pitch, i64 x_bytes, const u8* w, i64 blocks, i64 first, i64 m, i64 strips, int tile_m, int tile_n)
-        : warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
-#pragma unroll
-        for (int i = 0; i < STRIPS_A_WARP; i++) {
-            i64 strip = (i64)tile_n * (TILE_N / 16) + warp + i * WARPS;
-            strip = strip < strips ? strip : strips - 1;  // rows past n are multiplied and never written
-            weights[i] = w + (strip * blocks + first) * BLOCK_BYTES + lane * 16;
-        }
-        row = warp * RPI + lane / PIECES, piece = lane % PIECES;
-        i64 token = (i64)tile_m * TILE_M + row;
-        x = x_ + token * x_pitch + first * ROW_BYTES + piece * 16;
-        x_step = x_pitch * (RPI * WARPS);
-        left = (int)(x_bytes - first * ROW_BYTES - piece * 16);
+    INLINE Copies(const u8* all_x, i64 x_pitch, i64 x_bytes, const u8* all_weights, i64 n, i64 m, i64 first, int tile_n, int tile_m) {
+        const i64 strips = (n + 255) / 256 * 16, strip = (i64)tile_n * (TILE_N / 16);  // whole tiles of any size
+        const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES * 16;
+        const i64 token = (i64)tile_m * TILE_M + row;
+        w_step = strips * BLOCK_BYTES;
+        weights = all_weights + first * w_step + strip * BLOCK_BYTES + threadIdx.x * 16;
+        x_step = x_pitch * ROUND_ROWS;
+        x = all_x + token * x_pitch + first * ROW_BYTES + piece;
+        x_left = (int)(x_bytes - first * ROW_BYTES - piece);
         rows = (int)(m - token < TILE_M ? m - token : TILE_M);
     }
 
-    // The next block of k into a stage.
-    INLINE void next(StageT& stage) {
+    // Part `part` of `parts` of the next block of k, if there is one, into a stage; all parts in order make a block.
+    INLINE void next(StageT& stage, bool more, int part = 0, int parts = 1) {
+        const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES * 16, valid = x_left > 0 ? rows : 0;
 #pragma unroll
-        for (int i = 0; i < STRIPS_A_WARP; i++) {
-            if (TILE_N / 16 % WARPS == 0 || warp + i * WARPS < TILE_N / 16) {
-                u8* to = stage.weights[warp + i * WARPS] + lane * 16;
-#pragma unroll
-                for (int at = 0; at < BLOCK_BYTES; at += 512)
-                    if (at + 512 <= BLOCK_BYTES || lane * 16 < BLOCK_BYTES - at) cp_async_16(to + at, weights[i] + at);
-            }
-            weights[i] += BLOCK_BYTES;
-        }
-        if (32 % PIECES == 0 || lane < RPI * PIECES) {
-            const int bytes = left >= 16 ? 16 : left > 0 ? left : 0;
-            const u8* from = x;
-#pragma unroll(ROUNDS > 8 ? 1 : ROUNDS)
-            for (int i = 0; i < ROUNDS; i++, from += x_step) {
-                int local = i * RPI * WARPS;
-                if (TILE_M % (RPI * WARPS) == 0 || row + local < TILE_M)
-                    cp_async_16(stage.x[row + local] + piece * 16, from, local < rows ? bytes : 0);
+        for (int round = ROUNDS * part / parts; round < ROUNDS * (part + 1) / parts; round++) {
+            if (round < W_ROUNDS) {
+                const int at = round * ROUND;
+                const bool mine = at + ROUND <= TILE_BYTES || threadIdx.x * 16 < TILE_BYTES - at;
+                cp_async_16(more && mine, stage.weights[0] + threadIdx.x * 16 + at, weights + at);
+            } else {
+                const int at = (round - W_ROUNDS) * ROUND_ROWS;
+                const bool mine = (THREADS % PIECES == 0 || row < ROUND_ROWS) && (TILE_M % ROUND_ROWS == 0 || row + at < TILE_M);
+                cp_async_16(more && mine, stage.x[row] + piece + at * STRIDE, x, at < valid);
+                x += x_step;
+                asm("" : "+l"(x));  // or the compiler keeps every multiple of x_step in registers
             }
         }
-        x += ROW_BYTES, left -= ROW_BYTES;
+        if (part == parts - 1) weights += w_step, x += ROW_BYTES - X_ROUNDS * x_step, x_left -= ROW_BYTES;
     }
 };
 
@@ -197,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
     const u8* __restrict__ x,         // [M, K] of DTYPE, 16-byte aligned rows
     i64 x_pitch,                      // bytes from row to row, a multiple of 16
     i64 x_bytes,                      // bytes of K elements
-    const u8* __restrict__ weights,   // [strips, blocks, BLOCK_BYTES], arranged
+    const u8* __restrict__ weights,   // [blocks, strips, BLOCK_BYTES], arranged; strips a multiple of 16
     const float* __restrict__ scale_x,  // [M], 8-bit types
     const float* __restrict__ scale_w,  // [N], 8-bit types
     const void* __restrict__ bias,    // [N] of bias_type, or null
@@ -222,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
     const Lane lane(threadIdx.x % 32);
     const i64 first = blocks * blockIdx.y / gridDim.y;
     const int count = (int)(blocks * (blockIdx.y + 1) / gridDim.y - first);
-    Copies copies(x, x_pitch, x_bytes, weights, blocks, first, m, (n + 15) / 16, tile_m, tile_n);
+    Copies copies(x, x_pitch, x_bytes, weights, n, m, first, tile_n, tile_m);
 
     Accumulator acc[STRIPS][GROUPS][4] = {};
     uint4 a[PASS][STRIPS];
@@ -240,11 +252,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
     };
 
 #pragma unroll
-    for (int i = 0; i < STAGES; i++) {
-        if (i < count) copies.next(shared.stage[i]);
+    for (int i = 0; i < STAGES - 1; i++) {
+        copies.next(shared.stage[i], i < count);
         cp_async_commit_group();
     }
-    cp_async_wait_group<STAGES - 1>();
+    cp_async_wait_group<STAGES - 2>();
     __syncthreads();
 #pragma unroll
     for (int s = 0; s < PASS; s++)
@@ -254,22 +266,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
 
     int slot = 0;
 #pragma unroll 1
-    for (int block = 0; block < count; block++) {
-        StageT& now = shared.stage[slot];
+    for (int left = count; left > 0; left--) {
+        StageT &now = shared.stage[slot], &free = shared.stage[slot == 0 ? STAGES - 1 : slot - 1];
         slot = slot + 1 == STAGES ? 0 : slot + 1;
         StageT& then = shared.stage[slot];
+        const bool more = left > STAGES - 1;
 #pragma unroll
         for (int pass = 0; pass < PASSES; pass++) {
             const int next_pass = (pass + 1) % PASSES;
 #pragma unroll
             for (int group = 0; group < GROUPS; group++) {
                 const bool last = group == GROUPS - 1, leave = last && pass == PASSES - 1;
-                const int turn = (pass * GROUPS + group) % 2;
-                if (leave) {  // everything of this stage is in registers: the next must have come, and this one may be filled
+                const int part = pass * GROUPS + group, turn = part % 2;
+                copies.next(free, more, part, PASSES * GROUPS);  // where the last block was, which nobody reads any more
+                if (leave) {  // all of this block is in registers: the next one must have come
+                    cp_async_commit_group();
                     cp_async_wait_group<STAGES - 2>();
                     __syncthreads();
-                    if (block + STAGES < count) copies.next(now);
-                    cp_async_commit_group();
                 }
                 const StageT& source = leave ? then : now;
                 load_x(words[1 - turn], source, last ? next_pass : pass, last ? 0 : group + 1);

@@ -18,15 +18,15 @@ MMA_SP(mma_sp_e4m3, "m16n8k64", "f32.e4m3.e4m3.f32", float, "f")
 MMA_SP(mma_sp_bf16, "m16n8k32", "f32.bf16.bf16.f32", float, "f")
 MMA_SP(mma_sp_f16, "m16n8k32", "f32.f16.f16.f32", float, "f")
 
-// "Data Movement: cp.async": 16 bytes from global to shared memory, of which the first `bytes` are read and the rest are
-// zeros. Past the L1 cache (.cg); nothing is read when bytes is 0.
-INLINE void cp_async_16(void* shared, const void* global, int bytes) {
+// "Data Movement: cp.async": if `when`, 16 bytes from global to shared memory past the L1 cache (.cg); zeros, with nothing read,
+// unless `valid` (the operand ignore-src). Predicates, because a branch would cut the loop where instructions overlap.
+INLINE void cp_async_16(bool when, void* shared, const void* global, bool valid = true) {
     u32 to = (u32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
-}
-INLINE void cp_async_16(void* shared, const void* global) {
-    u32 to = (u32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+    asm volatile(
+        "{ .reg .pred p, q; setp.ne.b32 p, %0, 0; setp.eq.b32 q, %1, 0; @p cp.async.cg.shared.global [%2], [%3], 16, q; }" ::"r"(
+            (int)when),
+        "r"((int)valid), "r"(to), "l"(global)
+        : "memory");
 }
 // Closes a group of copies; waits until at most PENDING groups are still under way.
 INLINE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }

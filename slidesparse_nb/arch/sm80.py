@@ -73,11 +73,15 @@ TILES = (
     Tile(n=128, m=256, warps_n=2, warps_m=4, per_sm=1),
     Tile(n=256, m=128, warps_n=4, warps_m=2, per_sm=1),
     Tile(n=128, m=128, warps_n=2, warps_m=2, per_sm=2),
+    Tile(n=128, m=128, warps_n=2, warps_m=4, per_sm=1),
     Tile(n=128, m=64, warps_n=2, warps_m=2, per_sm=3),
+    Tile(n=128, m=64, warps_n=4, warps_m=1, per_sm=3),
     Tile(n=64, m=64, warps_n=2, warps_m=2, per_sm=4),
-    Tile(n=128, m=32, warps_n=4, warps_m=1, per_sm=4),
-    Tile(n=64, m=16, warps_n=4, warps_m=1, per_sm=5),
-    Tile(n=64, m=8, warps_n=4, warps_m=1, per_sm=6),
+    Tile(n=128, m=32, warps_n=4, warps_m=1, per_sm=3),
+    Tile(n=64, m=32, warps_n=2, warps_m=2, per_sm=4),
+    Tile(n=128, m=16, warps_n=4, warps_m=1, per_sm=4),
+    Tile(n=64, m=16, warps_n=4, warps_m=1, per_sm=4),
+    Tile(n=64, m=8, warps_n=4, warps_m=1, per_sm=5),
 )
 EMULATED_TILES = (
     Tile(n=64, m=32, warps_n=4, warps_m=2, per_sm=1),
@@ -171,6 +175,7 @@ class Config:
             "RUN": lay.run,
             "LOAD": lay.load,
             "STRIDE": lay.stride,
+            "SPAN": lay.span,
             "TILE_N": tile.n,
             "TILE_M": tile.m,
             "WARPS_N": tile.warps_n,
@@ -187,8 +192,8 @@ def candidates(pattern: Pattern, dtype: DType, out: str, capability: tuple[int, 
     require_support(capability, dtype)
     sm, lay = processor(capability), layout(pattern, dtype.bits)
     for tile in EMULATED_TILES if emulated(capability, dtype) else TILES:
-        if lay.words * lay.bits > 192 and tile.accumulators > 64:
-            continue  # 14:16 in 16 bits: the words of a row would not fit in registers beside the sums
+        if pattern.group > 8 and tile.accumulators > 64:
+            continue  # the words of a row and of the weights would not fit in registers beside the sums
         if (count := stages(lay, tile, sm)) >= 2:
             yield Config(dtype, out, lay, tile, count, 1)
 

@@ -33,6 +33,9 @@ from ..pattern import Pattern
 LARGEST_GROUP = 16
 """Wider groups are lifted in memory first and then multiplied as 2:4: their blocks would not fit in shared memory."""
 
+STRIPS = 16
+"""Strips in the largest tile: arranged weights are padded to it, so that no tile reaches past them."""
+
 Array = NDArray[Any]
 
 
@@ -73,6 +76,11 @@ class Layout:
     def steps(self) -> int:
         """Instructions along k in a block; each takes four windows of every owner."""
         return self.units // (self.pattern.group // 2) * self.pattern.windows // 4
+
+    @property
+    def span(self) -> int:
+        """Windows of an owner among which those that need no join come first: all, or of two instructions in long rows."""
+        return 4 * self.steps if self.words <= 8 else 8
 
     @property
     def row_bytes(self) -> int:
@@ -172,15 +180,24 @@ def window_order(layout: Layout) -> tuple[Array, Array]:
         window: int [steps, 16 or 8], counted within a row of the block; swapped: bool, the same shape, where the two units
         of a window change places (16-bit windows at odd units).
     """
-    per_group, units = layout.pattern.windows, layout.pattern.group // 2
-    step, register, owner = np.ix_(range(layout.steps), range(4), range(layout.owners))
-    slot = 4 * step + register
-    inside = np.where((owner == 1) & layout.mirrored, per_group - 1 - slot % per_group, slot % per_group)
-    unit = slot // per_group * units + inside
-    place = _place(layout, owner, unit)
-    window = place // units * per_group + place % units
-    swapped = (unit % 2 == 1) & (layout.bits == 16)
+    units = layout.pattern.group // 2
+    unit, owner = slot_units(layout)[:, None], np.arange(layout.owners)
+    backwards = unit // layout.run * layout.run + layout.run - 2 - unit % layout.run
+    place = _place(layout, owner, np.where((owner == 1) & layout.mirrored, backwards, unit))
+    window = place // units * layout.pattern.windows + place % units
+    swapped = (unit % 2 == 1) & (layout.bits == 16) & (owner >= 0)
     return window.reshape(layout.steps, -1), swapped.reshape(layout.steps, -1)
+
+
+def slot_units(layout: Layout) -> Array:
+    """Where the window starts that an owner gives as register slot % 4 of instruction slot // 4: int [4 * steps], units.
+
+    In every span the windows at even units come first: they are words as loaded, in the registers where they were loaded, so
+    that only the joined ones cost an instruction.
+    """
+    natural = np.arange(4 * layout.steps)
+    unit = natural // layout.pattern.windows * (layout.pattern.group // 2) + natural % layout.pattern.windows
+    return unit[np.lexsort((natural, unit % 2, natural // layout.span))]
 
 
 # ---- arranged weights ----------------------------------------------------------------------------------------------
@@ -194,17 +211,18 @@ SWAPPED_VALUES = _TURNED[0] > _TURNED[1]
 
 
 def arrange(packed: PackedWeight, xp: Any = np) -> Any:
-    """Packed weights in the order in which lanes load them: uint8 [ceil(n/16), blocks, block_bytes].
+    """Packed weights in the order in which lanes load them: uint8 [blocks, strips, block_bytes], 16 rows a strip.
 
-    A strip of 16 rows and a block of k stand together: for every instruction 32 lanes x 16 bytes (register r holds row
-    g + 8 (r & 1), the half r >> 1 of the instruction's k; lane = 4 g + q), then the index words, 32 lanes x 4 bytes each.
-    Rows and columns beyond the matrix hold zeros with the nibble (0, 1).
+    A block of k and a strip of 16 rows stand together, neighbouring strips side by side. In each, for every instruction, 32
+    lanes x 16 bytes (register r holds row g + 8 (r & 1), the half r >> 1 of the instruction's k; lane = 4 g + q); then the
+    index words, 32 lanes x 4 bytes each.
+    Rows and columns beyond the matrix hold zeros with the nibble (0, 1); strips go up to a multiple of `STRIPS`.
 
     Args:
         xp: numpy or cupy, whichever made packed.values.
     """
     lay = layout(packed.pattern, packed.dtype.bits)
-    n, strips, blocks = packed.n, -(-packed.n // 16), lay.blocks(packed.k)
+    n, strips, blocks = packed.n, -(-packed.n // (16 * STRIPS)) * STRIPS, lay.blocks(packed.k)
     have = packed.ks // 4
     values = xp.zeros((16 * strips, blocks * lay.windows, 2), packed.dtype.raw)
     nibble = xp.full((16 * strips, blocks * lay.windows), 4, np.uint8)
@@ -219,28 +237,29 @@ def arrange(packed: PackedWeight, xp: Any = np) -> Any:
     nibble = xp.where(swapped, xp.asarray(SWAPPED_NIBBLE)[nibble], nibble)
 
     # row = 8 h + g; value of an instruction: half of k, lane q, byte or half-word; register = 2 * half + h
-    fragments = values.reshape(strips, 2, 8, blocks, lay.steps, 2, 4, 32 // lay.bits).transpose(0, 3, 4, 2, 6, 5, 1, 7)
-    fragments = xp.ascontiguousarray(fragments).view(np.uint8).reshape(strips, blocks, 512 * lay.steps)
+    fragments = values.reshape(strips, 2, 8, blocks, lay.steps, 2, 4, 32 // lay.bits).transpose(3, 0, 4, 2, 6, 5, 1, 7)
+    fragments = xp.ascontiguousarray(fragments).view(np.uint8).reshape(blocks, strips, 512 * lay.steps)
     return xp.concatenate([fragments, _meta_words(nibble, lay, xp)], axis=2)
 
 
 def _meta_words(nibble: Any, lay: Layout, xp: Any) -> Any:
-    """Nibbles [rows, blocks, steps, places] -> uint8 [strips, blocks, meta_words * 128]."""
+    """Nibbles [rows, blocks, steps, places] -> uint8 [blocks, strips, meta_words * 128]."""
     rows, blocks = nibble.shape[:2]
     if lay.bits == 8:  # lane q: row half q & 1, half q >> 1 of the places
-        split = nibble.reshape(rows // 16, 2, 8, blocks, lay.steps, 2, 8).transpose(0, 3, 4, 2, 5, 1, 6)
+        split = nibble.reshape(rows // 16, 2, 8, blocks, lay.steps, 2, 8).transpose(3, 0, 4, 2, 5, 1, 6)
     else:  # lane q: instruction q >> 1 of two, half q & 1 of the places; row g in the low half-word, g + 8 in the high one
         even = xp.zeros((rows, blocks, 2 * lay.meta_words, 8), np.uint8)
         even[:, :, : lay.steps] = nibble
-        split = even.reshape(rows // 16, 2, 8, blocks, lay.meta_words, 2, 2, 4).transpose(0, 3, 4, 2, 5, 6, 1, 7)
-    split = xp.ascontiguousarray(split).reshape(rows // 16, blocks, 128 * lay.meta_words, 2)
+        split = even.reshape(rows // 16, 2, 8, blocks, lay.meta_words, 2, 2, 4).transpose(3, 0, 4, 2, 5, 6, 1, 7)
+    split = xp.ascontiguousarray(split).reshape(blocks, rows // 16, 128 * lay.meta_words, 2)
     return split[..., 0] | split[..., 1] << 4
 
 
 def restore(arranged: Array, packed: PackedWeight) -> PackedWeight:
     """Inverse of arrange: the packed weight, whose pattern, shape, dtype and scale are taken from `packed`. NumPy."""
     lay = layout(packed.pattern, packed.dtype.bits)
-    strips, blocks = arranged.shape[:2]
+    blocks, strips = arranged.shape[:2]
+    arranged = arranged.transpose(1, 0, 2)
     fragments = np.ascontiguousarray(arranged[:, :, : 512 * lay.steps]).view(packed.dtype.raw)
     places = 16 if lay.bits == 8 else 8
     values = fragments.reshape(strips, blocks, lay.steps, 8, 4, 2, 2, 32 // lay.bits).transpose(0, 6, 3, 1, 2, 5, 4, 7)

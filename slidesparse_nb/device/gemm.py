@@ -198,7 +198,7 @@ def matmul(
 
     if plan.quantizes and scale_x is None:
         x, scale_x = _quantized(x, weight, plan, workspace)
-    elif weight.lifted or held_as != packed.dtype.name or x.data.ptr % 16 or x.strides[0] % 16 or x.strides[1] != x.itemsize:
+    elif weight.lifted or held_as != packed.dtype.name or not _loadable(x, plan.x_bytes):
         x = _copied(x, held_as, weight, plan, workspace)
     plan.launch(
         plan.grid,
@@ -317,6 +317,11 @@ def _quantized(x: Any, weight: DeviceWeight, plan: Plan, workspace: Any) -> tupl
         scale = workspace[plan.scale_at : plan.scale_at + 4 * m].view(np.float32).reshape(m, 1)
     pattern = weight.packed.pattern if weight.lifted else None
     return activations.quantize(x, weight.packed.dtype, pattern=pattern, out=values, scale=scale)
+
+
+def _loadable(x: Any, row_bytes: int) -> bool:
+    """Whether the kernel can load x [m, k] as it stands: whole pieces of 16 bytes, 16-byte aligned, side by side."""
+    return bool(x.data.ptr % 16 == 0 and row_bytes % 16 == 0 and x.strides[0] % 16 == 0 and x.strides[1] == x.itemsize)
 
 
 def _copied(x: Any, held_as: str, weight: DeviceWeight, plan: Plan, workspace: Any) -> Any:

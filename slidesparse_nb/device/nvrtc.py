@@ -87,12 +87,6 @@ def candidates() -> list[str]:
 
 
 @functools.cache
-def at(path: str) -> Nvrtc:
-    """The NVRTC library of a path."""
-    return Nvrtc(path)
-
-
-@functools.cache
 def load(major: int | None = None) -> Nvrtc:
     """The first NVRTC found, of CUDA `major` if there is one: a driver may not load what a later compiler made.
 
@@ -102,7 +96,7 @@ def load(major: int | None = None) -> Nvrtc:
     loaded: list[Nvrtc] = []
     for path in candidates():
         try:
-            library = at(path)
+            library = Nvrtc(path)
         except OSError:
             continue
         if major is None or library.version[0] == major:

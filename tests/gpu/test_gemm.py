@@ -46,7 +46,7 @@ def compiled_ahead():
     wanted += [(Pattern(6, 8), d, out) for d in sm80.supported_dtypes(capability) for out in ("float32", "float16")]
     jobs = [(sm80.KERNEL, c.defines(), jit.architecture(capability)) for w in wanted for c in sm80.candidates(*w, capability)]
     start = time.perf_counter()
-    compile_all(jobs, jit.device_compiler().path)
+    compile_all(jobs, jit.device_compiler())
     print(f"\n{len(jobs)} kernels compiled ahead in {time.perf_counter() - start:.1f} s")
 
 
