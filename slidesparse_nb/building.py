@@ -85,7 +85,8 @@ def _jobs(
 ) -> Iterator[tuple[Job, tuple[str, str, str, str, int]]]:
     """Every kernel and candidate: how it is built, and what the report says of it beforehand."""
     for capability in capabilities:
-        family, arch = for_capability(capability), jit.architecture(capability)
+        family = for_capability(capability)
+        arch = jit.architecture(capability) + family.SUFFIX
         for pattern in patterns:
             for dtype in dtypes:
                 if dtype in family.supported_dtypes(capability):
@@ -114,8 +115,8 @@ def disassembler() -> str | None:
 
 
 def sparse_instructions(built: jit.Built) -> int | None:
-    """Sparse matrix instructions (HMMA.SP, IMMA.SP, QMMA.SP) in the machine code; None without a disassembler."""
+    """Sparse matrix instructions (HMMA.SP, IGMMA.SP ...) in the machine code; None without a disassembler."""
     if (tool := disassembler()) is None:
         return None
     text = subprocess.run([tool, "-c", str(built.cubin)], check=True, capture_output=True, text=True).stdout
-    return len(re.findall(r"\b[HIQ]MMA\.SP\b", text))
+    return len(re.findall(r"\b[HIQ]G?MMA\.SP\b", text))

@@ -80,6 +80,10 @@ CODE_OF = {t: code for code, t in NUMPY_OF.items()}
 """NumPy dtype -> safetensors code."""
 
 
+CUDA_CODES = {"int8": 0, "float8_e4m3fn": 1, "bfloat16": 2, "float16": 3, "float32": 4}
+"""dtype name -> TYPE_* of cuda_src/common/types.cuh."""
+
+
 def packed_dtype(name: object) -> DType:
     """The table row of a packed type, from its name ("int8", "fp8", "INT8_W8A8" ...), NumPy dtype or `DType`.
 

@@ -2,6 +2,7 @@
 
 SLIDESPARSE_CACHE_DIR   compiled kernels; by default slidesparse_nb in the user's cache folder
 SLIDESPARSE_DEBUG       if set, and not 0, every first launch prints problem, configuration, source and launch
+SLIDESPARSE_PORTABLE    if set, and not 0, the kernels that run everywhere are used where faster ones exist, to compare them
 CUDA_PATH, CUDA_HOME    where the CUDA toolkit is, if its compiler is not found elsewhere
 """
 
@@ -21,6 +22,11 @@ def cache_dir() -> Path:
 def debug() -> bool:
     """Whether launches explain themselves on standard error."""
     return os.environ.get("SLIDESPARSE_DEBUG", "0") not in ("", "0")
+
+
+def portable() -> bool:
+    """Whether kernels made for one architecture are left aside."""
+    return os.environ.get("SLIDESPARSE_PORTABLE", "0") not in ("", "0")
 
 
 def toolkits() -> list[str]:

@@ -45,8 +45,15 @@ INLINE float load_float(const void* array, i64 index, i64 type) {
 template <int TYPE> struct Output {
     typedef u16 Storage;
     static INLINE u16 round(float v) { return TYPE == TYPE_BFLOAT16 ? bfloat16_bits(v) : float16_bits(v); }
+    static INLINE u32 round2(float low, float high) {  // two at once, the first in the low half
+        u32 r;
+        if (TYPE == TYPE_BFLOAT16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+        else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+        return r;
+    }
 };
 template <> struct Output<TYPE_FLOAT32> {
     typedef float Storage;
     static INLINE float round(float v) { return v; }
+    static INLINE u32 round2(float, float) { return 0; }  // never called
 };

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, DType
+from ..dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, DType
 from ..errors import UnsupportedError
 from ..pattern import Pattern
 from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout, restore
@@ -17,9 +17,8 @@ from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout, restore
 __all__ = ["KERNEL", "LARGEST_GROUP", "Config", "Layout", "Tile", "arrange", "candidates", "choose", "layout", "restore"]
 
 KERNEL = "sm80/gemm.cu"
-
-TYPE_CODES = {"int8": 0, "float8_e4m3fn": 1, "bfloat16": 2, "float16": 3, "float32": 4}
-"""dtype name -> TYPE_* of cuda_src/common/types.cuh."""
+SUFFIX = ""
+"""Of the architecture it is compiled for: none, plain sm_80 to sm_120."""
 
 OUT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -160,6 +159,13 @@ class Config:
     def tiles(self, m: int, n: int) -> int:
         return -(-m // self.tile.m) * -(-n // self.tile.n)
 
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        return self.tiles(m, n), self.splits, 1
+
+    def counters(self, m: int, n: int) -> int:
+        """Tiles that are split: so many counters, zeros before and after a launch."""
+        return self.tiles(m, n) if self.splits > 1 else 0
+
     def part_bytes(self, m: int, n: int) -> int:
         """Workspace for the accumulators of split tiles, and after it a counter a tile, which start as zeros."""
         return self.splits * self.tiles(m, n) * self.tile.m * self.tile.n * 4 if self.splits > 1 else 0
@@ -168,14 +174,13 @@ class Config:
         """What stands above the #include of the kernel."""
         lay, tile = self.layout, self.tile
         return {
-            "DTYPE": TYPE_CODES[self.dtype.name],
-            "OUT": TYPE_CODES[self.out],
+            "DTYPE": CUDA_CODES[self.dtype.name],
+            "OUT": CUDA_CODES[self.out],
             "GROUP": lay.pattern.group,
             "WORDS": lay.words,
             "RUN": lay.run,
             "LOAD": lay.load,
             "STRIDE": lay.stride,
-            "SPAN": lay.span,
             "TILE_N": tile.n,
             "TILE_M": tile.m,
             "WARPS_N": tile.warps_n,
@@ -192,37 +197,43 @@ def candidates(pattern: Pattern, dtype: DType, out: str, capability: tuple[int, 
     require_support(capability, dtype)
     sm, lay = processor(capability), layout(pattern, dtype.bits)
     for tile in EMULATED_TILES if emulated(capability, dtype) else TILES:
-        if pattern.group > 8 and tile.accumulators > 64:
+        if pattern.group > 8 and (tile.accumulators > 64 or (emulated(capability, dtype) and tile.m > 16)):
             continue  # the words of a row and of the weights would not fit in registers beside the sums
         if (count := stages(lay, tile, sm)) >= 2:
             yield Config(dtype, out, lay, tile, count, 1)
 
 
 def cost(config: Config, m: int, n: int, k: int, capability: tuple[int, int], sms: int) -> float:
-    """Estimated clocks of a product. A model, for comparing configurations: docs/kernels.md holds it against measurements.
+    """Estimated clocks of a product. A model for comparing configurations; its numbers were fitted on an H200 (docs/kernels.md).
 
-    A multiprocessor is kept busy by the tensor cores, by the port of its shared memory (128 bytes a clock), by what the L2
-    cache delivers, or waits for latency; whatever takes longest counts.
+    A multiprocessor is kept busy by its tensor cores, by the port of its shared memory (128 bytes a clock), by what the L2
+    cache delivers to it or the memory to the L2 cache, or it waits: for its only warps, or for copies. The longest counts.
     """
     lay, tile, sm = config.layout, config.tile, processor(capability)
-    resident = max(1, min(tile.per_sm, sm.shared // (config.shared_bytes + 1024)))
     strips, groups = tile.n // tile.warps_n // 16, tile.m // tile.warps_m // 8
+    fragments = min(12 if strips * groups > 16 else 20, lay.steps * strips)
+    registers = min(255, tile.accumulators + 5 * fragments + 2 * lay.words + 40)
+    fit = (tile.per_sm, sm.shared // (config.shared_bytes + 1024), 65536 // (config.threads * registers))
+    resident = max(1, min(fit))
+
     mma = sm.mma_clocks * (20 if emulated(capability, config.dtype) else 1)
-    tensor = lay.steps * tile.n // 16 * tile.m // 8 * mma
-    port = tile.warps * (strips * (4 * lay.steps + lay.meta_words) + groups * lay.words) + stage_bytes(lay, tile) / 128
-    copy = stage_bytes(lay, tile) / 40
-    warp = lay.steps * max(strips * groups * 4 * mma, 35) + 120  # one warp alone: it issues in turn, and meets a barrier
+    stage = stage_bytes(lay, tile)
+    tensor = lay.steps * (tile.n // 16) * (tile.m // 8) * mma
+    port = 0.9 * (tile.warps * (strips * (4 * lay.steps + lay.meta_words) + groups * lay.words) + stage / 128)
+    cache = stage / 57
+    memory = tile.n // 16 * lay.block_bytes / min(8, -(-m // tile.m)) / 30  # tiles above each other share weights
+    busy = max(tensor, port, cache, memory)
+    alone = max(lay.steps * max(strips * groups * 5.8 * mma, 35) + 85, 1570 / (config.stages - 1))
+
     blocks = -(-lay.blocks(k) // config.splits)
-    left = -(-config.tiles(m, n) * config.splits // sms)  # thread blocks that the busiest multiprocessor runs
-    fixed = 2000 + tile.n * tile.m * OUT_BYTES[config.out] / 24
+    fixed = 2240 + tile.n * tile.m * OUT_BYTES[config.out] / 37
     if config.splits > 1:
-        fixed += 1500 + 2 * tile.n * tile.m * 4 / 40
-    total = 0.0
+        fixed += 3230 + tile.n * tile.m
+    total, left = 0.0, -(-config.tiles(m, n) * config.splits // sms)  # thread blocks of the busiest multiprocessor
     while left > 0:
         together = min(left, resident)
         rounds = left // together if together == resident else 1
-        each = max(together * max(tensor, port, copy), warp, 1000 / (config.stages - 1))
-        total += rounds * (blocks * each + together * fixed)
+        total += rounds * (blocks * max(together * busy, alone) + together * fixed)
         left -= rounds * together
     return total
 

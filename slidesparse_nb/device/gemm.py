@@ -1,6 +1,7 @@
 """y = x @ w.T on the GPU: the weights arranged once, a configuration chosen once a shape, then two launches a call.
 
     x [m, k] --quantize (8-bit weights), or copy if its rows are not 16-byte aligned--> rows --gemm--> y [m, n]
+    x [m, k] --quantize (8-bit weights)--> rows --slide, swizzle--> image --gemm--> y [m, n]                     on sm_90
 
 Everything that depends on the shape alone is in a Plan and made on the first call; a later call looks it up, finds memory for
 what lies between the kernels, and launches. Nothing here waits for the device.
@@ -17,8 +18,8 @@ import cupy
 import numpy as np
 
 from .. import env
-from ..arch import for_capability, sm80
-from ..dtypes import DType
+from ..arch import for_capability, sm80, sm90
+from ..dtypes import CUDA_CODES, DType
 from ..errors import OperandError
 from ..packed import PackedWeight, QuantizedActivations
 from ..pattern import Pattern
@@ -29,6 +30,8 @@ COUNTERS = 4096
 """Tiles whose k may be split, at most; so many counters stand at the start of a workspace."""
 
 ROWS_KERNEL = "common/rows.cu"
+
+Config = sm80.Config | sm90.Config
 
 
 @functools.cache
@@ -57,15 +60,16 @@ class DeviceWeight:
     def __init__(self, packed: PackedWeight, ordinal: int) -> None:
         self.capability, self.sms = _device_facts(ordinal)
         self.ordinal = ordinal
-        for_capability(self.capability).require_support(self.capability, packed.dtype)
+        self.family = for_capability(self.capability)
+        self.family.require_support(self.capability, packed.dtype)
         packed.check_shapes()
         self.packed = packed
-        self.lifted = packed.pattern.group > sm80.LARGEST_GROUP
+        self.lifted = self.family is sm80 and packed.pattern.group > sm80.LARGEST_GROUP
         self.pattern, self.k = (Pattern(2, 4), packed.ks) if self.lifted else (packed.pattern, packed.k)
         with cupy.cuda.Device(ordinal):
             values, meta = (cupy.asarray(a) for a in (packed.values.view(packed.dtype.raw), packed.meta))
             there = PackedWeight(values, meta, None, self.pattern, (packed.n, self.k), packed.dtype)
-            self.arranged = sm80.arrange(there, cupy)
+            self.arranged = self.family.arrange(there, cupy)
             self.scale = None if packed.scale is None else cupy.asarray(packed.scale).reshape(-1)
             cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
         self.plans: dict[tuple[int, str], Plan] = {}
@@ -82,30 +86,39 @@ class Plan:
 
     Attributes:
         rows_bytes, row_pitch: of the quantized or copied x.
-        scale_at, parts_at, bytes: offsets into the workspace, which starts with the counters.
+        scale_at, parts_at, image_at, bytes: offsets into the workspace, which starts with the counters.
+        along_k: what the kernel is told of k.
     """
 
-    def __init__(self, weight: DeviceWeight, m: int, out: str, config: sm80.Config | None = None) -> None:
+    def __init__(self, weight: DeviceWeight, m: int, out: str, config: Config | None = None) -> None:
         packed, n = weight.packed, weight.packed.n
-        size = packed.dtype.bits // 8
+        size, family = packed.dtype.bits // 8, weight.family
         if config is None:
-            config = sm80.choose(m, n, weight.k, weight.pattern, packed.dtype, out, weight.capability, weight.sms)
-        if config.splits > 1 and config.tiles(m, n) > COUNTERS:
+            config = family.choose(m, n, weight.k, weight.pattern, packed.dtype, out, weight.capability, weight.sms)
+        assert config is not None
+        if config.counters(m, n) > COUNTERS:
             raise AssertionError(config)
-        built = jit.build(sm80.KERNEL, config.defines(), jit.architecture(weight.capability), jit.device_compiler())
+        arch = jit.architecture(weight.capability) + family.SUFFIX
+        built = jit.build(family.KERNEL, config.defines(), arch, jit.device_compiler())
         raw = jit.load(built, "gemm")
         if config.shared_bytes > 48 << 10:
             raw.max_dynamic_shared_size_bytes = config.shared_bytes
         self.config = config
         self.launch = raw.kernel
-        self.grid, self.block = (config.tiles(m, n), config.splits, 1), (config.threads, 1, 1)
+        self.grid, self.block = config.grid(m, n), (config.threads, 1, 1)
         self.shared = config.shared_bytes
         self.row_pitch = -(-weight.k * size // 16) * 16
         self.scale_at = 4 * COUNTERS + m * self.row_pitch
         self.parts_at = self.scale_at + -(-4 * m // 16) * 16
         self.part_bytes = config.part_bytes(m, n)
-        self.bytes = self.parts_at + self.part_bytes
-        self.blocks = config.layout.blocks(weight.k)
+        self.image_at = self.parts_at + -(-self.part_bytes // 16) * 16
+        self.image_bytes = 0
+        if isinstance(config, sm90.Config):
+            self.image_bytes = sm90.image_bytes(m, weight.k, weight.pattern, packed.dtype)
+            self.along_k: tuple[int, ...] = (sm90.stages(weight.pattern, weight.k, packed.dtype), config.streamed)
+        else:
+            self.along_k = (config.layout.blocks(weight.k),)
+        self.bytes = self.image_at + self.image_bytes
         self.quantizes = packed.dtype.qmax is not None
         self.x_bytes = weight.k * size
         if env.debug():
@@ -198,15 +211,19 @@ def matmul(
 
     if plan.quantizes and scale_x is None:
         x, scale_x = _quantized(x, weight, plan, workspace)
-    elif weight.lifted or held_as != packed.dtype.name or not _loadable(x, plan.x_bytes):
-        x = _copied(x, held_as, weight, plan, workspace)
+        held_as = packed.dtype.name
+    if plan.image_bytes:
+        x = _image(x, held_as, weight, plan, workspace)
+        operand: tuple[int, ...] = (x.data.ptr,)
+    else:
+        if weight.lifted or held_as != packed.dtype.name or not _loadable(x, plan.x_bytes):
+            x = _copied(x, held_as, weight, plan, workspace)
+        operand = (x.data.ptr, x.strides[0], plan.x_bytes)
     plan.launch(
         plan.grid,
         plan.block,
         (
-            x.data.ptr,
-            x.strides[0],
-            plan.x_bytes,
+            *operand,
             weight.arranged.data.ptr,
             0 if scale_x is None else scale_x.data.ptr,
             0 if weight.scale is None else weight.scale.data.ptr,
@@ -216,7 +233,7 @@ def matmul(
             rows_y.strides[0] // rows_y.itemsize,
             m,
             n,
-            plan.blocks,
+            *plan.along_k,
             parts,
             counters,
         ),
@@ -295,7 +312,7 @@ def _bias(bias: Any, n: int) -> tuple[int, Any]:
         bias = bias.astype(np.float32)
     if bias.shape != (n,) or bias.dtype not in FLOATS:
         raise OperandError(f"bias: {bias.dtype} {bias.shape} must be a float type, of shape ({n},)")
-    return sm80.TYPE_CODES[FLOATS[bias.dtype]], bias if bias.flags.c_contiguous else cupy.ascontiguousarray(bias)
+    return CUDA_CODES[FLOATS[bias.dtype]], bias if bias.flags.c_contiguous else cupy.ascontiguousarray(bias)
 
 
 def _check_workspace(workspace: Any, plan: Plan) -> Any:
@@ -335,12 +352,34 @@ def _copied(x: Any, held_as: str, weight: DeviceWeight, plan: Plan, workspace: A
     pitch = plan.row_pitch * 8 // dtype.bits
     kernel = _rows_kernel(weight.ordinal, held_as, dtype.name, weight.packed.pattern.group if weight.lifted else 0)
     steps = (stride // x.itemsize for stride in x.strides)
-    kernel((m, min(64, -(-weight.k // 256)), 1), (256, 1, 1), (x.data.ptr, *steps, k, rows.data.ptr, pitch, weight.k))
+    kernel((m, min(64, -(-pitch // 256)), 1), (256, 1, 1), (x.data.ptr, *steps, k, rows.data.ptr, pitch))
     return rows
 
 
 @functools.cache
 def _rows_kernel(ordinal: int, held_as: str, stored: str, lift: int) -> Any:
-    defines = {"FROM": sm80.TYPE_CODES[held_as], "TO": sm80.TYPE_CODES[stored], "LIFT": lift}
+    defines = {"FROM": CUDA_CODES[held_as], "TO": CUDA_CODES[stored], "LIFT": lift}
     arch = jit.architecture(_device_facts(ordinal)[0])
     return jit.load(jit.build(ROWS_KERNEL, defines, arch, jit.device_compiler()), "rows").kernel
+
+
+def _image(x: Any, held_as: str, weight: DeviceWeight, plan: Plan, workspace: Any) -> Any:
+    """x [m, k] slid and laid out for sm_90 (`sm90.image`), rounded to the weights' type if it is of another."""
+    m, k = x.shape[0], weight.k  # quantized rows are padded
+    if workspace is not None:
+        out = workspace[plan.image_at : plan.bytes]
+    else:
+        out = cupy.empty(plan.image_bytes, np.uint8)
+    kernel = _image_kernel(weight.ordinal, held_as, weight.packed.dtype.name, weight.pattern.group)
+    steps = (stride // x.itemsize for stride in x.strides)
+    stages = plan.along_k[0]
+    grid = (-(-m // 8), min(64, -(-stages // 4)), 1)
+    kernel(grid, (256, 1, 1), (x.data.ptr, *steps, m, k, stages, out.data.ptr))
+    return out
+
+
+@functools.cache
+def _image_kernel(ordinal: int, held_as: str, stored: str, group: int) -> Any:
+    defines = {"FROM": CUDA_CODES[held_as], "TO": CUDA_CODES[stored], "GROUP": group}
+    arch = jit.architecture(_device_facts(ordinal)[0])
+    return jit.load(jit.build(sm90.IMAGE_KERNEL, defines, arch, jit.device_compiler()), "image").kernel

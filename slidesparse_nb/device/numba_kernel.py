@@ -25,6 +25,9 @@ import numpy as np
 
 from . import jit
 
+if not hasattr(np, "row_stack"):  # numba-cuda 0.30 names it when it is imported; NumPy 2.5 has it no more
+    np.row_stack = np.vstack  # type: ignore[attr-defined]
+
 # Whole modules of type Any: what these packages make at run time, a type checker does not see.
 numba: Any = importlib.import_module("numba")
 cuda: Any = importlib.import_module("numba.cuda")

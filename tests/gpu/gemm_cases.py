@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import cupy
 import numpy as np
 
 import slidesparse_nb as ss
 from slidesparse_nb import reference
-from slidesparse_nb.dtypes import INT8
+from slidesparse_nb.arch import for_capability, sm90
+from slidesparse_nb.dtypes import FLOAT8, INT8
 
 EXACT_ABOVE = 2.0**-23
 """Error of one addition in float32 that truncates, as tensor cores may."""
+
+HOPPER_FLOAT8 = 2.0**-10
+"""Error of one float8 instruction of sm_90, relative to the sum of magnitudes (docs/hopper.md)."""
 
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """Relative error of rounding y to its type; for float16 also half its smallest subnormal."""
@@ -57,15 +62,24 @@ def product(x, packed, bias=None):
 def check(y, x, packed, bias=None):
     """Compare y, a NumPy array [m, n], with the exact product.
 
-    int8: equal. Others: at most ks products and as many additions, each off by at most 2^-23 of a partial sum, which no order
-    of them makes larger than the sum of magnitudes; three roundings by scales and bias; then that to the type of y.
+    int8: equal. float8 on Hopper's own instruction: its accumulator keeps 13 bits of fraction, so each instruction of 64 slid
+    columns is off by at most a few of their last places, 2^-10 of the sum of magnitudes, and half that in the norm, where
+    errors add up like a random walk. Others: at most ks products and as many additions, each off by at most 2^-23 of a partial
+    sum, which no order of them makes larger than the sum of magnitudes; three roundings by scales and bias; then that to the
+    type of y.
     """
     exact, magnitude = product(x, packed, bias)
     if packed.dtype is INT8:
         with np.errstate(over="ignore"):
             np.testing.assert_array_equal(y, exact.astype(y.dtype))
         return
-    bound = (packed.ks + 4) * EXACT_ABOVE * magnitude
+    if packed.dtype is FLOAT8 and for_capability(divmod(int(cupy.cuda.Device().compute_capability), 10)) is sm90:
+        steps = -(-packed.ks // 64)
+        bound = steps * HOPPER_FLOAT8 * magnitude
+        overall = np.linalg.norm(y.astype(np.float64) - exact) / max(np.linalg.norm(exact), 1e-30)
+        assert overall <= HOPPER_FLOAT8 / 2 * steps**0.5 + ROUNDING[y.dtype.name], f"off by {overall:.3g} of the norm"
+    else:
+        bound = (packed.ks + 4) * EXACT_ABOVE * magnitude
     bound = bound + ROUNDING[y.dtype.name] * (np.abs(exact) + bound) + (2.0**-25 if y.dtype == np.float16 else 0)
     error = np.abs(y.astype(np.float64) - exact)
     assert (error <= bound).all(), f"off by {error.max():.3g} where {bound[np.unravel_index(error.argmax(), error.shape)]:.3g}"

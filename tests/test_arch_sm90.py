@@ -1,0 +1,117 @@
+"""The Hopper kernel's images and choices: a model of wgmma.sp multiplies what arrange and image lay out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from slidesparse_nb import reference
+from slidesparse_nb.arch import for_capability, sm80, sm90
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb.packed import PackedWeight
+from slidesparse_nb.pattern import Pattern, known_patterns
+
+HOPPER = (9, 0)
+
+
+def packed_weight(rng: np.random.Generator, n: int, k: int, pattern: Pattern, dtype: DType) -> PackedWeight:
+    w = reference.prune(rng.integers(-9, 10, (n, k)).astype(np.float32), pattern).astype(dtype.numpy)
+    return reference.pack(w, pattern, dtype, scale=np.ones((n, 1), np.float32) if dtype.qmax else None)
+
+
+def instruction(strip: np.ndarray, step: int, dtype: DType) -> np.ndarray:
+    """The 64 x k matrix that instruction `step` of a stage reads as its sparse operand, thread by thread (PTX ISA)."""
+    size, row, byte = dtype.bits // 8, np.arange(64)[:, None], np.arange(64)
+    kept = strip[row * 64 + (byte ^ (row // 2 % 4 * 16))].view(dtype.numpy).astype(np.float64)
+    kept = kept[:, step * 32 // size : (step + 1) * 32 // size]  # 32 bytes a row
+    words = np.ascontiguousarray(strip[4096:]).view(np.uint32)
+    dense = np.zeros((64, 64 // size))
+    for thread in range(128):
+        warp, g, q = thread // 32, thread % 32 // 4, thread % 4
+        if size == 1:
+            places = [(16 * warp + g + 8 * (q & 1), 8 * (q >> 1) + j, int(words[2 * thread + step]) >> 4 * j) for j in range(8)]
+        elif q >> 1 == step:  # the selector
+            places = [
+                (16 * warp + g + 8 * h, 4 * (q & 1) + j, int(words[thread]) >> (16 * h + 4 * j))
+                for h in (0, 1)
+                for j in range(4)
+            ]
+        else:
+            continue
+        for r, window, bits in places:
+            first, second = bits & 3, bits >> 2 & 3
+            assert first < second
+            dense[r, 4 * window + first] = kept[r, 2 * window]
+            dense[r, 4 * window + second] = kept[r, 2 * window + 1]
+    return dense
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("pattern", [*known_patterns(), Pattern(22, 24)], ids=str)
+def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType) -> None:
+    rng = np.random.default_rng(pattern.group)
+    n, k, m = 70, 75, 19
+    packed = packed_weight(rng, n, k, pattern, dtype)
+    x = rng.integers(-9, 10, (m, k)).astype(dtype.numpy)
+    arranged, image = sm90.arrange(packed), sm90.image(x, pattern)
+    count = sm90.stages(pattern, k, dtype)
+    assert arranged.shape == (2, count, sm90.strip_bytes(dtype))
+    assert image.shape == (count, 3, 8, 128)
+    assert image.nbytes == sm90.image_bytes(m, k, pattern, dtype)
+    y = np.zeros((128, 24))
+    for stage in range(count):
+        rows, token, byte = image[stage].reshape(24, 128), np.arange(24)[:, None], np.arange(128)
+        slid = np.take_along_axis(rows, byte ^ (token % 8 * 16), 1).view(dtype.numpy).astype(np.float64)
+        for strip in range(2):
+            for step in range(2):
+                part = slid[:, step * slid.shape[1] // 2 : (step + 1) * slid.shape[1] // 2]  # 64 bytes a token
+                y[64 * strip : 64 * strip + 64] += instruction(arranged[strip, stage], step, dtype) @ part.T
+    np.testing.assert_array_equal(y[:n, :m], reference.unpack(packed).astype(np.float64) @ x.astype(np.float64).T)
+    assert not y[n:].any()
+    assert not y[:, m:].any()
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (64, 128), (65, 300), (200, 33)])
+def test_restore_is_the_inverse_of_arrange(shape: tuple[int, int], dtype: DType) -> None:
+    packed = packed_weight(np.random.default_rng(1), *shape, Pattern(6, 8), dtype)
+    back = sm90.restore(sm90.arrange(packed), packed)
+    assert back.values.tobytes() == packed.values.tobytes()
+    assert back.meta.tobytes() == packed.meta.tobytes()
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_candidates_fit_and_the_choice_explains_itself(dtype: DType) -> None:
+    for config in sm90.candidates(Pattern(6, 8), dtype, "bfloat16", HOPPER):
+        assert config.stages >= 3
+        assert config.shared_bytes <= sm90.SHARED_MEMORY
+        assert (
+            config.shared_bytes + sm90.stage_bytes(config.tile, dtype) > sm90.SHARED_MEMORY or config.stages == sm90.MOST_STAGES
+        )
+    for m in (1, 16, 17, 64, 300, 1024, 4096, 65536):
+        for n, k in ((4608, 3584), (37888, 3584), (3584, 18944), (1, 1), (64, 100000)):
+            config = sm90.choose(m, n, k, Pattern(6, 8), dtype, "bfloat16", HOPPER, 132)
+            assert 0 < config.blocks <= 132
+            assert config.streamed <= config.tiles(m, n)
+            assert config.streamed * sm90.stages(Pattern(6, 8), k, dtype) * (config.blocks + 1) < 2**32  # counted in 32 bits
+            assert (config.part_bytes(m, n) > 0) == (config.streamed > 0) == (config.counters(m, n) > 0)
+            assert f"{config.tile.tokens} tokens" in str(config)
+
+
+def test_few_tokens_take_small_tiles_and_many_large_ones() -> None:
+    def tokens(m: int) -> int:
+        return sm90.choose(m, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", HOPPER, 132).tile.tokens
+
+    assert tokens(1) == tokens(16) == 16
+    assert tokens(4096) >= 160
+
+
+def test_hopper_has_kernels_of_its_own_unless_portable_ones_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert for_capability((9, 0)) is sm90
+    assert for_capability((8, 0)) is for_capability((10, 0)) is for_capability((12, 0)) is sm80
+    monkeypatch.setenv("SLIDESPARSE_PORTABLE", "1")
+    assert for_capability((9, 0)) is sm80
+
+
+def test_all_types_are_supported() -> None:
+    assert sm90.supported_dtypes(HOPPER) == (INT8, FLOAT8, BFLOAT16, FLOAT16)
