@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import env
-from .arch import for_capability
+from .arch import for_capability, sm80
 from .device import jit, nvrtc
 from .dtypes import PACKED, DType, packed_dtype
 from .pattern import Pattern, known_patterns
@@ -85,14 +85,14 @@ def _jobs(
 ) -> Iterator[tuple[Job, tuple[str, str, str, str, int]]]:
     """Every kernel and candidate: how it is built, and what the report says of it beforehand."""
     for capability in capabilities:
-        family = for_capability(capability)
-        arch = jit.architecture(capability) + family.SUFFIX
-        for pattern in patterns:
-            for dtype in dtypes:
-                if dtype in family.supported_dtypes(capability):
-                    for config in family.candidates(pattern, dtype, out, capability):
-                        told = (arch, str(pattern), str(dtype), str(config), config.shared_bytes)
-                        yield (family.KERNEL, config.defines(), arch), told
+        for family in dict.fromkeys((for_capability(capability), sm80)):  # its own kernel, and the portable one
+            arch = jit.architecture(capability) + family.SUFFIX
+            for pattern in patterns:
+                for dtype in dtypes:
+                    if dtype in family.supported_dtypes(capability):
+                        for config in family.candidates(pattern, dtype, out, capability):
+                            told = (arch, str(pattern), str(dtype), str(config), config.shared_bytes)
+                            yield (family.KERNEL, config.defines(), arch), told
 
 
 def compile_all(work: Sequence[Job], compiler: nvrtc.Nvrtc | None = None, workers: int | None = None) -> list[jit.Built]:

@@ -30,8 +30,8 @@ extern "C" __global__ void __launch_bounds__(256) rows(
     const From* __restrict__ x,  // [M, K] of strides row_step, step
     i64 row_step, i64 step,      // elements
     i64 k,
-    To* __restrict__ out,        // [M, columns], rows `pitch` elements apart
-    i64 pitch, i64 columns)
+    To* __restrict__ out,        // [M, columns]
+    i64 columns)
 {
     const i64 row = blockIdx.x;
     for (i64 c = blockIdx.y * 256 + threadIdx.x; c < columns; c += gridDim.y * 256) {
@@ -40,6 +40,6 @@ extern "C" __global__ void __launch_bounds__(256) rows(
         constexpr int WINDOWS = LIFT / 2 - 1;
         source = c / 4 / WINDOWS * LIFT + c / 4 % WINDOWS * 2 + c % 4;
 #endif
-        out[row * pitch + c] = source < k ? convert(x[row * row_step + source * step]) : (To)0;
+        out[row * columns + c] = source < k ? convert(x[row * row_step + source * step]) : (To)0;
     }
 }

@@ -31,7 +31,6 @@
 #define RUN 16   // units that an owner holds side by side
 #define LOAD 16  // bytes of one load of x
 #define STRIDE 144
-#define SPAN 12  // windows among which those that need no join come first
 #endif
 #ifndef TILE_N
 #define TILE_N 128
@@ -54,8 +53,8 @@ constexpr int WARP_N = TILE_N / WARPS_N, WARP_M = TILE_M / WARPS_M;
 constexpr int STRIPS = WARP_N / 16, GROUPS = WARP_M / 8;        // of one warp
 // On sm_90 and sm_100 the compiler builds the float8 instruction from others, and needs registers for that.
 constexpr bool EMULATED = DTYPE == TYPE_FLOAT8 && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200;
-constexpr int A_REGISTERS = EMULATED ? 1 : WORDS > 8 ? 8 : 12;  // fragments of A that a warp holds
-constexpr int AT_ONCE = A_REGISTERS / STRIPS > 0 ? A_REGISTERS / STRIPS : 1;
+constexpr int FRAGMENTS = EMULATED ? 1 : STRIPS * GROUPS > 16 ? 12 : 20;  // of A that a warp holds beside its accumulators
+constexpr int AT_ONCE = FRAGMENTS / STRIPS > 0 ? FRAGMENTS / STRIPS : 1;
 constexpr int PASSES = (STEPS + AT_ONCE - 1) / AT_ONCE, PASS = (STEPS + PASSES - 1) / PASSES;
 
 static_assert(TILE_N % (16 * WARPS_N) == 0 && TILE_M % (8 * WARPS_M) == 0, "a warp takes whole strips and groups of 8 tokens");
@@ -90,16 +89,15 @@ struct Slots {
     int first[PASSES], last[PASSES];  // words that a pass reads
 };
 
-// Windows at even units come first in every SPAN: they are words as loaded, in the registers where they were loaded.
+// Windows at even units come first: they are words as loaded, in the registers where they were loaded.
 __device__ constexpr Slots make_slots() {
     Slots s = {};
     int slot = 0;
-    for (int span = 0; span < 4 * STEPS; span += SPAN)
-        for (int odd = 0; odd < 2; odd++)
-            for (int t = span; t < span + SPAN && t < 4 * STEPS; t++) {
-                int unit = t / WINDOWS * UNITS + t % WINDOWS;
-                if (unit % 2 == odd) s.unit[slot++] = unit;
-            }
+    for (int odd = 0; odd < 2; odd++)
+        for (int t = 0; t < 4 * STEPS; t++) {
+            int unit = t / WINDOWS * UNITS + t % WINDOWS;
+            if (unit % 2 == odd) s.unit[slot++] = unit;
+        }
     for (int pass = 0; pass < PASSES; pass++) {
         s.first[pass] = WORDS;
         for (int i = 4 * PASS * pass; i < 4 * PASS * (pass + 1) && i < 4 * STEPS; i++) {

@@ -233,7 +233,10 @@ def cost(config: Config, m: int, n: int, k: int, capability: tuple[int, int], sm
     while left > 0:
         together = min(left, resident)
         rounds = left // together if together == resident else 1
-        total += rounds * (blocks * max(together * busy, alone) + together * fixed)
+        each = (
+            max(together * busy, alone) if together > 1 else max(1.15 * busy, alone)
+        )  # nobody works while one meets a barrier
+        total += rounds * (blocks * each + together * fixed)
         left -= rounds * together
     return total
 

@@ -78,11 +78,6 @@ class Layout:
         return self.units // (self.pattern.group // 2) * self.pattern.windows // 4
 
     @property
-    def span(self) -> int:
-        """Windows of an owner among which those that need no join come first: all, or of two instructions in long rows."""
-        return 4 * self.steps if self.words <= 8 else 8
-
-    @property
     def row_bytes(self) -> int:
         """Bytes of x in a row of a block."""
         return 16 * self.words
@@ -192,12 +187,12 @@ def window_order(layout: Layout) -> tuple[Array, Array]:
 def slot_units(layout: Layout) -> Array:
     """Where the window starts that an owner gives as register slot % 4 of instruction slot // 4: int [4 * steps], units.
 
-    In every span the windows at even units come first: they are words as loaded, in the registers where they were loaded, so
-    that only the joined ones cost an instruction.
+    Windows at even units come first: they are words as loaded, in the registers where they were loaded, so that only the
+    joined ones cost an instruction.
     """
     natural = np.arange(4 * layout.steps)
     unit = natural // layout.pattern.windows * (layout.pattern.group // 2) + natural % layout.pattern.windows
-    return unit[np.lexsort((natural, unit % 2, natural // layout.span))]
+    return unit[np.lexsort((natural, unit % 2))]
 
 
 # ---- arranged weights ----------------------------------------------------------------------------------------------

@@ -209,14 +209,15 @@ def matmul(
     else:
         parts = counters = 0
 
-    if plan.quantizes and scale_x is None:
+    ready = plan.quantizes and scale_x is None
+    if ready:
         x, scale_x = _quantized(x, weight, plan, workspace)
         held_as = packed.dtype.name
     if plan.image_bytes:
         x = _image(x, held_as, weight, plan, workspace)
         operand: tuple[int, ...] = (x.data.ptr,)
     else:
-        if weight.lifted or held_as != packed.dtype.name or not _loadable(x, plan.x_bytes):
+        if not ready and (weight.lifted or held_as != packed.dtype.name or not _loadable(x, plan.x_bytes)):
             x = _copied(x, held_as, weight, plan, workspace)
         operand = (x.data.ptr, x.strides[0], plan.x_bytes)
     plan.launch(
