@@ -1,6 +1,6 @@
 // Rows of x where and as the GEMM wants them: out[row, c] = x[row, source(c)], rounded to another type, zero past k.
 // For what is not there already: strides that cp.async cannot read, another type, a pattern that is lifted in memory.
-#include "common/types.cuh"
+#include "common/convert.cuh"
 
 #ifndef FROM
 #define FROM TYPE_FLOAT32
@@ -10,21 +10,8 @@
 #define LIFT 0  // columns of a group, to repeat columns as the windows overlap; 0: as they are
 #endif
 
-template <int TYPE> struct Element { typedef u16 Storage; };
-template <> struct Element<TYPE_INT8> { typedef u8 Storage; };
-template <> struct Element<TYPE_FLOAT8> { typedef u8 Storage; };
-template <> struct Element<TYPE_FLOAT32> { typedef u32 Storage; };
 typedef Element<FROM>::Storage From;
 typedef Element<TO>::Storage To;
-
-INLINE To convert(From bits) {
-#if FROM == TO
-    return bits;
-#else
-    float v = FROM == TYPE_FLOAT32 ? __uint_as_float(bits) : FROM == TYPE_BFLOAT16 ? from_bfloat16((u16)bits) : from_float16((u16)bits);
-    return (To)Output<TO>::round(v);
-#endif
-}
 
 extern "C" __global__ void __launch_bounds__(256) rows(
     const From* __restrict__ x,  // [M, K] of strides row_step, step
@@ -40,6 +27,6 @@ extern "C" __global__ void __launch_bounds__(256) rows(
         constexpr int WINDOWS = LIFT / 2 - 1;
         source = c / 4 / WINDOWS * LIFT + c / 4 % WINDOWS * 2 + c % 4;
 #endif
-        out[row * columns + c] = source < k ? convert(x[row * row_step + source * step]) : (To)0;
+        out[row * columns + c] = source < k ? convert<FROM, TO>(x[row * row_step + source * step]) : (To)0;
     }
 }

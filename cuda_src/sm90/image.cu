@@ -3,7 +3,7 @@
 //   image[stage][token / 8][token % 8][128 bytes]    byte b of a token's stage at b ^ token % 8 * 16
 //
 // A thread makes 16 bytes: four windows of an 8-bit type, two of a 16-bit type. 64 threads make 8 tokens of a stage, one KiB.
-#include "common/types.cuh"
+#include "common/convert.cuh"
 
 #ifndef FROM
 #define FROM TYPE_BFLOAT16  // of x
@@ -11,21 +11,8 @@
 #define GROUP 8             // L of the pattern
 #endif
 
-template <int TYPE> struct Element { typedef u16 Storage; };
-template <> struct Element<TYPE_INT8> { typedef u8 Storage; };
-template <> struct Element<TYPE_FLOAT8> { typedef u8 Storage; };
-template <> struct Element<TYPE_FLOAT32> { typedef u32 Storage; };
 typedef Element<FROM>::Storage From;
 typedef Element<TO>::Storage To;
-
-INLINE To convert(From bits) {
-#if FROM == TO
-    return bits;
-#else
-    float v = FROM == TYPE_FLOAT32 ? __uint_as_float(bits) : FROM == TYPE_BFLOAT16 ? from_bfloat16((u16)bits) : from_float16((u16)bits);
-    return (To)Output<TO>::round(v);
-#endif
-}
 
 constexpr int WINDOWS = GROUP / 2 - 1, HELD = 16 / (4 * sizeof(To));  // windows a group, and in 16 bytes
 // Two neighbouring elements at once, where a row's address allows it.
@@ -54,10 +41,10 @@ extern "C" __global__ void __launch_bounds__(256) image(
                 To low = 0, high = 0;
                 if (row < m && column + c + 1 < k && pairs) {
                     const Pair both = *(const Pair*)(from + column + c);
-                    low = convert(both.low), high = convert(both.high);
+                    low = convert<FROM, TO>(both.low), high = convert<FROM, TO>(both.high);
                 } else if (row < m) {
-                    if (column + c < k) low = convert(from[(column + c) * step]);
-                    if (column + c + 1 < k) high = convert(from[(column + c + 1) * step]);
+                    if (column + c < k) low = convert<FROM, TO>(from[(column + c) * step]);
+                    if (column + c + 1 < k) high = convert<FROM, TO>(from[(column + c + 1) * step]);
                 }
                 slid[4 * i + c] = low, slid[4 * i + c + 1] = high;
             }
