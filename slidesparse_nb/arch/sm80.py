@@ -204,7 +204,7 @@ def candidates(pattern: Pattern, dtype: DType, out: str, capability: tuple[int, 
 
 
 def cost(config: Config, m: int, n: int, k: int, capability: tuple[int, int], sms: int) -> float:
-    """Estimated clocks of a product. A model for comparing configurations; its numbers were fitted on an H200 (docs/kernels.md).
+    """Estimated clocks of a product: a model for comparing configurations, fitted on an H200 (docs/kernels.md).
 
     A multiprocessor is kept busy by its tensor cores, by the port of its shared memory (128 bytes a clock), by what the L2
     cache delivers to it or the memory to the L2 cache, or it waits: for its only warps, or for copies. The longest counts.

@@ -1,0 +1,71 @@
+"""Every kernel compiles for every architecture, without spills and with sparse matrix instructions; no GPU is needed.
+
+The full product, about 1700 kernels, is what `slidesparse build` compiles. Here every architecture, type and tile is compiled,
+the pattern going round so that every tile meets every pattern.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from slidesparse_nb import building
+from slidesparse_nb.arch import sm80
+from slidesparse_nb.device import jit
+from slidesparse_nb.dtypes import FLOAT16, PACKED
+from slidesparse_nb.pattern import Pattern, known_patterns
+from tools.cli import main
+
+CASES = [(c, d) for c in building.ARCHITECTURES for d in PACKED if d is not FLOAT16 or c == (8, 0)]
+"""float16 is bfloat16 with another instruction: once is enough."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.mark.parametrize(("capability", "dtype"), CASES, ids=lambda v: str(v) if v in PACKED else jit.architecture(v))
+def test_every_tile(capability, dtype):
+    found: dict[tuple[str, str], list[Any]] = {}
+    for job, told in building._jobs([capability], known_patterns(), [dtype], "bfloat16"):
+        tile = told[3].split(" stages")[0].rsplit(",", 1)[0]  # their number differs between patterns
+        found.setdefault((told[0], tile), []).append((job, told))
+    assert bool(found) == (dtype in sm80.supported_dtypes(capability))
+    turn = CASES.index((capability, dtype))
+    chosen = [options[(turn + place) % len(options)] for place, options in enumerate(found.values())]
+    for built, (_, told) in zip(building.compile_all([job for job, _ in chosen], workers=2), chosen, strict=True):
+        assert (built.spills, built.stack) == (0, 0), told
+        assert building.sparse_instructions(built), told
+
+
+def test_command(tmp_path: Path) -> None:
+    arguments = ["build", "--arch", "sm_86", "--pattern", "6:8", "--dtype", "int8", "--out", "float16"]
+    shown = CliRunner().invoke(main, arguments)
+    assert shown.exit_code == 0, shown.output
+    lines = shown.output.splitlines()
+    count = len(list(sm80.candidates(Pattern(6, 8), PACKED[0], "float16", (8, 6))))
+    assert len(lines) == 1 + count
+    assert all(line.startswith("sm_86  6:8") for line in lines[1:])
+    told = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).output)
+    assert {"arch", "pattern", "dtype", "config", "registers", "spills", "stack", "shared", "sparse"} == set(told[0])
+    assert all(report["sparse"] > 0 and report["shared"] <= 99 << 10 for report in told)
+    assert CliRunner().invoke(main, ["build", "--arch", "hopper"]).exit_code == 2
+    assert CliRunner().invoke(main, ["build", "--arch", "sm_70"]).exit_code == 5
+
+
+def test_a_kernel_that_spills_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = building.Report("sm_80", "6:8", "int8", "", 255, 8, 8, 0, 96)
+    assert not report.good
+    monkeypatch.setattr(building, "build_kernels", lambda **_: [report])
+    monkeypatch.setattr("slidesparse_nb.build_kernels", building.build_kernels, raising=False)
+    assert CliRunner().invoke(main, ["build"]).exit_code == 1
+    assert not building.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, 0).good
+    assert building.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, None).good

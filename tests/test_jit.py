@@ -1,0 +1,171 @@
+"""Compiling and keeping kernels, without a GPU: the cache, two processes at once, torn files, errors; and the environment."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slidesparse_nb import env
+from slidesparse_nb.device import jit, nvrtc
+from slidesparse_nb.errors import UnsupportedError
+
+SOURCE, DEFINES, ARCH = "common/rows.cu", {"FROM": 4, "TO": 2, "LIFT": 0}, "sm_80"
+SOURCES = sorted(str(p.relative_to(jit.source_folder())) for p in jit.source_folder().rglob("*.cu"))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what is compiled from here on."""
+    names: list[str] = []
+    real = nvrtc.Nvrtc.compile
+
+    def compile(self: nvrtc.Nvrtc, source: str, name: str, options: list[str]) -> tuple[bytes, str]:
+        names.append(name)
+        return real(self, source, name, options)
+
+    monkeypatch.setattr(nvrtc.Nvrtc, "compile", compile)
+    return names
+
+
+def test_compiled_once_and_kept(cache: Path, compiled: list[str]) -> None:
+    built = jit.build(SOURCE, DEFINES, ARCH)
+    assert built.folder.parent == cache
+    assert sorted(p.name for p in built.folder.iterdir()) == ["build.log", "kernel.cu", "kernel.cubin", "sha256"]
+    assert built.cubin.read_bytes()[:4] == b"\x7fELF"
+    assert compiled == [str(built.folder / "kernel.cu")]
+    assert 0 < built.registers < 256
+    assert built.spills == built.stack == 0
+    again = jit.build(SOURCE, DEFINES, ARCH)
+    assert again == built
+    assert len(compiled) == 1
+    assert not list(cache.glob(".building-*"))
+
+
+def test_what_is_compiled_is_defines_above_an_include(cache: Path) -> None:
+    text = (jit.build(SOURCE, DEFINES, ARCH).folder / "kernel.cu").read_text()
+    assert text == '#define FROM 4\n#define TO 2\n#define LIFT 0\n#include "common/rows.cu"\n'
+
+
+def test_everything_that_decides_is_in_the_name(cache: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {jit.build(SOURCE, DEFINES, ARCH).folder}
+    folders.add(jit.build(SOURCE, DEFINES | {"TO": 3}, ARCH).folder)
+    folders.add(jit.build(SOURCE, DEFINES, "sm_90").folder)
+    monkeypatch.setattr(jit, "OPTIONS", (*jit.OPTIONS, "-fmad=false"))
+    folders.add(jit.build(SOURCE, DEFINES, ARCH).folder)
+    texts = jit._included(SOURCE)
+    assert set(texts) == {SOURCE, "common/types.cuh"}
+    monkeypatch.setattr(jit, "_included", lambda source: texts | {"common/types.cuh": texts["common/types.cuh"] + "\n"})
+    folders.add(jit.build(SOURCE, DEFINES, ARCH).folder)
+    older = nvrtc.Nvrtc(nvrtc.load().path)
+    older.version = (0, 0)
+    folders.add(jit.build(SOURCE, DEFINES, ARCH, older).folder)
+    assert len(folders) == len(compiled) == 6
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "no stamp", "no cubin", "empty"])
+def test_a_torn_cubin_is_compiled_again(cache: Path, compiled: list[str], damage: str) -> None:
+    built = jit.build(SOURCE, DEFINES, ARCH)
+    whole = built.cubin.read_bytes()
+    if damage == "no stamp":
+        (built.folder / "sha256").unlink()
+    elif damage == "no cubin":
+        built.cubin.unlink()
+    else:
+        built.cubin.write_bytes({"cut": whole[:-1], "changed": whole[:-1] + bytes([whole[-1] ^ 1]), "empty": b""}[damage])
+    again = jit.build(SOURCE, DEFINES, ARCH)
+    assert len(compiled) == 2
+    assert again.folder == built.folder
+    stamp = (again.folder / "sha256").read_text()
+    assert hashlib.sha256(again.cubin.read_bytes()).hexdigest() == stamp
+    jit.build(SOURCE, DEFINES, ARCH)
+    assert len(compiled) == 2
+
+
+def test_two_processes_at_once(cache: Path) -> None:
+    code = f"from slidesparse_nb.device import jit; print(jit.build({SOURCE!r}, {DEFINES!r}, {ARCH!r}).cubin)"
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    paths = {process.communicate()[0].strip() for process in running}
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert len(paths) == 1
+    assert [p.name for p in cache.iterdir()] == [Path(paths.pop()).parent.name]
+
+
+def test_an_error_of_the_compiler_is_shown_with_its_source(cache: Path) -> None:
+    with pytest.raises(jit.KernelError) as caught:
+        jit.build(SOURCE, {"FROM": "nonsense"}, ARCH)
+    message = str(caught.value)
+    assert message.startswith("common/rows.cu: does not compile for sm_80; its text is in ")
+    assert 'identifier "nonsense" is undefined' in message
+    path = re.search(r"its text is in (\S+);", message)
+    assert path
+    assert Path(path[1]).read_text().startswith("#define FROM nonsense\n")
+    assert [p.name for p in cache.iterdir()] == [Path(path[1]).name]
+
+
+def test_an_architecture_that_the_compiler_does_not_know(cache: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"does not compile for sm_35; install a newer one$"):
+        jit.build(SOURCE, DEFINES, "sm_35")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(UnsupportedError, match="set SLIDESPARSE_CACHE_DIR to a folder that can"):
+        jit.build(SOURCE, DEFINES, ARCH)
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "candidates", lambda: ["/nowhere/libnvrtc.so.13"])
+    nvrtc.load.cache_clear()
+    try:
+        with pytest.raises(UnsupportedError, match=r"no libnvrtc.so was found; install slidesparse_nb\[cuda13\]"):
+            nvrtc.load()
+    finally:
+        nvrtc.load.cache_clear()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_file_compiles_alone(source: str, cache: Path) -> None:
+    arch = "sm_90a" if source.startswith("sm90") else "sm_80"
+    assert jit.build(source, {}, arch).registers
+
+
+def test_no_header_of_the_toolkit_is_needed() -> None:
+    for path in jit.source_folder().rglob("*.cu*"):
+        assert not re.search(r"#include\s*<", path.read_text()), path
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", "~/kernels")
+    assert env.cache_dir() == Path.home() / "kernels"
+    monkeypatch.delenv("SLIDESPARSE_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert env.cache_dir() == Path("/elsewhere/slidesparse_nb")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert env.cache_dir() == Path.home() / ".cache" / "slidesparse_nb"
+    for value, meant in (("1", True), ("yes", True), ("0", False), ("", False)):
+        monkeypatch.setenv("SLIDESPARSE_DEBUG", value)
+        assert env.debug() is meant
+    monkeypatch.delenv("SLIDESPARSE_DEBUG")
+    assert not env.debug()
+    monkeypatch.setenv("CUDA_HOME", "/opt/cuda")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert env.toolkits() == ["/opt/cuda"]
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    package = Path(env.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.name != "env.py":
+            assert not re.search(r"os\.environ|os\.getenv", path.read_text()), path
