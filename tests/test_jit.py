@@ -64,7 +64,7 @@ def test_everything_that_decides_is_in_the_name(cache: Path, compiled: list[str]
     monkeypatch.setattr(jit, "OPTIONS", (*jit.OPTIONS, "-fmad=false"))
     folders.add(jit.build(SOURCE, DEFINES, ARCH).folder)
     texts = jit._included(SOURCE)
-    assert set(texts) == {SOURCE, "common/types.cuh"}
+    assert {SOURCE, "common/types.cuh"} <= set(texts)
     monkeypatch.setattr(jit, "_included", lambda source: texts | {"common/types.cuh": texts["common/types.cuh"] + "\n"})
     folders.add(jit.build(SOURCE, DEFINES, ARCH).folder)
     older = nvrtc.Nvrtc(nvrtc.load().path)
