@@ -168,3 +168,49 @@ def test_what_is_refused():
     for dtype in (INT8, FLOAT16, BFLOAT16):
         sm80.require_support((8, 0), dtype)
     assert for_capability((12, 0)) is sm80
+
+
+# ---- tiles and their choice --------------------------------------------------------------------------------------------
+
+CAPABILITIES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (99, 0)]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+def test_every_candidate_fits_its_device(capability):
+    limit = sm80.processor(capability).block_shared
+    for dtype in sm80.supported_dtypes(capability):
+        for pattern in PATTERNS:
+            found = list(sm80.candidates(pattern, dtype, "float32", capability))
+            assert any(c.tile.m == 8 for c in found)
+            for config in found:
+                assert config.shared_bytes <= limit
+                assert 2 <= config.stages <= sm80.MOST_STAGES
+                assert config.tile.n <= 16 * sm80_layout.STRIPS
+                assert config.threads <= 1024
+                assert set(config.defines()) >= {"DTYPE", "OUT", "GROUP", "TILE_N", "TILE_M", "STAGES"}
+
+
+def test_the_choice_is_the_cheapest_and_says_what_it_is():
+    shape, device = (16, 3584, 18944), ((9, 0), 132)
+    chosen = sm80.choose(*shape, Pattern(6, 8), INT8, "bfloat16", *device)
+    assert all(
+        sm80.cost(chosen, *shape, *device) <= sm80.cost(c, *shape, *device)
+        for c in sm80.candidates(Pattern(6, 8), INT8, "bfloat16", (9, 0))
+    )
+    assert chosen.splits > 1  # 56 tiles at most for 132 processors
+    assert chosen.part_bytes(16, 3584) == chosen.splits * chosen.tiles(16, 3584) * chosen.tile.m * chosen.tile.n * 4
+    assert str(chosen) == (
+        f"{chosen.tile.m} tokens x {chosen.tile.n} outputs, {chosen.tile.warps_m} x {chosen.tile.warps_n} warps,"
+        f" {chosen.stages} stages of 128 columns, k split {chosen.splits} ways"
+    )
+    large = sm80.choose(4096, 37888, 3584, Pattern(6, 8), INT8, "bfloat16", *device)
+    assert large.splits == 1
+    assert large.tile.m * large.tile.n >= 128 * 128
+
+
+@pytest.mark.parametrize("m", [1, 17, 100000])
+def test_there_is_a_choice_for_every_shape(m):
+    for n, k in ((1, 1), (5, 0), (100000, 7), (3, 100000)):
+        for dtype in PACKED:
+            config = sm80.choose(m, n, k, Pattern(14, 16), dtype, "float32", (12, 0), 188)
+            assert 1 <= config.splits <= max(1, config.layout.blocks(k) // 2)
