@@ -8,6 +8,7 @@ section 3).
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,22 +17,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import OperandError, PatternError
+from .strict_json import shown
+
+
+LARGEST_GROUP = 4096
+"""Columns of a group, at most: far above any use, and a stranger's file cannot ask for a row of 10^30 columns."""
 
 
 @dataclass(frozen=True, order=True)
 class Pattern:
-    """At most `nnz` non-zeros in every `group` consecutive columns; nnz = 2N-2 and group = 2N with N >= 2.
+    """At most `nnz` non-zeros in every `group` consecutive columns; nnz = 2N-2 and group = 2N with 2 <= N <= 2048.
 
     Raises:
-        OperandError: `nnz` and `group` are not of that form.
+        OperandError: `nnz` and `group`, integers of any kind, are not of that form.
     """
 
     nnz: int
     group: int
 
     def __post_init__(self) -> None:
-        if not all(isinstance(v, int) and not isinstance(v, bool) for v in (self.nnz, self.group)):
-            raise OperandError(f"pattern: {self.nnz!r}:{self.group!r} must be two integers, non-zeros:total, like 6:8")
+        try:
+            if isinstance(self.nnz, bool) or isinstance(self.group, bool):
+                raise TypeError
+            object.__setattr__(self, "nnz", operator.index(self.nnz))  # a plain integer: NumPy's would overflow
+            object.__setattr__(self, "group", operator.index(self.group))
+        except TypeError:
+            text = f"{shown(self.nnz)}:{shown(self.group)}"
+            raise OperandError(f"pattern: {text} must be two integers, non-zeros:total, like 6:8") from None
+        if not -LARGEST_GROUP <= min(self.nnz, self.group) <= max(self.nnz, self.group) <= LARGEST_GROUP:
+            text = f"{_number(self.nnz)}:{_number(self.group)}"
+            raise OperandError(f"pattern: {text} is too large; a group may have {LARGEST_GROUP} columns at most")
         if self.group >= 4 and self.group % 2 == 0 and self.nnz == self.group - 2:
             return
         text, hint = f"{self.nnz}:{self.group}", ""
@@ -56,7 +71,7 @@ class Pattern:
                 return cls(int(match[1]), int(match[2]))
         elif isinstance(value, (tuple, list)) and len(value) == 2:
             return cls(*value)
-        raise OperandError(f"pattern: {value!r} must be non-zeros:total, like '6:8' (2 zeros in 8)")
+        raise OperandError(f"pattern: {shown(value)} must be non-zeros:total, like '6:8' (2 zeros in 8)")
 
     def __str__(self) -> str:
         return f"{self.nnz}:{self.group}"
@@ -122,6 +137,11 @@ class Pattern:
         groups = np.arange(self.padded_k(k) // self.group)[:, None, None] * self.group
         windows = np.arange(self.windows)[:, None] * 2
         return (groups + windows + np.arange(4)).ravel()
+
+
+def _number(value: int) -> str:
+    """Digits that an error message can bear; Python refuses to print thousands of them."""
+    return str(value) if abs(value) < 10**30 else f"({value.bit_length()} bits)"
 
 
 def known_patterns(largest: int = 16) -> list[Pattern]:

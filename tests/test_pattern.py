@@ -39,6 +39,30 @@ def test_of_refuses_other_forms(value: str) -> None:
     assert "counts zeros" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.int8, np.uint16])
+def test_integers_of_numpy(kind: type) -> None:
+    for pattern in (Pattern(kind(6), kind(8)), Pattern.of((kind(6), kind(8)))):
+        assert pattern == Pattern(6, 8)
+        assert type(pattern.nnz) is type(pattern.group) is int
+        assert pattern.slid_k(100_000) == 150_000
+
+
+@pytest.mark.parametrize("group", [4098, 10**12, 10**30, 10**5000, -(10**12)], ids=int.bit_length)
+def test_absurd_groups(group: int) -> None:
+    """An error message, at once, and of a bearable length."""
+    with pytest.raises(OperandError, match=r"^pattern: .* is too large; a group may have 4096 columns at most$") as caught:
+        Pattern(group - 2, group)
+    assert len(str(caught.value)) < 200
+    assert Pattern(4094, 4096).windows == 2047
+
+
+def test_long_values_are_cut() -> None:
+    with pytest.raises(OperandError, match="must be non-zeros:total") as caught:
+        Pattern.of("\x1b" + "9" * 100_000)
+    assert len(str(caught.value)) < 250
+    assert "\x1b" not in str(caught.value)
+
+
 def test_zeros_first_naming_is_pointed_out() -> None:
     with pytest.raises(OperandError, match=r"2:8 .*counts zeros calls 2:8 \(2 zeros in 8\) is 6:8 here"):
         Pattern.of("2:8")
