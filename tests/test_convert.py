@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import ml_dtypes
@@ -377,3 +378,98 @@ def test_an_interrupted_proof_or_a_failed_disk_keeps_the_work(tmp_path: Path, mo
         ss.pack_checkpoint(source, tmp_path / "out", options(), FAST)
     ss.pack_checkpoint(source, tmp_path / "out", options(), ss.Run(resume=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_tensor_may_have_the_name_of_a_module(tmp_path: Path) -> None:
+    parts = {"a": np.ones((16, 32), np.float32), "a.weight": reference.prune(np.ones((16, 32), np.float32), ss.Pattern(6, 8))}
+    file = models.write(tmp_path / "m.safetensors", parts)
+    ss.pack_checkpoint(file, tmp_path / "p.safetensors", options(scheme="INT8_W8A8"), FAST)
+    ss.unpack_checkpoint(tmp_path / "p.safetensors", tmp_path / "d.safetensors", FAST)
+    assert (ss.load(tmp_path / "d.safetensors")["a"] == parts["a"]).all()
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_tensors_beside_an_unquantized_weight_pass_through_or_are_refused(tmp_path: Path, format: str) -> None:
+    w = reference.prune(np.ones((16, 32), np.float32), ss.Pattern(6, 8))
+    beside = {f"a.{part}": np.ones((16, 1), np.float32) for part in ("weight_scale", "input_scale", "weight_zero_point")}
+    file = models.write(tmp_path / "m.safetensors", {"a.weight": w, **beside})
+    with pytest.raises(ss.UnsupportedError, match=r"a\.weight_scale: stands in the source"):
+        ss.pack_checkpoint(file, tmp_path / "p.safetensors", options(scheme="INT8_W8A8", format=format), FAST)
+    if format == "dense":
+        ss.pack_checkpoint(file, tmp_path / "o.safetensors", options(scheme="BF16", format=format), FAST)
+        found = ss.load(tmp_path / "o.safetensors")
+        assert all((found[name] == array).all() for name, array in beside.items())
+
+
+@pytest.mark.parametrize("part", ["weight_shape", "weight_meta"])
+def test_names_that_only_packed_files_may_hold_are_refused(tmp_path: Path, part: str) -> None:
+    file = models.write(
+        tmp_path / "m.safetensors", {"a.weight": np.zeros((8, 16), np.float32), f"b.{part}": np.ones(3, np.float32)}
+    )
+    with pytest.raises(ss.UnsupportedError, match=f"b.{part}"):
+        ss.pack_checkpoint(file, None, None, ss.Run(verify=False))
+
+
+def test_verification_catches_tensors_that_have_no_source(tmp_path: Path) -> None:
+    file = models.write(tmp_path / "m.safetensors", models.tensors(layers=1))
+    ss.pack_checkpoint(file, tmp_path / "p.safetensors", None, FAST)
+    ss.save(tmp_path / "p.safetensors", {**ss.load(tmp_path / "p.safetensors"), "evil.bias": np.ones(5, np.float32)})
+    with pytest.raises(ss.VerificationError, match=r"evil\.bias"):
+        ss.verify_checkpoint(tmp_path / "p.safetensors", file)
+
+
+def test_weights_without_elements_pass_through_at_once(tmp_path: Path) -> None:
+    parts = {
+        "a.weight": np.zeros((8, 16), np.float32),
+        "b.weight": np.zeros((2**50, 0), np.float32),
+        "c.weight": np.zeros((0, 9), np.float32),
+    }
+    file = models.write(tmp_path / "m.safetensors", parts)
+    report = ss.pack_checkpoint(file, tmp_path / "p.safetensors", None, FAST)
+    assert report.left_dense == {"b": "empty", "c": "empty"}
+    assert {m.name for m in ss.inspect_checkpoint(file).modules} == {"a", "b", "c"}
+
+
+def test_odd_names_of_modules_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {f"{name}.weight": np.zeros((8, 16), np.float32) for name in ("layers[0].fc", "b[1]", "embed" * 50_000 + ".x")}
+    file = models.write(tmp_path / "m.safetensors", parts)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    with pytest.raises(ss.OperandError, match="current folder"):
+        ss.pack_checkpoint("../m.safetensors", ".", options(), FAST)
+    assert len(ss.pack_checkpoint("../m.safetensors", "one", options(targets="layers[0].fc"), FAST).modules) == 1
+    assert len(ss.pack_checkpoint(file, "sub/../o", None, FAST).modules) == 3
+    assert ss.verify_checkpoint("o", file).modules == 3
+    with pytest.raises(ss.OperandError, match="is empty"):
+        ss.pack_checkpoint(file, "")
+    bad = tmp_path / "bad\udcff.safetensors"
+    bad.write_bytes(file.read_bytes())
+    assert Path(ss.pack_checkpoint(bad, None, None, FAST).output).exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"a": "\ud800"},
+        {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": [1]}}}},
+    ],
+)
+def test_nonsense_in_config_is_no_crash(tmp_path: Path, config: dict[str, object]) -> None:
+    source = models.folder(tmp_path / "in", config=config)
+    if "a" in config:
+        ss.pack_checkpoint(source, tmp_path / "out", options(), FAST)
+    else:
+        with pytest.raises(ss.UnsupportedError, match="must be objects"):
+            ss.pack_checkpoint(source, tmp_path / "out", options(), FAST)
+
+
+def test_many_shards_need_few_open_files(tmp_path: Path) -> None:
+    parts = {f"t{i}": np.ones(1, np.float32) for i in range(300)}
+    source = models.folder(tmp_path / "in", {**parts, "a.weight": np.zeros((8, 16), np.float32)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        report = ss.pack_checkpoint(source, tmp_path / "out", options(max_shard_size=1), ss.Run(verify=False))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len([name for name in report.files if name.endswith(".safetensors")]) == 301

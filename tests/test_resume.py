@@ -177,7 +177,90 @@ def test_planted_links_beside_the_output_are_refused(tmp_path: Path) -> None:
     victim.mkdir()
     for name in ("out.partial", "out.journal"):
         (tmp_path / name).symlink_to(victim)
-        with pytest.raises(ss.OperandError, match="symbolic link"):
+        with pytest.raises(ss.OperandError, match="stands in the way"):
             ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(overwrite=True))
         (tmp_path / name).unlink()
     assert not any(victim.iterdir())
+
+
+def test_what_merely_has_our_names_is_not_touched(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in")
+    for name in ("out.partial", "out.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years")
+        for run in (ss.Run(), ss.Run(resume=True), ss.Run(overwrite=True)):
+            with pytest.raises(ss.OperandError, match="stands in the way"):
+                ss.pack_checkpoint(source, tmp_path / "out", None, run)
+        assert (tmp_path / name / "thesis.txt").read_text() == "years"
+        shutil.rmtree(tmp_path / name)
+    for text in ("my diary\n", "my diary", "[]\n", '{"unit": 1}\n', "[" * 100_000):
+        (tmp_path / "out.journal").write_text(text)
+        for run in (ss.Run(), ss.Run(resume=True), ss.Run(overwrite=True)):
+            with pytest.raises(ss.OperandError):
+                ss.pack_checkpoint(source, tmp_path / "out", None, run)
+        assert (tmp_path / "out.journal").read_text() == text
+    (tmp_path / "out.journal").unlink()
+    os.mkfifo(tmp_path / "out.partial")
+    with pytest.raises(ss.OperandError, match="stands in the way"):
+        ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(overwrite=True))
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in")
+
+    def appear(phase: str, done: int, total: int) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "thesis.txt").write_text("years")
+
+    for run in (ss.Run(progress=appear), ss.Run(progress=appear, overwrite=True)):
+        with pytest.raises(ss.OperandError, match=r"has appeared meanwhile|not a checkpoint that this tool wrote"):
+            ss.pack_checkpoint(source, tmp_path / "out", None, run)
+        assert (tmp_path / "out" / "thesis.txt").read_text() == "years"
+    file = models.write(tmp_path / "m.safetensors", models.tensors(layers=1))
+    with pytest.raises(ss.OperandError, match="has appeared meanwhile"):
+        ss.pack_checkpoint(
+            file, tmp_path / "o.safetensors", None, ss.Run(progress=lambda *_: (tmp_path / "o.safetensors").write_text("x"))
+        )
+    assert (tmp_path / "o.safetensors").read_text() == "x"
+
+
+def test_resume_does_not_disturb_a_run_at_work(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in")
+    ss.pack_checkpoint(source, tmp_path / "out")
+    wanted = contents(tmp_path / "out")
+
+    def meddle(phase: str, done: int, total: int) -> None:
+        if phase == "packing":
+            with pytest.raises(ss.OperandError, match="another run is writing"):
+                ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(resume=True))
+
+    ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(overwrite=True, progress=meddle))
+    assert contents(tmp_path / "out") == wanted
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_resumed_output_holds_nothing_else(tmp_path: Path, small_units: None) -> None:
+    source = models.folder(tmp_path / "in")
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    assert in_child(lambda: (kill_at(100, False), ss.pack_checkpoint(source, tmp_path / "out"))) == signal.SIGKILL
+    (tmp_path / "out.partial" / "junk").write_text("x")
+    (tmp_path / "out.partial" / "tokenizer.json").symlink_to(victim)
+    (tmp_path / "out.partial" / "1_Pooling").symlink_to(tmp_path)
+    ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(resume=True))
+    ss.pack_checkpoint(source, tmp_path / "again")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+    assert victim.read_text() == "precious"
+
+
+def test_lines_of_a_journal_that_make_no_sense_are_passed_over(tmp_path: Path, small_units: None) -> None:
+    source = models.folder(tmp_path / "in")
+    assert in_child(lambda: (kill_at(100, False), ss.pack_checkpoint(source, tmp_path / "out"))) == signal.SIGKILL
+    with (tmp_path / "out.journal").open("a") as file:
+        file.write('[]\n5\nnull\n{"unit": "a"}\n{"unit": [], "spans": [], "crc": 0}\n{"unit": "a", "spans": [[1]], "crc": 0}\n')
+        file.write(
+            '{"unit": "model.safetensors/0/0-1", "spans": [], "crc": 0}\n{"unit": "b", "spans": [["x", 1, 2]], "crc": "0"}\n'
+        )
+    ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(resume=True))
+    ss.pack_checkpoint(source, tmp_path / "again")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")

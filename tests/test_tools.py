@@ -146,6 +146,23 @@ def test_report_and_flags_are_checked_before_the_work(source: Path, tmp_path: Pa
     assert call("show", source, "--overwrite").exit_code == 2
 
 
+def test_the_report_never_lands_on_something_else(source: Path, tmp_path: Path) -> None:
+    weights = source / "model.safetensors"
+    before = weights.read_bytes()
+    (tmp_path / "notes.txt").write_text("mine")
+    for place in (weights, tmp_path / "notes.txt"):
+        assert call("pack", source, "-o", tmp_path / "out", "--report", place, "--overwrite").exit_code == 2
+    assert weights.read_bytes() == before
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
+    file = models.write(tmp_path / "m.safetensors", {"z\x1b]0;owned\x07.weight": np.zeros((8, 16), np.float32)})
+    shown = call("pack", file, "--dry-run").stdout
+    assert "\x1b" not in shown
+    assert "z\\x1b]0;owned" in shown
+
+
 def test_quiet_prints_nothing(source: Path, tmp_path: Path) -> None:
     result = call("pack", source, "-o", tmp_path / "out", "-q")
     assert (result.exit_code, result.output) == (0, "")

@@ -9,6 +9,7 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "tools"
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import click
 
 import slidesparse_nb as ss
 
-from .terminal import EXIT_CODES, Size, count, exits, print_json, print_table, progress_bar, size_text, write_json
+from .terminal import EXIT_CODES, Size, count, exits, print_json, print_table, progress_bar, say, size_text, write_json
 
 SCHEMES = ("auto", "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16")
 
@@ -95,8 +96,8 @@ def pack(
         max_shard_size=given["max_shard_size"],
         skip_bad=not given["strict"],
     )
-    if report is not None and not report.absolute().parent.is_dir():
-        raise click.BadParameter(f"{report.parent} is no folder", param_hint="--report")
+    if report is not None:
+        _check_report(report, input, given["overwrite"])
     with progress_bar(not quiet) as progress:
         keys = ("max_workers", "max_memory", "resume", "overwrite", "verify")
         run = ss.Run(**{key: given[key] for key in keys}, progress=progress)
@@ -114,11 +115,22 @@ def pack(
         )
 
 
+def _check_report(report: Path, source: Path, overwrite: bool) -> None:
+    """Refuse a place for the report before the work begins, not after it."""
+    where, origin = report.absolute(), source.resolve()
+    if not where.parent.is_dir() or not os.access(where.parent, os.W_OK):
+        raise click.BadParameter(f"{where.parent} is no folder that can be written", param_hint="--report")
+    if where.resolve() == origin or origin in where.resolve().parents:
+        raise click.BadParameter(f"{report} is in the source", param_hint="--report")
+    if where.exists() and not (overwrite and where.suffix == ".json"):
+        raise click.BadParameter(f"{report} exists; --overwrite replaces a .json file", param_hint="--report")
+
+
 def _pattern(pattern: str | None, zeros: int | None, group: int | None) -> ss.Pattern:
     if (zeros is None) != (group is None):
         raise click.UsageError("--zeros and --group go together: --zeros 2 --group 8 is 6:8")
     if zeros is None or group is None:
-        return ss.Pattern.of(pattern or "6:8")
+        return ss.Pattern.of("6:8" if pattern is None else pattern)
     if pattern is not None:
         raise click.UsageError("give --pattern, or --zeros and --group, not both")
     return ss.Pattern(group - zeros, group)
@@ -139,27 +151,27 @@ def _print(done: ss.Report, pattern: ss.Pattern, verbose: int) -> None:
     if verbose or done.dry_run:
         print_table(("module", "n x k", "type", "source", "output", "bits/weight"), rows)
         for name, reason in done.left_dense.items():
-            click.echo(f"{name}: left dense ({reason})")
+            say(f"{name}: left dense ({reason})")
     for reason in done.skipped.values():
-        click.echo(f"skipped: {reason}")
+        say(f"skipped: {reason}")
     for note in done.notes:
-        click.echo(f"note: {note}")
+        say(f"note: {note}")
     before, after = sum(m.source_bytes for m in done.modules), sum(m.bytes for m in done.modules)
     others = f"{len(done.left_dense)} left dense" + f", {len(done.skipped)} skipped" * bool(done.skipped)
-    click.echo(
+    say(
         f"{count(len(done.modules), 'module')}, {done.weights:,} weights at {pattern.described}, {done.scheme}:"
         f" {size_text(before)} -> {size_text(after)} ({8 * after / max(1, done.weights):.2f} bits a weight); {others}"
     )
     if done.format == "packed":
-        click.echo(f"k grows {done.expansion:.3g}x when slid; ideal speed-up over dense {done.ideal_speedup:.3g}x")
+        say(f"k grows {done.expansion:.3g}x when slid; ideal speed-up over dense {done.ideal_speedup:.3g}x")
     if done.dry_run:
-        click.echo(f"dry run: would write {size_text(done.output_bytes)} to {done.output}")
+        say(f"dry run: would write {size_text(done.output_bytes)} to {done.output}")
     elif done.already_complete:
-        click.echo(f"{done.output} is complete already, and proved so")
+        say(f"{done.output} is complete already, and proved so")
     else:
         proof = f"verified in {done.verify_seconds:.1f} s" if done.verified else "not verified"
         rate = "" if done.resumed else f" ({done.weights_per_second / 1e6:.3g} million weights a second)"
-        click.echo(f"wrote {size_text(done.output_bytes)} to {done.output} in {done.seconds:.1f} s{rate}; {proof}")
+        say(f"wrote {size_text(done.output_bytes)} to {done.output} in {done.seconds:.1f} s{rate}; {proof}")
 
 
 if __name__ == "__main__":

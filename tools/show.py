@@ -17,7 +17,7 @@ import click
 
 import slidesparse_nb as ss
 
-from .terminal import EXIT_CODES, count, exits, print_json, print_table, progress_bar, size_text
+from .terminal import EXIT_CODES, count, exits, print_json, print_table, progress_bar, say, size_text
 
 ITSELF = "-"
 
@@ -52,7 +52,7 @@ def show(
     """
     if unpack is None and (overwrite or resume):
         raise click.UsageError("--overwrite and --resume go with --unpack")
-    if verify not in (None, ITSELF) and not Path(str(verify)).exists():
+    if verify not in (None, ITSELF) and not (verify and Path(verify).exists()):
         raise click.BadParameter(f"{verify!r} does not exist", param_hint="--verify")
     with progress_bar(not quiet) as progress:
         proof = result = facts = None
@@ -62,12 +62,16 @@ def show(
             result = ss.unpack_checkpoint(path, unpack, ss.Run(overwrite=overwrite, resume=resume, progress=progress))
         if verify is None and unpack is None:
             facts = ss.inspect_checkpoint(path, progress=progress)
+    if as_json:
+        told = {"verify": proof and asdict(proof), "unpack": result and result.as_dict()}
+        print_json(asdict(facts) if facts else {key: value for key, value in told.items() if value})
+        return
     if proof is not None:
-        print_json(asdict(proof)) if as_json else click.echo(_proof_text(proof))
+        say(_proof_text(proof))
     if result is not None:
-        print_json(result.as_dict()) if as_json else click.echo(_unpacked_text(result))
+        say(_unpacked_text(result))
     if facts is not None:
-        print_json(asdict(facts)) if as_json else _print(facts)
+        _print(facts)
 
 
 def _unpacked_text(result: ss.Report) -> str:
@@ -102,13 +106,13 @@ def _print(facts: ss.Facts) -> None:
     if rows:
         left = [j for j, i in enumerate(used) if i in (0, 1, 7, 8)]
         print_table([head[i] for i in used], [[row[i] for i in used] for row in rows], left=left)
-    click.echo(
+    say(
         f"{facts.path}: {facts.tensors} tensors, {size_text(facts.bytes)} in {count(facts.files, 'file')};"
         f" {count(sum(m.packed is not None for m in facts.modules), 'packed module')},"
         f" {count(facts.other_tensors, 'other tensor')} ({size_text(facts.other_bytes)})"
     )
     for note in facts.notes:
-        click.echo(f"note: {note}")
+        say(f"note: {note}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ def exits(function: F) -> F:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # names are data: what a terminal cannot show is escaped
+            with contextlib.suppress(AttributeError, ValueError):
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
             return function(*args, **kwargs)
         except click.ClickException:
@@ -55,13 +58,23 @@ def exits(function: F) -> F:
 def _fail(message: str, code: int) -> None:
     if click.get_current_context().params.get("verbose", 0) > 1:
         traceback.print_exc()
-    click.echo(f"error: {message}", err=True)
+    say(f"error: {message}", err=True)
     sys.exit(code)
 
 
 _DECIMAL = {unit: 1000**i for i, units in enumerate(("b", "k kb", "m mb", "g gb", "t tb")) for unit in units.split()}
 _BINARY = {unit: 1024**i for i, unit in enumerate(("", "kib", "mib", "gib", "tib"))}
 _UNITS = {**_DECIMAL, **_BINARY}
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line; control characters, which a stranger's names may hold, are escaped."""
+    click.echo(clean(text), err=err)
+
+
+def clean(text: str) -> str:
+    """`text` with everything but printable characters escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases of click
@@ -75,7 +88,9 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
         if not match or match[2].lower() not in _UNITS:
             self.fail(f"{value!r} is not a size such as 500MB or 2GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2].lower()])
+        if (size := float(match[1]) * _UNITS[match[2].lower()]) > 2**62:
+            self.fail(f"{value!r} is larger than any machine", param, ctx)
+        return int(size)
 
 
 def size_text(count: float) -> str:
@@ -126,7 +141,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, lef
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i in left else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(clean(str(cell))) for cell in row))
     out = Console()
     needed = sum(max(len(str(cell)) for cell in column) + 2 for column in zip(columns, *rows, strict=True))
     Console(width=max(out.width, needed), highlight=False).print(table)

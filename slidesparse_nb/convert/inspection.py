@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import packing
-from ..checkpoint import Checkpoint, read_packed
+from ..checkpoint import Checkpoint, packed_entries, read_packed
 from ..cpu import violations
 from ..errors import UnsupportedError, VerificationError
 from ..packed import PackedWeight
@@ -22,7 +22,7 @@ from .job import source_scale
 from .layout import row_ranges
 from .options import UNIT_BYTES, Progress, Run
 from .proof import prove_copies
-from .selection import Selection, select
+from .selection import SOURCE_CODES, Selection, select
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,16 @@ def _dense_facts(checkpoint: Checkpoint, name: str, reason: str) -> ModuleFacts:
     n, k = info.shape[0], info.shape[1] if len(info.shape) == 2 else 0
     patterns = known_patterns()
     zeros = 0
-    if len(info.shape) == 2:
+    if len(info.shape) == 2 and info.nbytes and info.code in SOURCE_CODES:
         for first, last in row_ranges(n, info.nbytes // max(1, n), UNIT_BYTES):
             w = checkpoint.array(info.name)[first:last]
             zeros += w.size - int(np.count_nonzero(w))
             patterns = [p for p in patterns if not len(violations(w, p))] if zeros else []
             checkpoint.release(info.name)
-    satisfies = tuple(str(p) for p in patterns) if n * k else ()
+    readable = n * k > 0 and info.code in SOURCE_CODES
+    satisfies = tuple(str(p) for p in patterns) if readable else ()
     bits = 8 * info.nbytes / max(1, n * k)
-    return ModuleFacts(name, n, k, info.code, info.nbytes, bits, None, satisfies, zeros / max(1, n * k), reason)
+    return ModuleFacts(name, n, k, info.code, info.nbytes, bits, None, satisfies, zeros / (n * k) if readable else None, reason)
 
 
 @dataclass
@@ -217,7 +218,9 @@ def _against(
         dense.release(module.weight)
         result.weights += weight.n * weight.k
         add(weight.nbytes)
-    result.copies = prove_copies(written, dense, (t for m in modules.values() for t in m.replaced), lambda _: None)
+    replaced = [name for module in modules.values() for name in module.replaced]
+    made = [entry[0] for name, w in packed.items() for entry in packed_entries(name, w.pattern, w.dtype, w.shape)]
+    result.copies = prove_copies(written, dense, replaced, made, lambda _: None)
 
 
 def _codes(checkpoint: Checkpoint) -> set[str]:

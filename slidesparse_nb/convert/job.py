@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import dtypes
 from ..checkpoint import Checkpoint
-from ..errors import FormatError, OperandError, SlideSparseError, VerificationError
+from ..errors import FormatError, OperandError, SlideSparseError, UnsupportedError, VerificationError
 from ..pattern import Pattern
 from ..safetensors_file import TensorInfo
 from .config import is_ours
@@ -56,11 +57,15 @@ def output_target(source: Path, checkpoint: Checkpoint, out: str | os.PathLike[s
         if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):  # a hub cache keeps nothing of ours
             return Path(f"{root.parents[1].name.rpartition('--')[2]}-{label}"), False
         return root.with_name(f"{root.name}-{label}"), False
-    target = Path(out)
+    if not os.fspath(out):
+        raise OperandError("out: is empty; name a folder or a .safetensors file")
+    target = Path(os.path.abspath(out))
     single = target.suffix == ".safetensors"
     if single and not checkpoint.is_single_file:
         raise OperandError(f"out: {target} is one file, but {source} is a folder; name a folder")
-    place = target.resolve()
+    place, here = target.resolve(), Path.cwd()
+    if place == here or place in here.parents:
+        raise OperandError(f"out: {target} is the current folder or around it, and would be replaced as a whole; name another")
     if place == origin or place in origin.parents or (not checkpoint.is_single_file and root in place.parents):
         raise OperandError(f"out: {target} is the source {source}, inside it or around it; name a place of its own")
     return target, single
@@ -73,19 +78,33 @@ def copied_item(checkpoint: Checkpoint, info: TensorInfo) -> Item:
         yield info.name, first, checkpoint.raw(info.name)[first:last]
         checkpoint.release(info.name, first, last)
 
-    return Item(info.name, ((info.name, info.code, info.shape),), info.nbytes, 1, make)
+    return Item(info.name, ((info.name, info.code, info.shape),), info.nbytes, 1, make, copied=True)
 
 
 def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Callable[[Module], Item]) -> list[Item]:
-    """Every output item in the source's order: a module where its weight (or first tensor) stood, other tensors as they are."""
+    """Every output item in the source's order: a module where its weight (or first tensor) stood, other tensors as they are.
+
+    Raises:
+        UnsupportedError: a tensor that goes through has the name of one that a module writes.
+    """
     owner = {name: module for module in modules for name in module.replaced}
-    items: dict[str, Item] = {}
+    items: list[Item] = []
+    made: dict[str, str] = {}
+    begun: set[str] = set()
     for name, (info, _) in checkpoint.tensors.items():
         if name not in owner:
-            items[name] = copied_item(checkpoint, info)
-        elif (module := owner[name]).name not in items:
-            items[module.name] = make_item(module)
-    return list(items.values())
+            items.append(copied_item(checkpoint, info))
+        elif (module := owner[name]).name not in begun:
+            begun.add(module.name)
+            items.append(make_item(module))
+            made.update((entry[0], module.name) for entry in items[-1].entries)
+    for item in items:
+        if item.copied and item.name in made:
+            raise UnsupportedError(
+                f"{item.name}: stands in the source, and module {made[item.name]} would write a tensor of that name; rename it,"
+                f" or leave {made[item.name]} dense with --ignore"
+            )
+    return items
 
 
 def new_report(
@@ -104,7 +123,7 @@ def new_report(
     notes: list[str],
 ) -> Report:
     """The report of a conversion before it runs."""
-    sizes = {item.name: item.nbytes for shard in layout.shards for item in shard.items}
+    sizes = {item.name: item.nbytes for shard in layout.shards for item in shard.items if not item.copied}
     rows = []
     for module in modules:
         n, k = module.shape
@@ -163,7 +182,14 @@ def carry_out(
     refuse_existing(target, single, run.overwrite)
     identity = [(str(f.path.resolve()), f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in checkpoint.files]
     fingerprint = layout.fingerprint({**facts, "source": identity})
-    staging = Staging(target, single=single, fingerprint=fingerprint, resume=run.resume, overwrite=run.overwrite)
+    staging = Staging(
+        target,
+        single=single,
+        fingerprint=fingerprint,
+        keep={shard.name for shard in layout.shards},
+        resume=run.resume,
+        may_replace=partial(_is_ours, target, single) if run.overwrite else None,
+    )
     report.resumed = bool(staging.done)
     try:
         start = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Item:
         entries: the tensors.
         rows, row_bytes: how many rows there are to make, and source bytes in each.
         make: (first, last) -> the pieces of rows first..last-1, called from any thread.
+        copied: whether it is a tensor that goes through as it is.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Item:
     rows: int
     row_bytes: int
     make: Callable[[int, int], Iterable[Piece]]
+    copied: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +83,7 @@ class Layout:
         """One hash of everything that decides the output's bytes: the headers, and `facts` about source and options."""
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         for shard in self.shards:
-            digest.update(shard.name.encode() + shard.header)
+            digest.update(os.fsencode(shard.name) + shard.header)
         return digest.hexdigest()
 
     def stands_at(self, out: Path, single: bool) -> bool:
@@ -116,9 +119,8 @@ def output_layout(
     """
     if single is not None:
         return Layout([Shard(single, tuple(items), metadata)], [])
-    by_name = {item.name: item for item in items}
-    plan = shard_plan([(item.name, item.nbytes) for item in items], max_shard_size or DEFAULT_SHARD)
-    shards = [Shard(shard_name(i, len(plan)), tuple(by_name[name] for name in names), metadata) for i, names in enumerate(plan)]
+    plan = shard_plan([(i, item.nbytes) for i, item in enumerate(items)], max_shard_size or DEFAULT_SHARD)
+    shards = [Shard(shard_name(i, len(plan)), tuple(items[i] for i in held), metadata) for i, held in enumerate(plan)]
     files: list[tuple[str, Callable[[Path], Any]]] = []
     for relative in source.companions:
         assert source.root is not None
@@ -128,7 +130,7 @@ def output_layout(
         total = sum(item.nbytes for item in items)
         files.append(("model.safetensors.index.json", partial(_write_bytes, index_bytes(homes, total))))
     if config is not None:
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(config, indent=2) + "\n"
         files.append(("config.json", partial(_write_bytes, text.encode())))
     return Layout(shards, files)
 

@@ -12,13 +12,17 @@ from .layout import row_ranges
 from .options import UNIT_BYTES
 
 
-def prove_copies(written: Checkpoint, source: Checkpoint, replaced: Iterable[str], add: Callable[[int], None]) -> int:
-    """Check that every tensor of `source` but `replaced` stands in `written`, byte for byte; how many there are.
+def prove_copies(
+    written: Checkpoint, source: Checkpoint, replaced: Iterable[str], made: Iterable[str], add: Callable[[int], None]
+) -> int:
+    """Check that `written` holds every tensor of `source` but `replaced`, byte for byte, and none else but `made`; how many.
 
     Raises:
-        VerificationError: one is missing or differs.
+        VerificationError: one is missing, differs, or has no source.
     """
     gone, count = set(replaced), 0
+    if extra := written.tensors.keys() - source.tensors.keys() - set(made):
+        raise VerificationError(f"{min(extra)}: is in the output but not in the source")
     for name, (info, _) in source.tensors.items():
         if name in gone:
             continue

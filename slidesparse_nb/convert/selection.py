@@ -30,19 +30,22 @@ FUSED = (
 )
 """Sibling layers that engines run as one matrix product."""
 
-NOT_PACKED = (
-    (re.compile(r"(^|.*\.)([^.]*embed[^.]*|([^.]*_)?emb|wte|wpe|shared|relative_attention_bias)$"), "an embedding"),
-    (
-        re.compile(
-            r"((^|.*\.)(lm_head(\..*)?|cls\..*|[^.]*_?classifier(\..*)?|v_head(\..*)?|qa_outputs|score|head|embed_out|vocab_projector"
-            r"|vocab_transform|output_layer|output_projection)|proj_out|output)$"
-        ),
-        "an output head",
-    ),
-    (re.compile(r"(^|.*\.)(router|gate|wg|shared_expert_gate|router\..*)$"), "a router"),
-    (re.compile(r"(^|.*\.)[^.]*(norm|ln_?\d*|ln_f)$", re.IGNORECASE), "a norm"),
-)
-"""Modules with a two-dimensional weight that stay as they are, unless --targets names them exactly."""
+EMBEDDINGS = {"wte", "wpe", "shared", "emb", "relative_attention_bias"}
+HEADS = {
+    "lm_head",
+    "score",
+    "head",
+    "qa_outputs",
+    "embed_out",
+    "vocab_projector",
+    "vocab_transform",
+    "output_layer",
+    "output_projection",
+}
+HEAD_PARTS = {"lm_head", "cls", "v_head"}
+ROUTERS = {"router", "gate", "wg", "shared_expert_gate"}
+NORM = re.compile(r"(.*norm|ln_?\d*|.*_ln|ln_f)", re.IGNORECASE)
+"""Names of modules with a two-dimensional weight that stay as they are, unless --targets names them exactly."""
 
 TRANSPOSED = {"gpt2": "Conv1D", "openai-gpt": "Conv1D", "imagegpt": "Conv1D"}
 """Model types whose layers store w as [k, n]: packing would group the wrong axis."""
@@ -116,19 +119,27 @@ def matcher(patterns: Iterable[str], option: str, names: Iterable[str]) -> tuple
     Raises:
         OperandError: a pattern is no regular expression.
     """
-    compiled: list[tuple[str, re.Pattern[str]]] = []
+    exact: dict[str, str] = {}
+    shapes: list[tuple[str, re.Pattern[str]]] = []
     for text in patterns:
         try:
-            regex = re.compile(text[3:] if text.startswith("re:") else fnmatch.translate(text.removesuffix(".weight")))
+            if text.startswith("re:"):
+                shapes.append((text, re.compile(text[3:])))
+                continue
         except re.error as error:
             raise OperandError(f"{option}: {text!r} is not a regular expression ({error})") from None
-        compiled.append((text, regex))
+        name = text.removesuffix(".weight")
+        exact.setdefault(name, text)
+        if any(c in name for c in "*?["):
+            shapes.append((text, re.compile(fnmatch.translate(name))))
 
     def match(name: str) -> str | None:
-        return next((text for text, regex in compiled if regex.match(name)), None)
+        return exact.get(name) or next((text for text, regex in shapes if regex.match(name)), None)
 
-    names = list(names)
-    return match, [text for text, regex in compiled if not any(regex.match(name) for name in names)]
+    names = set(names)
+    found = {text for name, text in exact.items() if name in names}
+    found |= {text for text, regex in shapes if any(regex.match(name) for name in names)}
+    return match, [text for text in dict.fromkeys([*exact.values(), *(text for text, _ in shapes)]) if text not in found]
 
 
 def select(
@@ -205,10 +216,21 @@ def select(
 
 
 def _kind(module: str, shape: tuple[int, ...], vocabulary: object) -> str | None:
-    """What a two-dimensional weight is, if it is no linear layer to be packed."""
+    """What a two-dimensional weight is, if it is no linear layer to be packed; by its name, and by the vocabulary's size."""
     if isinstance(vocabulary, int) and vocabulary >= 1000 and shape[0] == vocabulary:
         return "as large as the vocabulary"
-    return next((kind for regex, kind in NOT_PACKED if regex.match(module)), None)
+    *parents, last = module.split(".")
+    if 0 in shape:
+        return "empty"
+    if "embed" in last or last in EMBEDDINGS or last.endswith("_emb"):
+        return "an embedding"
+    if last in HEADS or last.endswith("classifier") or module in ("output", "proj_out"):
+        return "an output head"
+    if any(part in HEAD_PARTS or part.endswith("classifier") for part in parents):
+        return "part of an output head"
+    if last in ROUTERS or "router" in parents:
+        return "a router"
+    return "a norm" if len(last) < 200 and NORM.fullmatch(last) else None
 
 
 def _add(selection: Selection, name: str, code: str, shape: tuple[int, int], checkpoint: Checkpoint, scheme: str) -> None:
@@ -216,10 +238,8 @@ def _add(selection: Selection, name: str, code: str, shape: tuple[int, int], che
     tensors = checkpoint.tensors
     source = {"F32": dtypes.BFLOAT16}.get(code) or next(t for t in dtypes.PACKED if t.safetensors == code)
     dtype = source if scheme == "auto" else dtypes.packed_dtype(scheme)
-    companions = tuple(
-        f"{name}.{part}" for part in ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "weight_shape")
-        if f"{name}.{part}" in tensors
-    )  # fmt: skip
+    parts = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point") if code in QUANTIZED_CODES else ()
+    companions = tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in tensors)
     scale = None
     if code in QUANTIZED_CODES:
         scale = f"{name}.weight_scale"
@@ -267,6 +287,9 @@ def _one_type(selection: Selection) -> None:
 
 def _refuse_config(config: Mapping[str, Any], tensors: Mapping[str, Any], selection: Selection) -> None:
     """Refuse a checkpoint whose config.json or tensor names say that it cannot be packed at all."""
+    stray = next((name for name in tensors if name.endswith((".weight_meta", ".weight_shape"))), None)
+    if stray is not None and not any(name.endswith(".weight_packed") for name in tensors):
+        raise UnsupportedError(f"{stray}: a packed checkpoint could not be told from one of another tool; rename this tensor")
     if any(name.endswith(".weight_packed") for name in tensors):
         mine = any(name.endswith(".weight_meta") for name in tensors)
         what = (
@@ -301,6 +324,8 @@ def _refuse_config(config: Mapping[str, Any], tensors: Mapping[str, Any], select
 def _refuse_group(where: str, group: Mapping[str, Any]) -> None:
     """One compressed-tensors config group must be symmetric 8-bit weights, per channel or tensor, with 8-bit activations."""
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    if not isinstance(weights, Mapping) or not isinstance(inputs or {}, Mapping):
+        raise UnsupportedError(f"{where}: weights and input_activations must be objects")
     facts = {"num_bits": (8,), "type": ("int", "float"), "strategy": ("channel", "tensor"), "symmetric": (True,)}
     for key, allowed in facts.items():
         if weights.get(key, allowed[0]) not in allowed:

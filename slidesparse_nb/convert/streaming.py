@@ -42,73 +42,82 @@ class Done:
 class Staging:
     """The partial folder and the journal beside OUT, held under a lock.
 
+    Nothing is removed or replaced that a journal of ours does not vouch for.
+
     Args:
         out: the final path, a folder, or one file if `single`.
+        keep: names in the partial folder that an earlier run may have left for this one.
         resume: continue from a journal with the same fingerprint, if there is one.
-        overwrite: replace OUT, and forget an unfinished run.
+        may_replace: asked before something at OUT is replaced; None if nothing may be.
 
     Raises:
-        OperandError: OUT exists, or an unfinished or a running job stands there.
+        OperandError: an unfinished or a running job stands there, or something that is not ours.
     """
 
-    def __init__(self, out: Path, *, single: bool, fingerprint: str, resume: bool, overwrite: bool) -> None:
-        self.out, self.single = out, single
+    def __init__(
+        self,
+        out: Path,
+        *,
+        single: bool,
+        fingerprint: str,
+        keep: set[str],
+        resume: bool,
+        may_replace: Callable[[], bool] | None,
+    ) -> None:
+        self.out, self.single, self.may_replace = out, single, may_replace
         self.folder, self.journal, self.aside = _places(out)
         self.done: dict[str, Done] = {}
         out.parent.mkdir(parents=True, exist_ok=True)
-        for path in (self.folder, self.journal):
-            if path.is_symlink():
-                raise OperandError(f"out: {path} is a symbolic link; remove it first")
-        unfinished = self.journal.exists()
-        if unfinished and not (resume or overwrite):
-            self._lock(os.O_RDWR).close()  # says so if that run is alive
-            raise OperandError(
-                f"out: an unfinished run of {out} stands at {self.folder}; continue it with --resume, or start over with"
-                " --overwrite"
-            )
-        self._file = self._lock(os.O_RDWR | os.O_CREAT)
-        first = self._read_journal() if resume else None
-        self.resumed = first == fingerprint
-        if first is not None and first != fingerprint and not overwrite:
+        ours = self.journal.is_file() and not self.journal.is_symlink()
+        if ours and not (resume or may_replace):
+            file = _lock(self.journal, os.O_RDWR, out)  # says so if that run is alive
+            text = file.read()
+            file.close()
+            if text:
+                raise OperandError(
+                    f"out: an unfinished run of {out} stands at {self.folder}; continue it with --resume, or start over with"
+                    " --overwrite"
+                )
+        self._refuse_strangers(ours)
+        self._file = _lock(self.journal, os.O_RDWR | os.O_CREAT, out)
+        try:
+            self._take_over(fingerprint, keep, resume)
+        except BaseException:
             self._file.close()
+            raise
+
+    def _refuse_strangers(self, ours: bool) -> None:
+        """Raise OperandError where something of the user's has the name of our side files."""
+        strangers = [self.folder, self.aside] if not ours else []
+        strangers += [p for p in (self.folder, self.journal, self.aside) if p.is_symlink()]
+        strangers += [p for p in (self.folder, self.aside) if os.path.lexists(p) and not p.is_dir()]
+        strangers += [self.journal] if os.path.lexists(self.journal) and not ours else []
+        for path in strangers:
+            if os.path.lexists(path):
+                raise OperandError(f"out: {path} stands in the way and is not an unfinished run of this tool; move it first")
+
+    def _take_over(self, fingerprint: str, keep: set[str], resume: bool) -> None:
+        """Continue what the journal tells of, or start anew."""
+        found, self.done = _read_journal(self._file, self.journal)
+        if found is not None and os.path.lexists(self.aside) and not os.path.lexists(self.out):
+            os.rename(self.aside, self.out)  # killed between two renames: what stood there comes back first
+        if resume and found is not None and found != fingerprint and not self.may_replace:
             raise OperandError(
                 f"out: the unfinished run at {self.folder} was started with other options or another source; start over with"
                 " --overwrite"
             )
+        self.resumed = resume and found == fingerprint
         if not self.resumed:
-            self.done.clear()
+            self.done = {}
             self._file.truncate(0)
             shutil.rmtree(self.folder, ignore_errors=True)
-            self._append({"fingerprint": fingerprint})
+            self._append({"slidesparse": 1, "fingerprint": fingerprint})
         self.folder.mkdir(exist_ok=True)
-
-    def _lock(self, flags: int) -> Any:
-        file = os.fdopen(os.open(self.journal, flags | os.O_APPEND | os.O_NOFOLLOW, 0o644), "r+b", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise OperandError(f"out: another run is writing {self.out} at this moment") from None
-            raise
-        return file
-
-    def _read_journal(self) -> str | None:
-        """The fingerprint of the first line, None if there is none; fills `done`. A torn last line is cut off."""
-        self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))
-        fingerprint = None
-        for line in whole.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            fingerprint = fingerprint or record.get("fingerprint")
-            if "unit" in record:
-                self.done[record["unit"]] = Done([tuple(span) for span in record["spans"]], record["crc"])
-        return fingerprint
+        for entry in os.scandir(self.folder):  # whatever else is there, this run did not make
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            elif entry.name not in keep or not entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
 
     def _append(self, record: dict[str, Any]) -> None:
         os.write(self._file.fileno(), json.dumps(record).encode() + b"\n")
@@ -119,20 +128,32 @@ class Staging:
         self._append({"unit": unit, "spans": done.spans, "crc": done.crc})
 
     def publish(self) -> None:
-        """Turn the partial folder into OUT: one rename, after what stood there has been moved aside."""
+        """Turn the partial folder into OUT: one rename, after what it replaces has been moved aside.
+
+        Raises:
+            OperandError: something that may not be replaced has appeared at OUT.
+        """
         source = self.folder / self.out.name if self.single else self.folder
+        occupied = os.path.lexists(self.out) and (self.single or not self.out.is_dir() or any(self.out.iterdir()))
+        if occupied and not (self.may_replace and self.may_replace()):
+            raise OperandError(f"out: {self.out} has appeared meanwhile and is not replaced; name another place")
         if self.single:
             os.replace(source, self.out)
             shutil.rmtree(self.folder)
+        elif occupied:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            os.rename(self.out, self.aside)
+            try:
+                os.rename(source, self.out)
+            except OSError:
+                os.rename(self.aside, self.out)
+                raise
         else:
-            if self.out.exists():
-                shutil.rmtree(self.aside, ignore_errors=True)
-                os.rename(self.out, self.aside)
             os.rename(source, self.out)
         _sync_folder(self.out.parent)
+        shutil.rmtree(self.aside, ignore_errors=True)
         self.journal.unlink()
         self._file.close()
-        shutil.rmtree(self.aside, ignore_errors=True)
 
     def discard(self) -> None:
         """Leave nothing behind."""
@@ -150,12 +171,73 @@ def _places(out: Path) -> tuple[Path, Path, Path]:
     return tuple(out.with_name(out.name + end) for end in (".partial", ".journal", ".replaced"))  # type: ignore[return-value]
 
 
+def _lock(journal: Path, flags: int, out: Path) -> Any:
+    """The journal, open for appending and locked.
+
+    Raises:
+        OperandError: another process holds it.
+    """
+    file = os.fdopen(os.open(journal, flags | os.O_APPEND | os.O_NOFOLLOW, 0o644), "r+b", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise OperandError(f"out: another run is writing {out} at this moment") from None
+        raise
+    return file
+
+
+def _read_journal(file: Any, path: Path) -> tuple[str | None, dict[str, Done]]:
+    """The fingerprint of the first line (None of an empty journal) and the finished units; a torn last line is cut off.
+
+    Raises:
+        OperandError: it is not a journal of ours.
+    """
+    file.seek(0)
+    text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    file.truncate(len(whole))
+    lines = [_record(line) for line in whole.splitlines()]
+    if not lines:
+        if text and b"slidesparse" not in text:
+            file.write(text)  # somebody else's, without a line's end
+            raise OperandError(f"out: {path} stands in the way and is not an unfinished run of this tool; move it first")
+        return None, {}
+    if lines[0].get("slidesparse") != 1 or not isinstance(lines[0].get("fingerprint"), str):
+        raise OperandError(f"out: {path} stands in the way and is not an unfinished run of this tool; move it first")
+    done = {}
+    for record in lines[1:]:
+        unit, spans, crc = record.get("unit"), record.get("spans"), record.get("crc")
+        spans = spans if isinstance(spans, list) else []
+        well = all(isinstance(span, list) and [*map(type, span)] == [str, int, int] for span in spans)
+        if spans and well and isinstance(unit, str) and isinstance(crc, int):
+            done[unit] = Done(spans, crc)
+    return lines[0]["fingerprint"], done
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def clear_leftovers(out: Path) -> None:
-    """Remove what a run leaves that was killed after OUT was in its place."""
+    """Remove what a run leaves that was killed after OUT was in its place; nothing where there is no journal.
+
+    Raises:
+        OperandError: another run is at work, or the journal is not one of ours.
+    """
     folder, journal, aside = _places(out)
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(aside, ignore_errors=True)
-    journal.unlink(missing_ok=True)
+    if journal.is_symlink() or not journal.is_file():
+        return
+    with _lock(journal, os.O_RDWR, out) as file:
+        if _read_journal(file, journal)[0] is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            journal.unlink(missing_ok=True)
 
 
 def write_layout(
@@ -173,39 +255,53 @@ def write_layout(
         unit_bytes: source bytes in one piece of work; with `workers` it bounds the memory in use.
         progress: called with the source bytes of each piece that is done.
     """
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(workers))
-        flight: deque[tuple[Future[Done], str, int]] = deque()
-
-        def land() -> None:
-            future, unit, count = flight.popleft()
-            staging.finish(unit, future.result())
-            progress(count)
-
-        try:
-            for shard in layout.shards:
-                writer = _open_writer(shard, staging)
-                stack.callback(writer.close, sync=staging.out.exists())  # what it replaces must not be lost to a power failure
-                for item in shard.items:
-                    for first, last in row_ranges(item.rows, item.row_bytes, unit_bytes):
-                        unit, count = f"{shard.name}/{item.name}/{first}-{last}", (last - first) * item.row_bytes
-                        if unit in staging.done and _still_there(writer, staging.done[unit]):
-                            progress(count)
-                            continue
-                        flight.append((pool.submit(_write, writer, item, first, last), unit, count))
-                        while len(flight) > 2 * workers:
-                            land()
-            while flight:
-                land()
-        finally:  # writers must outlive the work in flight
-            for future, *_ in flight:
-                future.cancel()
-            wait([future for future, *_ in flight])
+    with ThreadPoolExecutor(workers) as pool:
+        for shard in layout.shards:
+            writer = _open_writer(shard, staging)
+            try:
+                _write_shard(shard, writer, staging, pool, 2 * workers, unit_bytes, progress)
+            finally:  # what it replaces must not be lost to a power failure
+                writer.close(sync=os.path.lexists(staging.out))
     for relative, write in layout.files:
         target = staging.folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         write(target)
     _sync_folder(staging.folder)
+
+
+def _write_shard(
+    shard: Shard,
+    writer: SafetensorsWriter,
+    staging: Staging,
+    pool: ThreadPoolExecutor,
+    most: int,
+    unit_bytes: int,
+    progress: Callable[[int], None],
+) -> None:
+    """One shard, at most `most` pieces under way."""
+    flight: deque[tuple[Future[Done], str, int]] = deque()
+
+    def land() -> None:
+        future, unit, count = flight.popleft()
+        staging.finish(unit, future.result())
+        progress(count)
+
+    try:
+        for index, item in enumerate(shard.items):
+            for first, last in row_ranges(item.rows, item.row_bytes, unit_bytes):
+                unit, count = f"{shard.name}/{index}/{first}-{last}", (last - first) * item.row_bytes
+                if unit in staging.done and _still_there(writer, staging.done[unit]):
+                    progress(count)
+                    continue
+                flight.append((pool.submit(_write, writer, item, first, last), unit, count))
+                while len(flight) > most:
+                    land()
+        while flight:
+            land()
+    finally:  # the writer must outlive the work in flight
+        for future, *_ in flight:
+            future.cancel()
+        wait([future for future, *_ in flight])
 
 
 def _open_writer(shard: Shard, staging: Staging) -> SafetensorsWriter:

@@ -65,7 +65,9 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
                     _prove_rows(module, written, cut(weights[module.name], slice(first, last)), first, last)
                 _release(checkpoint, module)
                 add(sum(checkpoint.tensors[name][0].nbytes for name in module.replaced))
-            prove_copies(written, checkpoint, (name for m in modules for name in m.replaced), add)
+            replaced = [name for module in modules for name in module.replaced]
+            made = [entry[0] for m in modules for entry in dense_entries(m.name, m.dtype, m.shape)]
+            prove_copies(written, checkpoint, replaced, made, add)
 
         carry_out(layout, target, single, checkpoint, {"unpack": __version__}, run, report, "unpacking", prove)
         return report

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -64,7 +64,7 @@ def pack_checkpoint(
             raise OperandError(f"max_shard_size: {target} is one file and is not split; name a folder as the output")
         maker = _Maker(checkpoint, options)
         layout = output_layout(
-            all_items(checkpoint, selection.modules, maker.packed_item if options.format == "packed" else maker.dense_item),
+            all_items(checkpoint, selection.modules, maker.item),
             checkpoint,
             metadata=output_metadata(checkpoint, options.format, options.pattern, dtype),
             config=output_config(checkpoint, options.format, options.pattern, dtype, sorted({*selection.left_dense, *skipped})),
@@ -161,7 +161,7 @@ class _Maker:
 
     def seed(self, module: Module) -> int:
         """Every module draws its own random numbers, whatever the order of work."""
-        return zlib.crc32(module.name.encode(), self.options.seed & 0xFFFFFFFF)
+        return int.from_bytes(hashlib.sha256(f"{self.options.seed} {module.name}".encode()).digest()[:8], "little")
 
     def packed_rows(self, module: Module, first: int, last: int) -> PackedWeight:
         """Rows first..last-1, packed.
@@ -220,6 +220,9 @@ class _Maker:
 
     # ---- items
 
+    def item(self, module: Module) -> Item:
+        return self.packed_item(module) if self.options.format == "packed" else self.dense_item(module)
+
     def packed_item(self, module: Module) -> Item:
         name, pattern = module.name, self.options.pattern
 
@@ -260,11 +263,12 @@ class _Maker:
                     release_rows(self.checkpoint, module, first, last)
 
                 list(pool.map(one, row_ranges(*extent(self.checkpoint, module), UNIT_BYTES)))
-                for name in (*module.replaced, *(e[0] for e in self.packed_item(module).entries)):
+                for name in (*module.replaced, *(e[0] for e in self.item(module).entries)):
                     if name in written.tensors:
                         written.release(name)
                 add(sum(self.checkpoint.tensors[name][0].nbytes for name in module.replaced))
-        prove_copies(written, self.checkpoint, (name for m in modules for name in m.replaced), add)
+        replaced = [name for module in modules for name in module.replaced]
+        prove_copies(written, self.checkpoint, replaced, (e[0] for m in modules for e in self.item(m).entries), add)
 
     def written_rows(
         self, written: Checkpoint, packed: dict[str, PackedWeight], module: Module, first: int, last: int
