@@ -46,6 +46,15 @@ def test_every_tile(capability, dtype):
         assert building.sparse_instructions(built), told
 
 
+def test_portable_kernels_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIDESPARSE_PORTABLE", "1")
+    jobs = {told[3]: (job, told) for job, told in building._jobs([(9, 0)], [Pattern(6, 8)], [PACKED[0]], "bfloat16")}
+    assert all("warpgroups" not in config for config in jobs)
+    for built in building.compile_all([job for job, _ in list(jobs.values())[::3]], workers=2):
+        assert (built.spills, built.stack) == (0, 0)
+        assert building.sparse_instructions(built)
+
+
 def test_command(tmp_path: Path) -> None:
     arguments = ["build", "--arch", "sm_86", "--pattern", "6:8", "--dtype", "int8", "--out", "float16"]
     shown = CliRunner().invoke(main, arguments)

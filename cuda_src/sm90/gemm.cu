@@ -32,7 +32,7 @@ constexpr int STRIP_BYTES = 4096 + META_BYTES;          // of one strip and stag
 constexpr int TILE_STRIPS = WARPGROUPS * STRIPS, TILE_N = 64 * TILE_STRIPS;
 constexpr int THREADS = 128 * (WARPGROUPS + 1);
 // The register file holds 65536: setmaxnreg takes them from the producer and shares them among the consumers.
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = WARPGROUPS == 3 ? 152 : 232;
+constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 40, CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : 232;
 
 typedef Stage<TILE_STRIPS, TOKENS, META_BYTES> StageT;
 typedef SharedMemory<STAGES, StageT, WARPGROUPS> Shared;
