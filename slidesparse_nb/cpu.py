@@ -164,6 +164,12 @@ def nonzero_mask(dtype: np.dtype[Any]) -> int:
     return (1 << bits) - 1 if dtype.kind in "iu" else (1 << (bits - 1)) - 1
 
 
+def nonzero(w: Array) -> Array:
+    """Which elements count as non-zero, as bits that are zero or not: the shape of w, unsigned."""
+    raw = raw_bits(w)
+    return raw if w.dtype.kind in "iu" else raw & raw.dtype.type(nonzero_mask(w.dtype))
+
+
 # ---- quantize ----------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +309,7 @@ def slide_compress(q: Array, pattern: Pattern) -> tuple[Array, Array, int]:
 
 @jit
 def _decompress(values: Array, meta: Array, mask: int, windows: int, table: Array, out: Array) -> None:
-    """out [rows, kp] = table[values] at their columns; a zero slot leaves its column as it is."""
+    """out [rows, kp] = the sum of table[values] at every column; a zero slot adds nothing."""
     two = np.uint64(2)  # unsigned indices: signed ones are tested for being negative
     for r in range(values.shape[0]):
         row, index, dense = values[r], meta[r], out[r]
@@ -316,9 +322,9 @@ def _decompress(values: Array, meta: Array, mask: int, windows: int, table: Arra
             for _ in range(2):
                 first, second = row[at], row[at + np.uint64(1)]
                 if first & mask:
-                    dense[start + (nibbles & np.uint64(3))] = table[first]
+                    dense[start + (nibbles & np.uint64(3))] += table[first]
                 if second & mask:
-                    dense[start + (nibbles >> two & np.uint64(3))] = table[second]
+                    dense[start + (nibbles >> two & np.uint64(3))] += table[second]
                 nibbles >>= np.uint64(4)
                 at += two
                 start += two
@@ -329,7 +335,10 @@ def _decompress(values: Array, meta: Array, mask: int, windows: int, table: Arra
 
 
 def decompress(values: Array, meta: Array, pattern: Pattern, k: int, dtype: DType) -> Array:
-    """`reference.decompress` and `reference.unslide`: the stored values at their columns, [rows, k] of dtype.numpy."""
+    """`reference.decompress` and `reference.unslide`: the stored values at their columns, [rows, k] of dtype.numpy.
+
+    A column that two windows store, as `pack` never does, is worthless: it holds the sum of their bits.
+    """
     out = np.empty((values.shape[0], pattern.padded_k(k)), dtype.raw)
     same = np.arange(2**dtype.bits, dtype=dtype.raw)
     _decompress(raw_bits(contiguous(values)), contiguous(meta), dtype.nonzero_mask, pattern.windows, same, out)
@@ -337,7 +346,7 @@ def decompress(values: Array, meta: Array, pattern: Pattern, k: int, dtype: DTyp
 
 
 def decompress_float32(values: Array, meta: Array, pattern: Pattern, out: Array, dtype: DType) -> None:
-    """The same, converted to float32 into `out` [rows, kp], contiguous."""
+    """The same, converted to float32 into `out` [rows, kp], contiguous; a column that two windows store is the sum of both."""
     _decompress(raw_bits(contiguous(values)), contiguous(meta), dtype.nonzero_mask, pattern.windows, float32_table(dtype), out)
 
 

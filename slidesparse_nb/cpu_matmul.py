@@ -1,7 +1,8 @@
 """`reference.matmul` on the CPU: packed weights are decompressed into float32 tile by tile and met by BLAS.
 
 Products of int8 values are sums of whole numbers below 2^24 as long as no more than 1024 of them are added, so float32 holds
-them exactly; the sums of 1024 are added in int32.
+them exactly; the sums of `EXACT` columns are added in int32. Where two windows store the same column, as the format allows and
+no packer does, the two weights are added up first: the same sum for int8, for other types to the order of accumulation.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ TILE_ROWS = 256
 THREADED = 2**20
 """Weights from which threads are worth their start, about a tenth of a millisecond."""
 
-EXACT = 1024
-"""Products of two int8 values, at most 2^14 each, whose sum float32 holds exactly."""
+EXACT = 1008
+"""Columns whose int8 products float32 adds up exactly: windows over them store two values more at most, each product is at
+most 2^14, and 1010 * 2^14 < 2^24. A multiple of 16, which BLAS likes."""
 
 
 def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | None, out: Array) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .dtypes import FLOAT32, DType
-from .errors import FormatError
+from .dtypes import FLOAT32, INT8, DType
+from .errors import FormatError, OperandError
 from .pattern import Pattern
+from .strict_json import shown
 
 ORDERED_NIBBLES = tuple(i0 | i1 << 2 for i1 in range(4) for i0 in range(i1))
 """The six legal index nibbles, first index below the second: 0x4, 0x8, 0x9, 0xC, 0xD, 0xE."""
+
+LARGEST_DIMENSION = 2**31 - 1
+"""Rows or columns of a weight, at most."""
+
+LARGEST_INT8_SLOTS = 2**17 - 1
+"""Slots of a row of int8 values, at most: each adds up to 2^14 to a sum that is kept in int32."""
 
 _LEGAL_BYTE = np.zeros(256, bool)
 _LEGAL_BYTE[[low | high << 4 for low in ORDERED_NIBBLES for high in ORDERED_NIBBLES]] = True
@@ -43,6 +52,10 @@ class PackedWeight:
     shape: tuple[int, int]
     dtype: DType
     arranged: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        with contextlib.suppress(TypeError):  # what is no shape, check_shapes refuses
+            object.__setattr__(self, "shape", tuple(map(operator.index, self.shape)))
 
     @property
     def n(self) -> int:
@@ -79,7 +92,9 @@ class PackedWeight:
 
         Raises:
             UnsupportedError: the device has no sparse tensor cores, or none for this type.
+            FormatError: the tensors do not fit the shape.
         """
+        self.check_shapes()
         importlib.import_module(f"{__package__}.device.gemm").to_device(self, device)  # looked up when called: it stands above
         return self
 
@@ -99,10 +114,19 @@ class PackedWeight:
         return self
 
     def check_shapes(self, name: str = "packed") -> None:
-        """The part of `validate` that looks at no element: FormatError if a tensor has the wrong dtype or shape."""
+        """The part of `validate` that looks at no element: FormatError if a tensor has the wrong dtype or shape.
+
+        Or if pattern, shape and dtype are none, or together too large (`size_problem`).
+        """
+        if not isinstance(self.pattern, Pattern) or not isinstance(self.dtype, DType):
+            for part, kind in (("pattern", Pattern), ("dtype", DType)):
+                if not isinstance(value := getattr(self, part), kind):
+                    raise FormatError(f"{name}.{part}: {shown(value)} must be a {kind.__name__}; pack or load makes it so")
+        if not isinstance(self.shape, tuple) or len(self.shape) != 2 or not all(isinstance(v, int) for v in self.shape):
+            raise FormatError(f"{name}.shape: {shown(self.shape)} must be two integers (n, k)")
+        if problem := size_problem(self.pattern, self.shape, self.dtype):
+            raise FormatError(f"{name}: {problem}")
         n, k = self.shape
-        if n < 0 or k < 0:
-            raise FormatError(f"{name}: shape ({n}, {k}) must not be negative")
         wanted: list[tuple[str, Any, tuple[int, int], tuple[np.dtype[Any], ...]]] = [
             ("values", self.values, (n, self.ks // 2), (self.dtype.numpy, self.dtype.raw)),
             ("meta", self.meta, (n, self.ks // 8), (np.dtype(np.uint8),)),
@@ -114,6 +138,8 @@ class PackedWeight:
         for part, array, shape, dtypes in wanted:
             if array is None:
                 raise FormatError(f"{name}.{part}: is missing; {self.dtype} weights need it")
+            if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+                raise FormatError(f"{name}.{part}: is {type(array).__name__}, must be an array, {dtypes[0]} {shape}")
             if tuple(array.shape) != shape or array.dtype not in dtypes:
                 raise FormatError(
                     f"{name}.{part}: is {array.dtype} {tuple(array.shape)}, must be {dtypes[0]} {shape}"
@@ -132,6 +158,28 @@ class PackedWeight:
             raise FormatError(
                 f"{name}.scale: {float(self.scale[row, 0])} at row {first_row + row} must be finite and not negative"
             )
+
+
+def size_problem(pattern: Pattern, shape: tuple[int, int], dtype: DType) -> str:
+    """What forbids weights of this shape: one sentence without its subject and full stop; "" if nothing does."""
+    n, k = shape
+    if n < 0 or k < 0:
+        return f"shape ({n}, {k}) must not be negative"
+    if max(n, k) > LARGEST_DIMENSION:
+        return f"shape ({n}, {k}) must be below 2^31 in both dimensions"
+    if dtype == INT8 and (slots := pattern.slid_k(k) // 2) > LARGEST_INT8_SLOTS:
+        return (
+            f"k={k} takes {slots} slots at pattern {pattern}, and int8 products of more than {LARGEST_INT8_SLOTS} could"
+            " overflow their int32 sums; store the weights in another type, or split k"
+        )
+    return ""
+
+
+def require_packed(packed: object) -> PackedWeight:
+    """`packed`, or OperandError unless it is a PackedWeight."""
+    if not isinstance(packed, PackedWeight):
+        raise OperandError(f"packed: {type(packed).__name__} must be a PackedWeight; pack(w) or load(path) makes one")
+    return packed
 
 
 @dataclass(frozen=True, eq=False)

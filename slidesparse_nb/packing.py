@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from . import cpu, pruning
 from .dtypes import DType
-from .errors import PatternError
+from .errors import FormatError, OperandError, PatternError
 from .operands import check_weights, on_gpu, require_finite, require_no_overflow, row_scales, stored_dtype
-from .packed import PackedWeight
+from .packed import PackedWeight, require_packed, size_problem
 from .pattern import Pattern, known_patterns
+from .reference import window_index
 from .verification import verify, verify_rows
 
 __all__ = ["pack", "pack_rows", "store_rows", "unpack", "verify", "verify_rows", "violations_hint"]
@@ -61,7 +62,9 @@ def pack(
     if on_gpu(w):
         from .device import arrays, weights  # CuPy is imported when a GPU is first used, and not before
 
-        return weights.pack(arrays.as_cupy("w", w), pattern, dtype, scale=scale, prune=prune)
+        packed = weights.pack(arrays.as_cupy("w", w), pattern, dtype, scale=scale, prune=prune)
+        packed.check_shapes("w")
+        return packed
     w = check_weights(w)
     stored = stored_dtype(w, dtype)
     n, k = w.shape
@@ -102,9 +105,11 @@ def unpack(packed: PackedWeight) -> Array:
     Of weights on a GPU the result stays there, and has the dtype of packed.values, which may be raw bits.
 
     Raises:
-        FormatError: a tensor of `packed` has the wrong dtype or shape, or holds an index out of order.
+        OperandError: `packed` is no PackedWeight.
+        FormatError: a tensor of `packed` has the wrong dtype or shape, or holds an index out of order; or two windows store a
+            value for the same column, which no dense form holds (on a GPU this is not looked for).
     """
-    packed.validate()
+    require_packed(packed).validate()
     if on_gpu(packed.values):
         from .device import weights
 
@@ -113,11 +118,32 @@ def unpack(packed: PackedWeight) -> Array:
     out = np.empty(packed.shape, packed.dtype.numpy)
 
     def block(rows: slice) -> None:
-        out[rows] = cpu.decompress(packed.values[rows], packed.meta[rows], packed.pattern, packed.k, packed.dtype)
+        values, meta = packed.values[rows], packed.meta[rows]
+        dense = cpu.decompress(values, meta, packed.pattern, packed.pattern.padded_k(packed.k), packed.dtype)
+        if np.count_nonzero(cpu.nonzero(dense)) != np.count_nonzero(cpu.nonzero(values)):
+            raise _stored_twice(values, meta, packed, rows.start)
+        out[rows] = dense[:, : packed.k]
 
     for _ in cpu.over_blocks(block, packed.n, packed.k, None):
         pass
     return out
+
+
+def _stored_twice(values: Array, meta: Array, packed: PackedWeight, first_row: int) -> FormatError:
+    """The error to raise for a block of packed weights, a row of which stores a column in two windows."""
+    windows = packed.pattern.lift_index(packed.k).reshape(-1, 4)
+    stored = cpu.nonzero(values) != 0
+    row, column = next(
+        (row, int(columns[count > 1][0]))
+        for row in range(values.shape[0])
+        for at in [np.take_along_axis(windows, window_index(meta[row : row + 1])[0], axis=1).ravel()]
+        for columns, count in [np.unique(at[stored[row]], return_counts=True)]
+        if (count > 1).any()
+    )
+    return FormatError(
+        f"packed: row {first_row + row} stores column {column} in two windows, as no packer does and no dense"
+        " weight can hold; matmul adds up the two"
+    )
 
 
 # ---- blocks of rows ----------------------------------------------------------------------------------------------
@@ -149,6 +175,8 @@ def store_rows(
     pattern = Pattern.of(pattern)
     w = check_weights(w)
     stored = stored_dtype(w, dtype)
+    if problem := size_problem(pattern, w.shape, stored):
+        raise OperandError(f"w: {problem}")
     scales = row_scales(w, scale, first_row)
     require_finite(w, first_row)
     method = pruning.check(prune, w.shape)

@@ -248,9 +248,14 @@ def matmul(x: Array, packed: PackedWeight, bias: Array | None = None, out_dtype:
     float8 ones in float32; then y = (acc * scale_x) * scale_w + bias, each step rounded to float32. 16-bit weights: x is
     rounded to their type, products accumulate in float32. y is rounded to `out_dtype` last.
 
+    Products of every slot are added up, so two values stored for one column, which no packer writes, both count.
     Only the two slots that a window stores meet an activation, an unused one as 0 at the position of its nibble. So infinity
     or NaN in a 16-bit x reaches exactly the outputs that the hardware lets it reach.
+
+    Raises:
+        FormatError: tensors of `packed` do not fit its shape, or k is so long that int32 sums could overflow.
     """
+    packed.check_shapes()
     pattern = packed.pattern
     if packed.dtype.qmax is None:
         with np.errstate(over="ignore"):  # to infinity

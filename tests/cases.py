@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from slidesparse_nb import Pattern
+from slidesparse_nb import PackedWeight, Pattern, reference
 from slidesparse_nb.dtypes import DType
 
 Array = NDArray[Any]
@@ -65,6 +66,15 @@ def stored(shape: tuple[int, int], pattern: Pattern, dtype: DType, seed: int = 0
     if dtype.inf_bits is not None:
         raw[rng.random(shape) < 0.1] = dtype.nonzero_mask + 1  # -0.0
     return drop_two(raw.view(dtype.numpy), pattern, seed)
+
+
+def stored_twice(dtype: DType) -> PackedWeight:
+    """A legal 6:8 weight [4, 24] that `pack` never makes: row 2 stores column 19 twice, as 3 in one window and 5 in the next."""
+    packed = reference.pack(np.eye(4, 24, 17, np.float32) * 3, Pattern(6, 8), dtype)
+    values, meta = packed.values.copy(), packed.meta.copy()
+    values[2, 12:16] = np.array([0, 3, 0, 5], dtype.numpy)
+    meta[2, 3] = (0 | 3 << 2) | (0 | 1 << 2) << 4
+    return replace(packed, values=values, meta=meta).validate()
 
 
 def chosen_by_hand(row: list[float], pattern: Pattern) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import FLOATS, SHAPES, SMALL, weights
+from cases import FLOATS, SHAPES, SMALL, stored_twice, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +26,7 @@ from slidesparse_nb import (
     reference,
 )
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb.packed import ORDERED_NIBBLES
 
 P = Pattern(6, 8)
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -109,6 +110,32 @@ def test_tiles_and_threads(dtype: DType, m: int, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(cpu_matmul, "THREADED", threaded)
         monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", block)
         check(matmul(x, packed, bias=bias), x, packed, bias)
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_a_column_stored_in_two_windows_counts_twice(dtype: DType) -> None:
+    packed = stored_twice(dtype)
+    x = weights((3, 24), seed=4)
+    x[1, 19], x[2] = 8, np.inf
+    check(matmul(x, packed), x, packed)
+    one = np.eye(1, 24, 19, np.float32)
+    scale = 1 if packed.scale is None else packed.scale[2, 0]
+    assert matmul(one, packed)[0, 2] == pytest.approx(8 * scale)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "6:8", "2046:2048", "4094:4096"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_int8_sums_are_exact_whatever_the_windows_hold(pattern: str, sign: int) -> None:
+    """Every slot full, of odd products near the largest, many columns stored twice."""
+    form = Pattern.of(pattern)
+    k = 3 * form.slice_unit + 2000 // form.slice_unit * form.slice_unit
+    rng = np.random.default_rng(0)
+    values = rng.choice([-128, -127], (2, form.slid_k(k) // 2)).astype(np.int8)
+    meta = rng.choice([low | high << 4 for low in ORDERED_NIBBLES for high in ORDERED_NIBBLES], (2, form.slid_k(k) // 8))
+    packed = PackedWeight(values, meta.astype(np.uint8), np.ones((2, 1), np.float32), form, (2, k), INT8).validate()
+    x = rng.choice([126, 127], (2, k)).astype(np.float32) * sign
+    x[:, 0] = 127 * sign
+    check(matmul(x, packed), x, packed)
 
 
 def test_int8_sums_are_exact_past_float32() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slidesparse_nb import FormatError, PackedWeight, QuantizedActivations, pack, reference
+from slidesparse_nb import FormatError, OperandError, PackedWeight, QuantizedActivations, matmul, pack, reference
 from slidesparse_nb.dtypes import BFLOAT16, INT8
 from slidesparse_nb.packed import ORDERED_NIBBLES
 from slidesparse_nb.pattern import Pattern
@@ -40,6 +40,17 @@ def test_ordered_nibbles() -> None:
     [
         ({"shape": (3, 40)}, r"values: is int8 \(3, 24\), must be int8 \(3, 36\) for a weight of shape \(3, 40\) at 6:8"),
         ({"shape": (-3, 20)}, r"shape \(-3, 20\) must not be negative"),
+        ({"shape": (2**31, 20)}, r"shape \(2147483648, 20\) must be below 2\^31 in both dimensions"),
+        ({"shape": (0, 2**40)}, r"shape \(0, 1099511627776\) must be below 2\^31"),
+        ({"shape": (3.0, 20.0)}, r"shape: \(3.0, 20.0\) must be two integers \(n, k\)"),
+        ({"shape": (3,)}, r"shape: \(3,\) must be two integers"),
+        ({"shape": None}, "shape: None must be two integers"),
+        ({"shape": "3x"}, "shape: '3x' must be two integers"),
+        ({"pattern": "6:8"}, "pattern: '6:8' must be a Pattern; pack or load makes it so"),
+        ({"dtype": "int8"}, "dtype: 'int8' must be a DType"),
+        ({"values": [[0] * 24] * 3}, r"values: is list, must be an array, int8 \(3, 24\)"),
+        ({"meta": "0x44"}, r"meta: is str, must be an array, uint8 \(3, 6\)"),
+        ({"scale": [[1.0]] * 3}, r"scale: is list, must be an array, float32 \(3, 1\)"),
         ({"dtype": BFLOAT16}, "scale: bfloat16 values carry no scale"),
         ({"dtype": BFLOAT16, "scale": None}, "values: is int8"),
         ({"scale": None}, "scale: is missing; int8 weights need it"),
@@ -64,6 +75,39 @@ def test_nibble_out_of_order(packed: PackedWeight, byte: int) -> None:
     meta[1, 4] = byte
     with pytest.raises(FormatError, match=f"meta: byte 0x{byte:02x} at row 1, column 4"):
         replace(packed, meta=meta).validate()
+
+
+def test_shapes_of_numpy_integers(packed: PackedWeight) -> None:
+    same = replace(packed, shape=np.array([3, 20], np.int8))  # type: ignore[arg-type]
+    assert same.validate().shape == (3, 20)
+    assert [type(v) for v in same.shape] == [int, int]
+
+
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(6, 8)], ids=str)
+def test_int8_sums_that_could_overflow(pattern: Pattern) -> None:
+    """128 * 128 * slots must stay below 2^31."""
+    longest = max(k for k in range(262_000, 262_200) if pattern.slid_k(k) < 2**18) if pattern.group == 4 else 174_752
+    assert pattern.slid_k(longest) < 2**18 <= pattern.slid_k(longest + pattern.slice_unit)
+    for k, fits in ((longest, True), (longest + pattern.slice_unit, False)):
+        ks = pattern.slid_k(k)
+        packed = PackedWeight(
+            np.zeros((1, ks // 2), np.int8), np.full((1, ks // 8), 0x44, np.uint8), np.ones((1, 1), np.float32),
+            pattern, (1, k), INT8,
+        )  # fmt: skip
+        x = np.ones((1, k), np.float32)
+        if fits:
+            assert matmul(x, packed.validate()).tolist() == [[0]]
+            continue
+        message = rf"k={k} takes {ks // 2} slots at pattern {pattern}, .* store the weights in another type, or split k$"
+        for refused in (packed.validate, packed.to_device, lambda p=packed, v=x: matmul(v, p)):
+            with pytest.raises(FormatError, match=f"^packed: {message}"):
+                refused()
+        with pytest.raises(FormatError, match=f"^packed: {message}"):
+            reference.matmul(x, packed)
+        for w, scale in ((np.zeros((1, k), np.int8), 1), (np.zeros((1, k), np.float32), None)):
+            with pytest.raises(OperandError, match=f"^w: {message}"):
+                pack(w, pattern, "int8", scale=scale)
+        assert pack(np.zeros((1, k), np.float32), pattern, "fp8").validate().k == k
 
 
 def test_empty_weights() -> None:

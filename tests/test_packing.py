@@ -8,11 +8,23 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import FLOATS, LARGE, SHAPES, SMALL, drop_two, stored, weights
+from cases import FLOATS, LARGE, SHAPES, SMALL, drop_two, stored, stored_twice, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidesparse_nb import OperandError, PackedWeight, Pattern, PatternError, pack, packing, reference, unpack
+from slidesparse_nb import (
+    FormatError,
+    OperandError,
+    PackedWeight,
+    Pattern,
+    PatternError,
+    VerificationError,
+    pack,
+    packing,
+    reference,
+    unpack,
+    verify,
+)
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
 
 
@@ -126,6 +138,18 @@ def test_every_layout_in_memory(source: np.dtype, tmp_path: Path) -> None:
     assert w.tobytes() == before  # pruning is not in place
     q, _ = packing.store_rows(w, "6:8", wanted.dtype, scale=scale)
     assert not np.shares_memory(q, w)
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_unpack_refuses_a_column_stored_twice(dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = stored_twice(dtype)
+    with pytest.raises(FormatError, match=r"^packed: row 2 stores column 19 in two windows, as no packer does"):
+        unpack(packed)
+    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 32)
+    with pytest.raises(FormatError, match=r"^packed: row 2 stores column 19"):
+        unpack(packed)
+    with pytest.raises(VerificationError, match=r"window 6 of row 2 \(group 2\) is not canonical"):
+        verify(packed)
 
 
 def test_threads_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
