@@ -8,6 +8,7 @@ stay in the second-level cache between one step and the next.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -134,7 +135,8 @@ def prune(w: Array, pattern: Pattern, score: Array | None = None) -> None:
 
     Args:
         w: [rows, k] contiguous and writable, of any type up to 32 bits.
-        score: float32 [rows, k], the weights with the highest stay; by default |w|. Those below zero go first, in any order.
+        score: float32 [rows, k], the weights with the highest stay; by default |w|. Those below zero go first, in any order;
+            -0.0 counts as such, so none may be there by chance.
     """
     if score is None:
         score = np.abs(w) if w.dtype == np.float32 else np.abs(to_float32(w))
@@ -366,8 +368,12 @@ def blocks(n: int, k: int) -> Iterator[slice]:
 def over_blocks(work: Callable[[slice], Any], n: int, k: int, max_workers: int | None) -> Iterator[Any]:
     """`work` of every block of rows, in order of rows, on up to `max_workers` threads."""
     todo = list(blocks(n, k))
-    if max_workers is not None and (not isinstance(max_workers, int) or isinstance(max_workers, bool) or max_workers < 1):
-        raise OperandError(f"max_workers: {max_workers!r} must be a whole number of at least 1")
+    if max_workers is not None:
+        try:
+            if isinstance(max_workers, bool) or (max_workers := operator.index(max_workers)) < 1:
+                raise TypeError
+        except TypeError:
+            raise OperandError(f"max_workers: {max_workers!r} must be a whole number of at least 1") from None
     workers = min(len(todo), min(8, os.cpu_count() or 1) if max_workers is None else max_workers)
     if workers <= 1:
         yield from map(work, todo)

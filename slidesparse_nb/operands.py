@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8, PACKED, DType, packed_dtype
+from .dtypes import BFLOAT16, CODE_OF, FLOAT8, FLOAT16, FLOAT32, INT8, PACKED, DType, packed_dtype
 from .errors import OperandError
 
 Array = NDArray[Any]
@@ -26,10 +26,33 @@ def on_gpu(a: Any) -> bool:
     return hasattr(a, "__cuda_array_interface__")
 
 
+def require_unmasked(name: str, a: object) -> None:
+    """Raise OperandError for a masked array, whose mask would be dropped without a word."""
+    if isinstance(a, np.ma.MaskedArray):
+        raise OperandError(f"{name}: is a masked array, and the mask would be lost; pass {name}.filled(value)")
+
+
+def real_numbers(name: str, a: object) -> Array:
+    """`a` as a plain NumPy array of real numbers: any float, integer or bool type, ml_dtypes' floats too.
+
+    Raises:
+        OperandError: a masked array, ragged lists, complex numbers, text, dates, objects (and integers past 64 bits).
+    """
+    require_unmasked(name, a)
+    try:
+        array = np.asarray(a)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise OperandError(f"{name}: {type(a).__name__} cannot be made an array ({error}); pass real numbers") from None
+    if array.dtype.kind not in "biuf" and (array.dtype.kind == "c" or array.dtype not in CODE_OF):
+        raise OperandError(f"{name}: {array.dtype} must be real numbers")
+    return array
+
+
 def check_weights(w: object) -> Array:
     """w as a plain NumPy array, or OperandError unless it is a NumPy matrix of a type that can be packed."""
     if not isinstance(w, np.ndarray):
         raise OperandError(f"w: {type(w).__name__} is not an array; pass a NumPy array [n, k]")
+    require_unmasked("w", w)
     if w.ndim != 2:
         raise OperandError(f"w: shape {w.shape} must be [n, k]; reshape it to two dimensions")
     if w.dtype not in SOURCES:
@@ -63,20 +86,23 @@ def row_scale(scale: Array | float, n: int, first_row: int = 0) -> Array:
     """Scales as they are stored: [n, 1], [n], or one number for all rows, of any real type -> float32 [n, 1].
 
     Raises:
-        OperandError: another shape, or a scale that is negative or not finite (in float32).
+        OperandError: another shape or type, or a scale that is negative, not finite in float32, or zero only there.
     """
-    given = np.asarray(scale)
+    given = real_numbers("scale", scale)
     if given.shape not in ((n, 1), (n,), (), (1,), (1, 1)):
         raise OperandError(f"scale: shape {given.shape} must be [{n}, 1], [{n}], or one number for all rows")
-    try:
-        with np.errstate(over="ignore"):
-            scales = np.broadcast_to(given.astype(np.float32).reshape(-1, 1), (n, 1))
-    except (TypeError, ValueError):
-        raise OperandError(f"scale: {given.dtype} must be real numbers") from None
-    if not (good := np.isfinite(scales) & (scales >= 0)).all():
+    given = np.broadcast_to(given.reshape(-1, 1), (n, 1))
+    with np.errstate(over="ignore", under="ignore"):
+        scales = given.astype(np.float32) + np.float32(0)  # and -0.0 is 0
+    zero = np.zeros((), given.dtype)
+    if not (good := np.isfinite(scales) & (given >= zero) & ((scales != 0) | (given == zero))).all():
         row = int(np.flatnonzero(~good)[0])
-        raise OperandError(f"scale: {scales[row, 0]} at row {first_row + row} must be finite and not negative")
-    return np.ascontiguousarray(scales)
+        value = given[row, 0] if scales[row, 0] == 0 else scales[row, 0]
+        raise OperandError(
+            f"scale: {value} at row {first_row + row} must be finite and not negative"
+            f"{', and not so small that float32 makes it zero' if scales[row, 0] == 0 else ''}"
+        )
+    return scales
 
 
 _INFINITE = {row.numpy: (row.nonzero_mask, row.inf_bits) for row in PACKED} | {FLOAT32: (0x7FFFFFFF, 0x7F800000)}

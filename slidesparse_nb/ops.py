@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from . import cpu, cpu_matmul
 from .dtypes import BFLOAT16, FLOAT16, FLOAT32, DType, packed_dtype
 from .errors import OperandError
-from .operands import on_gpu
-from .packed import PackedWeight, QuantizedActivations
+from .operands import on_gpu, require_unmasked
+from .packed import PackedWeight, QuantizedActivations, require_packed
 from .pattern import Pattern
+from .strict_json import shown
 
 Array = NDArray[Any]
 
@@ -54,14 +55,23 @@ def matmul(
         OperandError: an operand of the wrong type, shape or dtype.
         FormatError: the tensors of `packed` do not fit its shape.
     """
-    if not isinstance(packed, PackedWeight):
-        raise OperandError(f"packed: {type(packed).__name__} must be a PackedWeight; pack(w) or load(path) makes one")
-    given = x.values if isinstance(x, QuantizedActivations) else x
+    require_packed(packed)
+    if isinstance(x, QuantizedActivations):
+        given = x.values
+        if not isinstance(x.lead, tuple) or not all(isinstance(v, int) and v >= 0 for v in x.lead):
+            raise OperandError(
+                f"x.lead: {x.lead!r} must be the leading dimensions of x, a tuple; make x with quantize(x, packed)"
+            )
+    else:
+        given = x
+        require_unmasked("x", x)
     if isinstance(given, np.ndarray):
         if workspace is not None:
             raise OperandError(f"workspace: {type(workspace).__name__} must be None for NumPy arrays")
         return _matmul_numpy(x, packed, bias, out, out_dtype, stream)
     if on_gpu(given):
+        if not packed.arranged:
+            packed.check_shapes()
         return _gemm().matmul(x, packed, bias, out, out_dtype, stream, workspace)
     raise _no_array("x", x)
 
@@ -84,8 +94,12 @@ def quantize(x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dty
 
     Raises:
         OperandError: an operand of the wrong type or shape; weights of 16 bits, whose activations are not quantized.
+        FormatError: the tensors of `packed` do not fit its shape.
     """
+    require_unmasked("x", x)
     if isinstance(packed, PackedWeight):
+        if not packed.arranged:  # a GPU's weights were checked when they were arranged
+            packed.check_shapes()
         wanted = packed.dtype
         if dtype is not None and packed_dtype(dtype) != wanted:
             raise OperandError(f"dtype: {packed_dtype(dtype)} is not {wanted}, the type of packed; leave it out")
@@ -126,9 +140,10 @@ def _matmul_numpy(
     for name, array in (("packed.values", packed.values), ("bias", bias), ("out", out)):
         if array is not None and not isinstance(array, np.ndarray):
             raise OperandError(f"{name}: {type(array).__name__} must be a NumPy array, as x is")
+        require_unmasked(name, array)
     if isinstance(x, QuantizedActivations):
         values, scale_x = _quantized(x, packed.dtype)
-        lead, source = x.lead, np.dtype(x.source)
+        lead, source = x.lead, _dtype("x.source", x.source)
     else:
         lead, flat = _flat(_activations(x))
         values, scale_x, source = flat, None, x.dtype
@@ -202,10 +217,7 @@ def _result(shape: tuple[int, ...], source: np.dtype[Any], out: Array | None, ou
     """`out`, checked, or a new array."""
     dtype = source if out is None else out.dtype
     if out_dtype is not None:
-        try:
-            dtype = out_dtype.numpy if isinstance(out_dtype, DType) else np.dtype(out_dtype)
-        except TypeError:
-            raise OperandError(f"out_dtype: {out_dtype!r} is not a dtype; pass float32, float16 or bfloat16") from None
+        dtype = _dtype("out_dtype", out_dtype)
     if dtype not in ACTIVATIONS:
         raise OperandError(f"out_dtype: {dtype} must be one of {', '.join(t.name for t in ACTIVATIONS)}")
     if out is None:
@@ -215,6 +227,13 @@ def _result(shape: tuple[int, ...], source: np.dtype[Any], out: Array | None, ou
     if not out.flags.writeable:
         raise OperandError("out: is read-only; pass a writable array")
     return out
+
+
+def _dtype(name: str, value: Any) -> np.dtype[Any]:
+    try:
+        return value.numpy if isinstance(value, DType) else np.dtype(value)
+    except (TypeError, ValueError):
+        raise OperandError(f"{name}: {shown(value)} is not a dtype; pass float32, float16 or bfloat16") from None
 
 
 def _overlap(a: Array, b: Array) -> bool:

@@ -48,7 +48,7 @@ def pack(
         scale: of 8-bit w only, w ~= w * scale: [n, 1] or [n], one a row; or one number for all rows. Any float type.
         prune: "none" (weights that break the pattern are refused), "magnitude", "random", or scores [n, k] >= 0: of the
             weights in a group, those with the highest stay. Pruning comes before quantization; 8-bit w is pruned by its |q|.
-        seed: of prune="random".
+        seed: of prune="random", any integer, modulo 2^64.
         max_workers: threads; by default as many as there are processors, up to 8.
 
     Returns:
@@ -69,7 +69,7 @@ def pack(
     stored = stored_dtype(w, dtype)
     n, k = w.shape
     scales = row_scales(w, scale)
-    method = pruning.check(prune, w.shape)
+    method, seed = pruning.check(prune, w.shape), pruning.check_seed(seed)
     ks = pattern.slid_k(k)
     values, meta = np.empty((n, ks // 2), stored.numpy), np.empty((n, ks // 8), np.uint8)
     out_scale = None if stored.qmax is None else np.empty((n, 1), np.float32)

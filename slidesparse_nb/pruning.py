@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from . import cpu
 from .errors import OperandError
+from .operands import real_numbers, require_unmasked
 from .pattern import Pattern
 
 Array = NDArray[Any]
@@ -26,7 +28,7 @@ def check(method: object, shape: tuple[int, ...]) -> str | Array:
         shape: (n, k) of the weights.
 
     Raises:
-        OperandError: an unknown name; scores of another shape, negative or not finite.
+        OperandError: an unknown name; scores of another shape, masked, of no real type, negative or not finite.
     """
     if isinstance(method, str):
         if method in METHODS:
@@ -34,17 +36,31 @@ def check(method: object, shape: tuple[int, ...]) -> str | Array:
         raise OperandError(f"prune: {method!r} is not a method; it must be one of {', '.join(METHODS)}, or an array of scores")
     if not isinstance(method, np.ndarray):
         raise OperandError(f"prune: {type(method).__name__} must be one of {', '.join(METHODS)}, or a NumPy array of scores")
+    require_unmasked("prune", method)
     if method.shape != tuple(shape):
         raise OperandError(f"prune: scores of shape {method.shape} must have one score a weight, {tuple(shape)}")
     try:
-        with np.errstate(over="ignore"):
-            scores = method.astype(np.float32)
-    except (TypeError, ValueError):
+        given = real_numbers("prune", method)
+    except OperandError:
         raise OperandError(f"prune: scores of type {method.dtype} must be real numbers") from None
-    if not (good := np.isfinite(scores) & (scores >= 0)).all():
+    with np.errstate(over="ignore", under="ignore"):
+        scores = given.astype(np.float32) + np.float32(0)  # and -0.0 is 0: its bits are compared
+    if not (good := np.isfinite(scores) & (given >= np.zeros((), given.dtype))).all():
         row, column = map(int, np.argwhere(~good)[0])
         raise OperandError(f"prune: score {method[row, column]} at row {row}, column {column} must be finite and not negative")
     return scores
+
+
+def check_seed(seed: object) -> int:
+    """`seed` modulo 2^64.
+
+    Raises:
+        OperandError: it is no integer, of Python or NumPy.
+    """
+    try:
+        return operator.index(seed) % 2**64  # type: ignore[arg-type]
+    except TypeError:
+        raise OperandError(f"seed: {seed!r} must be an integer") from None
 
 
 def scores(w: Array, method: str | Array, *, seed: int = 0, first_row: int = 0) -> Array:
@@ -53,7 +69,7 @@ def scores(w: Array, method: str | Array, *, seed: int = 0, first_row: int = 0) 
     Args:
         w: [rows, k], rows first_row ... of the whole matrix, so that blocks of rows give what the whole gives.
         method: "magnitude", "random", or scores [rows, k] of these rows.
-        seed: of "random".
+        seed: of "random", any integer.
 
     Returns:
         float32 [rows, k].
@@ -95,7 +111,7 @@ def uniform(seed: int, first_row: int, rows: int, k: int) -> Array:
         z = z ^ (z >> np.uint64(31))
         return z
 
-    start = mixed(np.array([[seed % 2**64]], np.uint64))
+    start = mixed(np.array([[check_seed(seed)]], np.uint64))
     row = mixed(start + (np.arange(first_row, first_row + rows, dtype=np.uint64)[:, None] + np.uint64(1)) * gamma)
     column = (np.arange(k, dtype=np.uint64) + np.uint64(1)) * gamma
     top24 = mixed(row + column) >> np.uint64(40)

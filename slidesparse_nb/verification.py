@@ -15,7 +15,7 @@ from . import cpu, pruning
 from .dtypes import DType
 from .errors import OperandError, VerificationError
 from .operands import check_weights, infinite, require_finite, row_scales
-from .packed import PackedWeight
+from .packed import PackedWeight, require_packed
 from .pattern import Pattern
 from .reference import TINY, in_groups
 
@@ -46,9 +46,9 @@ def verify(
     Raises:
         FormatError: a tensor has the wrong dtype or shape, an index is out of order, a scale negative or not finite.
         VerificationError: anything else that is not as `pack` makes it.
-        OperandError: w, scale or prune are nothing that could have been packed.
+        OperandError: packed is no PackedWeight; w, scale, prune or seed are nothing that could have been packed.
     """
-    packed.validate()
+    require_packed(packed).validate()
     if not isinstance(packed.values, np.ndarray):
         raise OperandError(
             f"packed: arrays are {type(packed.values).__name__}; verify needs NumPy arrays, bring it to the host"
@@ -59,6 +59,7 @@ def verify(
         w = check_source(packed, w)
         scales = row_scales(w, scale)
         method = pruning.check(prune, w.shape)
+        seed = None if seed is None else pruning.check_seed(seed)
 
     def block(rows: slice) -> None:
         part = cut(packed, rows)
@@ -151,6 +152,8 @@ def canonical(packed: PackedWeight, first_row: int = 0) -> Array:
     if (bad := infinite(packed.values.view(dtype.numpy))) is not None:
         row, slot = map(int, np.argwhere(bad)[0])
         raise VerificationError(f"packed.values: NaN or infinity at row {first_row + row}, window {slot // 2}")
+    if packed.scale is not None and (minus := np.signbit(packed.scale[:, 0])).any():
+        raise VerificationError(f"packed.scale: -0.0 at row {first_row + int(np.flatnonzero(minus)[0])}, where pack writes 0.0")
     q = cpu.decompress(packed.values, packed.meta, pattern, packed.k, dtype)
     values, meta, _ = cpu.slide_compress(q, pattern)
     same = values.view(dtype.raw) == raw

@@ -266,6 +266,10 @@ X = np.ones((2, 21), np.float32)
         (X, {"out": np.broadcast_to(np.float32(0), (2, 6))}, "out: is read-only"),
         (X, {"out_dtype": "int8"}, "out_dtype: int8 must be one of"),
         (X, {"out_dtype": "none"}, "out_dtype: 'none' is not a dtype"),
+        (X, {"out_dtype": "f4,,"}, "out_dtype: 'f4,,' is not a dtype"),
+        (np.ma.array(X), {}, "x: is a masked array, and the mask would be lost"),
+        (X, {"bias": np.ma.zeros(6, np.float32)}, "bias: is a masked array"),
+        (X, {"out": np.ma.zeros((2, 6), np.float32)}, "out: is a masked array"),
         (X, {"stream": 0}, "stream: 0 must be None for NumPy arrays"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -301,6 +305,11 @@ def test_weights_are_checked() -> None:
     with pytest.raises(FormatError, match="values: is int8"):
         matmul(X, replace(packed, shape=(7, 21)))
 
+    for change in ({"dtype": "int8"}, {"pattern": "6:8"}, {"shape": (6.0, 21)}, {"values": [[0]]}, {"meta": [[0]]}):
+        for call in (matmul, quantize):
+            with pytest.raises(FormatError, match=r"^packed\.(dtype|pattern|shape|values|meta): .* must be"):
+                call(X, replace(packed, **change))  # type: ignore[arg-type]
+
     class Elsewhere:
         shape, dtype = packed.values.shape, packed.values.dtype
 
@@ -313,6 +322,11 @@ def test_quantized_activations_are_checked() -> None:
     x = quantize(X, packed)
     for change, message in (
         ({"dtype": FLOAT8}, "x: is quantized to float8_e4m3fn, but packed holds int8"),
+        ({"lead": None}, "x.lead: None must be the leading dimensions of x, a tuple; make x with quantize"),
+        ({"lead": (-1, -2)}, r"x.lead: \(-1, -2\) must be"),
+        ({"lead": (2.0,)}, r"x.lead: \(2.0,\) must be"),
+        ({"source": "no such"}, "x.source: 'no such' is not a dtype"),
+        ({"lead": [2]}, r"x.lead: \[2\] must be"),
         ({"lead": (3,)}, r"x.values: int8 \(2, 21\) must be int8 \[3, k\]"),
         ({"values": x.values.astype(np.int16)}, "x.values: int16"),
         ({"values": x.values[0]}, r"x.values: int8 \(21,\)"),
@@ -331,6 +345,7 @@ def test_quantize_refuses() -> None:
     for args, message in (
         ((X.tolist(), packed), "x: list is not an array"),
         ((X.astype(np.float64), packed), "x: float64 must be one of"),
+        ((np.ma.array(X), packed), "x: is a masked array"),
         ((X[:, :20], packed), "x: k=20 must be 21"),
         ((X, packed, "fp8"), "dtype: float8_e4m3fn is not int8, the type of packed; leave it out"),
         ((X, "6:8"), "dtype: is missing; with a pattern"),

@@ -105,6 +105,12 @@ def test_scales_of_every_shape(scale: Any) -> None:
     assert packed.scale.tolist() == [[0.5]] * 3
 
 
+def test_minus_zero_and_tiny_scales() -> None:
+    packed = pack(np.ones((3, 2), np.int8), scale=[-0.0, 1e-45, 0])
+    assert packed.scale.tobytes() == np.array([0, 1e-45, 0], np.float32).tobytes()
+    verify(packed, np.ones((3, 2), np.int8), scale=[-0.0, 1e-45, 0])
+
+
 def test_default_types() -> None:
     w = np.zeros((1, 8))
     assert pack(w.astype(np.float32)).dtype is BFLOAT16
@@ -156,7 +162,7 @@ def test_threads_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weights((37, 90))
     wanted = pack(w, "8:10", "int8", prune="magnitude", max_workers=1)
     monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 200)
-    for workers in (None, 1, 2, 7):
+    for workers in (None, 1, 2, 7, np.int64(2), np.uint8(1)):
         assert same(pack(w, "8:10", "int8", prune="magnitude", max_workers=workers), wanted)
     assert (unpack(wanted) == reference.unpack(wanted)).all()
 
@@ -168,6 +174,13 @@ def test_quantization_can_make_room() -> None:
     assert pack(w, "6:8", "int8").values.tolist() == [[127] * 6 + [0] * 6]
     with pytest.raises(PatternError):
         pack(w, "6:8", "bfloat16")
+
+
+@pytest.mark.parametrize("value", [None, np.ones((1, 8)), "6:8"], ids=["none", "array", "text"])
+def test_unpack_and_verify_want_a_packed_weight(value: Any) -> None:
+    for call in (unpack, verify):
+        with pytest.raises(OperandError, match=r"^packed: \w+ must be a PackedWeight; pack\(w\) or load\(path\) makes one$"):
+            call(value)
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------
@@ -271,6 +284,17 @@ F32, I8 = np.ones((2, 8), np.float32), np.ones((2, 8), np.int8)
         ((I8,), {"scale": np.nan}, "scale: nan at row 0"),
         ((I8,), {"scale": 1e39}, "scale: inf at row 0"),
         ((I8,), {"scale": "a"}, "scale: <U1 must be real numbers"),
+        ((I8,), {"scale": 1e300}, "scale: inf at row 0 must be finite"),
+        ((I8,), {"scale": 1e-300}, "scale: 1e-300 at row 0 must be .* not so small that float32 makes it zero"),
+        ((I8,), {"scale": [1, -1e-300]}, "scale: -1e-300 at row 1 must be finite and not negative"),
+        ((I8,), {"scale": 10**400}, "scale: object must be real numbers"),
+        ((I8,), {"scale": [1, [2]]}, "scale: list cannot be made an array .*; pass real numbers"),
+        ((I8,), {"scale": [None, 1]}, "scale: object must be real numbers"),
+        ((I8,), {"scale": 1j}, "scale: complex128 must be real numbers"),
+        ((I8,), {"scale": np.datetime64("2020")}, r"scale: datetime64\[Y\] must be real numbers"),
+        ((I8,), {"scale": np.ma.ones(2)}, "scale: is a masked array, and the mask would be lost"),
+        ((np.ma.ones((2, 8), np.float32),), {}, r"w: is a masked array, .* pass w.filled\(value\)"),
+        ((F32,), {"max_workers": np.int64(0)}, "max_workers: .* must be"),
         ((F32,), {"max_workers": 0}, "max_workers: 0 must be"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",

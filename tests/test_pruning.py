@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import weights
 
-from slidesparse_nb import OperandError, Pattern, pack, pruning, reference, unpack
+from slidesparse_nb import OperandError, Pattern, pack, pruning, reference, unpack, verify
 
 
 def test_uniform_is_a_function_of_seed_row_and_column() -> None:
@@ -75,6 +76,38 @@ def test_scores_of_any_real_type() -> None:
         assert unpack(pack(w, "2:4", "float16", prune=score)).tolist() == [[0, 1, 0, 1]]
 
 
+def test_minus_zero_is_a_score_like_zero() -> None:
+    w = np.array([[1, 2, 3, 0, 4, 5, 6, 0]], np.float32)
+    score = np.array([[0, 0, 1, 1, 1, 1, 1, 1]], np.float32)
+    minus = np.where(score == 0, np.float32(-0.0), score)
+    for dtype in (np.float32, np.float64, ml_dtypes.bfloat16):
+        packed = pack(w, "6:8", "float16", prune=minus.astype(dtype))
+        assert unpack(packed).tolist() == w.tolist() == unpack(pack(w, "6:8", "float16", prune=score)).tolist()
+        verify(packed, w, prune=minus.astype(dtype))
+        verify(packed, w, prune=score)
+
+
+@pytest.mark.parametrize("seed", [3, np.int64(3), np.uint64(3), np.int8(3), 3 - 2**64, 3 + 2**65])
+def test_seeds_of_every_integer_type(seed: Any) -> None:
+    w = weights((5, 40))
+    wanted = unpack(pack(w, "6:8", "float16", prune="random", seed=3))
+    packed = pack(w, "6:8", "float16", prune="random", seed=seed)
+    assert (unpack(packed) == wanted).all()
+    verify(packed, w, prune="random", seed=seed)
+    assert (pruning.uniform(np.int64(-1), 0, 2, 2) == pruning.uniform(2**64 - 1, 0, 2, 2)).all()
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, [1], np.float32(1)])
+@pytest.mark.parametrize("shape", [(2, 8), (0, 8)])
+def test_seeds_that_are_none(seed: Any, shape: tuple[int, int]) -> None:
+    w = weights(shape)
+    for call in (lambda: pack(w, prune="random", seed=seed), lambda: verify(pack(w, prune="magnitude"), w, seed=seed)):
+        with pytest.raises(OperandError, match=r"^seed: .* must be an integer$"):
+            call()
+    with pytest.raises(OperandError, match=r"^seed: None must be an integer$"):
+        pack(w, prune="random", seed=None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
@@ -85,7 +118,15 @@ def test_scores_of_any_real_type() -> None:
         (np.full((1, 8), -1.0), "prune: score -1.0 at row 0, column 0 must be finite and not negative"),
         (np.array([[0, 1, 2, 3, np.nan, 5, 6, 7]]), "prune: score nan at row 0, column 4"),
         (np.array([[0, 1, 2, 1e39, 4, 5, 6, 7]]), r"prune: score 1e\+39 at row 0, column 3"),
+        (np.array([[0, 1, 2, -1e-300, 4, 5, 6, 7]]), "prune: score -1e-300 at row 0, column 3 must be finite and not negative"),
         (np.array([["a"] * 8]), "prune: scores of type <U1 must be real numbers"),
+        (np.ones((1, 8), np.complex64), "prune: scores of type complex64 must be real"),
+        (np.ones((1, 8), object), "prune: scores of type object must be real"),
+        (np.array([[10**400] * 8]), "prune: scores of type object must be real"),
+        (np.zeros((1, 8), "M8[s]"), r"prune: scores of type datetime64\[s\] must be real"),
+        (np.zeros((1, 8), "m8[s]"), r"prune: scores of type timedelta64\[s\] must be real"),
+        (np.zeros((1, 8), "V4"), r"prune: scores of type \|V4 must be real"),
+        (np.ma.ones((1, 8)), "prune: is a masked array, and the mask would be lost; pass prune.filled"),
     ],
 )
 def test_refusals(prune: Any, message: str) -> None:

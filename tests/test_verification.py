@@ -127,6 +127,12 @@ def test_minus_zero_in_a_slot(dtype: DType) -> None:
         verify(packed)
 
 
+def test_minus_zero_as_a_scale() -> None:
+    packed = pack(np.ones((3, 2), np.int8), scale=[1, 0, 0])
+    with pytest.raises(VerificationError, match=r"packed.scale: -0.0 at row 2, where pack writes 0.0"):
+        verify(replace(packed, scale=np.array([[1], [0], [-0.0]], np.float32)))
+
+
 @pytest.mark.parametrize("dtype", [FLOAT8, BFLOAT16, FLOAT16], ids=str)
 def test_not_finite(dtype: DType) -> None:
     for value in (np.nan, -np.nan, *([] if dtype is FLOAT8 else [np.inf, -np.inf])):
@@ -271,6 +277,7 @@ def test_lowest_two_against_sorting() -> None:
         ({"w": np.full((5, 30), np.nan, np.float32)}, OperandError, "w: nan at row 0, column 0"),
         ({"w": np.ones((5, 30), np.int8)}, OperandError, "scale: is missing"),
         ({"scale": 1}, OperandError, "scale: float32 weights are quantized here"),
+        ({"w": np.ma.ones((5, 30), np.float32)}, OperandError, "w: is a masked array"),
         ({"prune": "most"}, OperandError, "prune: 'most' is not a method"),
         ({"prune": np.ones(3)}, OperandError, "prune: scores of shape"),
     ],
