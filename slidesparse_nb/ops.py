@@ -59,9 +59,7 @@ def matmul(
     if isinstance(x, QuantizedActivations):
         given = x.values
         if not isinstance(x.lead, tuple) or not all(isinstance(v, int) and v >= 0 for v in x.lead):
-            raise OperandError(
-                f"x.lead: {x.lead!r} must be the leading dimensions of x, a tuple; make x with quantize(x, packed)"
-            )
+            raise OperandError(f"x.lead: {shown(x.lead)} must be a tuple of dimensions; make x with quantize(x, packed)")
     else:
         given = x
         require_unmasked("x", x)
