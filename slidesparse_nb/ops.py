@@ -230,7 +230,7 @@ def _result(shape: tuple[int, ...], source: np.dtype[Any], out: Array | None, ou
 def _dtype(name: str, value: Any) -> np.dtype[Any]:
     try:
         return value.numpy if isinstance(value, DType) else np.dtype(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, SyntaxError):  # NumPy parses text with commas itself
         raise OperandError(f"{name}: {shown(value)} is not a dtype; pass float32, float16 or bfloat16") from None
 
 

@@ -69,7 +69,7 @@ def stored(shape: tuple[int, int], pattern: Pattern, dtype: DType, seed: int = 0
 
 
 def stored_twice(dtype: DType) -> PackedWeight:
-    """A legal 6:8 weight [4, 24] that `pack` never makes: row 2 stores column 19 twice, as 3 in one window and 5 in the next."""
+    """A legal 6:8 weight [4, 24] that `pack` never makes: row 2 stores column 19 as 3 and, in the next window, as 5."""
     packed = reference.pack(np.eye(4, 24, 17, np.float32) * 3, Pattern(6, 8), dtype)
     values, meta = packed.values.copy(), packed.meta.copy()
     values[2, 12:16] = np.array([0, 3, 0, 5], dtype.numpy)

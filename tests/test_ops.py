@@ -322,7 +322,7 @@ def test_quantized_activations_are_checked() -> None:
     x = quantize(X, packed)
     for change, message in (
         ({"dtype": FLOAT8}, "x: is quantized to float8_e4m3fn, but packed holds int8"),
-        ({"lead": None}, "x.lead: None must be the leading dimensions of x, a tuple; make x with quantize"),
+        ({"lead": None}, "x.lead: None must be a tuple of dimensions; make x with quantize"),
         ({"lead": (-1, -2)}, r"x.lead: \(-1, -2\) must be"),
         ({"lead": (2.0,)}, r"x.lead: \(2.0,\) must be"),
         ({"source": "no such"}, "x.source: 'no such' is not a dtype"),
