@@ -20,7 +20,8 @@ from .model_folder import CONFIG, OTHER_WEIGHTS, choose_weights, companions, mem
 from .model_folder import index_bytes as index_bytes
 from .model_folder import shard_name as shard_name
 from .model_folder import shard_plan as shard_plan
-from .packed import PackedWeight
+from .operands import require_unmasked
+from .packed import PackedWeight, size_problem
 from .packed_tensors import PackedHeader, module_names, on_host
 from .packed_tensors import packed_arrays as packed_arrays
 from .packed_tensors import packed_entries as packed_entries
@@ -83,7 +84,7 @@ class Checkpoint:
         checkpoint = cls(files, root, name)
         for tensor, file in weight_map.items():
             if tensor not in checkpoint.tensors or checkpoint.tensors[tensor][1].path.name != file:
-                raise FormatError(f"{first}: tensor {shown(tensor)} is not in {file}, where the index says it is")
+                raise FormatError(f"{first}: tensor {shown(tensor)} is not in {shown(file)}, where the index says it is")
         for tensor, (_, shard) in checkpoint.tensors.items():
             if tensor not in weight_map:
                 raise FormatError(f"{first}: tensor {shown(tensor)} of {shard.path.name} is not in the index")
@@ -186,8 +187,8 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
     if (shape_info.code, shape_info.shape) != ("I64", (2,)):
         raise FormatError(f"{place}: is {shape_info.code} {shown(shape_info.shape)}, must be I64 (2,)")
     n, k = shape_file.array(shape_info.name).tolist()
-    if n < 0 or k < 0:
-        raise FormatError(f"{place}: ({n}, {k}) must not be negative")
+    if problem := size_problem(header.pattern, (n, k), dtype):
+        raise FormatError(f"{place}: {problem}")
     entries = packed_entries(module, header.pattern, dtype, (n, k))
     for name, code, shape in entries:
         if name not in checkpoint.tensors:
@@ -245,7 +246,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
 
     Raises:
         OperandError: a path that does not end in .safetensors, a type that the format lacks, two patterns in one file, or
-            names that would clash.
+            names that would clash: whatever is saved, `load` reads back.
         FormatError: a packed weight is inconsistent.
     """
     path = Path(path)
@@ -257,22 +258,19 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
     arrays: dict[str, NDArray[Any]] = {}
     packed = {name: value for name, value in tensors.items() if isinstance(value, PackedWeight)}
     for name, value in tensors.items():
+        if not isinstance(name, str):
+            raise OperandError(f"tensors: name {shown(name)} must be a string")
         if isinstance(value, PackedWeight):
-            parts = packed_arrays(name, value.validate(name))
+            parts = packed_arrays(name, value.validate(shown(name)))
             entries += packed_entries(name, value.pattern, value.dtype, value.shape)
         else:
-            parts = {name: on_host(value)}
-            if parts[name].dtype not in CODE_OF:
-                raise OperandError(f"{shown(name)}: {parts[name].dtype} is no type of the safetensors format")
+            parts = {name: _plain_array(name, value)}
             entries.append((name, CODE_OF[parts[name].dtype], parts[name].shape))
         arrays |= parts
     patterns = sorted({value.pattern for value in packed.values()})
     if len(patterns) > 1:
         raise OperandError(f"tensors: hold patterns {', '.join(map(str, patterns))}; a file has one, so save them separately")
-    try:
-        module_names(arrays.keys(), bool(packed), path)
-    except FormatError as error:
-        raise OperandError(f"tensors: {error}") from None
+    _refuse_clashes(packed, arrays, path)
     dtypes = {value.dtype for value in packed.values()}
     metadata = slidesparse_metadata(patterns[0], dtypes.pop() if len(dtypes) == 1 else None) if packed else {"format": "pt"}
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -285,3 +283,33 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise
+
+
+def _plain_array(name: str, value: Any) -> NDArray[Any]:
+    """A tensor that is no packed weight, of a type that a file can hold."""
+    require_unmasked(shown(name), value)
+    try:
+        array = on_host(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise OperandError(f"{shown(name)}: {type(value).__name__} cannot be made an array ({error})") from None
+    if array.dtype not in CODE_OF:
+        raise OperandError(f"{shown(name)}: {array.dtype} is no type of the safetensors format")
+    return array
+
+
+def _refuse_clashes(packed: Mapping[str, PackedWeight], arrays: Mapping[str, Any], path: Path) -> None:
+    """Raise OperandError unless `load` would find just these packed weights among the tensors to write."""
+    try:
+        modules = module_names(arrays.keys(), bool(packed), path)
+    except FormatError as error:
+        raise OperandError(f"tensors: {error}") from None
+    for name in modules:
+        if name not in packed:
+            raise OperandError(f"tensors: {shown(f'{name}.weight_packed')} would be read as part of a packed weight; rename it")
+        if name in arrays:
+            raise OperandError(f"tensors: {shown(name)} is the name of both a packed weight and a tensor; rename one")
+        if packed[name].scale is None and f"{name}.weight_scale" in arrays:
+            raise OperandError(
+                f"tensors: {shown(f'{name}.weight_scale')} clashes with packed weight {shown(name)}, whose"
+                f" {packed[name].dtype} values carry no scale; rename it"
+            )

@@ -140,7 +140,7 @@ class Pattern:
 
 def _number(value: int) -> str:
     """Digits that an error message can bear; Python refuses to print thousands of them."""
-    return str(value) if abs(value) < 10**30 else f"({value.bit_length()} bits)"
+    return str(value) if value.bit_length() <= 128 else f"({value.bit_length()} bits)"
 
 
 def known_patterns(largest: int = 16) -> list[Pattern]:

@@ -35,7 +35,7 @@ from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8, NUMPY_OF, PACKED, DTyp
 from slidesparse_nb.errors import FormatError, OperandError, UnsupportedError
 from slidesparse_nb.packed import PackedWeight
 from slidesparse_nb.pattern import Pattern, known_patterns
-from slidesparse_nb.safetensors_file import SafetensorsFile
+from slidesparse_nb.safetensors_file import SafetensorsFile, SafetensorsWriter
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.safetensors"
 
@@ -194,12 +194,87 @@ def test_arrays_of_a_device_are_copied_to_the_host(tmp_path: Path) -> None:
         ({"a": np.array(["text"])}, "'a': <U4 is no type of the safetensors format"),
         ({"a": np.ones(1, ">f4")}, "'a': >f4 is no type"),
         ({"__metadata__": np.ones(1)}, "'__metadata__': must name"),
+        ({1: np.ones(1)}, "tensors: name 1 must be a string"),
+        ([("a", np.ones(1))], "tensors: list must be a dictionary"),
+        ({"a": [1, [2]]}, "'a': list cannot be made an array"),
+        ({"a": None}, "'a': object is no type"),
+        ({"a": np.ma.ones(2)}, "'a': is a masked array, and the mask would be lost"),
+        ({"\ud800": np.ones(1)}, "lone surrogate"),
+        (
+            {"fc": packed_weight(1, 8, dtype=BFLOAT16), "fc.weight_scale": np.ones((1, 1), np.float32)},
+            "'fc.weight_scale' clashes with packed weight 'fc', whose bfloat16 values carry no scale; rename it",
+        ),
+        (
+            {"a": packed_weight(1, 8), "a.weight_packed": packed_weight(1, 8)},
+            "'a.weight_packed' is the name of both a packed weight and a tensor",
+        ),
+        (
+            {"a": packed_weight(1, 8), **packed_arrays("b", packed_weight(1, 8))},
+            "'b.weight_packed' would be read as part of a packed weight; rename it",
+        ),
     ],
 )
 def test_save_refuses(tmp_path: Path, tensors: Any, message: str) -> None:
     with pytest.raises(OperandError, match=message):
         save(tmp_path / "f.safetensors", tensors)
     assert os.listdir(tmp_path) == []
+
+
+@given(data=st.data())
+def test_what_save_accepts_load_reads_back(tmp_path_factory: Any, data: st.DataObject) -> None:
+    """Names that differ only in the endings that the format gives a meaning."""
+    endings = ["", ".weight", ".weight_packed", ".weight_meta", ".weight_scale", ".weight_shape"]
+    name = st.tuples(st.sampled_from(["X", "", "X.weight_packed", "X.weight"]), st.sampled_from(endings)).map("".join)
+    packed = st.sampled_from([INT8, BFLOAT16]).map(lambda dtype: packed_weight(1, 8, dtype=dtype))
+    parts = list(packed_arrays("", packed_weight(1, 8)).values())
+    value = packed | st.sampled_from([np.ones(2, np.float32), *parts])
+    tensors = data.draw(st.dictionaries(name, value, max_size=4))
+    path = tmp_path_factory.mktemp("names") / "f.safetensors"
+    try:
+        save(path, tensors)
+    except OperandError:
+        assert os.listdir(path.parent) == []
+    else:
+        assert same_all(load(path), tensors)
+
+
+@pytest.mark.parametrize("shape", [(0, 2**40), (2**50, 0), (2**31, 0), (-(2**62), 0)], ids=str)
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+def test_absurd_shapes(tmp_path: Path, shape: tuple[int, int], dtype: DType) -> None:
+    """Refused at once, by the shape alone: the tensors are as long as it says, and empty."""
+    pattern = Pattern(6, 8)
+    entries = [(name, code, tuple(max(0, v) for v in size)) for name, code, size in packed_entries("fc", pattern, dtype, shape)]
+    if shape[0] > 0 and dtype is INT8:
+        entries[2] = ("fc.weight_scale", "F32", (0, 1))  # a real one would take the space of its shape
+    with SafetensorsWriter(tmp_path / "f.safetensors", entries, slidesparse_metadata(pattern, dtype)) as writer:
+        writer.write("fc.weight_shape", np.array(shape))
+    with pytest.raises(FormatError, match=r"'fc.weight_shape': shape \(.*\) must (be below 2\^31 in both|not be neg)"):
+        load(tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize("group", [4098, 10**12, 10**30])
+def test_absurd_groups(tmp_path: Path, group: int) -> None:
+    header = json.dumps({"version": 1, "pattern": {"nnz": group - 2, "group": group}, "dtype": "int8", "tool": "t"})
+    metadata = {"format": "pt", "slidesparse": header}
+    entries = packed_entries("fc", Pattern(6, 8), INT8, (0, 0))
+    with SafetensorsWriter(tmp_path / "f.safetensors", entries, metadata):
+        pass
+    with pytest.raises(FormatError, match=r"metadata 'slidesparse': pattern: .* is too large; a group may have 4096 columns"):
+        load(tmp_path / "f.safetensors")
+
+
+def test_names_of_strangers_are_escaped(tmp_path: Path) -> None:
+    bad = packed_weight(2, 16)
+    bad = PackedWeight(bad.values, bad.meta, -bad.scale, bad.pattern, bad.shape, bad.dtype)
+    with pytest.raises(FormatError, match="must be finite") as caught:
+        save(tmp_path / "f.safetensors", {"\x1b[31m": bad})
+    assert str(caught.value).isprintable()
+    index = {"\x1b": "f\x1b.safetensors", "a": "f\x1b.safetensors"}
+    save(tmp_path / "f\x1b.safetensors", {"a": np.ones(1)})
+    (tmp_path / "model.safetensors.index.json").write_bytes(index_bytes(index, 0))
+    with pytest.raises(FormatError, match=r"is not in 'f\\x1b.safetensors', where the index says it is") as caught:
+        load(tmp_path)
+    assert str(caught.value).isprintable()
 
 
 def test_save_refuses_bad_paths_and_weights(tmp_path: Path) -> None:
@@ -209,7 +284,7 @@ def test_save_refuses_bad_paths_and_weights(tmp_path: Path) -> None:
             save(path, {})
     packed = packed_weight(2, 16)
     bad = PackedWeight(packed.values, packed.meta, -packed.scale, packed.pattern, packed.shape, packed.dtype)
-    with pytest.raises(FormatError, match=r"fc.scale: .* must be finite and not negative"):
+    with pytest.raises(FormatError, match=r"'fc'.scale: .* must be finite and not negative"):
         save(tmp_path / "f.safetensors", {"fc": bad})
     with pytest.raises(FileNotFoundError):
         save(tmp_path / "none" / "f.safetensors", {})
