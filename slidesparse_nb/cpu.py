@@ -8,15 +8,17 @@ stay in the second-level cache between one step and the next.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.core import caching
 from numpy.typing import NDArray
 
 from .dtypes import BFLOAT16, FLOAT8, FLOAT16, DType, packed_dtype
@@ -30,15 +32,33 @@ F = TypeVar("F", bound=Callable[..., Any])
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 INFINITY = np.uint32(0x7F800000)
 
+_FunctionCache: Any = caching.FunctionCache
+
+
+class _Cache(_FunctionCache):  # type: ignore[misc]
+    """Numba's cache of compiled kernels, of which no fault is more than a lost cache: then a kernel is compiled again."""
+
+    def load_overload(self, *args: Any) -> Any:
+        try:
+            return super().load_overload(*args)
+        except Exception:  # a file cut short or garbled fails in any way that unpickling can
+            return None
+
+    def save_overload(self, *args: Any) -> None:
+        try:
+            super().save_overload(*args)
+        except Exception:
+            with contextlib.suppress(Exception):  # a full disk
+                self.flush()  # an index that cannot be read would stay in the way
+                super().save_overload(*args)
+
 
 def jit(function: F) -> F:
     """Compile on first use, once per machine where Numba finds a folder to cache in. No fastmath: bits matter here."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    try:
-        compiled: F = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
-        compiled = numba.njit(**options)(function)
-    return compiled
+    compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    with contextlib.suppress(RuntimeError, OSError):  # neither the package's folder nor the user's cache folder can be written
+        compiled._cache = _Cache(function)  # what cache=True does, with a cache of Numba's own
+    return cast(F, compiled)
 
 
 def contiguous(a: Array) -> Array:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 from cases import FLOATS, LARGE, SHAPES, SMALL, drop_two, every_mask, sparse_rows, stored, weights
@@ -211,19 +213,50 @@ def test_dot(kernels: str, dtype: DType) -> None:
     np.testing.assert_array_equal(got, reference.matmul(x, packed))
 
 
+def add_one(x: int) -> int:
+    return x + 1
+
+
 def test_jit_without_a_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where neither the package nor the user has a folder that can be written, kernels compile all the same."""
-    tried = []
 
-    def njit(**options: Any) -> Any:
-        tried.append(options.get("cache", False))
-        if options.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available")
-        return lambda function: function
+    def no_folder(*_: Any) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
 
-    monkeypatch.setattr(cpu.numba, "njit", njit)
-    assert cpu.jit(len) is len
-    assert tried == [True, False]
+    monkeypatch.setattr(cpu, "_Cache", no_folder)
+    assert cpu.jit(add_one)(2) == 3
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])  # index and code
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbled", "folder"])
+def test_jit_with_a_damaged_cache(kind: str, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert cpu.jit(add_one)(2) == 3
+    (file,) = tmp_path.rglob(f"*.{kind}")
+    whole = file.read_bytes()
+    again: Any = cpu.jit(add_one)
+    assert (again(2), again.stats.cache_hits.total()) == (3, 1)
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "garbled": b"\xff" * len(whole)}[damage])
+    again = cpu.jit(add_one)
+    assert (again(2), again.stats.cache_hits.total()) == (3, 0)
+    if damage != "folder":  # the damaged file has been written anew
+        again = cpu.jit(add_one)
+        assert (again(2), again.stats.cache_hits.total()) == (3, 1)
+
+
+def test_jit_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    for name in ("_save_data", "_save_index"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"numba.core.caching.IndexDataCacheFile.{name}", full)
+            assert cpu.jit(add_one)(2) == 3
 
 
 def test_blocks_cover_all_rows_once() -> None:
@@ -234,7 +267,7 @@ def test_blocks_cover_all_rows_once() -> None:
 
 def test_over_blocks_keeps_order_and_stops_at_errors() -> None:
     n, k = 64, cpu.BLOCK // 2
-    for workers in (None, 1, 3):
+    for workers in (None, 1, 3, np.int64(3), np.uint8(2)):
         assert [part.start for part in cpu.over_blocks(lambda rows: rows, n, k, workers)] == [*range(0, n, 2)]
 
     def fail(rows: slice) -> None:
@@ -244,6 +277,6 @@ def test_over_blocks_keeps_order_and_stops_at_errors() -> None:
     for workers in (1, 2):
         with pytest.raises(ValueError, match=r"^4$"):
             list(cpu.over_blocks(fail, n, k, workers))
-    for workers in (0, -1, 1.5, True, "2"):
+    for workers in (0, -1, 1.5, True, "2", np.int64(0), np.float64(2), np.True_):
         with pytest.raises(OperandError, match=r"max_workers: .* must be a whole number of at least 1"):
             list(cpu.over_blocks(fail, n, k, workers))  # type: ignore[arg-type]
