@@ -72,7 +72,7 @@ def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType) -> None:
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (64, 128), (65, 300), (200, 33)])
+@pytest.mark.parametrize("shape", [(0, 40), (1, 1), (5, 0), (64, 128), (65, 300), (200, 33)])
 def test_restore_is_the_inverse_of_arrange(shape: tuple[int, int], dtype: DType) -> None:
     packed = packed_weight(np.random.default_rng(1), *shape, Pattern(6, 8), dtype)
     back = sm90.restore(sm90.arrange(packed), packed)

@@ -37,6 +37,10 @@ SHARED_MEMORY = 232448
 
 MOST_STAGES = 24
 
+FLOAT8_ERROR = 2.0**-10
+"""Error of one float8 instruction (64 slid columns), relative to the sum of magnitudes: its accumulator keeps 13 bits of fraction
+(docs/hopper.md), and each of its addends is cut off there."""
+
 
 def supported_dtypes(capability: tuple[int, int]) -> tuple[DType, ...]:
     """The packed types that wgmma.sp takes: all."""
@@ -88,7 +92,7 @@ def arrange(packed: PackedWeight, xp: Any = np) -> Any:
     else:  # thread (warp, g, q): instruction q >> 1, half q & 1 of its windows; row g in the low half-word, g + 8 in the high
         words = meta.reshape(strips, 4, 2, 8, count, 2, 2, 2)  # strip, warp, row half, g, stage, instruction, q & 1, bytes
         words = words.transpose(0, 4, 1, 3, 5, 6, 2, 7)
-    words = xp.ascontiguousarray(words).reshape(strips, count, -1)
+    words = xp.ascontiguousarray(words).reshape(strips, count, strip_bytes(packed.dtype) - 4096)
     return xp.concatenate([image, words], axis=2)
 
 
@@ -97,13 +101,13 @@ def restore(arranged: Any, packed: PackedWeight) -> PackedWeight:
     strips, count = arranged.shape[:2]
     row, byte = np.arange(64)[:, None], np.arange(64)
     values = arranged[:, :, (row * 64 + (byte ^ (row // 2 % 4 * 16))).ravel()]
-    values = values.reshape(strips, count, 64, 64).transpose(0, 2, 1, 3).reshape(64 * strips, -1)
+    values = values.reshape(strips, count, 64, 64).transpose(0, 2, 1, 3).reshape(64 * strips, 64 * count)
     words = arranged[:, :, 4096:]
     if packed.dtype.bits == 8:
         meta = words.reshape(strips, count, 4, 8, 2, 2, 2, 4).transpose(0, 2, 5, 3, 1, 6, 4, 7)
     else:
         meta = words.reshape(strips, count, 4, 8, 2, 2, 2, 2).transpose(0, 2, 6, 3, 1, 4, 5, 7)
-    meta = meta.reshape(64 * strips, -1)
+    meta = meta.reshape(64 * strips, words.shape[2] * count // 64)
     n, size, ks = packed.n, packed.dtype.bits // 8, packed.ks
     kept = np.ascontiguousarray(values[:n, : ks // 2 * size]).view(packed.dtype.numpy)
     return PackedWeight(

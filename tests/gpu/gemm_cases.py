@@ -13,9 +13,6 @@ from slidesparse_nb.dtypes import FLOAT8, INT8
 EXACT_ABOVE = 2.0**-23
 """Error of one addition in float32 that truncates, as tensor cores may."""
 
-HOPPER_FLOAT8 = 2.0**-10
-"""Error of one float8 instruction of sm_90, relative to the sum of magnitudes (docs/hopper.md)."""
-
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """Relative error of rounding y to its type; for float16 also half its smallest subnormal."""
 
@@ -75,9 +72,9 @@ def check(y, x, packed, bias=None):
         return
     if packed.dtype is FLOAT8 and for_capability(divmod(int(cupy.cuda.Device().compute_capability), 10)) is sm90:
         steps = -(-packed.ks // 64)
-        bound = steps * HOPPER_FLOAT8 * magnitude
+        bound = steps * sm90.FLOAT8_ERROR * magnitude
         overall = np.linalg.norm(y.astype(np.float64) - exact) / max(np.linalg.norm(exact), 1e-30)
-        assert overall <= HOPPER_FLOAT8 / 2 * steps**0.5 + ROUNDING[y.dtype.name], f"off by {overall:.3g} of the norm"
+        assert overall <= sm90.FLOAT8_ERROR / 2 * steps**0.5 + ROUNDING[y.dtype.name], f"off by {overall:.3g} of the norm"
     else:
         bound = (packed.ks + 4) * EXACT_ABOVE * magnitude
     bound = bound + ROUNDING[y.dtype.name] * (np.abs(exact) + bound) + (2.0**-25 if y.dtype == np.float16 else 0)
