@@ -31,9 +31,9 @@ TILE_ROWS = 256
 THREADED = 2**20
 """Weights from which threads are worth their start, about a tenth of a millisecond."""
 
-EXACT = 1008
-"""Columns whose int8 products float32 adds up exactly: windows over them store two values more at most, each product is at
-most 2^14, and 1010 * 2^14 < 2^24. A multiple of 16, which BLAS likes."""
+EXACT = 1024
+"""Products of two int8 values, at most 2^14 each, whose sum float32 holds exactly. So many columns meet as many slots: the
+windows that reach into them from one side reach out on the other. Only inside a longer group two slots more may do."""
 
 
 def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | None, out: Array) -> None:
@@ -67,7 +67,7 @@ def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | 
             else:
                 for rows in parts:
                     decompress(rows)
-            y = _exact_product(xs, w[:, :k]) if dtype.numpy == np.int8 else xs @ w[:, :k].T
+            y = _exact_product(xs, w[:, :k], EXACT - 2 * (pattern.group > EXACT)) if dtype.numpy == np.int8 else xs @ w[:, :k].T
             if odd.size:
                 y[odd] = dot(odd_xs, values, meta, pattern, dtype)
             if scale_x is not None:
@@ -78,9 +78,9 @@ def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | 
             out[:, tile] = y
 
 
-def _exact_product(x: Array, w: Array) -> Array:
-    """x [m, k] @ w [n, k].T of whole numbers up to 128 in float32; sums are exact in int32, then rounded to float32."""
-    sums = (x[:, first : first + EXACT] @ w[:, first : first + EXACT].T for first in range(0, x.shape[1], EXACT))
+def _exact_product(x: Array, w: Array, step: int) -> Array:
+    """x [m, k] @ w [n, k].T of whole numbers; sums of `step` columns are exact in float32, the whole in int32, then rounded."""
+    sums = (x[:, first : first + step] @ w[:, first : first + step].T for first in range(0, x.shape[1], step))
     total = next(sums, np.zeros((x.shape[0], w.shape[0]))).astype(np.int32)
     for part in sums:
         total += part.astype(np.int32)

@@ -76,6 +76,7 @@ def matmul(
 
 def workspace_bytes(m: int, packed: PackedWeight, out_dtype: Any) -> int:
     """Bytes of a workspace for `matmul` of m tokens into `out_dtype` on the current GPU; the kernel is compiled on the way."""
+    require_packed(packed)
     return int(_gemm().workspace_bytes(m, packed, out_dtype))
 
 

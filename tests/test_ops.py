@@ -24,9 +24,9 @@ from slidesparse_nb import (
     pack,
     quantize,
     reference,
+    workspace_bytes,
 )
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
-from slidesparse_nb.packed import ORDERED_NIBBLES
 
 P = Pattern(6, 8)
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -123,19 +123,31 @@ def test_a_column_stored_in_two_windows_counts_twice(dtype: DType) -> None:
     assert matmul(one, packed)[0, 2] == pytest.approx(8 * scale)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "6:8", "2046:2048", "4094:4096"])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_int8_sums_are_exact_whatever_the_windows_hold(pattern: str, sign: int) -> None:
-    """Every slot full, of odd products near the largest, many columns stored twice."""
+@pytest.mark.parametrize("pattern", ["2:4", "6:8", "510:512", "1022:1024", "4094:4096"])
+def test_int8_sums_are_exact_whatever_the_windows_hold(pattern: str) -> None:
+    """1024 columns, as many largest products over them as windows can store, one of them odd; then others that cancel them."""
     form = Pattern.of(pattern)
-    k = 3 * form.slice_unit + 2000 // form.slice_unit * form.slice_unit
-    rng = np.random.default_rng(0)
-    values = rng.choice([-128, -127], (2, form.slid_k(k) // 2)).astype(np.int8)
-    meta = rng.choice([low | high << 4 for low in ORDERED_NIBBLES for high in ORDERED_NIBBLES], (2, form.slid_k(k) // 8))
-    packed = PackedWeight(values, meta.astype(np.uint8), np.ones((2, 1), np.float32), form, (2, k), INT8).validate()
-    x = rng.choice([126, 127], (2, k)).astype(np.float32) * sign
-    x[:, 0] = 127 * sign
-    check(matmul(x, packed), x, packed)
+    k = 4096
+    slots = form.slid_k(k) // 2
+    windows = form.lift_index(k).reshape(-1, 4)
+    index = np.zeros((slots // 2, 2), np.intp)
+    index[:, 1] = 1
+    index[windows[:, 0] == 1022] = 2, 3  # the window that reaches in from the left
+    columns = np.take_along_axis(windows, index, axis=1).ravel()
+    inside = np.flatnonzero((columns >= 1024) & (columns < 2048))
+    values, x = np.zeros((1, slots), np.int8), np.full((1, k), -128, np.int8)
+    values[0, inside] = -128
+    values[0, inside[0]] = x[0, columns[inside[0]]] = -127
+    x[0, 2048:] = 127
+    values[0, np.flatnonzero((columns >= 2048) & (columns < k))[: inside.size]] = -128
+    nibble = (index[:, 0] | index[:, 1] << 2).astype(np.uint8)
+    meta = (nibble[0::2] | nibble[1::2] << 4)[None]
+    packed = PackedWeight(values, meta, np.ones((1, 1), np.float32), form, (1, k), INT8).validate()
+    exact = int((np.pad(x[0].astype(np.int64), (0, form.padded_k(k) - k))[columns] * values[0]).sum())
+    assert exact % 2 == 1
+    assert abs(exact) < 2**20
+    prepared = QuantizedActivations(x, np.ones((1, 1), np.float32), (1,), INT8, np.dtype(np.float32))
+    assert matmul(prepared, packed)[0, 0] == exact
 
 
 def test_int8_sums_are_exact_past_float32() -> None:
@@ -301,6 +313,8 @@ def test_overlap_that_is_too_hard_to_tell_counts_as_overlap(monkeypatch: pytest.
 def test_weights_are_checked() -> None:
     with pytest.raises(OperandError, match="packed: ndarray must be a PackedWeight; pack"):
         matmul(X, X)  # type: ignore[arg-type]
+    with pytest.raises(OperandError, match="packed: NoneType must be a PackedWeight"):
+        workspace_bytes(1, None, "float32")  # type: ignore[arg-type]
     packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
     with pytest.raises(FormatError, match="values: is int8"):
         matmul(X, replace(packed, shape=(7, 21)))
