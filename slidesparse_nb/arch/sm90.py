@@ -38,8 +38,8 @@ SHARED_MEMORY = 232448
 MOST_STAGES = 24
 
 FLOAT8_ERROR = 2.0**-10
-"""Error of one float8 instruction (64 slid columns), relative to the sum of magnitudes: its accumulator keeps 13 bits of fraction
-(docs/hopper.md), and each of its addends is cut off there."""
+"""Error of one float8 instruction (64 slid columns), relative to the sum of magnitudes: its accumulator keeps 13 bits of
+fraction (docs/hopper.md), and each of its addends is cut off there."""
 
 
 def supported_dtypes(capability: tuple[int, int]) -> tuple[DType, ...]:

@@ -194,7 +194,9 @@ def carry_out(
     try:
         start = time.perf_counter()
         add = run.counter(phase, report.source_bytes)
-        write_layout(layout, staging, workers=run.workers, unit_bytes=UNIT_BYTES, progress=add)
+        write_layout(layout, staging, workers=run.workers, memory=run.max_memory, unit_bytes=UNIT_BYTES, progress=add)
+        if run.progress is not None:
+            run.progress(phase, report.source_bytes, report.source_bytes)
         report.seconds = time.perf_counter() - start
         if run.verify:
             start = time.perf_counter()

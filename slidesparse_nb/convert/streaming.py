@@ -30,6 +30,9 @@ from ..errors import FormatError, OperandError
 from ..safetensors_file import SafetensorsWriter
 from .layout import Item, Layout, Shard, row_ranges
 
+COPIES = 16
+"""Memory that a piece takes while it is made, in times its source: a float32 copy, scores, results, what they pass through."""
+
 
 @dataclass(frozen=True)
 class Done:
@@ -245,6 +248,7 @@ def write_layout(
     staging: Staging,
     *,
     workers: int,
+    memory: int,
     unit_bytes: int,
     progress: Callable[[int], None],
 ) -> None:
@@ -252,14 +256,17 @@ def write_layout(
 
     Args:
         workers: threads. The first failure in plan order is raised, after the pieces in flight have ended.
-        unit_bytes: source bytes in one piece of work; with `workers` it bounds the memory in use.
+        memory: bytes that pieces under way may take together; a piece alone may take more, for a row is never cut.
+        unit_bytes: source bytes in one piece of work.
         progress: called with the source bytes of each piece that is done.
     """
     with ThreadPoolExecutor(workers) as pool:
         for shard in layout.shards:
             writer = _open_writer(shard, staging)
             try:
-                _write_shard(shard, writer, staging, pool, 2 * workers, unit_bytes, progress)
+                _write_shard(
+                    shard, writer, staging, pool, min(3 * workers * unit_bytes, memory // COPIES), unit_bytes, progress
+                )
             finally:  # what it replaces must not be lost to a power failure
                 writer.close(sync=os.path.lexists(staging.out))
     for relative, write in layout.files:
@@ -278,7 +285,7 @@ def _write_shard(
     unit_bytes: int,
     progress: Callable[[int], None],
 ) -> None:
-    """One shard, at most `most` pieces under way."""
+    """One shard, with pieces of at most `most` source bytes under way, or one piece."""
     flight: deque[tuple[Future[Done], str, int]] = deque()
 
     def land() -> None:
@@ -293,9 +300,9 @@ def _write_shard(
                 if unit in staging.done and _still_there(writer, staging.done[unit]):
                     progress(count)
                     continue
-                flight.append((pool.submit(_write, writer, item, first, last), unit, count))
-                while len(flight) > most:
+                while flight and sum(bytes_ for *_, bytes_ in flight) + count > most:
                     land()
+                flight.append((pool.submit(_write, writer, item, first, last), unit, count))
         while flight:
             land()
     finally:  # the writer must outlive the work in flight
