@@ -25,6 +25,7 @@ from .dtypes import BFLOAT16, FLOAT8, FLOAT16, DType, packed_dtype
 from .errors import OperandError
 from .pattern import Pattern
 from .reference import TINY
+from .strict_json import shown
 
 Array = NDArray[Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -393,7 +394,7 @@ def over_blocks(work: Callable[[slice], Any], n: int, k: int, max_workers: int |
             if isinstance(max_workers, bool) or (max_workers := operator.index(max_workers)) < 1:
                 raise TypeError
         except TypeError:
-            raise OperandError(f"max_workers: {max_workers!r} must be a whole number of at least 1") from None
+            raise OperandError(f"max_workers: {shown(max_workers)} must be a whole number of at least 1") from None
     workers = min(len(todo), min(8, os.cpu_count() or 1) if max_workers is None else max_workers)
     if workers <= 1:
         yield from map(work, todo)

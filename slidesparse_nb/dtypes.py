@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import OperandError
+from .strict_json import shown
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ def packed_dtype(name: object) -> DType:
     text = name.lower() if isinstance(name, str) else ""
     text = {"fp8": "float8_e4m3fn", "float8": "float8_e4m3fn", "bf16": "bfloat16", "fp16": "float16"}.get(text, text)
     if not text:
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(TypeError, ValueError):
             text = np.dtype(name).name  # type: ignore[call-overload]
     for row in PACKED:
         if text in (row.name, row.scheme.lower()):
             return row
     names = ", ".join(row.name for row in PACKED)
-    raise OperandError(f"dtype: {name!r} is not a packed type; it must be one of {names}")
+    raise OperandError(f"dtype: {shown(name)} is not a packed type; it must be one of {names}")

@@ -81,6 +81,10 @@ class PackedWeight:
         return 8 * self.nbytes / max(1, self.n * self.k)
 
     def __repr__(self) -> str:
+        try:
+            self.check_shapes()
+        except FormatError as error:
+            return f"PackedWeight(invalid: {error})"
         size = f"{self.bits_per_weight:.2f} bits a weight"
         return f"PackedWeight({self.n} x {self.k}, {self.pattern.described}, {self.dtype}, {size})"
 
@@ -140,6 +144,8 @@ class PackedWeight:
                 raise FormatError(f"{name}.{part}: is missing; {self.dtype} weights need it")
             if not hasattr(array, "shape") or not hasattr(array, "dtype"):
                 raise FormatError(f"{name}.{part}: is {type(array).__name__}, must be an array, {dtypes[0]} {shape}")
+            if isinstance(array, np.ma.MaskedArray):
+                raise FormatError(f"{name}.{part}: is a masked array, must be a plain one")
             if tuple(array.shape) != shape or array.dtype not in dtypes:
                 raise FormatError(
                     f"{name}.{part}: is {array.dtype} {tuple(array.shape)}, must be {dtypes[0]} {shape}"

@@ -44,7 +44,7 @@ class Pattern:
             text = f"{shown(self.nnz)}:{shown(self.group)}"
             raise OperandError(f"pattern: {text} must be two integers, non-zeros:total, like 6:8") from None
         if not -LARGEST_GROUP <= min(self.nnz, self.group) <= max(self.nnz, self.group) <= LARGEST_GROUP:
-            text = f"{_number(self.nnz)}:{_number(self.group)}"
+            text = f"{shown(self.nnz)}:{shown(self.group)}"
             raise OperandError(f"pattern: {text} is too large; a group may have {LARGEST_GROUP} columns at most")
         if self.group >= 4 and self.group % 2 == 0 and self.nnz == self.group - 2:
             return
@@ -136,11 +136,6 @@ class Pattern:
         groups = np.arange(self.padded_k(k) // self.group)[:, None, None] * self.group
         windows = np.arange(self.windows)[:, None] * 2
         return (groups + windows + np.arange(4)).ravel()
-
-
-def _number(value: int) -> str:
-    """Digits that an error message can bear; Python refuses to print thousands of them."""
-    return str(value) if value.bit_length() <= 128 else f"({value.bit_length()} bits)"
 
 
 def known_patterns(largest: int = 16) -> list[Pattern]:

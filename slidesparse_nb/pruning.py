@@ -12,6 +12,7 @@ from . import cpu
 from .errors import OperandError
 from .operands import real_numbers, require_unmasked
 from .pattern import Pattern
+from .strict_json import shown
 
 Array = NDArray[Any]
 
@@ -33,7 +34,9 @@ def check(method: object, shape: tuple[int, ...]) -> str | Array:
     if isinstance(method, str):
         if method in METHODS:
             return method
-        raise OperandError(f"prune: {method!r} is not a method; it must be one of {', '.join(METHODS)}, or an array of scores")
+        raise OperandError(
+            f"prune: {shown(method)} is not a method; it must be one of {', '.join(METHODS)}, or an array of scores"
+        )
     if not isinstance(method, np.ndarray):
         raise OperandError(f"prune: {type(method).__name__} must be one of {', '.join(METHODS)}, or a NumPy array of scores")
     require_unmasked("prune", method)
@@ -60,7 +63,7 @@ def check_seed(seed: object) -> int:
     try:
         return operator.index(seed) % 2**64  # type: ignore[arg-type]
     except TypeError:
-        raise OperandError(f"seed: {seed!r} must be an integer") from None
+        raise OperandError(f"seed: {shown(seed)} must be an integer") from None
 
 
 def scores(w: Array, method: str | Array, *, seed: int = 0, first_row: int = 0) -> Array:

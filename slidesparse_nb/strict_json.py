@@ -12,7 +12,14 @@ from typing import Any, NoReturn
 
 from .errors import FormatError
 
-_shortened = reprlib.Repr()
+
+class _Shortened(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to print thousands of digits."""
+        return super().repr_int(x, level) if x.bit_length() <= 1024 else f"<an integer of {x.bit_length()} bits>"
+
+
+_shortened = _Shortened()
 _shortened.maxstring = _shortened.maxother = 120
 _shortened.maxlist = _shortened.maxdict = 8
 shown = _shortened.repr

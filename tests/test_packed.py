@@ -49,6 +49,7 @@ def test_ordered_nibbles() -> None:
         ({"pattern": "6:8"}, "pattern: '6:8' must be a Pattern; pack or load makes it so"),
         ({"dtype": "int8"}, "dtype: 'int8' must be a DType"),
         ({"values": [[0] * 24] * 3}, r"values: is list, must be an array, int8 \(3, 24\)"),
+        ({"values": np.ma.zeros((3, 24), np.int8)}, "values: is a masked array, must be a plain one"),
         ({"meta": "0x44"}, r"meta: is str, must be an array, uint8 \(3, 6\)"),
         ({"scale": [[1.0]] * 3}, r"scale: is list, must be an array, float32 \(3, 1\)"),
         ({"dtype": BFLOAT16}, "scale: bfloat16 values carry no scale"),
@@ -67,6 +68,12 @@ def test_ordered_nibbles() -> None:
 def test_validate_refuses(packed: PackedWeight, change: dict[str, Any], message: str) -> None:
     with pytest.raises(FormatError, match=rf"^X\.?.*{message}"):
         replace(packed, **change).validate("X", first_row=10)
+    assert repr(replace(packed, **change)).startswith("PackedWeight(")
+
+
+def test_repr_of_what_is_none(packed: PackedWeight) -> None:
+    bad = replace(packed, dtype="int8")  # type: ignore[arg-type]
+    assert repr(bad) == "PackedWeight(invalid: packed.dtype: 'int8' must be a DType; pack or load makes it so)"
 
 
 @pytest.mark.parametrize("byte", [b for b in range(256) if (b & 15) not in ORDERED_NIBBLES or b >> 4 not in ORDERED_NIBBLES])
