@@ -5,15 +5,13 @@ from __future__ import annotations
 import threading
 import time
 
+import cupy as cp
 import numpy as np
 import pytest
+from device_cases import SOURCES, awkward_rows, bits, quantized, same
 
-cp = pytest.importorskip("cupy", reason="needs CuPy")
-
-from device_cases import SOURCES, awkward_rows, bits, quantized, same  # noqa: E402
-
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8  # noqa: E402
-from slidesparse_nb.pattern import Pattern  # noqa: E402
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8
+from slidesparse_nb.pattern import Pattern
 
 pytestmark = pytest.mark.gpu
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import threading
 
+import cupy as cp
 import numpy as np
 import pytest
+from gemm_cases import check, tokens, weight
 
 import slidesparse_nb as ss
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
-
-cp = pytest.importorskip("cupy", reason="needs CuPy")
-
-from gemm_cases import check, tokens, weight  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

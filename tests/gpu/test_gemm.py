@@ -7,8 +7,10 @@ import os
 import threading
 import time
 
+import cupy as cp
 import numpy as np
 import pytest
+from gemm_cases import check, tokens, weight
 
 import slidesparse_nb as ss
 from slidesparse_nb import reference
@@ -16,10 +18,6 @@ from slidesparse_nb.arch import for_capability, sm80, sm90
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
 from slidesparse_nb.errors import OperandError
 from slidesparse_nb.pattern import Pattern, known_patterns
-
-cp = pytest.importorskip("cupy", reason="needs CuPy")
-
-from gemm_cases import check, tokens, weight  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

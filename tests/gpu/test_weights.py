@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 
+import cupy as cp
 import numpy as np
 import pytest
+from device_cases import SOURCES, bits, same_weight
 
-cp = pytest.importorskip("cupy", reason="needs CuPy")
-
-from device_cases import SOURCES, bits, same_weight  # noqa: E402
-
-from slidesparse_nb import packing, reference  # noqa: E402
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED  # noqa: E402
-from slidesparse_nb.errors import OperandError, PatternError  # noqa: E402
-from slidesparse_nb.packed import PackedWeight  # noqa: E402
-from slidesparse_nb.pattern import Pattern, known_patterns  # noqa: E402
+from slidesparse_nb import packing, reference
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
+from slidesparse_nb.errors import OperandError, PatternError
+from slidesparse_nb.packed import PackedWeight
+from slidesparse_nb.pattern import Pattern, known_patterns
 
 pytestmark = pytest.mark.gpu
 
