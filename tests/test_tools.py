@@ -178,17 +178,17 @@ def test_the_scripts_run_from_any_folder_of_a_checkout(name: str, tmp_path: Path
 
 
 def test_memory_stays_below_the_limit_and_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    """800 MB of weights in 16 tensors through a process limited to 256 MiB plus the largest tensor."""
+    """800 MB of weights in 16 tensors through a process limited to 512 MiB plus the largest tensor."""
     w = np.zeros((5000, 5000), models.BF16)
     w[:, ::4] = 1
     models.write(tmp_path / "big.safetensors", {f"layers.{i}.weight": w for i in range(16)})
     program = (
         "import re, sys, slidesparse_nb as ss\n"
-        "ss.pack_checkpoint(sys.argv[1], None, ss.Options(scheme='INT8_W8A8'), ss.Run(max_memory=2**28))\n"
+        "ss.pack_checkpoint(sys.argv[1], None, ss.Options(scheme='INT8_W8A8'), ss.Run(max_memory=2**29))\n"
         "print(int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) * 1024)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "big.safetensors"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 2**28 + w.nbytes
+    assert int(done.stdout) < 2**29 + w.nbytes
