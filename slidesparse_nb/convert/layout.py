@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,11 @@ class Shard:
     items: tuple[Item, ...]
     metadata: dict[str, str]
 
-    @property
+    @cached_property
     def entries(self) -> list[Entry]:
         return [entry for item in self.items for entry in item.entries]
 
-    @property
+    @cached_property
     def header(self) -> bytes:
         return header_bytes(self.entries, self.metadata)[0]
 

@@ -96,7 +96,10 @@ def pack_checkpoint(
             def prove(written: Checkpoint, add: Callable[[int], None]) -> None:
                 maker.prove(written, selection.modules, run, add)
 
-            carry_out(layout, target, single, checkpoint, facts, run, report, "packing", prove)
+            try:
+                carry_out(layout, target, single, checkpoint, facts, run, report, "packing", prove)
+            except _Broken as error:
+                raise maker.explain(error) from None
         return report
 
 
@@ -135,6 +138,14 @@ def _settle_bad(checkpoint: Checkpoint, selection: Selection, options: Options, 
     return skipped
 
 
+class _Broken(PatternError):
+    """Rows of a module break the pattern; several threads may find some, and one is explained in the end."""
+
+    def __init__(self, module: Module, row: int, group: int) -> None:
+        super().__init__(module.weight, row=row, group=group)
+        self.module = module
+
+
 @dataclass(frozen=True)
 class _Maker:
     """Makes the rows of packed modules out of a dense checkpoint."""
@@ -164,20 +175,17 @@ class _Maker:
         return int.from_bytes(hashlib.sha256(f"{self.options.seed} {module.name}".encode()).digest()[:8], "little")
 
     def packed_rows(self, module: Module, first: int, last: int) -> PackedWeight:
-        """Rows first..last-1, packed.
-
-        Raises:
-            PatternError: naming the tensor, the place, and how many groups of the whole tensor violate the pattern.
-        """
+        """Rows first..last-1, packed. Raises _Broken."""
         q, scale = self.stored_rows(module, first, last)
         try:
             values, meta = packing.pack_rows(q, self.options.pattern, first_row=first)
         except PatternError as error:
-            raise self.explain(module, error.row, error.group) from None
+            raise _Broken(module, error.row, error.group) from None
         return PackedWeight(values, meta, scale, self.options.pattern, (last - first, module.shape[1]), module.dtype)
 
-    def explain(self, module: Module, row: int, group: int) -> PatternError:
-        """What is wrong with a whole tensor, and what its weights look like instead."""
+    def explain(self, broken: _Broken) -> PatternError:
+        """The error for a user: tensor and place, how many groups violate the pattern, what the weights look like instead."""
+        module, row, group = broken.module, broken.row, broken.group
         pattern, (n, k) = self.options.pattern, module.shape
         count = 0
         for first, last in row_ranges(*extent(self.checkpoint, module), UNIT_BYTES):
@@ -208,7 +216,9 @@ class _Maker:
 
                 try:
                     list(pool.map(one, row_ranges(*extent(self.checkpoint, module), UNIT_BYTES)))
-                except (PatternError, UnsupportedError) as error:
+                except _Broken as broken:
+                    refused[module.name] = str(self.explain(broken))
+                except UnsupportedError as error:
                     refused[module.name] = str(error)
                 add(self.checkpoint.tensors[module.weight][0].nbytes)
         return refused
@@ -243,7 +253,7 @@ class _Maker:
         def make(first: int, last: int) -> Iterator[Piece]:
             q, scale = self.stored_rows(module, first, last)
             if len(bad := violations(q, self.options.pattern)):
-                raise self.explain(module, first + int(bad[0][0]), int(bad[0][1]))
+                raise _Broken(module, first + int(bad[0][0]), int(bad[0][1]))
             yield from dense_pieces(module.name, q, scale, first)
             release_rows(self.checkpoint, module, first, last)
 
@@ -254,6 +264,7 @@ class _Maker:
     def prove(self, written: Checkpoint, modules: list[Module], run: Run, add: Callable[[int], None]) -> None:
         """Prove every packed module of `written` against the source, and every other tensor equal to it."""
         packed = read_packed(written)
+        made = {module.name: [entry[0] for entry in self.item(module).entries] for module in modules}
         with ThreadPoolExecutor(run.workers) as pool:
             for module in modules:
 
@@ -263,12 +274,11 @@ class _Maker:
                     release_rows(self.checkpoint, module, first, last)
 
                 list(pool.map(one, row_ranges(*extent(self.checkpoint, module), UNIT_BYTES)))
-                for name in (*module.replaced, *(e[0] for e in self.item(module).entries)):
-                    if name in written.tensors:
-                        written.release(name)
+                for name in made[module.name]:
+                    written.release(name)
                 add(sum(self.checkpoint.tensors[name][0].nbytes for name in module.replaced))
         replaced = [name for module in modules for name in module.replaced]
-        prove_copies(written, self.checkpoint, replaced, (e[0] for m in modules for e in self.item(m).entries), add)
+        prove_copies(written, self.checkpoint, replaced, (name for names in made.values() for name in names), add)
 
     def written_rows(
         self, written: Checkpoint, packed: dict[str, PackedWeight], module: Module, first: int, last: int
