@@ -473,3 +473,20 @@ def test_many_shards_need_few_open_files(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len([name for name in report.files if name.endswith(".safetensors")]) == 301
+
+
+def test_a_broken_block_is_named_by_its_true_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = models.write(tmp_path / "m.safetensors", {"a.weight": np.zeros((64, 64), np.float32)})
+    packed = tmp_path / "p.safetensors"
+    ss.pack_checkpoint(file, packed, options(scheme="INT8_W8A8"), FAST)
+    with Checkpoint.open(packed) as written:
+        info = written.tensors["a.weight_meta"][0]
+    data = bytearray(packed.read_bytes())
+    data[info.start + 50 * info.shape[1]] = 0  # positions (0, 0), twice
+    packed.write_bytes(data)
+    for module in ("inspection", "to_dense", "job"):
+        monkeypatch.setattr(f"slidesparse_nb.convert.{module}.UNIT_BYTES", 256)
+    with pytest.raises(ss.FormatError, match=r"^a: .*row 50,"):
+        ss.verify_checkpoint(packed)
+    with pytest.raises(ss.FormatError, match=r"^a\.meta: .*row 50,"):
+        ss.unpack_checkpoint(packed, tmp_path / "d.safetensors")

@@ -13,7 +13,7 @@ import numpy as np
 from .. import packing
 from ..checkpoint import Checkpoint, packed_entries, read_packed
 from ..cpu import violations
-from ..errors import UnsupportedError, VerificationError
+from ..errors import FormatError, UnsupportedError, VerificationError
 from ..packed import PackedWeight
 from ..pattern import known_patterns
 from ..reference import Array
@@ -179,9 +179,9 @@ def _each_block(written: Checkpoint, name: str, weight: PackedWeight, check: Cal
     """Call `check` on ranges of rows; the error it raises gets the module's name."""
     for first, last in row_ranges(weight.n, weight.nbytes // max(1, weight.n), UNIT_BYTES):
         try:
-            check(cut(weight, slice(first, last)).validate(name), first, last)
-        except VerificationError as error:
-            raise VerificationError(f"{name}: {error}") from None
+            check(cut(weight, slice(first, last)), first, last)
+        except (FormatError, VerificationError) as error:
+            raise type(error)(f"{name}: {error}") from None
     for part in ("packed", "meta", "scale"):
         if f"{name}.weight_{part}" in written.tensors:
             written.release(f"{name}.weight_{part}")
@@ -205,11 +205,13 @@ def _against(
         def check(block: PackedWeight, first: int, last: int) -> None:
             w = dense.array(module.weight)[first:last]  # noqa: B023 (called before the loop goes on)
             scale = source_scale(dense, module, first, last)  # noqa: B023
-            try:
-                packing.verify_rows(block, w, scale=scale, prune="magnitude", first_row=first)
-            except VerificationError:
+            if result.by_magnitude:
+                try:
+                    packing.verify_rows(block, w, scale=scale, prune="magnitude", first_row=first)
+                except VerificationError:
+                    result.by_magnitude = False
+            if not result.by_magnitude:
                 packing.verify_rows(block, w, scale=scale, prune="random", seed=None, first_row=first)
-                result.by_magnitude = False
             pruned, rounded = dropped(block, w)
             result.pruned += pruned
             result.rounded += rounded

@@ -84,7 +84,7 @@ def _extent(packed: PackedWeight) -> tuple[int, int]:
 
 def _item(checkpoint: Checkpoint, module: Module, packed: PackedWeight) -> Item:
     def make(first: int, last: int) -> Iterator[Piece]:
-        block = cut(packed, slice(first, last)).validate(module.name)
+        block = cut(packed, slice(first, last)).validate(module.name, first_row=first)
         yield from dense_pieces(module.name, packing.unpack(block), block.scale, first)
         if last == packed.n:
             _release(checkpoint, module)
