@@ -71,14 +71,19 @@ def stored_dtype(w: Array, dtype: object) -> DType:
     return stored
 
 
+def has_scales(itemsize: int, name: object, scale: object) -> bool:
+    """Whether weights of a type (its bytes and name) come with scales: those of 8 bits must, others must not."""
+    if itemsize > 1 and scale is not None:
+        raise OperandError(f"scale: {name} weights are quantized here and take none; leave it out")
+    if itemsize == 1 and scale is None:
+        raise OperandError(f"scale: is missing; {name} weights are quantized already, pass their scales, one a row")
+    return itemsize == 1
+
+
 def row_scales(w: Array, scale: Array | float | None, first_row: int = 0) -> Array | None:
     """The scale of every row of 8-bit w: float32 [n, 1]; None for other types, which have none."""
-    if w.dtype.itemsize > 1:
-        if scale is not None:
-            raise OperandError(f"scale: {w.dtype} weights are quantized here and take none; leave it out")
+    if not has_scales(w.dtype.itemsize, w.dtype, scale) or scale is None:
         return None
-    if scale is None:
-        raise OperandError(f"scale: is missing; {w.dtype} weights are quantized already, pass their scales, one a row")
     return row_scale(scale, w.shape[0], first_row)
 
 

@@ -8,8 +8,6 @@ from .. import env
 from ..errors import UnsupportedError
 from . import sm80, sm90
 
-FAMILIES = {"sm80": sm80, "sm90": sm90}
-
 
 def for_capability(capability: tuple[int, int]) -> ModuleType:
     """The module that serves a compute capability, such as (9, 0): sm90 for Hopper, sm80 for everything else since Ampere.

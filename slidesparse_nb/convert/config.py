@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import __version__
 from ..checkpoint import Checkpoint, slidesparse_metadata
 from ..dtypes import DType
+from ..packed_tensors import TOOL, VERSION
 from ..pattern import Pattern
 
-FORMAT_VERSION = 1
 DENSE_MARK = "slidesparse_dense"
 """Metadata key of files in dense format; its value is that of "slidesparse" in packed ones."""
 
@@ -44,20 +43,20 @@ def output_config(
     config = {key: value for key, value in source.config.items() if key not in ("quantization_config", "compression_config")}
     config.pop("slidesparse", None)
     facts = {
-        "version": FORMAT_VERSION,
+        "version": VERSION,
         "pattern": {"nnz": pattern.nnz, "group": pattern.group},
         "k_slice_unit": pattern.slice_unit,
     }
     if format == "packed":
         config["quantization_config"] = {
             "quant_method": "slidesparse",
-            "version": FORMAT_VERSION,
+            "version": VERSION,
             "format": "slidesparse-packed",
             "pattern": facts["pattern"],
             "weights": _weights(dtype),
             "input_activations": _activations(dtype),
             "ignore": list(ignored),
-            "k_slice_unit": pattern.slice_unit,
+            "k_slice_unit": facts["k_slice_unit"],
         }
         return config
     if dtype.qmax is not None:
@@ -71,7 +70,7 @@ def output_config(
             "ignore": list(ignored),
             "kv_cache_scheme": None,
         }
-    config["slidesparse"] = {**facts, "dtype": dtype.name, "ignore": list(ignored), "tool": f"slidesparse_nb {__version__}"}
+    config["slidesparse"] = {**facts, "dtype": dtype.name, "ignore": list(ignored), "tool": TOOL}
     return config
 
 

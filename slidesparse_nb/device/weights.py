@@ -15,7 +15,7 @@ import numpy as np
 
 from ..dtypes import FLOAT16, FLOAT32, INT8, DType, packed_dtype
 from ..errors import OperandError
-from ..operands import stored_dtype
+from ..operands import has_scales, stored_dtype
 from ..packed import PackedWeight
 from ..pattern import Pattern
 from . import activations
@@ -72,12 +72,8 @@ def pack(w: Any, pattern: Pattern, dtype: object = None, *, scale: Any = None, p
 
 def _row_scales(w: Any, source: str, scale: Any) -> Any:
     """float32 [n, 1] on the device; None for weights that are quantized here. Whether they are finite, a kernel finds out."""
-    if w.dtype.itemsize > 1:
-        if scale is not None:
-            raise OperandError(f"scale: {source} weights are quantized here and take none; leave it out")
+    if not has_scales(w.dtype.itemsize, source, scale):
         return None
-    if scale is None:
-        raise OperandError(f"scale: is missing; {source} weights are quantized already, pass their scales, one a row")
     n = w.shape[0]
     given = arrays.asarray(scale, dtype=np.float32)
     if given.shape not in ((n, 1), (n,), (), (1,), (1, 1)):
