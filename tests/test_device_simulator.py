@@ -64,7 +64,7 @@ else:
         x = at_address(awkward_rows(2, k, BFLOAT16.numpy))
         for pattern in (None, Pattern(6, 8)):
             width = activations.row_pitch(k, pattern)
-            launch = activations.plan("bfloat16", "int8", k, x.strides, True, width, pattern, True, vectors)
+            launch = activations.plan("bfloat16", "int8", k, x.strides, True, width, pattern, True, vectors=vectors)
             assert (launch.variant.vectors, launch.threads) == (vectors, 32)
             values, scale = np.full((2, width), 0x55, np.uint8), np.zeros((2, 1), np.float32)
             launch.kernel((2,), launch.threads, x, values, scale, *launch.integers, shared=launch.shared)

@@ -73,6 +73,15 @@ def test_weights(group: int) -> None:
         text(kernel, (9, 0))
 
 
+@pytest.mark.parametrize("vectors", [0, 4])
+def test_a_dependent_kernel_waits_before_it_touches_memory(vectors: int) -> None:
+    ptx = text(activations.kernel(Variant("bfloat16", "int8", vectors, 0, True, dependent=True)), (9, 0))
+    wait, launch = ptx.index("griddepcontrol.wait;"), ptx.index("griddepcontrol.launch_dependents;")
+    assert wait < launch < min(ptx.index(access) for access in ("ld.global", "st.global"))
+    assert "bra" not in ptx[:launch]  # every thread comes by
+    assert "griddepcontrol" not in text(activations.kernel(Variant("bfloat16", "int8", vectors, 0, True)), (8, 0))
+
+
 def test_rounding_and_scales() -> None:
     assert "cvt.rn.bf16.f32" in text(weight_kernels.round_kernel("float32", "bfloat16"), (8, 0))
     assert "cvt.rn.f16.f32" in text(weight_kernels.round_kernel("bfloat16", "float16"), (8, 0))
@@ -82,12 +91,13 @@ def test_rounding_and_scales() -> None:
 def test_names_tell_kernels_apart() -> None:
     """The name is in the cache's key for what a kernel is specialized by, so no two may share one."""
     variants = [
-        Variant(source, stored, vectors, windows, native)
+        Variant(source, stored, vectors, windows, native, dependent)
         for source in activations.SOURCES.values()
         for stored in ("int8", "float8_e4m3fn")
         for vectors in (0, *activations.VECTORS)
         for windows in (0, 1, 3)
         for native in (True, False)
+        for dependent in (True, False)
     ]
     assert len({v.name for v in variants}) == len(variants)
 

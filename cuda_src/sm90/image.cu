@@ -26,6 +26,10 @@ extern "C" __global__ void __launch_bounds__(256) image(
     i64 m_, i64 k_, i64 stages_,
     uint4* __restrict__ out)     // [stages, ceil(M / 8), 8, 8] pieces
 {
+#if __CUDA_ARCH__ >= 900  // what x is written by may not be complete when this starts
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
     const int m = (int)m_, k = (int)k_, stages = (int)stages_;
     const int groups = (m + 7) / 8, piece = threadIdx.x % 8, token = threadIdx.x / 8 % 8;
     const int group = blockIdx.x, row = 8 * group + token;

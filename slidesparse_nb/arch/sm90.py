@@ -29,6 +29,9 @@ IMAGE_KERNEL = "sm90/image.cu"
 SUFFIX = "a"
 """Of the architecture it is compiled for: wgmma is in sm_90a alone."""
 
+PROGRAMMATIC = False
+"""Whether the kernel executes `griddepcontrol.wait`, so that it may be launched before the grid before it is complete."""
+
 STAGE = 128
 """Slid bytes of one token in a stage."""
 
@@ -149,6 +152,8 @@ class Tile:
 
     Attributes:
         stage_ns, tile_ns: measured on an H200 at 6:8 (docs/hopper.md): time of a stage, and of a tile beside its stages.
+        cluster: thread blocks side by side along n that share their activations, each loading half of them for both: 1 or 2.
+        resident: thread blocks that fit on a multiprocessor: with 2, those of the next kernel start beside these.
     """
 
     tokens: int
@@ -156,26 +161,32 @@ class Tile:
     strips: int
     stage_ns: int
     tile_ns: int
+    cluster: int = 1
+    resident: int = 1
 
     @property
     def n(self) -> int:
+        """Outputs of a thread block."""
         return 64 * self.warpgroups * self.strips
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens x {self.n} outputs, {self.warpgroups} warpgroups"
+        pair = ", in pairs" if self.cluster == 2 else ""
+        return f"{self.tokens} tokens x {self.n} outputs, {self.warpgroups} warpgroups{pair}"
 
 
 TILES = (
-    Tile(256, 2, 1, 407, 4900),
-    Tile(160, 2, 2, 500, 5400),
-    Tile(128, 2, 2, 426, 4400),
-    Tile(192, 3, 1, 462, 4500),
-    Tile(192, 2, 1, 314, 4400),
-    Tile(128, 2, 1, 277, 2400),
-    Tile(64, 2, 1, 265, 2000),
-    Tile(32, 2, 1, 248, 1900),
-    Tile(16, 2, 1, 247, 1900),
-    Tile(16, 1, 1, 138, 800),
+    Tile(256, 2, 1, 407, 1500),
+    Tile(256, 2, 1, 390, 1500, cluster=2),
+    Tile(160, 2, 2, 500, 2000),
+    Tile(128, 2, 2, 426, 1600),
+    Tile(192, 3, 1, 462, 1500),
+    Tile(192, 2, 1, 314, 1300),
+    Tile(128, 2, 1, 277, 1000),
+    Tile(64, 2, 1, 265, 800, resident=2),
+    Tile(32, 2, 1, 248, 700, resident=2),
+    Tile(16, 2, 1, 247, 600, resident=2),
+    Tile(8, 2, 1, 247, 600, resident=2),
+    Tile(8, 1, 1, 138, 500, resident=2),
 )
 LAUNCH_NS = 5000
 PART_BYTES_A_NS = 1500
@@ -208,28 +219,29 @@ class Config:
 
     @property
     def threads(self) -> int:
-        return 128 * (self.tile.warpgroups + 1)
+        """Consumers, and a producer: a warp, or a warpgroup if it must give registers away."""
+        return 128 * self.tile.warpgroups + (128 if self.tile.strips * self.tile.tokens > 128 else 32)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: stages, rows on their way to y, barriers (smem.cuh)."""
-        groups = self.tile.warpgroups
-        used = self.stages * stage_bytes(self.tile, self.dtype) + 8192 * groups + 16 * self.stages + 4 * groups
+        used = self.stages * stage_bytes(self.tile, self.dtype) + staging_bytes(self.tile, self.out) + 16 * self.stages
         return -(-used // 1024) * 1024
 
     def tiles(self, m: int, n: int) -> int:
-        return -(-m // self.tile.tokens) * -(-n // self.tile.n)
+        """Of one thread block, or of two in a cluster."""
+        return -(-m // self.tile.tokens) * -(-n // (self.tile.n * self.tile.cluster))
 
     def grid(self, m: int, n: int) -> tuple[int, int, int]:
         return self.blocks, 1, 1
 
     def part_bytes(self, m: int, n: int) -> int:
-        """Workspace for the accumulators of tiles cut along k: two parts a block."""
-        return 8 * self.blocks * self.tile.tokens * self.tile.n if self.streamed else 0
+        """Workspace for the accumulators of tiles cut along k: a part a block."""
+        return 4 * self.blocks * self.tile.tokens * self.tile.n if self.streamed else 0
 
     def counters(self, m: int, n: int) -> int:
         """Of tiles cut along k, zeros before and after a launch."""
-        return self.streamed * self.tile.warpgroups
+        return self.streamed * self.tile.cluster * self.tile.warpgroups
 
     def defines(self) -> dict[str, int | str]:
         """What stands above the #include of the kernel."""
@@ -241,6 +253,8 @@ class Config:
             "STRIPS": self.tile.strips,
             "STAGES": self.stages,
             "BAND": self.band,
+            "CLUSTER": self.tile.cluster,
+            "BLOCKS": self.tile.resident,
         }  # fmt: skip
 
 
@@ -250,17 +264,28 @@ def stage_bytes(tile: Tile, dtype: DType) -> int:
     return -(-used // 1024) * 1024
 
 
+def staging_bytes(tile: Tile, out: str) -> int:
+    """Shared memory of rows on their way to y: two chunks of tokens a warpgroup (epilogue.cuh)."""
+    size = 4 if out == "float32" else 2
+    chunk = min(tile.tokens, 16 if size == 4 else 32)
+    return 2 * tile.warpgroups * chunk * 64 * size
+
+
 def candidates(pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
     """Every tile, with as many stages as fit; one kernel serves all patterns."""
     for tile in TILES:
-        count = (SHARED_MEMORY - 8192 * tile.warpgroups - 1024) // stage_bytes(tile, dtype)
+        room = (SHARED_MEMORY + 1024) // tile.resident - 1024 - staging_bytes(tile, out)
+        size = stage_bytes(tile, dtype)
+        count = room // size
+        if room - count * size < 16 * count:  # their barriers
+            count -= 1
         yield Config(dtype, out, tile, min(MOST_STAGES, count), 8 if tile.tokens == 256 else 16)
 
 
 def shared_out(config: Config, m: int, n: int, streamed: int, along_k: int, sms: int) -> Config:
     """The configuration for a problem with its first `streamed` tiles cut along k."""
-    blocks = min(sms, streamed * along_k if streamed else config.tiles(m, n))
-    return replace(config, streamed=streamed, blocks=blocks)
+    units = min(sms // config.tile.cluster, streamed * along_k if streamed else config.tiles(m, n))
+    return replace(config, streamed=streamed, blocks=units * config.tile.cluster)
 
 
 def cost(config: Config, m: int, n: int, along_k: int, sms: int) -> float:
@@ -271,11 +296,12 @@ def cost(config: Config, m: int, n: int, along_k: int, sms: int) -> float:
     """
     tile, tiles = config.tile, config.tiles(m, n)
     each = along_k * tile.stage_ns + tile.tile_ns
-    whole = -(-(tiles - config.streamed) // config.blocks) * each
+    units = config.blocks // tile.cluster
+    whole = -(-(tiles - config.streamed) // units) * each
     if not config.streamed:
         return LAUNCH_NS + whole
-    share = config.streamed * along_k / config.blocks
-    parts = 2 * 2 * 4 * config.blocks * tile.tokens * tile.n / PART_BYTES_A_NS
+    share = config.streamed * along_k / units
+    parts = 2 * 4 * config.blocks * tile.tokens * tile.n / PART_BYTES_A_NS
     return LAUNCH_NS + whole + share * tile.stage_ns + 2 * tile.tile_ns + parts
 
 
@@ -285,7 +311,9 @@ def choose(m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, cap
     along_k = stages(pattern, k, dtype)
     options = []
     for config in candidates(pattern, dtype, out, capability):
-        tiles = config.tiles(m, n)
-        rest = tiles % sms + (sms if tiles > sms else 0)
-        options += [shared_out(config, m, n, streamed, along_k, sms) for streamed in {0, rest if tiles % sms else 0}]
+        tiles, units = config.tiles(m, n), sms // config.tile.cluster
+        if units == 0:
+            continue
+        rest = tiles % units + (units if tiles > units else 0)
+        options += [shared_out(config, m, n, streamed, along_k, sms) for streamed in {0, rest if tiles % units else 0}]
     return min(options, key=lambda config: cost(config, m, n, along_k, sms))

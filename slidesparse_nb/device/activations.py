@@ -26,7 +26,21 @@ from ..errors import OperandError
 from ..pattern import Pattern
 from .elements import HIGH, LOW, row_scale, to_float8x4_early, to_int8x4
 from .numba_kernel import SIMULATED, Kernel, arrays, cuda, device_function
-from .ptx import LANES, Float, Word, larger, load4, low_halves, multiply, store2, store4, to_float8x4, warp_max
+from .ptx import (
+    LANES,
+    Float,
+    Word,
+    larger,
+    launch_later_grid,
+    load4,
+    low_halves,
+    multiply,
+    store2,
+    store4,
+    to_float8x4,
+    wait_for_earlier_grids,
+    warp_max,
+)
 
 SOURCES = {BFLOAT16.numpy: "bfloat16", FLOAT16.numpy: "float16", FLOAT32: "float32"}
 """Types of x that can be quantized."""
@@ -70,6 +84,7 @@ class Variant:
         vectors: 16-byte loads a thread makes, of rows of up to 1024 times as many; 0: element by element, any row.
         windows: of the pattern, if values are lifted; else 0.
         native: the architecture converts to float8 itself (sm_89 and later).
+        dependent: it is launched before the grid before it is complete, and waits for that (sm_90 and later).
     """
 
     source: str
@@ -77,12 +92,13 @@ class Variant:
     vectors: int
     windows: int
     native: bool
+    dependent: bool = False
 
     @property
     def name(self) -> str:
-        shape = f"rows{self.vectors}" if self.vectors else "any"
-        lifted = f"_lift{self.windows}" if self.windows else ""
-        return f"quantize_{shape}_{self.source}_{self.stored}{lifted}{'' if self.native else '_early'}"
+        parts = ["quantize", f"rows{self.vectors}" if self.vectors else "any", self.source, self.stored]
+        parts += [f"lift{self.windows}"] * (self.windows > 0) + ["early"] * (not self.native) + ["dependent"] * self.dependent
+        return "_".join(parts)
 
     @property
     def columns(self) -> int:
@@ -93,12 +109,13 @@ class Variant:
 @functools.cache
 def kernel(variant: Variant) -> Kernel:
     """The kernel of a variant, compiled where it is first launched."""
-    element = "u32*" if variant.source == "float32" else "u16*"
+    integers = ("i64",) * 5
     if variant.vectors:
-        return Kernel(variant.name, quantize_rows(variant), "u32*", "u32*", "f32*", "i64", "i64", "i64", "i64", "i64")
-    return Kernel(
-        variant.name, quantize_any(variant), element, "u32*", "f32*", "i64", "i64", "i64", "i64", "i64", max_threads=256
-    )
+        parameters, function, threads = ("u32*", "u32*", "f32*", *integers), quantize_rows(variant), 1024
+    else:
+        element = "u32*" if variant.source == "float32" else "u16*"
+        parameters, function, threads = (element, "u32*", "f32*", *integers), quantize_any(variant), 256
+    return Kernel(variant.name, function, *parameters, max_threads=threads, programmatic=variant.dependent)
 
 
 def _conversions(variant: Variant) -> tuple[Any, Any, Any, Any]:
@@ -116,6 +133,7 @@ def _conversions(variant: Variant) -> tuple[Any, Any, Any, Any]:
 def quantize_rows(variant: Variant) -> Any:
     """A block holds its row in registers: thread t the 16-byte vectors t, t + threads, t + 2 threads ..."""
     t, low, high, to_stored = _conversions(variant)
+    dependent = variant.dependent
     vectors, windows = variant.vectors, variant.windows
     words, group = 4 * variant.vectors, variant.windows + 1  # of a group, how many pairs of columns
     wide, lifted = variant.source == "float32", variant.windows > 0
@@ -143,6 +161,9 @@ def quantize_rows(variant: Variant) -> Any:
         pitch: int,
         slid: int,  # windows of a lifted row
     ) -> None:
+        if dependent:
+            wait_for_earlier_grids()
+            launch_later_grid()
         held = cuda.local.array(words, np.uint32)
         row, thread, threads = np.int64(cuda.blockIdx.x), np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockDim.x)
         x_row, out_row, last = row * ld, row * pitch, np.uint32(filled - 1)
@@ -199,6 +220,7 @@ def quantize_rows(variant: Variant) -> Any:
 def quantize_any(variant: Variant) -> Any:
     """A block reads its row twice, element by element; thread t writes the words t, t + threads ..."""
     t, low, _, to_stored = _conversions(variant)
+    dependent = variant.dependent
     windows, group, lifted = variant.windows, 2 * variant.windows + 2, variant.windows > 0
     magnitude = np.uint32(0x7FFFFFFF if variant.source == "float32" else 0x7FFF)
 
@@ -212,6 +234,9 @@ def quantize_any(variant: Variant) -> Any:
         pitch: int,
         slid: int,  # windows of a lifted row
     ) -> None:
+        if dependent:
+            wait_for_earlier_grids()
+            launch_later_grid()
         row, thread, threads = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
         peak = np.uint32(0)
         for column in range(thread, k, threads):
@@ -237,9 +262,19 @@ def quantize_any(variant: Variant) -> Any:
 
 
 @functools.cache
+def _capability(device: int) -> int:
+    """90 for 9.0; the simulator stands for the newest."""
+    return 120 if SIMULATED else int(arrays.cuda.Device(device).compute_capability)
+
+
 def native_float8(device: int) -> bool:
     """Whether the device converts to float8_e4m3fn itself: sm_89 and later."""
-    return SIMULATED or int(arrays.cuda.Device(device).compute_capability) >= 89
+    return _capability(device) >= 89
+
+
+def dependent_launch(device: int) -> bool:
+    """Whether a grid may start before the one before it is complete: sm_90 and later."""
+    return _capability(device) >= 90
 
 
 def row_pitch(k: int, pattern: Pattern | None = None, pitch: int = PITCH) -> int:
@@ -302,7 +337,10 @@ def quantize(
             scale = arrays.empty((m, 1), np.float32) if scale is None else scale
     if m == 0:
         return out, scale
-    launch = plan(name, dtype.name, k, x.strides, _address(x) % 16 == 0, width, pattern, native_float8(_device()))
+    device = _device()
+    launch = plan(
+        name, dtype.name, k, x.strides, _address(x) % 16 == 0, width, pattern, native_float8(device), dependent_launch(device)
+    )
     launch.kernel((m,), launch.threads, x, out, scale, *launch.integers, shared=launch.shared, stream=stream)
     return out, scale
 
@@ -343,6 +381,7 @@ def plan(
     width: int,
     pattern: Pattern | None,
     native: bool,
+    dependent: bool = False,
     vectors: int | None = None,
 ) -> Launch:
     """The launch for rows of k elements of these strides (bytes), from an address `aligned` to 16 bytes, to rows of `width`.
@@ -364,9 +403,9 @@ def plan(
         unit = 16 if windows else columns
         shared = total * columns if windows else 0
         integers = (strides[0] // 16, k // columns, total, width // unit, slid)
-        variant = Variant(source, stored, vectors, windows, native)
+        variant = Variant(source, stored, vectors, windows, native, dependent)
         return Launch(variant, kernel(variant), threads, integers, shared)
     threads = min(256, max(32, -(-k // 128) * 32))
     integers = (strides[0] // size, strides[1] // size, k, width // 4, slid)
-    variant = Variant(source, stored, 0, windows, native)
+    variant = Variant(source, stored, 0, windows, native, dependent)
     return Launch(variant, kernel(variant), threads, integers, 0)

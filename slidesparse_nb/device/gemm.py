@@ -25,6 +25,7 @@ from ..packed import PackedWeight, QuantizedActivations
 from ..pattern import Pattern
 from . import activations, jit
 from .arrays import FLOATS, as_cupy, as_stream, float_name
+from .launch import Launcher
 
 COUNTERS = 4096
 """Tiles whose k may be split, at most; so many counters stand at the start of a workspace."""
@@ -104,7 +105,8 @@ class Plan:
         if config.shared_bytes > 48 << 10:
             raw.max_dynamic_shared_size_bytes = config.shared_bytes
         self.config = config
-        self.launch = raw.kernel
+        self.launch = Launcher(raw.kernel, 15 if family is sm80 else 14)
+        self.programmatic = family is sm90 and sm90.PROGRAMMATIC
         self.grid, self.block = config.grid(m, n), (config.threads, 1, 1)
         self.shared = config.shared_bytes
         self.row_pitch = -(-weight.k * size // 16) * 16
@@ -223,22 +225,22 @@ def matmul(
     plan.launch(
         plan.grid,
         plan.block,
-        (
-            *operand,
-            weight.arranged.data.ptr,
-            0 if scale_x is None else scale_x.data.ptr,
-            0 if weight.scale is None else weight.scale.data.ptr,
-            0 if bias is None else bias.data.ptr,
-            bias_type,
-            rows_y.data.ptr,
-            rows_y.strides[0] // rows_y.itemsize,
-            m,
-            n,
-            *plan.along_k,
-            parts,
-            counters,
-        ),
         plan.shared,
+        cupy.cuda.get_current_stream().ptr,
+        plan.programmatic,
+        *operand,
+        weight.arranged.data.ptr,
+        0 if scale_x is None else scale_x.data.ptr,
+        0 if weight.scale is None else weight.scale.data.ptr,
+        0 if bias is None else bias.data.ptr,
+        bias_type,
+        rows_y.data.ptr,
+        rows_y.strides[0] // rows_y.itemsize,
+        m,
+        n,
+        *plan.along_k,
+        parts,
+        counters,
     )
     if rows_y.data.ptr != y.data.ptr:
         y[...] = rows_y.reshape(y.shape)
@@ -353,7 +355,8 @@ def _copied(x: Any, held_as: str, weight: DeviceWeight, plan: Plan, workspace: A
     pitch = plan.row_pitch * 8 // dtype.bits
     kernel = _rows_kernel(weight.ordinal, held_as, dtype.name, weight.packed.pattern.group if weight.lifted else 0)
     steps = (stride // x.itemsize for stride in x.strides)
-    kernel((m, min(64, -(-pitch // 256)), 1), (256, 1, 1), (x.data.ptr, *steps, k, rows.data.ptr, pitch))
+    grid, stream = (m, min(64, -(-pitch // 256)), 1), cupy.cuda.get_current_stream().ptr
+    kernel(grid, (256, 1, 1), 0, stream, False, x.data.ptr, *steps, k, rows.data.ptr, pitch)
     return rows
 
 
@@ -361,7 +364,7 @@ def _copied(x: Any, held_as: str, weight: DeviceWeight, plan: Plan, workspace: A
 def _rows_kernel(ordinal: int, held_as: str, stored: str, lift: int) -> Any:
     defines = {"FROM": CUDA_CODES[held_as], "TO": CUDA_CODES[stored], "LIFT": lift}
     arch = jit.architecture(_device_facts(ordinal)[0])
-    return jit.load(jit.build(ROWS_KERNEL, defines, arch, jit.device_compiler()), "rows").kernel
+    return Launcher(jit.load(jit.build(ROWS_KERNEL, defines, arch, jit.device_compiler()), "rows").kernel, 6)
 
 
 def _image(x: Any, held_as: str, weight: DeviceWeight, plan: Plan, workspace: Any) -> Any:
@@ -375,7 +378,8 @@ def _image(x: Any, held_as: str, weight: DeviceWeight, plan: Plan, workspace: An
     steps = (stride // x.itemsize for stride in x.strides)
     stages = plan.along_k[0]
     grid = (-(-m // 8), min(64, -(-stages // 4)), 1)
-    kernel(grid, (256, 1, 1), (x.data.ptr, *steps, m, k, stages, out.data.ptr))
+    stream = cupy.cuda.get_current_stream().ptr
+    kernel(grid, (256, 1, 1), 0, stream, True, x.data.ptr, *steps, m, k, stages, out.data.ptr)
     return out
 
 
@@ -383,4 +387,4 @@ def _image(x: Any, held_as: str, weight: DeviceWeight, plan: Plan, workspace: An
 def _image_kernel(ordinal: int, held_as: str, stored: str, group: int) -> Any:
     defines = {"FROM": CUDA_CODES[held_as], "TO": CUDA_CODES[stored], "GROUP": group}
     arch = jit.architecture(_device_facts(ordinal)[0])
-    return jit.load(jit.build(sm90.IMAGE_KERNEL, defines, arch, jit.device_compiler()), "image").kernel
+    return Launcher(jit.load(jit.build(sm90.IMAGE_KERNEL, defines, arch, jit.device_compiler()), "image").kernel, 7)

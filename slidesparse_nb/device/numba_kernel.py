@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import jit
+from .launch import Launcher
 
 if not hasattr(np, "row_stack"):  # numba-cuda 0.30 names it when it is imported; NumPy 2.5 has it no more
     np.row_stack = np.vstack  # type: ignore[attr-defined]
@@ -48,7 +49,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _numba_type(name: str) -> Any:
-    """Numba's type of "u32", "f32", "i64", or with a star a pointer to it."""
+    """Numba's type of "u32", "f32", "i64", or with a star a pointer to it; "void" of nothing."""
+    if name == "void":
+        return types.void
     kind = {"u": "uint", "i": "int", "f": "float"}[name[0]]
     base = getattr(types, kind + name[1:].rstrip("*"))
     return types.CPointer(base) if name.endswith("*") else base
@@ -103,9 +106,11 @@ def instruction(text: str, constraints: str, result: str, *operands: str, effect
 
         def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             kinds = [context.get_value_type(t) for t in signature.args]
-            function_type = ir.FunctionType(context.get_value_type(signature.return_type), kinds)
+            returned_kind = ir.VoidType() if result == "void" else context.get_value_type(signature.return_type)
+            function_type = ir.FunctionType(returned_kind, kinds)
             code = ir.InlineAsm(function_type, text, constraints, side_effect=effect)
-            return builder.call(code, values, attrs=("convergent",) if effect else ())
+            returned = builder.call(code, values, attrs=("convergent",) if effect else ())
+            return context.get_dummy_value() if result == "void" else returned
 
         return _intrinsic(twin, _numba_type(result), tuple(_numba_type(o) for o in operands), emit)
 
@@ -186,14 +191,24 @@ class Kernel:
         function: the kernel; its free variables are compile-time constants, which `name` must tell.
         parameters: for each argument "i64", or "u8*", "u16*", "u32*", "u64*", "f32*" for an array.
         max_threads: most threads a block is launched with.
+        programmatic: it executes `griddepcontrol.wait` first, so it is launched before the grid before it is complete.
     """
 
-    def __init__(self, name: str, function: Callable[..., None], *parameters: str, max_threads: int = 1024) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., None],
+        *parameters: str,
+        max_threads: int = 1024,
+        programmatic: bool = False,
+    ) -> None:
         self.name = name
         self.function = function
         self.parameters = parameters
         self.max_threads = max_threads
-        self._loaded: dict[int, tuple[Any, Any]] = {}
+        self.programmatic = programmatic
+        self._loaded: dict[int, Launcher] = {}
+        self._shared: dict[int, int] = {}
 
     def __call__(self, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0, stream: Any = None) -> None:
         """Launch on the current device: `grid` blocks of `threads`, `shared` bytes of dynamic shared memory.
@@ -205,17 +220,24 @@ class Kernel:
         if SIMULATED:
             self._simulate(grid, threads, args, shared)
             return
-        device = arrays.cuda.runtime.getDevice()
-        raw, function = self._loaded.get(device) or self._load(device)
-        if shared > 48 << 10 and raw.max_dynamic_shared_size_bytes < shared:
-            raw.max_dynamic_shared_size_bytes = shared
-        function(grid, (threads,), args, shared, stream)
+        launcher = self.on(arrays.cuda.runtime.getDevice(), shared)
+        address = (arrays.cuda.get_current_stream() if stream is None else stream).ptr
+        plain = [a if isinstance(a, int) else a.data.ptr for a in args]
+        launcher((*grid, 1, 1)[:3], (threads, 1, 1), shared, address, self.programmatic, *plain)  # type: ignore[arg-type]
 
-    def _load(self, device: int) -> tuple[Any, Any]:
+    def on(self, device: int, shared: int = 0) -> Launcher:
+        """The kernel on a device, which is current, ready to be launched with so many bytes of dynamic shared memory."""
+        known = self._loaded.get(device)
+        if known is not None and shared <= self._shared[device]:
+            return known
         capability = int(arrays.cuda.Device(device).compute_capability)
         raw = jit.load(self.build(divmod(capability, 10)), self.name)
-        self._loaded[device] = raw, raw.kernel
-        return self._loaded[device]
+        allowed = max(48 << 10, shared, self._shared.get(device, 0))
+        if allowed > 48 << 10:
+            raw.max_dynamic_shared_size_bytes = allowed
+        loaded = Launcher(raw.kernel, len(self.parameters))
+        self._loaded[device], self._shared[device] = loaded, allowed
+        return loaded
 
     def build(self, capability: tuple[int, int]) -> jit.Built:
         """The kernel for an architecture, from the cache folder or compiled into it now; needs no GPU."""

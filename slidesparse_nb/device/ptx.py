@@ -68,6 +68,19 @@ def atomic_add(words: Any, i: Any, value: int) -> int:
     return old
 
 
+# ---- order of grids ----------------------------------------------------------------------------------------------
+
+
+@instruction("griddepcontrol.wait;", "~{memory}", "void", effect=True)
+def wait_for_earlier_grids() -> None:
+    """Wait until the grids before this one are complete and their writes visible ("griddepcontrol", sm_90)."""
+
+
+@instruction("griddepcontrol.launch_dependents;", "~{memory}", "void", effect=True)
+def launch_later_grid() -> None:
+    """The grid after this one may start, once all blocks have said so ("griddepcontrol", sm_90)."""
+
+
 # ---- bits and integers -------------------------------------------------------------------------------------------
 
 

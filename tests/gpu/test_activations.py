@@ -99,7 +99,7 @@ def test_every_number_of_vectors(activations, vectors) -> None:
     x = awkward_rows(20, k, BFLOAT16.numpy)
     for pattern in (None, Pattern(6, 8)):
         width = activations.row_pitch(k, pattern)
-        launch = activations.plan("bfloat16", "int8", k, x.strides, True, width, pattern, True, vectors)
+        launch = activations.plan("bfloat16", "int8", k, x.strides, True, width, pattern, True, vectors=vectors)
         out, scale = cp.empty((20, width), cp.uint8), cp.empty((20, 1), cp.float32)
         launch.kernel((20,), launch.threads, on_device(x), out, scale, *launch.integers, shared=launch.shared)
         same(out.get(), scale.get(), quantized(x, INT8, pattern, width))
@@ -216,7 +216,8 @@ def measure(activations, m, k, source, dtype, pattern=None, vectors=None) -> tup
     rng = cp.random.default_rng(0)
     xs = [rng.standard_normal((m, k), dtype=cp.float32).astype(source) for _ in range(sets)]
     outs = [(cp.empty((m, width), cp.int8), cp.empty((m, 1), cp.float32)) for _ in range(sets)]
-    launch = activations.plan(activations.SOURCES[source], dtype.name, k, xs[0].strides, True, width, pattern, True, vectors)
+    name = activations.SOURCES[source]
+    launch = activations.plan(name, dtype.name, k, xs[0].strides, True, width, pattern, True, vectors=vectors)
 
     def quantize(i):
         return lambda stream: launch.kernel(
