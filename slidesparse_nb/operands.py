@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from .dtypes import BFLOAT16, CODE_OF, FLOAT8, FLOAT16, FLOAT32, INT8, PACKED, DType, packed_dtype
 from .errors import OperandError
+from .packed import size_problem
+from .pattern import Pattern
 
 Array = NDArray[Any]
 
@@ -43,9 +45,32 @@ def real_numbers(name: str, a: object) -> Array:
         array = np.asarray(a)
     except (TypeError, ValueError, OverflowError) as error:
         raise OperandError(f"{name}: {type(a).__name__} cannot be made an array ({error}); pass real numbers") from None
-    if array.dtype.kind not in "biuf" and (array.dtype.kind == "c" or array.dtype not in CODE_OF):
+    if not is_real(array.dtype):
         raise OperandError(f"{name}: {array.dtype} must be real numbers")
     return array
+
+
+def is_real(dtype: np.dtype[Any]) -> bool:
+    """Whether a type holds real numbers: floats, ml_dtypes' too, integers and bool."""
+    return dtype.kind in "biuf" or (dtype.kind != "c" and dtype in CODE_OF)
+
+
+def unpackable(dtype: np.dtype[Any], way: str = "") -> OperandError:
+    """The error to raise for weights of a type that cannot be packed.
+
+    Args:
+        way: for types of 8 bits, what to do instead; by default to convert them.
+    """
+    if not way or dtype.itemsize > 1:
+        way = "convert it first: w.astype(np.float32)" if dtype.kind in "fiu" else ""
+    known = ", ".join(t.name for t in SOURCES)
+    return OperandError(f"w: {dtype} cannot be packed; it must be one of {known}{'; ' + way if way else ''}")
+
+
+def require_size(pattern: Pattern, shape: tuple[int, int], dtype: DType) -> None:
+    """Raise OperandError for weights of a shape that no packed weight may have."""
+    if problem := size_problem(pattern, shape, dtype):
+        raise OperandError(f"w: {problem}")
 
 
 def check_weights(w: object) -> Array:
@@ -56,8 +81,7 @@ def check_weights(w: object) -> Array:
     if w.ndim != 2:
         raise OperandError(f"w: shape {w.shape} must be [n, k]; reshape it to two dimensions")
     if w.dtype not in SOURCES:
-        way = "; convert it first: w.astype(np.float32)" if w.dtype.kind in "fiu" else ""
-        raise OperandError(f"w: {w.dtype} cannot be packed; it must be one of {', '.join(t.name for t in SOURCES)}{way}")
+        raise unpackable(w.dtype)
     return np.asarray(w)
 
 

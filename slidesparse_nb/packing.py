@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,12 +11,12 @@ from numpy.typing import NDArray
 
 from . import cpu, pruning
 from .dtypes import DType
-from .errors import FormatError, OperandError, PatternError
-from .operands import check_weights, on_gpu, require_finite, require_no_overflow, row_scales, stored_dtype
-from .packed import PackedWeight, require_packed, size_problem
+from .errors import FormatError, PatternError
+from .operands import check_weights, on_gpu, require_finite, require_no_overflow, require_size, row_scales, stored_dtype
+from .packed import PackedWeight, require_packed
 from .pattern import Pattern, known_patterns
 from .reference import window_index
-from .verification import verify, verify_rows
+from .verification import cut, verify, verify_rows
 
 __all__ = ["pack", "pack_rows", "store_rows", "unpack", "verify", "verify_rows", "violations_hint"]
 
@@ -60,13 +62,10 @@ def pack(
     """
     pattern = Pattern.of(pattern)
     if on_gpu(w):
-        from .device import arrays, weights  # CuPy is imported when a GPU is first used, and not before
-
-        packed = weights.pack(arrays.as_cupy("w", w), pattern, dtype, scale=scale, prune=prune)
-        packed.check_shapes("w")
-        return packed
+        return _pack_on_gpu(w, pattern, dtype, scale, prune, pruning.check_seed(seed))
     w = check_weights(w)
     stored = stored_dtype(w, dtype)
+    require_size(pattern, w.shape, stored)
     n, k = w.shape
     scales = row_scales(w, scale)
     method, seed = pruning.check(prune, w.shape), pruning.check_seed(seed)
@@ -99,6 +98,21 @@ def pack(
     return PackedWeight(values, meta, out_scale, pattern, (n, k), stored)
 
 
+def _pack_on_gpu(w: Any, pattern: Pattern, dtype: object, scale: Any, prune: Any, seed: int) -> PackedWeight:
+    """`pack` on the device of w."""
+    from .device import arrays, weights  # CuPy is imported when a GPU is first used, and not before
+
+    given = arrays.as_cupy("w", w)
+    scale = arrays.as_cupy("scale", scale) if on_gpu(scale) else scale
+    method = arrays.as_cupy("prune", prune) if on_gpu(prune) else pruning.check(prune, given.shape)
+    try:
+        packed: PackedWeight = weights.pack(given, pattern, dtype, scale=scale, prune=method, seed=seed)
+    except PatternError as error:
+        hint = violations_hint(given, pattern, functools.partial(weights.obeys, dtype=dtype))
+        raise pattern.violated(error.row, error.group, error.count, hint) from None
+    return packed
+
+
 def unpack(packed: PackedWeight) -> Array:
     """The stored values at their dense places, bit for bit: [n, k] of packed.dtype.numpy. Times packed.scale: the weights.
 
@@ -107,26 +121,39 @@ def unpack(packed: PackedWeight) -> Array:
     Raises:
         OperandError: `packed` is no PackedWeight.
         FormatError: a tensor of `packed` has the wrong dtype or shape, or holds an index out of order; or two windows store a
-            value for the same column, which no dense form holds (on a GPU this is not looked for).
+            value for the same column, which no dense form holds.
     """
     require_packed(packed).validate()
     if on_gpu(packed.values):
-        from .device import weights
-
-        dense: Array = weights.unpack(packed)
-        return dense
+        return _unpack_on_gpu(packed)
     out = np.empty(packed.shape, packed.dtype.numpy)
 
     def block(rows: slice) -> None:
-        values, meta = packed.values[rows], packed.meta[rows]
-        dense = cpu.decompress(values, meta, packed.pattern, packed.pattern.padded_k(packed.k), packed.dtype)
-        if np.count_nonzero(cpu.nonzero(dense)) != np.count_nonzero(cpu.nonzero(values)):
-            raise _stored_twice(values, meta, packed, rows.start)
-        out[rows] = dense[:, : packed.k]
+        out[rows] = _unpack_rows(cut(packed, rows), rows.start)
 
     for _ in cpu.over_blocks(block, packed.n, packed.k, None):
         pass
     return out
+
+
+def _unpack_on_gpu(packed: PackedWeight) -> Array:
+    """`unpack` on the device of `packed`."""
+    from .device import weights
+
+    dense: Array
+    dense, row = weights.unpack(packed)
+    if row is not None:  # say what is wrong with it as on the host
+        _unpack_rows(weights.on_host(packed, slice(row, row + 1)).validate(first_row=row), row)
+    return dense
+
+
+def _unpack_rows(packed: PackedWeight, first_row: int) -> Array:
+    """`unpack` of a block of rows of a valid packed weight, on one thread; rows first_row ... of the whole."""
+    values = packed.values.view(packed.dtype.numpy)
+    dense = cpu.decompress(values, packed.meta, packed.pattern, packed.pattern.padded_k(packed.k), packed.dtype)
+    if np.count_nonzero(cpu.nonzero(dense)) != np.count_nonzero(cpu.nonzero(values)):
+        raise _stored_twice(values, packed.meta, packed, first_row)
+    return dense[:, : packed.k]
 
 
 def _stored_twice(values: Array, meta: Array, packed: PackedWeight, first_row: int) -> FormatError:
@@ -175,8 +202,7 @@ def store_rows(
     pattern = Pattern.of(pattern)
     w = check_weights(w)
     stored = stored_dtype(w, dtype)
-    if problem := size_problem(pattern, w.shape, stored):
-        raise OperandError(f"w: {problem}")
+    require_size(pattern, w.shape, stored)
     scales = row_scales(w, scale, first_row)
     require_finite(w, first_row)
     method = pruning.check(prune, w.shape)
@@ -210,24 +236,26 @@ def pack_rows(q: Array, pattern: Pattern | str, *, first_row: int = 0) -> tuple[
     return values, meta
 
 
-def violations_hint(w: Array, pattern: Pattern | str) -> str:
+def violations_hint(w: Any, pattern: Pattern | str, obeys: Callable[[Any, Pattern], bool] | None = None) -> str:
     """What weights that break `pattern` look like instead: one sentence without its full stop, or "".
 
     Args:
         w: [n, k] of any real type, dense or as stored.
+        obeys: whether an array like w obeys a pattern; of arrays that are not NumPy's.
     """
+    obeys = obeys or _obeys
     pattern = Pattern.of(pattern)
     # first, since 4:6 in pieces of 128 columns often happens to be 6:8 as well
     if ALIGNMENT % pattern.group and w.shape[1] > ALIGNMENT:
         starts = range(0, w.shape[1], ALIGNMENT)
-        if all(_obeys(w[:, first : first + ALIGNMENT], pattern) for first in starts):
+        if all(obeys(w[:, first : first + ALIGNMENT], pattern) for first in starts):
             return (
                 f"they obey {pattern} if groups start anew every {ALIGNMENT} columns, as some pruning tools cut them, but here"
                 f" groups run on to the end of the row: prune again without that alignment, or to a group that divides"
                 f" {ALIGNMENT}, such as 6:8"
             )
     for known in known_patterns():
-        if known.group <= w.shape[1] and known.nnz * pattern.group > pattern.nnz * known.group and _obeys(w, known):
+        if known.group <= w.shape[1] and known.nnz * pattern.group > pattern.nnz * known.group and obeys(w, known):
             return (
                 f"they do obey {known.described}, which tools that count zeros call 2:{known.group}:"
                 f" pass {str(known)!r} if that is what they were pruned to"

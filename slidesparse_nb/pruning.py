@@ -46,9 +46,10 @@ def check(method: object, shape: tuple[int, ...]) -> str | Array:
         given = real_numbers("prune", method)
     except OperandError:
         raise OperandError(f"prune: scores of type {method.dtype} must be real numbers") from None
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         scores = given.astype(np.float32) + np.float32(0)  # and -0.0 is 0: its bits are compared
-    if not (good := np.isfinite(scores) & (given >= np.zeros((), given.dtype))).all():
+        good = np.isfinite(scores) & (given >= np.zeros((), given.dtype))
+    if not good.all():
         row, column = map(int, np.argwhere(~good)[0])
         raise OperandError(f"prune: score {method[row, column]} at row {row}, column {column} must be finite and not negative")
     return scores

@@ -102,6 +102,19 @@ def larger(a: Word, b: Word) -> Word:
     return max(int(a), int(b))
 
 
+@instruction("max.u16x2 $0, $1, $2;", "=r,r,r", "u32", "u32", "u32")
+def larger_halves(a: Word, b: Word) -> Word:
+    """The larger low half and the larger high half of two words ("Integer Arithmetic: max", sm_90)."""
+    return max(int(a) & 0xFFFF, int(b) & 0xFFFF) | max(int(a) >> 16, int(b) >> 16) << 16
+
+
+@instruction("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", "u32", "u32", "u32", "u32")
+def permute(a: Word, b: Word, selector: Word) -> Word:
+    """Byte i is the one that nibble i of the selector names: 0 to 3 of a, 4 to 7 of b ("Data Movement: prmt")."""
+    octets = int(a) | int(b) << 32
+    return sum((octets >> 8 * (int(selector) >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4))
+
+
 @instruction("prmt.b32 $0, $1, $2, 0x0040;", "=r,r,r", "u32", "u32", "u32")
 def low_bytes(a: Word, b: Word) -> Word:
     """a's low byte, then b's ("Data Movement: prmt"); the upper half is no one's."""
@@ -164,6 +177,27 @@ def to_float16(value: Float) -> Word:
 def to_bfloat16(value: Float) -> Word:
     """The bits of value rounded to bfloat16, nearest even; what overflows becomes infinity ("cvt.rn.bf16.f32", sm_80)."""
     return int(np.asarray(value, np.float32).astype(BFLOAT16.numpy).view(np.uint16))
+
+
+@instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", "u32", "f32", "f32")
+def to_bfloat16x2(low: Float, high: Float) -> Word:
+    """`to_bfloat16` of two floats at once ("cvt.rn.bf16x2.f32", sm_80)."""
+    return to_bfloat16(low) | to_bfloat16(high) << 16
+
+
+@instruction("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", "u32", "f32", "f32")
+def to_float16x2(low: Float, high: Float) -> Word:
+    """`to_float16` of two floats at once ("cvt.rn.f16x2.f32", sm_80)."""
+    return to_float16(low) | to_float16(high) << 16
+
+
+@instruction(
+    "{.reg .b16 l, z; mov.b16 z, 0; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; mov.b32 $0, {l, z};}",
+    "=r,f,f", "u32", "f32", "f32",
+)  # fmt: skip
+def to_float8x2(a: Float, b: Float) -> Word:
+    """The bits of two floats as float8_e4m3fn, nearest even, clipped to +-448, a lowest ("cvt.rn.satfinite.e4m3x2", sm_89)."""
+    return int(np.clip(np.array([a, b], np.float32), -448, 448).astype(FLOAT8.numpy).view("<u2")[0])
 
 
 @instruction(

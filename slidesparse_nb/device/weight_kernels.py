@@ -1,227 +1,423 @@
-"""The kernels that pack and unpack weights: one thread a group, an element or a slice unit, and what they report.
+"""The kernels that pack and unpack weights, and what they report: `reference`'s prune, quantize, slide, compress in one pass.
 
-Weights are packed once, so these are plain; each is the twin of the function of `reference` that it is named after.
+    row of w --> (largest magnitude kept --> scale, inverse) --> prune --> quantize or round --> slide, compress --> row
+
+A block has a row, a thread a slice unit of it at a time: one or two groups, a whole number of index bytes. Where the row is
+quantized here it is looked at twice, the second time from cache. Rows of whole aligned words are loaded by vectors, a group at
+a time into registers, and their values leave through shared memory, in order. Other rows, and those of groups that are too
+long for registers, are read and written element by element.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..dtypes import PACKED, DType
-from .elements import INFINITY, LOW
-from .numba_kernel import SIMULATED, Kernel, cuda
-from .ptx import as_word, atomic_add, atomic_min, to_bfloat16, to_float16
+from ..dtypes import FLOAT8, INT8, PACKED, DType
+from .elements import INFINITY, LOW, ROUND, row_scale, to_float8
+from .numba_kernel import SIMULATED, Kernel, cuda, device_function
+from .ptx import (
+    LANES,
+    Float,
+    Word,
+    add,
+    as_word,
+    atomic_add,
+    atomic_min,
+    larger,
+    load4,
+    multiply,
+    to_bfloat16,
+    to_float8x2,
+    to_float16,
+    warp_max,
+)
 
-THREADS = 8 if SIMULATED else 128
+MOST_THREADS = 8 if SIMULATED else 256
+MOST_WARPS = MOST_THREADS // LANES
+LARGEST_HELD = 32
+"""Columns of the longest group that a thread holds in registers."""
+
 NOTHING = 2**64 - 1
+NOT_FINITE, OVERFLOW, BAD_SCORE, FIRST, COUNT = range(5)
+"""Words of a report on packing: lowest row * k + column of a NaN or infinity in w; of an infinity that rounding made; of a
+score that is negative or not finite; lowest row * groups + group that breaks the pattern; how many do. `NOTHING`: none."""
 
-NOT_FINITE, OVERFLOW, STORED_NOT_FINITE, BAD_SCALE, FIRST, COUNT = range(6)
-"""Words of a report: lowest row * k + column of a NaN or infinity in w; of an infinity that rounding made; of either in what
-is stored; lowest row whose scale is negative or not finite; lowest row * groups + group that breaks the pattern; how many
-groups do. `NOTHING`: none."""
+BAD_INDEX, BAD_SCALE, TWICE = range(3)
+"""Words of a report on unpacking: lowest row with an index nibble out of order; with a scale that is negative or not finite;
+with a column that two windows store. `NOTHING`: none."""
 
+BITS = {"float32": 32} | {d.name: d.bits for d in PACKED}
 NUMBERS = {"float32": INFINITY} | {d.name: np.uint32(d.inf_bits or 2**32 - 1) for d in PACKED}
 """Magnitude bits of each type below which everything is a number."""
 
+NONE = np.uint32(2**32 - 1)
+"""No column."""
 
-def _pointer(itemsize: int) -> str:
-    return f"u{8 * itemsize}*"
+Int: Any = np.int64
+"""Indices in kernels; of no type that a type checker would hold them to."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a packing kernel is compiled for.
+
+    Attributes:
+        source: type of w: "float32", "float16", "bfloat16", "int8" or "float8_e4m3fn".
+        stored: type of the values; quantized here if it has 8 bits and w has more.
+        windows: of the pattern, windows a group.
+        prune: "none", "magnitude", "random" or "scores".
+        vector: words of 4 bytes that are loaded at once, 4 or 1; 0: element by element, any row.
+        native: the architecture converts to float8 itself (sm_89 and later).
+    """
+
+    source: str
+    stored: DType
+    windows: int
+    prune: str
+    vector: int
+    native: bool
+
+    @property
+    def name(self) -> str:
+        shape = f"vector{self.vector}" if self.vector else "any"
+        return f"pack_{shape}_{self.source}_{self.stored}_{self.windows}_{self.prune}{'' if self.native else '_early'}"
+
+    @property
+    def quantized(self) -> bool:
+        """Values are quantized here."""
+        return self.stored.qmax is not None and self.source != self.stored.name
+
+
+# ---- pieces ------------------------------------------------------------------------------------------------------
+
+
+def _nibble_table() -> int:
+    """The index nibble of each of 16 masks of a window's non-zeros: of the first two, (0, p) of one at p > 0, else (0, 1)."""
+    table = 0
+    for mask in range(16):
+        taken = [p for p in range(4) if mask >> p & 1][:2]
+        if len(taken) < 2:
+            taken = [0, max(1, *taken, 1)]
+        table |= (taken[0] | taken[1] << 2) << 4 * mask
+    return table
+
+
+NIBBLES, NIBBLES_OF_LAST = np.uint32(_nibble_table() & 0xFFFFFFFF), np.uint32(_nibble_table() >> 32)
+"""The table for windows whose last column is zero, and is not."""
+
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+@device_function("u64", "u64")
+def mixed(z: Any) -> Any:
+    """The finalizer of SplitMix64, as in `pruning.uniform`."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _stored_pair(variant: Variant) -> Any:
+    """A function (x, y, inverse) -> the stored bits of two elements."""
+    low: Any = LOW.get(variant.source)
+    source, stored = variant.source, variant.stored
+    rounded = to_bfloat16 if stored.name == "bfloat16" else to_float16
+    native = variant.native
+
+    @device_function(("u32", "u32"), "u32", "u32", "f32")
+    def kept(x: Word, y: Word, inverse: Float) -> tuple[Word, Word]:
+        return x, y
+
+    @device_function(("u32", "u32"), "u32", "u32", "f32")
+    def to_int8(x: Word, y: Word, inverse: Float) -> tuple[Word, Word]:
+        p, q = as_word(add(multiply(low(x), inverse), ROUND)), as_word(add(multiply(low(y), inverse), ROUND))
+        return p & np.uint32(0xFF), q & np.uint32(0xFF)
+
+    @device_function(("u32", "u32"), "u32", "u32", "f32")
+    def to_float8_pair(x: Word, y: Word, inverse: Float) -> tuple[Word, Word]:
+        p, q = multiply(low(x), inverse), multiply(low(y), inverse)
+        if native:
+            pair = to_float8x2(p, q)
+            return pair & np.uint32(0xFF), pair >> np.uint32(8)
+        return to_float8(p), to_float8(q)
+
+    @device_function(("u32", "u32"), "u32", "u32", "f32")
+    def to_half(x: Word, y: Word, inverse: Float) -> tuple[Word, Word]:
+        return rounded(low(x)), rounded(low(y))
+
+    if source == stored.name:
+        return kept
+    return {INT8: to_int8, FLOAT8: to_float8_pair}.get(stored, to_half)
+
+
+# ---- pack --------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def prune_kernel(source: str, group: int, scored: bool) -> Kernel:
-    """Zero the two lowest scores of every group: one thread a group."""
-    bits = {"float32": 32, "int8": 8, "float8_e4m3fn": 8}.get(source, 16)
-    signed = source == "int8"
-    magnitude = np.uint32(0xFF if signed else (1 << (bits - 1)) - 1)
-    infinite = NUMBERS[source]
-    highest = np.int64(2**63 - 1)
-
-    def kernel(
-        w: Any,  # [n, k] of strides ld, step
-        score: Any,  # [n, k] float32 bits, read if `scored`
-        pruned: Any,  # [n, k]
-        report: Any,
-        ld: int,
-        step: int,
-        k: int,
-    ) -> None:
-        row = np.int64(cuda.blockIdx.x)
-        start = (np.int64(cuda.blockIdx.y) * THREADS + cuda.threadIdx.x) * group
-        size = min(np.int64(group), k - start)
-        # the score above, the place from the right below: unique keys, and of equal scores the rightmost is lowest
-        lowest = second = highest
-        for j in range(size):
-            element = np.uint32(w[row * ld + (start + j) * step]) & magnitude
-            if element >= infinite:
-                atomic_min(report, NOT_FINITE, row * k + start + j)
-            if signed and element > np.uint32(128):
-                element = np.uint32(256) - element
-            ranked = np.int64(element)
-            if scored:
-                ranked = np.int64(score[row * k + start + j]) if element != np.uint32(0) else np.int64(-1)
-            key = ranked * np.int64(2**32) + (size - 1 - j)
-            second = min(second, max(lowest, key))
-            lowest = min(lowest, key)
-        first_out = second_out = np.int64(-1)
-        if size > group - 2:
-            first_out = size - 1 - (lowest & np.int64(0xFFFFFFFF))
-        if size == group:
-            second_out = size - 1 - (second & np.int64(0xFFFFFFFF))
-        for j in range(size):
-            out = j in (first_out, second_out)
-            pruned[row * k + start + j] = np.uint32(0) if out else np.uint32(w[row * ld + (start + j) * step])
-
-    name = f"prune_{source}_{group}{'_scored' if scored else ''}"
-    pointer = _pointer(bits // 8)
-    return Kernel(name, kernel, pointer, "u32*", pointer, "u64*", "i64", "i64", "i64", max_threads=THREADS)
-
-
-@functools.cache
-def round_kernel(source: str, stored: str) -> Kernel:
-    """Round every element to a 16-bit type: one thread an element."""
-    low, infinite = LOW[source], NUMBERS[source]
-    magnitude = np.uint32(0x7FFFFFFF if source == "float32" else 0x7FFF)
-    rounded = to_bfloat16 if stored == "bfloat16" else to_float16
-    overflowed = NUMBERS[stored]
-
-    def kernel(
-        w: Any,  # [n, k] of strides ld, step
-        q: Any,  # [n, k]
-        report: Any,
-        ld: int,
-        step: int,
-        k: int,
-    ) -> None:
-        row = np.int64(cuda.blockIdx.x)
-        column = np.int64(cuda.blockIdx.y) * THREADS + cuda.threadIdx.x
-        if column < k:
-            element = np.uint32(w[row * ld + column * step])
-            bits = np.uint32(rounded(low(element)))
-            if element & magnitude >= infinite:
-                atomic_min(report, NOT_FINITE, row * k + column)
-            elif bits & np.uint32(0x7FFF) >= overflowed:
-                atomic_min(report, OVERFLOW, row * k + column)
-            q[row * k + column] = bits
-
-    source_pointer = "u32*" if source == "float32" else "u16*"
-    return Kernel(f"round_{source}_{stored}", kernel, source_pointer, "u16*", "u64*", "i64", "i64", "i64", max_threads=THREADS)
-
-
-@functools.cache
-def slide_compress_kernel(stored: DType, windows: int) -> Kernel:
-    """Slide and compress: one thread a slice unit, that is one or two groups, a whole number of index bytes."""
+def pack_kernel(variant: Variant) -> Kernel:
+    """Prune, quantize or round, slide and compress: one block a row."""
+    windows, vector, stored = variant.windows, variant.vector, variant.stored
     group, groups = 2 * windows + 2, 1 + windows % 2
-    mask = np.uint32(stored.nonzero_mask)
-    infinite = NUMBERS[stored.name]
     per_unit = groups * windows
 
+    bits = BITS[variant.source]
+    ones, signed = np.uint32(2**bits - 1), variant.source == "int8"
+    magnitude = ones if signed else np.uint32(ones >> 1)
+    infinite, overflowing = NUMBERS[variant.source], NUMBERS[stored.name]
+    low: Any = LOW.get(variant.source)
+    pointer = "u32*" if vector else f"u{bits}*"
+    per_word, per_load = 32 // bits, vector * 32 // bits
+    words = group * bits // 32 if vector else 1
+    loads = words // vector if vector else 0
+
+    pruned, scored, random = variant.prune != "none", variant.prune == "scores", variant.prune == "random"
+    ranked = scored or random
+    Key = np.uint32 if bits <= 16 and not ranked else np.uint64
+    shift, places, highest = Key(16 if Key is np.uint32 else 32), Key(0xFFFF), Key(2 ** (32 if Key is np.uint32 else 64) - 1)
+
+    quantized, t = variant.quantized, np.float32(stored.qmax or 1)
+    first_look = 0 if quantized else 1
+    rounded = not quantized and variant.source != stored.name
+    mask, stored_bits, wide = np.uint32(stored.nonzero_mask), np.uint32(stored.bits), stored.bits == 16
+    unit_words = per_unit * stored.bits // 16
+    staged_words = MOST_THREADS * unit_words
+    stored_pair = _stored_pair(variant)
+
+    key_type = "u32" if Key is np.uint32 else "u64"
+
+    @device_function(key_type, key_type, key_type)
+    def lower(a: Any, b: Any) -> Any:  # of the operands' own type: Numba's min of two words has 64 bits
+        return a if a < b else b
+
+    @device_function(key_type, key_type, key_type)
+    def higher(a: Any, b: Any) -> Any:
+        return b if a < b else a
+
+    @device_function("u32", pointer, "i64", "i64", "i64", "i64")
+    def element_at(w: Any, row_start: int, column: int, step: int, k: int) -> Word:
+        return np.uint32(w[row_start + column * step]) if column < k else np.uint32(0)
+
     def kernel(
-        q: Any,  # [n, k] stored bits, of strides ld, step
-        values: Any,  # [n, ks/2]
+        w: Any,  # [n, k] elements of strides ld, step; or [n, ld] vectors
+        score: Any,  # [n, k] float32 bits, read if pruned by them
+        scale: Any,  # [n], written if quantized
+        values: Any,  # [n, ks/2], as words
         meta: Any,  # [n, ks/8]
         report: Any,
         ld: int,
         step: int,
         k: int,
         units: int,
+        seed_low: int,
+        seed_high: int,
     ) -> None:
-        row = np.int64(cuda.blockIdx.x)
-        unit = np.int64(cuda.blockIdx.y) * THREADS + cuda.threadIdx.x
-        if unit < units:
-            at = (row * units + unit) * per_unit  # this thread's next window, of all
-            byte = np.uint32(0)
-            for g in range(groups):
-                start = (unit * groups + g) * group
-                held = cuda.local.array(4, np.uint32)  # the columns of a window, those taken already as zeros
-                for i in range(4):
-                    held[i] = np.uint32(0)
-                for j in range(windows + 1):
-                    # two columns enter; a window takes its first two non-zeros; its last two columns go on to the next
-                    for i in range(2):
-                        held[i] = held[2 + i]
-                        held[2 + i] = np.uint32(0)
-                        column = start + 2 * j + i
-                        if column < k:
-                            element = np.uint32(q[row * ld + column * step])
-                            if element & mask >= infinite:
-                                atomic_min(report, STORED_NOT_FINITE, row * k + column)
-                            held[2 + i] = element if element & mask != np.uint32(0) else np.uint32(0)
-                    if j > 0:
-                        i0 = i1 = np.uint32(4)
-                        for i in range(4):
-                            if held[i] != np.uint32(0):
-                                if i0 == np.uint32(4):
-                                    i0 = np.uint32(i)
-                                elif i1 == np.uint32(4):
-                                    i1 = np.uint32(i)
-                        if i1 == np.uint32(4):  # fewer than two: positions (0, p), and (0, 1) for p = 0 or none
-                            i1 = i0 if np.uint32(0) < i0 < np.uint32(4) else np.uint32(1)
-                            i0 = np.uint32(0)
-                        values[2 * at] = held[i0]
-                        values[2 * at + 1] = held[i1]
-                        held[i0] = held[i1] = np.uint32(0)
-                        byte |= (i0 | i1 << np.uint32(2)) << np.uint32(4 * (at & 1))
-                        if at & 1:
-                            meta[at >> 1] = byte
-                            byte = np.uint32(0)
-                        at += 1
-                if held[2] | held[3] != np.uint32(0):
-                    atomic_min(report, FIRST, row * (units * groups) + unit * groups + g)
-                    atomic_add(report, COUNT, 1)
+        row, thread, threads = Int(cuda.blockIdx.x), Int(cuda.threadIdx.x), Int(cuda.blockDim.x)
+        held = cuda.local.array(words, np.uint32)
+        if vector:
+            staged = cuda.shared.array(staged_words, np.uint32)
+        peak, inverse, live = np.uint32(0), np.float32(0), ones
+        not_finite = overflow = bad_score = NONE
+        over, first_over = Int(0), Int(0)
+        row_key = np.uint64(0)
+        if random:
+            row_key = mixed(np.uint64(seed_high) << np.uint64(32) | np.uint64(seed_low))
+            row_key = mixed(row_key + np.uint64(row + 1) * GAMMA)
+        for look in range(first_look, 2):  # 0: the largest magnitude that is kept; 1: all else
+            for chunk in range(0, units, threads):
+                unit = chunk + thread
+                pending, byte = np.uint32(0), np.uint32(0)
+                for g in range(groups if unit < units else 0):
+                    start = (unit * groups + g) * group
+                    if vector:
+                        for v in range(loads):
+                            at = row * ld + (unit * groups + g) * loads + v
+                            if vector == 4:
+                                x = y = z = u = np.uint32(0)
+                                if start + v * per_load < k:
+                                    x, y, z, u = load4(w, at)
+                                held[4 * v], held[4 * v + 1], held[4 * v + 2], held[4 * v + 3] = x, y, z, u
+                            else:
+                                held[v] = np.uint32(w[at]) if start + v * per_load < k else np.uint32(0)
+                    out0 = out1 = NONE
+                    if pruned and (ranked or look == 1):
+                        lowest = second = highest
+                        for j in range(group):
+                            if vector:
+                                element = np.uint32(held[j // per_word] >> np.uint32(bits * (j % per_word)))
+                            else:
+                                element = element_at(w, row * ld, start + j, step, k)
+                            size = np.uint32(element & magnitude)
+                            if signed and size > np.uint32(128):
+                                size = np.uint32(256) - size
+                            rank = Key(size)
+                            if scored:
+                                given = np.uint32(0)
+                                if start + j < k:
+                                    given = np.uint32(score[row * k + start + j])
+                                absolute = given & np.uint32(0x7FFFFFFF)
+                                if absolute >= INFINITY or given > np.uint32(0x80000000):
+                                    bad_score = min(bad_score, np.uint32(start + j))
+                                rank = Key(absolute) + Key(1)
+                            if random:
+                                rank = (mixed(row_key + np.uint64(start + j + 1) * GAMMA) >> np.uint64(40)) + Key(1)
+                            if size == np.uint32(0):
+                                rank = Key(0)  # zeros go first, those past k before all
+                            # unique keys; of equal scores the rightmost is lowest
+                            key = Key(rank << shift | Key(group - 1 - j))
+                            second = lower(second, higher(lowest, key))
+                            lowest = lower(lowest, key)
+                        out0 = np.uint32(np.uint32(group - 1) - np.uint32(lowest & places))
+                        out1 = np.uint32(np.uint32(group - 1) - np.uint32(second & places))
+                    a = b = np.uint32(0)  # what the window before left of its last two columns
+                    for j in range(windows + 1):
+                        if vector:
+                            x = np.uint32(held[2 * j // per_word] >> np.uint32(bits * (2 * j % per_word)) & ones)
+                            y = np.uint32(held[(2 * j + 1) // per_word] >> np.uint32(bits * ((2 * j + 1) % per_word)) & ones)
+                        else:
+                            x = element_at(w, row * ld, start + 2 * j, step, k)
+                            y = element_at(w, row * ld, start + 2 * j + 1, step, k)
+                        if look == 1 and larger(x & magnitude, y & magnitude) >= infinite:
+                            column = start + 2 * j + (0 if x & magnitude >= infinite else 1)
+                            not_finite = min(not_finite, np.uint32(column))
+                        if pruned:
+                            if out0 == np.uint32(2 * j) or out1 == np.uint32(2 * j):
+                                x = np.uint32(0)
+                            if out0 == np.uint32(2 * j + 1) or out1 == np.uint32(2 * j + 1):
+                                y = np.uint32(0)
+                        if look == 0:
+                            peak = larger(peak, larger(x & magnitude, y & magnitude))
+                        else:
+                            c, d = stored_pair(x & live, y & live, inverse)
+                            if rounded and larger(c & mask, d & mask) >= overflowing:
+                                column = start + 2 * j + (0 if c & mask >= overflowing else 1)
+                                overflow = min(overflow, np.uint32(column))
+                            c = c if c & mask != np.uint32(0) else np.uint32(0)
+                            d = d if d & mask != np.uint32(0) else np.uint32(0)
+                            if j > 0:
+                                at_table = np.uint32(4 if a != np.uint32(0) else 0)
+                                at_table = np.uint32(at_table | np.uint32(8 if b != np.uint32(0) else 0))
+                                at_table = np.uint32(at_table | np.uint32(16 if c != np.uint32(0) else 0))
+                                table = NIBBLES_OF_LAST if d != np.uint32(0) else NIBBLES
+                                nibble = np.uint32(np.uint32(table >> at_table) & np.uint32(15))
+                                i0, i1 = np.uint32(nibble & np.uint32(3)), np.uint32(nibble >> np.uint32(2))
+                                first = a if i0 == np.uint32(0) else b if i0 == np.uint32(1) else c
+                                last = b if i1 == np.uint32(1) else c if i1 == np.uint32(2) else d
+                                if i0 == np.uint32(2) or i1 == np.uint32(2):
+                                    c = np.uint32(0)
+                                if i1 == np.uint32(3):
+                                    d = np.uint32(0)
+                                at = g * windows + j - 1  # which window of the unit
+                                pair = np.uint32(first | last << stored_bits)
+                                if at & 1:
+                                    meta[(row * units + unit) * (per_unit // 2) + (at >> 1)] = byte | nibble << np.uint32(4)
+                                if wide or at & 1:
+                                    word = pair if wide else np.uint32(pending | pair << np.uint32(16))
+                                    place = at if wide else at >> 1
+                                    if vector:
+                                        staged[thread * unit_words + place] = word
+                                    else:
+                                        values[(row * units + unit) * unit_words + place] = word
+                                byte, pending = nibble, pair
+                            a, b = c, d
+                    if a | b != np.uint32(0):
+                        if over == 0:
+                            first_over = unit * groups + g
+                        over += 1
+                if vector and look == 1:
+                    cuda.syncthreads()
+                    for i in range(thread, min(threads, units - chunk) * unit_words, threads):
+                        values[(row * units + chunk) * unit_words + i] = staged[i]
+                    cuda.syncthreads()
+            if quantized and look == 0:
+                of_warps = cuda.shared.array(MOST_WARPS, np.uint32)
+                peak = warp_max(peak)
+                if thread % LANES == 0:
+                    of_warps[thread // LANES] = peak
+                cuda.syncthreads()
+                for i in range(threads // LANES):
+                    peak = larger(peak, of_warps[i])
+                row_scaled, inverse = row_scale(low(peak), t)
+                if thread == 0:
+                    scale[row] = row_scaled
+                live = ones if inverse > np.float32(0) else np.uint32(0)  # x 0 would keep signs, and NaN
+        if not_finite != NONE:
+            atomic_min(report, NOT_FINITE, row * k + Int(not_finite))
+        if overflow != NONE:
+            atomic_min(report, OVERFLOW, row * k + Int(overflow))
+        if bad_score != NONE:
+            atomic_min(report, BAD_SCORE, row * k + Int(bad_score))
+        if over:
+            atomic_min(report, FIRST, row * (units * groups) + first_over)
+            atomic_add(report, COUNT, over)
 
-    pointer = _pointer(stored.bits // 8)
-    name = f"slide_compress_{stored}_{windows}"
-    return Kernel(name, kernel, pointer, pointer, "u8*", "u64*", "i64", "i64", "i64", "i64", max_threads=THREADS)
+    integers = ("i64",) * 6
+    arrays = (pointer, "u32*", "f32*", "u32*", "u8*", "u64*")
+    return Kernel(variant.name, kernel, *arrays, *integers, max_threads=MOST_THREADS)
+
+
+# ---- unpack ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def check_scales_kernel() -> Kernel:
-    """Report scales that are negative or not finite: one thread a row."""
+def unpack_kernel(stored: DType, windows: int) -> Kernel:
+    """Every stored value back to its column: one block a row, one thread a slice unit at a time."""
+    group, groups = 2 * windows + 2, 1 + windows % 2
+    per_unit = groups * windows
+    mask, scaled = np.uint32(stored.nonzero_mask), stored.qmax is not None
 
     def kernel(
-        scale: Any,  # [n]
+        values: Any,  # [n, ks/2]
+        meta: Any,  # [n, ks/8]
+        scale: Any,  # [n], read if the type has scales
+        out: Any,  # [n, k]
         report: Any,
-        n: int,
+        k: int,
+        units: int,
     ) -> None:
-        row = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
-        if row < n and (as_word(scale[row]) & np.uint32(0x7FFFFFFF) >= INFINITY or scale[row] < np.float32(0)):
+        row, thread, threads = Int(cuda.blockIdx.x), Int(cuda.threadIdx.x), Int(cuda.blockDim.x)
+        bad_index = twice = False
+        for unit in range(thread, units, threads):
+            for g in range(groups):
+                column = (unit * groups + g) * group
+                c = d = np.uint32(0)  # what the window before stored in its last two columns
+                for j in range(windows + 1):
+                    a, b = c, d
+                    c = d = np.uint32(0)
+                    if j < windows:
+                        at = (row * units + unit) * per_unit + g * windows + j
+                        nibble = np.uint32(meta[at >> 1]) >> np.uint32(4 * (at & 1)) & np.uint32(15)
+                        if nibble & np.uint32(3) >= nibble >> np.uint32(2):
+                            bad_index = True
+                        for slot in range(2):
+                            element = np.uint32(values[2 * at + slot])
+                            if element & mask != np.uint32(0):
+                                place = nibble >> np.uint32(2 * slot) & np.uint32(3)
+                                if place == np.uint32(0):
+                                    twice = twice or a != np.uint32(0)
+                                    a = element
+                                elif place == np.uint32(1):
+                                    twice = twice or b != np.uint32(0)
+                                    b = element
+                                elif place == np.uint32(2):
+                                    c = element
+                                else:
+                                    d = element
+                    if column < k:
+                        out[row * k + column] = a
+                    if column + 1 < k:
+                        out[row * k + column + 1] = b
+                    column += 2
+        if bad_index:
+            atomic_min(report, BAD_INDEX, row)
+        if twice:
+            atomic_min(report, TWICE, row)
+        if scaled and thread == 0 and (as_word(scale[row]) & np.uint32(0x7FFFFFFF) >= INFINITY or scale[row] < np.float32(0)):
             atomic_min(report, BAD_SCALE, row)
 
-    return Kernel("check_scales", kernel, "f32*", "u64*", "i64", max_threads=THREADS)
-
-
-@functools.cache
-def unpack_kernel(bits: int, mask: int, windows: int) -> Kernel:
-    """Every stored value back to its column: one thread a slice unit."""
-    group, groups = 2 * windows + 2, 1 + windows % 2
-    per_unit = groups * windows
-
-    def kernel(
-        values: Any,  # [n, ks/2]
-        meta: Any,  # [n, ks/8]
-        out: Any,  # [n, k]
-        k: int,
-        units: int,
-    ) -> None:
-        row = np.int64(cuda.blockIdx.x)
-        unit = np.int64(cuda.blockIdx.y) * THREADS + cuda.threadIdx.x
-        if unit < units:
-            first, last = unit * groups * group, min(k, (unit + 1) * groups * group)
-            for column in range(first, last):
-                out[row * k + column] = 0
-            for window in range(per_unit):
-                at = (row * units + unit) * per_unit + window
-                nibble = np.uint32(meta[at >> 1]) >> np.uint32(4 * (at & 1))
-                for slot in range(2):
-                    element = np.uint32(values[2 * at + slot])
-                    column = first + window // windows * group + 2 * (window % windows)
-                    column += np.int64(nibble >> np.uint32(2 * slot) & np.uint32(3))
-                    if element & np.uint32(mask) != np.uint32(0) and column < k:
-                        out[row * k + column] = element
-
-    pointer = f"u{bits}*"
-    return Kernel(f"unpack_{bits}_{mask:x}_{windows}", kernel, pointer, "u8*", pointer, "i64", "i64", max_threads=THREADS)
+    pointer = f"u{stored.bits}*"
+    return Kernel(
+        f"unpack_{stored}_{windows}", kernel, pointer, "u8*", "f32*", pointer, "u64*", "i64", "i64", max_threads=MOST_THREADS
+    )
