@@ -79,7 +79,7 @@ def launcher(driver: Driver) -> Launcher:
 
 def test_structures_are_as_large_as_the_drivers() -> None:
     assert ctypes.sizeof(Config) == launch.CONFIG_BYTES == 56
-    assert ctypes.sizeof(Attribute) == len(launch.ATTRIBUTE) == 72
+    assert ctypes.sizeof(Attribute) == struct.calcsize(launch.ATTRIBUTE) == 72
 
 
 @pytest.mark.parametrize("programmatic", [False, True])

@@ -14,7 +14,8 @@ pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip inst
 
 from slidesparse_nb.device import activations, numba_kernel, weight_kernels
 from slidesparse_nb.device.activations import Variant
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
+from slidesparse_nb.device.weight_kernels import Variant as Packing
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
 
 ARCHITECTURES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)]
 
@@ -36,74 +37,115 @@ def text(kernel: numba_kernel.Kernel, capability: tuple[int, int]) -> str:
     return (built.folder / "kernel.ptx").read_text()
 
 
+NOTHING_FUSED = re.compile(r"\b(fma|mad)\.(rn|ftz)[^;]*f32|\.approx|\.ftz|div\.full")
+"""What must not be there: products that are fused, flushed or approximate."""
+
+
 @pytest.mark.parametrize("vectors", [*activations.VECTORS, 0])
 @pytest.mark.parametrize("source", sorted(activations.SOURCES.values()))
 @pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn"])
 def test_activations(source: str, stored: str, vectors: int) -> None:
-    ptx = text(activations.kernel(Variant(source, stored, vectors, 0, True)), (9, 0))
+    ptx = text(activations.kernel(Variant(source, stored, vectors, generation=90)), (9, 0))
     assert ".local" not in ptx
     assert ptx.count("ld.global.v4") == vectors  # one 16-byte load for each, and no other
     assert len(re.findall(r"ld\.global(?!\.v4)", ptx)) == 0 if vectors else True
     assert (ptx.count("cvt.rn.satfinite.e4m3x2.f32") > 0) == (stored == "float8_e4m3fn")
-    assert not re.search(
-        r"\b(fma|mad)\.(rn|ftz)[^;]*f32|\.approx|\.ftz|div\.full", ptx
-    )  # nothing fused, flushed or approximate
+    assert ("max.u16x2" in ptx) == (vectors > 0 and source != "float32")
+    assert not NOTHING_FUSED.search(ptx)
     assert ptx.count("div.rn.f32") == 2
     assert "redux.sync.max.u32" in ptx
+
+
+@pytest.mark.parametrize("source", [*sorted(activations.SOURCES.values()), "same"])
+@pytest.mark.parametrize("stored", [d.name for d in PACKED])
+def test_images(source: str, stored: str) -> None:
+    """Whole vectors in, whole pieces out, and a few instructions a piece."""
+    source = stored if source == "same" else source
+    built_sizes = {}
+    for windows in (1, 3, 4, 33):
+        ptx = text(activations.kernel(Variant(source, stored, 4, windows, True, 90)), (9, 0))
+        assert ".local" not in ptx
+        assert ptx.count("ld.global.v4") == 4
+        assert len(re.findall(r"ld\.global(?!\.v4)", ptx)) == 0
+        assert ptx.count("st.global.v4") == 1  # in a loop
+        assert "st.shared" + {1: ".u32", 2: ".v2.u32", 4: ".v4.u32"}[Variant(source, stored, 4).words] in ptx
+        loop = re.split(r"\n\$L\w+:", ptx[: ptx.index("st.global.v4")])[-1]
+        built_sizes[windows] = len(re.findall(r"^\s+[a-z@]", loop, re.MULTILINE))
+        assert loop.count("ld.shared.u32") == 4
+        assert not NOTHING_FUSED.search(ptx)
+    assert max(built_sizes[1], built_sizes[3], built_sizes[4]) < 45 < 80 > built_sizes[33]
+    any_row = text(activations.kernel(Variant(source, stored, 0, 3, True, 90)), (9, 0))
+    assert "griddepcontrol.wait;" in any_row
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES, ids=lambda c: f"sm_{c[0]}{c[1]}")
 def test_every_architecture(capability: tuple[int, int]) -> None:
     native = capability >= (8, 9)
-    for variant in (Variant("bfloat16", "int8", 4, 0, True), Variant("float16", "float8_e4m3fn", 8, 3, native)):
+    generation = max(g for g in (80, 89, 90) if g <= 10 * capability[0] + capability[1])
+    for variant in (
+        Variant("bfloat16", "int8", 4, generation=generation),
+        Variant("float16", "float8_e4m3fn", 8, 3, generation=generation),
+        Variant("float32", "float8_e4m3fn", 0, 15, generation=generation),
+    ):
         assert f".target sm_{capability[0]}{capability[1]}" in text(activations.kernel(variant), capability)
-    text(weight_kernels.slide_compress_kernel(INT8, 3), capability)
+    text(weight_kernels.pack_kernel(Packing("bfloat16", FLOAT8, 3, "magnitude", 4, native)), capability)
 
 
-@pytest.mark.parametrize("group", [4, 8, 32])
+@pytest.mark.parametrize("group", [6, 8, 16])
 def test_weights(group: int) -> None:
     windows = group // 2 - 1
-    for kernel in (
-        weight_kernels.prune_kernel("bfloat16", group, False),
-        weight_kernels.prune_kernel("int8", group, True),
-        weight_kernels.slide_compress_kernel(FLOAT8, windows),
-        weight_kernels.slide_compress_kernel(BFLOAT16, windows),
-        weight_kernels.unpack_kernel(8, 0x7F, windows),
+    for packing in (
+        Packing("bfloat16", INT8, windows, "magnitude", 4 if group % 8 == 0 else 1, True),
+        Packing("float32", FLOAT8, windows, "none", 4 if group % 4 == 0 else 1, True),
+        Packing("bfloat16", BFLOAT16, windows, "random", 1, True),
+        Packing("int8", INT8, windows, "scores", 0, True),
     ):
-        text(kernel, (9, 0))
+        ptx = text(weight_kernels.pack_kernel(packing), (9, 0))
+        assert ".local" not in ptx
+        assert (packing.vector == 4) == ("ld.global.v4.u32" in ptx)
+        assert not re.search(r"\b(fma|mad)\.(rn|ftz)[^;]*f32|\.approx|\.ftz|div\.full", ptx)
+        assert ptx.count("div.rn.f32") == (2 if packing.quantized else 0)
+    for dtype in PACKED:
+        text(weight_kernels.unpack_kernel(dtype, windows), (9, 0))
+
+
+def test_long_groups_are_not_held() -> None:
+    assert ".local" not in text(weight_kernels.pack_kernel(Packing("bfloat16", INT8, 2047, "magnitude", 0, True)), (9, 0))
 
 
 @pytest.mark.parametrize("vectors", [0, 4])
 def test_a_dependent_kernel_waits_before_it_touches_memory(vectors: int) -> None:
-    ptx = text(activations.kernel(Variant("bfloat16", "int8", vectors, 0, True, dependent=True)), (9, 0))
+    ptx = text(activations.kernel(Variant("bfloat16", "int8", vectors, 3, True, 90)), (9, 0))
     wait, launch = ptx.index("griddepcontrol.wait;"), ptx.index("griddepcontrol.launch_dependents;")
     assert wait < launch < min(ptx.index(access) for access in ("ld.global", "st.global"))
     assert "bra" not in ptx[:launch]  # every thread comes by
-    assert "griddepcontrol" not in text(activations.kernel(Variant("bfloat16", "int8", vectors, 0, True)), (8, 0))
+    assert "griddepcontrol" not in text(activations.kernel(Variant("bfloat16", "int8", vectors)), (8, 0))
 
 
-def test_rounding_and_scales() -> None:
-    assert "cvt.rn.bf16.f32" in text(weight_kernels.round_kernel("float32", "bfloat16"), (8, 0))
-    assert "cvt.rn.f16.f32" in text(weight_kernels.round_kernel("bfloat16", "float16"), (8, 0))
-    text(weight_kernels.check_scales_kernel(), (8, 0))
+def test_rounding() -> None:
+    def pack(source: str, stored: DType) -> numba_kernel.Kernel:
+        return weight_kernels.pack_kernel(Packing(source, stored, 3, "none", 4, False))
+
+    assert "cvt.rn.bf16.f32" in text(pack("float32", BFLOAT16), (8, 0))
+    assert "cvt.rn.f16.f32" in text(pack("bfloat16", FLOAT16), (8, 0))
+    assert "e4m3x2" not in text(pack("bfloat16", FLOAT8), (8, 0))
 
 
 def test_names_tell_kernels_apart() -> None:
     """The name is in the cache's key for what a kernel is specialized by, so no two may share one."""
     variants = [
-        Variant(source, stored, vectors, windows, native, dependent)
-        for source in activations.SOURCES.values()
-        for stored in ("int8", "float8_e4m3fn")
+        Variant(source, stored, vectors, windows, image, generation)
+        for stored in ("int8", "float8_e4m3fn", "bfloat16")
+        for source in {*activations.SOURCES.values(), stored}
         for vectors in (0, *activations.VECTORS)
-        for windows in (0, 1, 3)
-        for native in (True, False)
-        for dependent in (True, False)
+        for windows, image in ((0, False), (1, False), (3, False), (1, True), (3, True))
+        for generation in (80, 89, 90)
     ]
     assert len({v.name for v in variants}) == len(variants)
 
 
 def test_a_kept_kernel_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = weight_kernels.check_scales_kernel()
+    kernel = weight_kernels.unpack_kernel(INT8, 3)
     first = kernel.build((9, 0))
     monkeypatch.setattr(numba_kernel.Kernel, "ptx", None)
     assert kernel.build((9, 0)) == first
@@ -113,7 +155,8 @@ def test_compiling_needs_no_cupy() -> None:
     program = (
         "import sys; sys.modules['cupy'] = None\n"
         "from slidesparse_nb.device import weight_kernels\n"
-        "assert weight_kernels.check_scales_kernel().build((8, 0)).cubin.stat().st_size"
+        "from slidesparse_nb.dtypes import INT8\n"
+        "assert weight_kernels.unpack_kernel(INT8, 3).build((8, 0)).cubin.stat().st_size"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], env=os.environ, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

@@ -25,7 +25,6 @@ from ..packed import PackedWeight
 from ..pattern import Pattern
 
 KERNEL = "sm90/gemm.cu"
-IMAGE_KERNEL = "sm90/image.cu"
 SUFFIX = "a"
 """Of the architecture it is compiled for: wgmma is in sm_90a alone."""
 
@@ -58,8 +57,8 @@ def require_support(capability: tuple[int, int], dtype: DType) -> None:
 
 
 def stages(pattern: Pattern, k: int, dtype: DType) -> int:
-    """Stages that cover a row of k columns."""
-    return max(1, -(-pattern.slid_k(k) * dtype.bits // 8 // STAGE))
+    """Stages that cover a row of k columns: an even number, since kernels for few tokens take two at a time."""
+    return max(2, -(-pattern.slid_k(k) * dtype.bits // 8 // (2 * STAGE)) * 2)
 
 
 def strip_bytes(dtype: DType) -> int:
@@ -126,7 +125,7 @@ def image(x: Any, pattern: Pattern, xp: Any = np) -> Any:
     m, k = x.shape
     size = x.dtype.itemsize
     ks = pattern.slid_k(k)
-    count = max(1, -(-ks * size // STAGE))
+    count = max(2, -(-ks * size // (2 * STAGE)) * 2)
     raw = x.view(f"u{size}")
     padded = xp.zeros((-(-m // 8) * 8, pattern.padded_k(k)), raw.dtype)
     padded[:m, :k] = raw

@@ -19,6 +19,8 @@ from .ptx import (
     low_bytes,
     low_float16,
     low_halves,
+    to_bfloat16x2,
+    to_float16x2,
 )
 
 INFINITY = np.uint32(0x7F800000)
@@ -44,6 +46,10 @@ def high_bfloat16(word: Word) -> Float:
 LOW = {"bfloat16": low_bfloat16, "float16": low_float16, "float32": as_float}
 HIGH = {"bfloat16": high_bfloat16, "float16": high_float16, "float32": as_float}
 """From a word of each type: the element in its low half (a whole word of float32), and the one in its high half."""
+
+
+ROUND_TWO = {"bfloat16": to_bfloat16x2, "float16": to_float16x2}
+"""For each 16-bit type: from two floats to a word."""
 
 
 @device_function("u32", "f32", "f32", "f32", "f32")

@@ -212,13 +212,14 @@ def matmul(
         parts = counters = 0
 
     ready = plan.quantizes and scale_x is None
-    if ready:
-        x, scale_x = _quantized(x, weight, plan, workspace)
-        held_as = packed.dtype.name
     if plan.image_bytes:
-        x = _image(x, held_as, weight, plan, workspace)
+        x, made = _image(x, weight, plan, workspace, scale_x is not None)
+        scale_x = made if scale_x is None else scale_x
         operand: tuple[int, ...] = (x.data.ptr,)
     else:
+        if ready:
+            x, scale_x = _quantized(x, weight, plan, workspace)
+            held_as = packed.dtype.name
         if not ready and (weight.lifted or held_as != packed.dtype.name or not _loadable(x, plan.x_bytes)):
             x = _copied(x, held_as, weight, plan, workspace)
         operand = (x.data.ptr, x.strides[0], plan.x_bytes)
@@ -367,24 +368,13 @@ def _rows_kernel(ordinal: int, held_as: str, stored: str, lift: int) -> Any:
     return Launcher(jit.load(jit.build(ROWS_KERNEL, defines, arch, jit.device_compiler()), "rows").kernel, 6)
 
 
-def _image(x: Any, held_as: str, weight: DeviceWeight, plan: Plan, workspace: Any) -> Any:
-    """x [m, k] slid and laid out for sm_90 (`sm90.image`), rounded to the weights' type if it is of another."""
-    m, k = x.shape[0], weight.k  # quantized rows are padded
+def _image(x: Any, weight: DeviceWeight, plan: Plan, workspace: Any, quantized: bool) -> tuple[Any, Any]:
+    """x [m, k], float or `quantized`, laid out for sm_90 (`sm90.image`); and scales [m, 1], if they are made here."""
+    out = scale = None
+    m = x.shape[0]
     if workspace is not None:
-        out = workspace[plan.image_at : plan.bytes]
-    else:
-        out = cupy.empty(plan.image_bytes, np.uint8)
-    kernel = _image_kernel(weight.ordinal, held_as, weight.packed.dtype.name, weight.pattern.group)
-    steps = (stride // x.itemsize for stride in x.strides)
-    stages = plan.along_k[0]
-    grid = (-(-m // 8), min(64, -(-stages // 4)), 1)
-    stream = cupy.cuda.get_current_stream().ptr
-    kernel(grid, (256, 1, 1), 0, stream, True, x.data.ptr, *steps, m, k, stages, out.data.ptr)
-    return out
-
-
-@functools.cache
-def _image_kernel(ordinal: int, held_as: str, stored: str, group: int) -> Any:
-    defines = {"FROM": CUDA_CODES[held_as], "TO": CUDA_CODES[stored], "GROUP": group}
-    arch = jit.architecture(_device_facts(ordinal)[0])
-    return Launcher(jit.load(jit.build(sm90.IMAGE_KERNEL, defines, arch, jit.device_compiler()), "image").kernel, 7)
+        out = workspace[plan.image_at : plan.bytes].reshape(plan.along_k[0], -1, 8, sm90.STAGE)
+        if plan.quantizes and not quantized:
+            scale = workspace[plan.scale_at : plan.scale_at + 4 * m].view(np.float32).reshape(m, 1)
+    dtype = weight.packed.dtype
+    return activations.image(x, dtype, weight.pattern, source=dtype if quantized else None, out=out, scale=scale)

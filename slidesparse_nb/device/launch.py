@@ -27,8 +27,8 @@ CONFIG_BYTES = struct.calcsize(CONFIG)
 ATTRIBUTES_AT = CONFIG_BYTES + 8 * MOST_PARAMETERS
 # struct CUlaunchAttribute, of the one attribute used: its id, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, and 1;
 # the value is a union of 64 bytes
-ATTRIBUTE = struct.pack("=i4xi60x", 6, 1)
-POINTERS_AT = ATTRIBUTES_AT + len(ATTRIBUTE)
+ATTRIBUTE = "=i4xi60x"
+POINTERS_AT = ATTRIBUTES_AT + struct.calcsize(ATTRIBUTE)
 
 INVALID_CONTEXT = 201
 """CUDA_ERROR_INVALID_CONTEXT: this thread has none yet."""
@@ -47,7 +47,7 @@ class _Slot:
         self.config = ctypes.c_void_p(start)
         self.attributes = start + ATTRIBUTES_AT
         self.pointers = ctypes.c_void_p(start + POINTERS_AT)
-        self.memory[ATTRIBUTES_AT:POINTERS_AT] = ATTRIBUTE
+        struct.pack_into(ATTRIBUTE, self.memory, ATTRIBUTES_AT, 6, 1)
         addresses = [start + CONFIG_BYTES + 8 * i for i in range(MOST_PARAMETERS)]
         struct.pack_into(f"={MOST_PARAMETERS}Q", self.memory, POINTERS_AT, *addresses)
 

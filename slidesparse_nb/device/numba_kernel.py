@@ -214,7 +214,7 @@ class Kernel:
         """Launch on the current device: `grid` blocks of `threads`, `shared` bytes of dynamic shared memory.
 
         Args:
-            args: CuPy arrays, of which the kernel gets the address, and integers.
+            args: integers, and CuPy arrays, of which the kernel gets the address.
             stream: a CuPy stream; by default the current one.
         """
         if SIMULATED:
@@ -263,7 +263,10 @@ class Kernel:
 
     def _simulate(self, grid: tuple[int, ...], threads: int, args: tuple[Any, ...], shared: int) -> None:
         kinds = {"u8*": np.uint8, "u16*": np.uint16, "u32*": np.uint32, "u64*": np.uint64, "f32*": np.float32}
-        seen = [Memory(a, np.dtype(kinds[p])) if p in kinds else int(a) for a, p in zip(args, self.parameters, strict=True)]
+        seen = [
+            int(a) if isinstance(a, int | np.integer) else Memory(a, np.dtype(kinds[p]))
+            for a, p in zip(args, self.parameters, strict=True)
+        ]
         cuda.jit(self.function)[grid, threads, 0, shared](*seen)
 
 

@@ -8,9 +8,10 @@ import time
 import cupy as cp
 import numpy as np
 import pytest
-from device_cases import SOURCES, awkward_rows, bits, quantized, same
+from device_cases import SOURCES, awkward_rows, bits, imaged, quantized, same
 
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8
+from slidesparse_nb.arch import sm90
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8, PACKED
 from slidesparse_nb.pattern import Pattern
 
 pytestmark = pytest.mark.gpu
@@ -81,15 +82,17 @@ def test_every_bfloat16_is_rounded_right(activations, dtype) -> None:
     check(activations, np.stack(rows), dtype)
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_float8_with_and_without_the_instruction(activations, native) -> None:
+@pytest.mark.parametrize("generation", [80, 89, 90])
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_every_generation_of_instructions(activations, source, generation) -> None:
     rng = np.random.default_rng(5)
-    x = np.exp2(rng.uniform(-25, 0, (64, 4096))).astype(np.float32) * rng.choice([-1, 1], (64, 4096))
-    x = x.astype(np.float32)
-    launch = activations.plan("float32", FLOAT8.name, 4096, x.strides, True, 4096, None, native)
-    assert launch.variant.native == native
-    out, scale = cp.empty((64, 4096), cp.uint8), cp.empty((64, 1), cp.float32)
-    launch.kernel((64,), launch.threads, cp.asarray(x), out, scale, *launch.integers)
+    x = np.exp2(rng.uniform(-14, 0, (64, 4096))).astype(np.float32) * rng.choice([-1, 1], (64, 4096))
+    x = np.concatenate([x.astype(source), awkward_rows(12, 4096, source)])
+    name = activations.SOURCES[source]
+    launch = activations.plan(name, FLOAT8.name, 4096, x.strides, True, generation, width=4096)
+    assert launch.variant.generation == generation
+    out, scale = cp.empty((76, 4096), cp.uint8), cp.empty((76, 1), cp.float32)
+    launch(76, on_device(x), out, scale)
     same(out.get(), scale.get(), quantized(x, FLOAT8, None, 4096))
 
 
@@ -99,15 +102,122 @@ def test_every_number_of_vectors(activations, vectors) -> None:
     x = awkward_rows(20, k, BFLOAT16.numpy)
     for pattern in (None, Pattern(6, 8)):
         width = activations.row_pitch(k, pattern)
-        launch = activations.plan("bfloat16", "int8", k, x.strides, True, width, pattern, True, vectors=vectors)
+        launch = activations.plan("bfloat16", "int8", k, x.strides, True, 90, pattern, width=width, vectors=vectors)
         out, scale = cp.empty((20, width), cp.uint8), cp.empty((20, 1), cp.float32)
-        launch.kernel((20,), launch.threads, on_device(x), out, scale, *launch.integers, shared=launch.shared)
+        launch(20, on_device(x), out, scale)
         same(out.get(), scale.get(), quantized(x, INT8, pattern, width))
+    for dtype in (INT8, BFLOAT16):
+        launch = activations.plan("bfloat16", dtype.name, k, x.strides, True, 90, Pattern(6, 8), vectors=vectors)
+        expected, expected_scale = imaged(x, dtype, Pattern(6, 8))
+        out, scale = cp.empty(expected.shape, cp.uint8), cp.empty((20, 1), cp.float32)
+        launch(20, on_device(x), out, scale)
+        np.testing.assert_array_equal(out.get(), expected)  # bfloat16 as it is, NaN too
+        if expected_scale is not None:
+            np.testing.assert_array_equal(bits(scale.get()), bits(expected_scale))
 
 
+# ---- images ------------------------------------------------------------------------------------------------------
+
+
+def one_nan(image, dtype):
+    """The bytes of an image, every NaN of a 16-bit type alike: what rounding makes of their bits is the hardware's."""
+    if dtype.qmax is not None:
+        return image
+    values = np.ascontiguousarray(image).view(dtype.numpy)
+    return np.where(np.isnan(values.astype(np.float32)), dtype.inf_bits | 1, bits(values))
+
+
+def check_image(activations, x, dtype, pattern, placed=None):
+    """Lay out x on the device, into guarded, poisoned arrays, and compare every byte."""
+    expected, expected_scale = imaged(x, dtype, pattern)
+    out, out_whole = guarded((1, expected.size), 1)
+    scale, scale_whole = guarded((x.shape[0], 1), 4)
+    given = on_device(x) if placed is None else placed
+    source = dtype if x.dtype == dtype.numpy else None
+    scales = None if expected_scale is None else scale.view(cp.float32)
+    activations.image(given, dtype, pattern, source=source, out=out.reshape(expected.shape), scale=scales)
+    np.testing.assert_array_equal(one_nan(out.get().reshape(expected.shape), dtype), one_nan(expected, dtype))
+    if expected_scale is None:
+        assert (scale.get() == 0x5A).all()
+    else:
+        np.testing.assert_array_equal(bits(scale.view(cp.float32).get()), bits(expected_scale))
+    for whole in (out_whole, scale_whole):
+        host = whole.get()
+        assert (host[:GUARD] == 0x5A).all()
+        assert (host[host.size - GUARD :] == 0x5A).all()
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("source", [*SOURCES, "same"], ids=str)
+def test_image_equals_the_reference(activations, source, dtype) -> None:
+    for pattern in ("2:4", "4:6", "6:8", "8:10", "10:12", "14:16", "62:64"):
+        for m, k in [(12, 1), (9, 41), (13, 64), (1, 3584), (8, 3584), (37, 3584), (3, 3583), (2, 18944)]:
+            if source != "same":
+                x = awkward_rows(m, k, source)
+            elif dtype.qmax is None:
+                x = awkward_rows(m, k, dtype.numpy)
+            else:
+                x = quantized(awkward_rows(m, k, BFLOAT16.numpy), dtype, None, k)[0].view(dtype.numpy)
+            check_image(activations, x, dtype, Pattern.of(pattern))
+
+
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+def test_images_of_long_rows(activations, dtype) -> None:
+    for k in (65536, 70000):
+        check_image(activations, awkward_rows(3, k, BFLOAT16.numpy), dtype, Pattern(6, 8))
+
+
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
 @pytest.mark.parametrize("layout", ["odd address", "padded rows", "transposed", "every second", "backwards"])
-def test_strides(activations, layout) -> None:
+def test_image_strides(activations, layout, dtype) -> None:
     x = awkward_rows(40, 512, FLOAT16.numpy)
+    check_image(activations, x, dtype, Pattern(6, 8), placed=laid_out(x, layout))
+
+
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+def test_image_of_many_rows(activations, dtype) -> None:
+    """An image of more than 2^31 bytes, of x of more than 2^31 elements; a few groups of tokens are looked at."""
+    m, k, pattern = (1 << 31) // 4096 + 61, 4096, Pattern(6, 8)
+    if cp.cuda.runtime.memGetInfo()[0] < 7 * m * k:
+        pytest.fail("needs 15 GB of device memory")
+    x = cp.zeros((m, k), cp.float16)
+    host = awkward_rows(8, k, FLOAT16.numpy)
+    for group in (0, m // 16, m // 8):
+        rows = slice(8 * group, min(8 * group + 8, m))
+        x[rows] = cp.asarray(host[: rows.stop - rows.start])
+    made, scale = activations.image(x, dtype, pattern)
+    for group in (0, m // 16, m // 8):
+        count = min(8, m - 8 * group)
+        expected, expected_scale = imaged(host[:count], dtype, pattern)
+        np.testing.assert_array_equal(one_nan(made[:, group].get(), dtype), one_nan(expected[:, 0], dtype))
+        if dtype is INT8:
+            np.testing.assert_array_equal(bits(scale[8 * group : 8 * group + count].get()), bits(expected_scale))
+
+
+def test_a_thousand_images_agree_while_launches_overlap(activations) -> None:
+    """Each launch may start before the one before is complete: its operand is written by that one, and it must wait for it."""
+    pattern = Pattern(6, 8)
+    xs = [on_device(awkward_rows(300, 3584, BFLOAT16.numpy, seed)) for seed in range(2)]
+    x = cp.empty((300, 3584), cp.uint16).view(BFLOAT16.numpy)
+    wanted = [activations.image(x, FLOAT8, pattern)[0] for x in xs]
+    differ = cp.zeros((), cp.int64)
+    values, scale = cp.empty((300, 3584), cp.uint8), cp.empty((300, 1), cp.float32)
+    again, unscaled = cp.empty_like(wanted[0]), cp.empty((300, 1), cp.float32)
+    for i in range(1000):
+        x.view(cp.uint16)[...] = xs[i % 2].view(cp.uint16)
+        activations.quantize(x, FLOAT8, out=values, scale=scale)  # then, from what it writes, the image
+        activations.image(values, FLOAT8, pattern, source=FLOAT8, out=again)
+        differ += (again != wanted[i % 2]).any()
+        activations.image(x, FLOAT8, pattern, out=again, scale=unscaled)
+        differ += (again != wanted[i % 2]).any() + (unscaled.view(cp.uint32) != scale.view(cp.uint32)).any()
+    assert int(differ) == 0
+
+
+# ---- strides, streams --------------------------------------------------------------------------------------------
+
+
+def laid_out(x, layout):
+    """x [40, 512] float16 on the device, with awkward strides."""
     flat = cp.empty(40 * 600 + 8, cp.float16)
     if layout == "odd address":
         placed = flat[1 : 1 + 40 * 512].reshape(40, 512)
@@ -120,7 +230,13 @@ def test_strides(activations, layout) -> None:
     else:
         placed = flat[: 40 * 512].reshape(40, 512)[::-1, ::-1]
     placed[...] = cp.asarray(x)
-    check(activations, x, FLOAT8, placed=placed, pitch=128)
+    return placed
+
+
+@pytest.mark.parametrize("layout", ["odd address", "padded rows", "transposed", "every second", "backwards"])
+def test_strides(activations, layout) -> None:
+    x = awkward_rows(40, 512, FLOAT16.numpy)
+    check(activations, x, FLOAT8, placed=laid_out(x, layout), pitch=128)
 
 
 def test_many_rows(activations) -> None:
@@ -208,21 +324,24 @@ def seconds(launches) -> float:
     return float(np.median(times[2:]))
 
 
-def measure(activations, m, k, source, dtype, pattern=None, vectors=None) -> tuple[float, float]:
-    """GB/s, read and written, of quantization and of a copy that moves as many bytes."""
-    width = activations.row_pitch(k, pattern)
-    moved = m * k * source.itemsize + m * width + 4 * m
+def measure(activations, m, k, source, dtype, pattern=None, image=False) -> tuple[float, float]:
+    """GB/s, read and written, of one launch and of a copy that moves as many bytes."""
+    name = activations.SOURCES[source]
+    if image:
+        shape: tuple[int, ...] = (sm90.image_bytes(m, k, pattern, dtype),)
+        launch = activations.plan(name, dtype.name, k, (k * source.itemsize, source.itemsize), True, 90, pattern)
+    else:
+        width = activations.row_pitch(k, pattern)
+        shape = (m, width)
+        launch = activations.plan(name, dtype.name, k, (k * source.itemsize, source.itemsize), True, 90, pattern, width=width)
+    moved = m * k * source.itemsize + int(np.prod(shape)) + 4 * m
     sets = max(2, -(-(1 << 29) // moved))  # several times the second-level cache
     rng = cp.random.default_rng(0)
     xs = [rng.standard_normal((m, k), dtype=cp.float32).astype(source) for _ in range(sets)]
-    outs = [(cp.empty((m, width), cp.int8), cp.empty((m, 1), cp.float32)) for _ in range(sets)]
-    name = activations.SOURCES[source]
-    launch = activations.plan(name, dtype.name, k, xs[0].strides, True, width, pattern, True, vectors=vectors)
+    outs = [(cp.empty(shape, cp.int8), cp.empty((m, 1), cp.float32)) for _ in range(sets)]
 
     def quantize(i):
-        return lambda stream: launch.kernel(
-            (m,), launch.threads, xs[i], *outs[i], *launch.integers, shared=launch.shared, stream=stream
-        )
+        return lambda stream: launch(m, xs[i], *outs[i], stream)
 
     half = moved // 2
     froms, tos = [cp.empty(half, cp.uint8) for _ in range(sets)], [cp.empty(half, cp.uint8) for _ in range(sets)]
@@ -237,20 +356,19 @@ def measure(activations, m, k, source, dtype, pattern=None, vectors=None) -> tup
 
 
 def test_bandwidth(activations) -> None:
-    """At least 80 % of what a plain copy of as many bytes reaches in the same run."""
+    """At least 80 % of what a plain copy of as many bytes reaches in the same run, in rows and in images."""
     slow = []
+    bf16, pattern = BFLOAT16.numpy, Pattern(6, 8)
     print("\n     m      k  x         values          GB/s   copy  ratio")
-    for m in (1024, 4096, 16384):
-        for k in (3584, 18944):
-            for dtype in (INT8, FLOAT8):
-                reached, copy = measure(activations, m, k, BFLOAT16.numpy, dtype)
-                print(f"{m:6} {k:6}  bfloat16  {dtype.name:13} {reached:6.0f} {copy:6.0f}  {reached / copy:5.2f}")
-                if reached < 0.8 * copy:
-                    slow.append((m, k, dtype.name, reached, copy))
-    for source, dtype, pattern in ((FLOAT32, INT8, None), (FLOAT16.numpy, FLOAT8, None), (BFLOAT16.numpy, INT8, Pattern(6, 8))):
-        reached, copy = measure(activations, 4096, 3584, source, dtype, pattern)
-        lifted = f"lifted {pattern}" if pattern else ""
-        print(f"  4096   3584  {source.name:9} {dtype.name:13} {reached:6.0f} {copy:6.0f}  {reached / copy:5.2f}  {lifted}")
+    cases = [(m, k, bf16, d, None, False) for m in (1024, 4096, 16384) for k in (3584, 18944) for d in (INT8, FLOAT8)]
+    cases += [(m, k, bf16, d, pattern, True) for m in (1024, 4096, 16384) for k in (3584, 18944) for d in (INT8, BFLOAT16)]
+    cases += [(4096, 3584, FLOAT32, INT8, None, False), (4096, 3584, FLOAT16.numpy, FLOAT8, None, False)]
+    for m, k, source, dtype, lifted, image in cases:
+        reached, copy = measure(activations, m, k, source, dtype, lifted, image)
+        form = f"image {lifted}" if image else ""
+        print(f"{m:6} {k:6}  {source.name:9} {dtype.name:13} {reached:6.0f} {copy:6.0f}  {reached / copy:5.2f}  {form}")
+        if reached < 0.8 * copy:
+            slow.append((m, k, dtype.name, form, reached, copy))
     assert not slow
 
 
