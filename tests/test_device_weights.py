@@ -104,7 +104,8 @@ else:
                 same_weight(weights.pack(given, pattern, dtype, scale=scale, prune=prune, seed=5), expected)
 
     @pytest.mark.parametrize(
-        ("pattern", "k"), [("2:4", 8), ("6:8", 150), ("6:8", 128), ("30:32", 300), ("62:64", 300), ("62:64", 320)]
+        ("pattern", "k"),
+        [("2:4", 8), ("6:8", 150), ("6:8", 128), ("14:16", 304), ("30:32", 304), ("62:64", 300), ("62:64", 320)],
     )
     def test_rows_of_several_pieces(pattern, k) -> None:
         """More slice units than threads; groups too long for registers; tails."""

@@ -38,7 +38,7 @@ from .ptx import (
 
 MOST_THREADS = 8 if SIMULATED else 256
 MOST_WARPS = MOST_THREADS // LANES
-LARGEST_HELD = 32
+LARGEST_HELD = 16
 """Columns of the longest group that a thread holds in registers."""
 
 NOTHING = 2**64 - 1
@@ -169,8 +169,9 @@ def pack_kernel(variant: Variant) -> Kernel:
     infinite, overflowing = NUMBERS[variant.source], NUMBERS[stored.name]
     low: Any = LOW.get(variant.source)
     pointer = "u32*" if vector else f"u{bits}*"
-    per_word, per_load = 32 // bits, vector * 32 // bits
-    words = group * bits // 32 if vector else 1
+    per_word, per_load = 32 // bits, vector * 32 // bits if vector else 1
+    columns, span = groups * group, groups if group <= 8 else 1  # groups at a time: more would not stay in registers
+    words, outs = span * group * bits // 32 if vector else 1, 2 * span
     loads = words // vector if vector else 0
 
     pruned, scored, random = variant.prune != "none", variant.prune == "scores", variant.prune == "random"
@@ -216,87 +217,103 @@ def pack_kernel(variant: Variant) -> Kernel:
     ) -> None:
         row, thread, threads = Int(cuda.blockIdx.x), Int(cuda.threadIdx.x), Int(cuda.blockDim.x)
         held = cuda.local.array(words, np.uint32)
+        out = cuda.local.array(outs, np.uint32)
         if vector:
             staged = cuda.shared.array(staged_words, np.uint32)
         peak, inverse, live = np.uint32(0), np.float32(0), ones
         not_finite = overflow = bad_score = NONE
         over, first_over = Int(0), Int(0)
+        byte = pending = np.uint32(0)  # of the window before: its nibble, and its pair of 8-bit values
         row_key = np.uint64(0)
         if random:
             row_key = mixed(np.uint64(seed_high) << np.uint64(32) | np.uint64(seed_low))
             row_key = mixed(row_key + np.uint64(row + 1) * GAMMA)
         for look in range(first_look, 2):  # 0: the largest magnitude that is kept; 1: all else
-            for chunk in range(0, units, threads):
+            if look == 0 and not ranked:  # pruned by magnitude a row keeps its largest
+                at = thread
+                while at * per_load < k:
+                    if vector == 4:
+                        x, y, z, u = load4(w, row * ld + at)
+                    else:
+                        x = y = z = u = np.uint32(w[row * ld + at * step])
+                    peak = larger(peak, larger(larger(x & magnitude, y & magnitude), larger(z & magnitude, u & magnitude)))
+                    if vector and bits == 16:
+                        x, y, z, u = x >> np.uint32(16), y >> np.uint32(16), z >> np.uint32(16), u >> np.uint32(16)
+                        other = larger(larger(x & magnitude, y & magnitude), larger(z & magnitude, u & magnitude))
+                        peak = larger(peak, other)
+                    at += threads
+            chunk = Int(0) if ranked or look == 1 else units
+            while chunk < units:
                 unit = chunk + thread
-                pending, byte = np.uint32(0), np.uint32(0)
-                for g in range(groups if unit < units else 0):
-                    start = (unit * groups + g) * group
+                at_unit = row * units + unit
+                for g in range(0, groups if unit < units else 0, span):
+                    start = unit * columns + g * group
                     if vector:
+                        at = row * ld + (unit * groups + g) // span * loads
                         for v in range(loads):
-                            at = row * ld + (unit * groups + g) * loads + v
                             if vector == 4:
                                 x = y = z = u = np.uint32(0)
                                 if start + v * per_load < k:
-                                    x, y, z, u = load4(w, at)
+                                    x, y, z, u = load4(w, at + v)
                                 held[4 * v], held[4 * v + 1], held[4 * v + 2], held[4 * v + 3] = x, y, z, u
                             else:
-                                held[v] = np.uint32(w[at]) if start + v * per_load < k else np.uint32(0)
-                    out0 = out1 = NONE
-                    if pruned and (ranked or look == 1):
-                        lowest = second = highest
-                        for j in range(group):
-                            if vector:
-                                element = np.uint32(held[j // per_word] >> np.uint32(bits * (j % per_word)))
-                            else:
-                                element = element_at(w, row * ld, start + j, step, k)
-                            size = np.uint32(element & magnitude)
-                            if signed and size > np.uint32(128):
-                                size = np.uint32(256) - size
-                            rank = Key(size)
-                            if scored:
-                                given = np.uint32(0)
-                                if start + j < k:
-                                    given = np.uint32(score[row * k + start + j])
-                                absolute = given & np.uint32(0x7FFFFFFF)
-                                if absolute >= INFINITY or given > np.uint32(0x80000000):
-                                    bad_score = min(bad_score, np.uint32(start + j))
-                                rank = Key(absolute) + Key(1)
-                            if random:
-                                rank = (mixed(row_key + np.uint64(start + j + 1) * GAMMA) >> np.uint64(40)) + Key(1)
-                            if size == np.uint32(0):
-                                rank = Key(0)  # zeros go first, those past k before all
-                            # unique keys; of equal scores the rightmost is lowest
-                            key = Key(rank << shift | Key(group - 1 - j))
-                            second = lower(second, higher(lowest, key))
-                            lowest = lower(lowest, key)
-                        out0 = np.uint32(np.uint32(group - 1) - np.uint32(lowest & places))
-                        out1 = np.uint32(np.uint32(group - 1) - np.uint32(second & places))
+                                held[v] = np.uint32(w[at + v]) if start + v * per_load < k else np.uint32(0)
+                    if pruned:
+                        for h in range(span):
+                            lowest = second = highest
+                            for j in range(group):
+                                i = h * group + j
+                                if vector:
+                                    element = np.uint32(held[i // per_word] >> np.uint32(bits * (i % per_word)))
+                                else:
+                                    element = element_at(w, row * ld, start + i, step, k)
+                                size = np.uint32(element & magnitude)
+                                if signed and size > np.uint32(128):
+                                    size = np.uint32(256) - size
+                                rank = Key(size)
+                                if scored:
+                                    given = np.uint32(0)
+                                    if start + i < k:
+                                        given = np.uint32(score[row * k + start + i])
+                                    absolute = given & np.uint32(0x7FFFFFFF)
+                                    if absolute >= INFINITY or given > np.uint32(0x80000000):
+                                        bad_score = min(bad_score, np.uint32(start + i))
+                                    rank = Key(absolute) + Key(1)
+                                if random:
+                                    rank = (mixed(row_key + np.uint64(start + i + 1) * GAMMA) >> np.uint64(40)) + Key(1)
+                                if ranked and size == np.uint32(0):
+                                    rank = Key(0)  # zeros go first, those past k before all
+                                # unique keys; of equal scores the rightmost is lowest
+                                key = Key(rank << shift | Key(group - 1 - j))
+                                second = lower(second, higher(lowest, key))
+                                lowest = lower(lowest, key)
+                            out[2 * h] = np.uint32(np.uint32(group - 1) - np.uint32(lowest & places))
+                            out[2 * h + 1] = np.uint32(np.uint32(group - 1) - np.uint32(second & places))
                     a = b = np.uint32(0)  # what the window before left of its last two columns
-                    for j in range(windows + 1):
+                    for p in range(span * (windows + 1)):  # two columns enter
+                        h, j, i = p // (windows + 1), p % (windows + 1), 2 * p
                         if vector:
-                            x = np.uint32(held[2 * j // per_word] >> np.uint32(bits * (2 * j % per_word)) & ones)
-                            y = np.uint32(held[(2 * j + 1) // per_word] >> np.uint32(bits * ((2 * j + 1) % per_word)) & ones)
+                            x = np.uint32(held[i // per_word] >> np.uint32(bits * (i % per_word)) & ones)
+                            y = np.uint32(held[(i + 1) // per_word] >> np.uint32(bits * ((i + 1) % per_word)) & ones)
                         else:
-                            x = element_at(w, row * ld, start + 2 * j, step, k)
-                            y = element_at(w, row * ld, start + 2 * j + 1, step, k)
-                        if look == 1 and larger(x & magnitude, y & magnitude) >= infinite:
-                            column = start + 2 * j + (0 if x & magnitude >= infinite else 1)
-                            not_finite = min(not_finite, np.uint32(column))
+                            x = element_at(w, row * ld, start + i, step, k)
+                            y = element_at(w, row * ld, start + i + 1, step, k)
+                        if larger(x & magnitude, y & magnitude) >= infinite:
+                            not_finite = min(not_finite, np.uint32(start + i + (0 if x & magnitude >= infinite else 1)))
                         if pruned:
-                            if out0 == np.uint32(2 * j) or out1 == np.uint32(2 * j):
+                            if out[2 * h] == np.uint32(2 * j) or out[2 * h + 1] == np.uint32(2 * j):
                                 x = np.uint32(0)
-                            if out0 == np.uint32(2 * j + 1) or out1 == np.uint32(2 * j + 1):
+                            if out[2 * h] == np.uint32(2 * j + 1) or out[2 * h + 1] == np.uint32(2 * j + 1):
                                 y = np.uint32(0)
-                        if look == 0:
+                        if ranked and look == 0:
                             peak = larger(peak, larger(x & magnitude, y & magnitude))
                         else:
                             c, d = stored_pair(x & live, y & live, inverse)
                             if rounded and larger(c & mask, d & mask) >= overflowing:
-                                column = start + 2 * j + (0 if c & mask >= overflowing else 1)
-                                overflow = min(overflow, np.uint32(column))
+                                overflow = min(overflow, np.uint32(start + i + (0 if c & mask >= overflowing else 1)))
                             c = c if c & mask != np.uint32(0) else np.uint32(0)
                             d = d if d & mask != np.uint32(0) else np.uint32(0)
-                            if j > 0:
+                            if j > 0:  # a window takes its first two non-zeros
                                 at_table = np.uint32(4 if a != np.uint32(0) else 0)
                                 at_table = np.uint32(at_table | np.uint32(8 if b != np.uint32(0) else 0))
                                 at_table = np.uint32(at_table | np.uint32(16 if c != np.uint32(0) else 0))
@@ -309,28 +326,33 @@ def pack_kernel(variant: Variant) -> Kernel:
                                     c = np.uint32(0)
                                 if i1 == np.uint32(3):
                                     d = np.uint32(0)
-                                at = g * windows + j - 1  # which window of the unit
+                                window = (g + h) * windows + j - 1  # of the unit
                                 pair = np.uint32(first | last << stored_bits)
-                                if at & 1:
-                                    meta[(row * units + unit) * (per_unit // 2) + (at >> 1)] = byte | nibble << np.uint32(4)
-                                if wide or at & 1:
+                                if window & 1:
+                                    meta[at_unit * (per_unit // 2) + (window >> 1)] = byte | nibble << np.uint32(4)
+                                if wide or window & 1:
                                     word = pair if wide else np.uint32(pending | pair << np.uint32(16))
-                                    place = at if wide else at >> 1
+                                    place = window if wide else window >> 1
                                     if vector:
                                         staged[thread * unit_words + place] = word
                                     else:
-                                        values[(row * units + unit) * unit_words + place] = word
+                                        values[at_unit * unit_words + place] = word
                                 byte, pending = nibble, pair
                             a, b = c, d
-                    if a | b != np.uint32(0):
-                        if over == 0:
-                            first_over = unit * groups + g
-                        over += 1
+                            if j == windows:
+                                if a | b != np.uint32(0):
+                                    if over == 0:
+                                        first_over = unit * groups + g + h
+                                    over += 1
+                                a = b = np.uint32(0)
                 if vector and look == 1:
                     cuda.syncthreads()
-                    for i in range(thread, min(threads, units - chunk) * unit_words, threads):
-                        values[(row * units + chunk) * unit_words + i] = staged[i]
+                    at = thread
+                    while at < min(threads, units - chunk) * unit_words:
+                        values[(row * units + chunk) * unit_words + at] = staged[at]
+                        at += threads
                     cuda.syncthreads()
+                chunk += threads
             if quantized and look == 0:
                 of_warps = cuda.shared.array(MOST_WARPS, np.uint32)
                 peak = warp_max(peak)
