@@ -1,0 +1,246 @@
+"""slidesparse bench as a user runs it: without a GPU; and whole, on a stand-in for one whose times mean nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import bench_device
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import slidesparse_nb as ss
+from tools.benchmark import gpu, ours, selection, torch_peers
+from tools.benchmark.results import load
+from tools.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(main, ["bench", *map(str, args)])
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> bench_device.FakeGpu:
+    made = bench_device.FakeGpu()
+    monkeypatch.setattr(gpu, "open_gpu", lambda: made)
+    monkeypatch.setattr(torch_peers, "TorchPeers", lambda stream: bench_device.FakePeers(made))
+    return made
+
+
+SMALL = ("--shape", "70,96", "--shape", "33,40", "-m", "1,40", "--pattern", "6:8,2:4")
+
+
+# ---- machines that lack things ---------------------------------------------------------------------------------------
+
+
+def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    done = call("--quick")
+    assert done.exit_code == 5
+    assert done.stderr.startswith("error: bench: times GPU kernels and needs CuPy, which cannot be imported")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("reason", ["raises", "none"])
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    def count() -> int:
+        if reason == "raises":
+            raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
+        return 0
+
+    from types import SimpleNamespace
+
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=count)))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    done = call("--quick")
+    assert done.exit_code == 5
+    assert done.stderr.startswith("error: bench: needs an NVIDIA GPU, and none can be used (")
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "open_gpu", bench_device.FakeGpu)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    done = call(*SMALL, "--dtype", "int8", "--peers", "dense,cusparselt", "--json", tmp_path / "a.json")
+    assert done.exit_code == 0, done.output
+    assert "blank of dense" in done.stdout
+    assert "PyTorch cannot be used (ModuleNotFoundError" in done.stdout
+    results = load(tmp_path / "a.json")
+    assert {cell.us is None for cell in results.cells.values() if cell.contender != "ours"} == {True}
+    assert all(cell.us for cell in results.cells.values() if cell.contender == "ours")
+
+
+# ---- the whole command -----------------------------------------------------------------------------------------------
+
+
+def test_everything(device: bench_device.FakeGpu, tmp_path: Path) -> None:
+    done = call(
+        *SMALL, "--dtype", "fp8,int8,bf16,fp16", "--part", "gemm,linear,quantize,pack", "--peers", "dense,cusparselt,torch",
+        "--sustained", "40", "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png", "-v",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    results = load(tmp_path / "a.json")
+    assert results.complete
+    assert not results.wrong
+    assert {cell.part for cell in results.cells.values()} == set(selection.PARTS)
+    quantized = {c.type for c in results.cells.values() if c.part == "gemm" and c.contender == "ours" and c.us}
+    assert quantized == set(selection.KINDS)
+    sustained = [cell for cell in results.cells.values() if cell.load == "sustained" and cell.contender == "ours"]
+    assert len(sustained) == 2 * 2 * 4
+    assert all((cell.watts, cell.sm_mhz, cell.m, cell.layer) == (700.0, 1500.0, 40, "all") for cell in sustained)
+    assert all(cell.mj == pytest.approx(700 * cell.us * 1e-3) for cell in sustained if cell.us)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "Imaginary GPU" in done.stdout
+    assert "faster than" in done.stdout
+    assert "70 x 96 gemm FP8 6:8 m=40 burst ours: 10.0 us, 1.30x dense" in done.stderr
+    assert call("--from", tmp_path / "a.json", "-v").stdout == done.stdout
+
+
+def test_a_wrong_kernel_has_no_time(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = ss.matmul
+
+    def wrong(x: Any, packed: Any, *, out: Any, workspace: Any) -> Any:
+        right(x, packed, out=out)
+        if packed.dtype.name == "float8_e4m3fn":
+            out *= np.dtype("bfloat16").type(1.25)
+        return out
+
+    monkeypatch.setattr(ours.ss, "matmul", wrong)
+    done = call(*SMALL, "--dtype", "fp8,int8", "--json", tmp_path / "a.json")
+    assert done.exit_code == 4
+    assert "error: 8 results are wrong and have no time, the first gemm fp8 6:8 shape m=1: wrong: " in done.stderr
+    cells = [cell for cell in load(tmp_path / "a.json").cells.values() if cell.contender == "ours"]
+    assert {(cell.type, cell.us is None, cell.wrong) for cell in cells} == {("fp8", True, True), ("int8", False, False)}
+
+
+def test_a_graph_that_writes_nothing_has_no_time(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call is right; the clock's launch does not run the calls, as if capture had lost them."""
+    monkeypatch.setattr(device, "burst", lambda launch: [1.0] * 5)
+    done = call("--shape", "64,64", "-m", "8", "--dtype", "int8", "--peers", "none")
+    assert done.exit_code == 4
+    assert "results were not written" in done.stderr
+
+
+def test_a_failing_peer_is_a_named_blank(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    layers = (selection.Linear("yes", 64, 64), selection.Linear("no", 32, 64))
+    monkeypatch.setitem(selection.MODELS, "qwen2.5-7b", selection.Suite("qwen2.5-7b", layers))
+    path = tmp_path / "a.json"
+    done = call("--model", "qwen2.5-7b", "-m", "8", "--dtype", "int8", "--peers", "dense,cusparselt", "--json", path)
+    assert done.exit_code == 0, done.output
+    cells = {cell.layer: cell for cell in load(path).cells.values() if cell.contender == "cusparselt"}
+    assert cells["yes"].us == 13
+    assert cells["yes"].rows == 32
+    assert cells["no"].us is None
+    assert cells["no"].blank == "RuntimeError: CUSPARSE_STATUS_NOT_SUPPORTED when calling something"
+    assert (
+        "1 blank of cusparselt (cuSPARSELt): RuntimeError: CUSPARSE_STATUS_NOT_SUPPORTED when calling something" in done.stdout
+    )
+    assert load(path).us("cusparselt", "gemm", "qwen2.5-7b", "all", "int8", "6:8", 8, "burst") is None
+
+
+def test_the_budget_ends_the_run_cleanly(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    began = time.perf_counter()
+    clock = iter(range(0, 10_000, 5))
+    monkeypatch.setattr(time, "perf_counter", lambda: began + next(clock))
+    done = call(*SMALL, "--dtype", "int8", "--budget", 60, "--json", tmp_path / "a.json")
+    assert done.exit_code == 0, done.output
+    results = load(tmp_path / "a.json")
+    assert not results.complete
+    blanks = [cell.blank for cell in results.cells.values() if cell.us is None]
+    assert 0 < len(blanks) < len(results.cells)
+    assert set(blanks) == {"not measured: the budget of 60 s was spent"}
+    assert "not everything was measured" in done.stdout
+
+
+def test_a_lost_device_ends_the_run(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def burst(launch: Any) -> list[float]:
+        device.lost = True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(device, "burst", burst)
+    done = call(*SMALL, "--dtype", "int8", "--peers", "none", "--json", tmp_path / "a.json")
+    assert done.exit_code == 0, done.output
+    assert "the GPU stopped answering after" in done.stdout
+    assert not load(tmp_path / "a.json").complete
+
+
+def test_killed_results_are_whole(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def burst(launch: Any) -> list[float]:
+        if device.launches:
+            raise KeyboardInterrupt
+        return bench_device.FakeGpu.burst(device, launch)
+
+    monkeypatch.setattr(device, "burst", burst)
+    done = call(*SMALL, "--dtype", "int8", "--peers", "none", "--json", tmp_path / "a.json")
+    assert done.exit_code == 130
+    assert [cell.us for cell in load(tmp_path / "a.json").cells.values()] == [10.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--model", "gpt-5"), "'gpt-5' is not one of llama3.2-1b"),
+        (("-m", "16,x"), "'x' must be a number of tokens"),
+        (("-m", "0"), "'0' must be a number of tokens"),
+        (("-m", ","), "names nothing"),
+        (("--pattern", "2:8"), "is 6:8 here"),
+        (("--dtype", "fp4"), "'fp4' is not one of fp8, int8, bf16, fp16"),
+        (("--part", "all"), "'all' is not one of gemm, linear, quantize, pack"),
+        (("--peers", "cublas"), "'cublas' is not one of dense, cusparselt, torch, none"),
+        (("--peers", "none,dense"), "none goes with no other"),
+        (("--shape", "64"), "must be outputs and inputs"),
+        (("--shape", "0,64"), "must be outputs and inputs"),
+        (("--quick", "--full"), "not both"),
+        (("-m", "16", "--sustained", "32"), "m=32 is not among those of -m"),
+        (("--budget", "0"), "0"),
+        (("--json", "/nowhere/a.json"), "no folder that can be written"),
+        (("--plot", "/nowhere/a.png"), "no folder that can be written"),
+        (("--from", "/nowhere/a.json"), "does not exist"),
+        (("--from", __file__, "--quick"), "--from goes with --plot and -v only"),
+        (("--readme", __file__, "--from", __file__), "--readme stands alone"),
+    ],
+)
+def test_usage_errors(args: tuple[str, ...], says: str) -> None:
+    done = call(*args)
+    assert done.exit_code == 2
+    assert says in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 0}', '{"schema": 1}', '{"schema": 1, "cells": 3}'])
+def test_files_that_are_no_results(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    done = call("--from", tmp_path / "a.json")
+    assert done.exit_code == 5
+    assert done.stderr.startswith(f"error: {tmp_path / 'a.json'}: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_presets(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Named options replace a preset's; without one, --quick's hold."""
+    layers = (selection.Linear("one", 64, 64),)
+    monkeypatch.setitem(selection.MODELS, "qwen2.5-7b", selection.Suite("qwen2.5-7b", layers))
+
+    def chosen(*args: str) -> dict[str, Any]:
+        done = call(*args, "--json", tmp_path / "a.json")
+        assert done.exit_code == 0, done.output
+        made: dict[str, Any] = json.loads((tmp_path / "a.json").read_text())["selection"]
+        return made
+
+    assert chosen() == chosen("--quick")
+    assert chosen("--quick")["m"] == list(selection.QUICK.tokens)
+    assert chosen("--quick", "--dtype", "int8") == {**chosen("--quick"), "types": ["int8"]}
+    assert chosen("--dtype", "int8")["budget_s"] > chosen("--quick")["budget_s"]
+    full = chosen("--full", "-m", "16", "--part", "pack", "--dtype", "bf16,int8")
+    assert (full["m"], full["parts"], full["sustained_m"], full["types"]) == ([16], ["pack"], [], ["bf16", "int8"])
+    assert full["patterns"] == list(selection.FULL.patterns)

@@ -1,0 +1,294 @@
+"""Check, then time, then show: python tools/bench.py, or slidesparse bench. docs/benchmarks.md tells how.
+
+python tools/bench.py --quick                         under a minute: 6:8 against dense, three types, three m
+python tools/bench.py --full --json run.json --plot run.png
+python tools/bench.py --model qwen2.5-7b --pattern 6:8 --dtype fp8 -m 16,1024 --part gemm --peers dense
+python tools/bench.py --from run.json --plot run.png  no GPU needed
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__" and not __package__:
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "tools"
+
+import importlib
+import os
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import slidesparse_nb as ss
+
+from .benchmark import gpu, readme, table, torch_peers
+from .benchmark.floors import CEILINGS
+from .benchmark.ours import Ours
+from .benchmark.results import Results, load
+from .benchmark.run import Bench
+from .benchmark.selection import FULL, KINDS, MODELS, OURS, PARTS, PEERS, QUICK, SQUARES, Linear, Selection, Suite, plan
+from .benchmark.trial import Contender
+from .terminal import EXIT_CODES, exits, print_table, say
+
+LONGEST = 540.0
+"""Seconds a run may take that names its own measurements."""
+
+COPIED = 1 << 30
+"""Bytes of the copy whose bandwidth is the floor's."""
+
+T = TypeVar("T")
+
+
+class Listed(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases of click
+    """Values with commas between them, each made by `make`, which raises ValueError or an OperandError."""
+
+    def __init__(self, name: str, make: Callable[[str], Any]) -> None:
+        self.name, self.make = name, make
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            made = dict.fromkeys(self.make(part.strip()) for part in str(value).split(",") if part.strip())
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if not made:
+            self.fail("names nothing", param, ctx)
+        return tuple(made)
+
+
+def _one_of(known: Any) -> Callable[[str], str]:
+    def make(text: str) -> str:
+        if text.lower() not in known:
+            raise ValueError(f"{text!r} is not one of {', '.join(known)}")
+        return text.lower()
+
+    return make
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1 << 20:
+        raise ValueError(f"{text!r} must be a number of tokens, 1 to {1 << 20}")
+    return int(text)
+
+
+class Shape(click.ParamType):  # type: ignore[type-arg]
+    """N,K."""
+
+    name = "N,K"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if len(parts) != 2 or not all(part.isdecimal() and 1 <= int(part) <= 1 << 24 for part in parts):
+            self.fail(f"{value!r} must be outputs and inputs, N,K, as in 4096,11008", param, ctx)
+        return int(parts[0]), int(parts[1])
+
+
+MEASURE = ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "peers", "sustained", "quick", "full", "budget")
+"""Parameters that say what to measure."""
+
+
+@click.command(epilog=EXIT_CODES)
+@click.option("--model", type=Listed("names", _one_of(MODELS)), help=f"Linear layers of {', '.join(MODELS)}.")
+@click.option("--square", is_flag=True, help="m = n = k: 1024 to 16384.")
+@click.option("--shape", type=Shape(), multiple=True, help="A layer of your own. Repeatable.")
+@click.option("-m", "tokens", type=Listed("M,M", _tokens), help="Tokens: 1,16,64 ...")
+@click.option(
+    "--pattern",
+    type=Listed("patterns", lambda text: str(ss.Pattern.of(text))),
+    help="Non-zeros:total: 6:8,2:4; most telling first.",
+)
+@click.option("--dtype", type=Listed("types", _one_of(KINDS)), help=f"Of {', '.join(KINDS)}.")
+@click.option("--part", type=Listed("parts", _one_of(PARTS)), help="; ".join(f"{k}: {v}" for k, v in PARTS.items()) + ".")
+@click.option(
+    "--peers",
+    type=Listed("names", _one_of([*PEERS, "none"])),
+    help="; ".join(f"{k}: {v}" for k, v in PEERS.items()) + "; or none.",
+)
+@click.option("--sustained", type=Listed("M,M", _tokens), help="m of -m at which sustained load is measured, too.")
+@click.option("--quick", is_flag=True, help="Under a minute; what --full measures is cut to the most telling.  [default]")
+@click.option("--full", is_flag=True, help="Under nine minutes: every part, four patterns, all types.")
+@click.option("--budget", type=click.FloatRange(min=1), help="Seconds after which nothing more is begun.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the results here, as they come."
+)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the speed-ups over m, a PNG.")
+@click.option("--from", "from_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Show earlier results.")
+@click.option(
+    "--readme",
+    "readme_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write README's section from these results.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("-v", "--verbose", count=True, help="Every layer by itself; -vv also where an error came from.")
+@exits
+def bench(
+    json_path: Path | None, plot: Path | None, from_path: Path | None, readme_path: Path | None, quiet: bool, verbose: int,
+    **asked: Any,
+) -> None:  # fmt: skip
+    """Check and time sparse products on the GPU, beside dense cuBLASLt and cuSPARSELt.
+
+    Every result is compared with the reference before it is timed. Named options replace those of --quick or --full.
+    """
+    named = [name for name in MEASURE if asked[name]]
+    if readme_path is not None or from_path is not None:
+        if named or json_path or (readme_path and (from_path or plot)):
+            raise click.UsageError("--readme stands alone; --from goes with --plot and -v only")
+        if readme_path is not None:
+            _write_readme(readme_path)
+            return
+        assert from_path is not None
+        results = load(from_path)
+    else:
+        for path in (json_path, plot):
+            if path is not None and not os.access(path.absolute().parent, os.W_OK):
+                raise click.UsageError(f"{path}: {path.absolute().parent} is no folder that can be written")
+        selection, budget = _selection(asked)
+        results = measure(selection, budget, json_path, (lambda text: None) if quiet else (lambda text: say(text, err=True)))
+    show(results, each=verbose > 0)
+    if plot is not None:
+        _draw(results, plot)
+    if wrong := results.wrong:
+        first = wrong[0]
+        raise ss.VerificationError(
+            f"{len(wrong)} results are wrong and have no time, the first {first.part} {first.type} {first.pattern}"
+            f" {first.layer} m={first.m}: {first.blank}"
+        )
+
+
+def _selection(asked: dict[str, Any]) -> tuple[Selection, float]:
+    """What the options name, the preset for the rest; and the seconds for it."""
+    if asked["quick"] and asked["full"]:
+        raise click.UsageError("give --quick or --full, not both")
+    preset = FULL if asked["full"] else QUICK
+    suites = [MODELS[name] for name in asked["model"] or ()]
+    suites += [Suite(f"{n} x {k}", (Linear("shape", n, k),)) for n, k in dict.fromkeys(asked["shape"])]
+    suites += SQUARES if asked["square"] else ()
+    peers = asked["peers"] or preset.peers
+    if "none" in peers and len(peers) > 1:
+        raise click.UsageError("--peers: none goes with no other")
+    tokens = asked["tokens"] or preset.tokens
+    sustained = asked["sustained"] or ()
+    if lacking := [m for m in sustained if m not in tokens]:
+        raise click.UsageError(f"--sustained: m={lacking[0]} is not among those of -m")
+    selection = Selection(
+        suites=tuple(suites or (MODELS[name] for name in preset.models)),
+        patterns=asked["pattern"] or preset.patterns,
+        kinds=tuple(KINDS[key] for key in asked["dtype"] or preset.kinds),
+        tokens=tokens,
+        parts=asked["part"] or preset.parts,
+        peers=() if "none" in peers else peers,
+        sustained=sustained or tuple(m for m in preset.sustained if m in tokens),
+    )
+    chosen = any(
+        asked[name] for name in ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "peers", "sustained")
+    )
+    own = chosen and not asked["quick"] and not asked["full"]
+    return selection, asked["budget"] or (LONGEST if own else preset.budget)
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(selection: Selection, budget: float, json_path: Path | None, tell: Callable[[str], None]) -> Results:
+    """Run everything; the file, if any, is whole after every group."""
+    began = time.perf_counter()
+    device = gpu.open_gpu()
+    contenders: dict[str, Contender | str] = {OURS: Ours(device)}
+    results = Results(
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=device.facts(),
+        selection={**selection.as_dict(), "budget_s": budget},
+        suites={suite.name: [(x.name, x.n, x.k) for x in suite.linears] for suite in selection.suites},
+    )
+    results.ceilings = CEILINGS.get(results.machine["gpu"], {})
+    if not results.ceilings:
+        results.note(f"no ceiling of the sparse instruction is known for {results.machine['gpu']}: floors count bytes alone")
+    if selection.peers:
+        contenders.update(peers(device, selection, results))
+    for name, read in (("copy", device.copy_bandwidth), ("read", device.read_bandwidth)):
+        try:
+            results.bandwidth[name] = read(COPIED)
+        except Exception as error:  # too little memory: no floors, but everything else
+            results.note(f"{name} bandwidth: not measured ({type(error).__name__}: {str(error)[:120]})")
+    device.free()
+    tell(table.machine_line(results))
+    saved = began
+
+    def save(at_most_every: float = 1.0) -> None:
+        nonlocal saved
+        if json_path is not None and time.perf_counter() - saved >= at_most_every:
+            results.save(json_path)
+            saved = time.perf_counter()
+
+    try:
+        Bench(device, contenders, results, budget, began, save, tell).run(plan(selection))
+    finally:
+        results.seconds = round(time.perf_counter() - began, 1)
+        save(0)
+    return results
+
+
+def peers(device: gpu.Gpu, selection: Selection, results: Results) -> dict[str, Contender | str]:
+    """PyTorch's peers under their names; the reason in their place if they cannot be had."""
+    try:
+        torch = torch_peers.TorchPeers(device.stream.ptr)
+    except Exception as error:  # ImportError, or whatever a broken installation raises
+        reason = f"PyTorch cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        results.note(f"no peers: {reason}")
+        return dict.fromkeys(selection.peers, reason)
+    results.machine.update(torch.facts())
+    return dict.fromkeys(selection.peers, torch)
+
+
+# ---- showing ---------------------------------------------------------------------------------------------------------
+
+
+def show(results: Results, *, each: bool) -> None:
+    """Tables, crossovers, notes and blanks on stdout."""
+    say(table.machine_line(results))
+    for title, columns, rows in table.sections(results, each=each):
+        say("")
+        say(title)
+        print_table(columns, rows)
+    sentences = list(table.crossovers(results))
+    for heading, lines in (("", sentences), ("notes", results.notes), ("", list(table.blanks(results)))):
+        if lines:
+            say(heading)
+        for line in lines:
+            say(line)
+    seconds = f"{results.seconds:.0f} s" + ("" if results.complete else "; not everything was measured")
+    say("")
+    say(f"took {seconds}; below a crossover see docs/benchmarks.md")
+
+
+def _draw(results: Results, path: Path) -> None:
+    try:
+        picture = importlib.import_module(".benchmark.picture", __package__)
+    except ImportError as error:
+        raise click.ClickException(
+            f"--plot needs matplotlib, which cannot be imported ({error}); pip install matplotlib"
+        ) from None
+    picture.draw(results, path)
+
+
+def _write_readme(path: Path) -> None:
+    where = Path(__file__).resolve().parents[1] / "README.md"
+    if not where.exists():
+        raise click.UsageError("--readme works in a checkout, where README.md is")
+    results = load(path) if path.exists() else None
+    changed = readme.rewrite(where, results)
+    say(f"{where}: {'rewritten' if changed else 'as it was'}")
+
+
+if __name__ == "__main__":
+    bench(prog_name="bench.py")

@@ -1,0 +1,109 @@
+"""Results against the reference, on a sample of rows and columns, in float64 on the host. What fails is not timed.
+
+The bounds are those of the GPU tests. They stand on the order of summation alone, so for long k they are wide where signs
+cancel; the error of the whole sample, in the norm, is bounded too, and narrowly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import slidesparse_nb as ss
+
+Array = NDArray[Any]
+
+ROWS, COLUMNS = 16, 64
+"""Of a result, how many tokens and outputs are checked at most: first and last among them."""
+
+ADDITION = 2.0**-23
+"""Error of one addition in float32 that truncates, as tensor cores may, relative to the largest sum of magnitudes."""
+
+FLOAT8_STEP = 2.0**-10
+"""Error of one float8 instruction of 64 slid columns on Hopper, whose accumulator has 13 bits of fraction (docs/hopper.md)."""
+
+ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
+"""Of y to its type."""
+
+
+def sample(count: int, most: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """At most `most` of 0 ... count-1, ascending: the first, the last, and others at random."""
+    if count <= most:
+        return np.arange(count)
+    inner = rng.choice(count - 2, most - 2, replace=False) + 1
+    return np.sort(np.concatenate([[0], inner, [count - 1]]))
+
+
+def check_product(y: Array, x: Array, packed: ss.PackedWeight) -> None:
+    """Compare y with x @ w.T as `reference.matmul` defines it.
+
+    Args:
+        y: [r, c] bfloat16, float16 or float32: the result's rows for x, and its columns for packed.
+        x: [r, k] float: tokens, before quantization.
+        packed: [c, k] weights as NumPy arrays: some rows of the whole matrix.
+
+    Raises:
+        VerificationError: int8 results differ at all; others by more than the order of summation explains.
+    """
+    dtype = packed.dtype
+    if dtype.qmax is None:
+        q, scale_x = x.astype(dtype.numpy), None
+    else:
+        q, scale_x = ss.reference.quantize(x, dtype)
+    w, q64 = ss.reference.unpack(packed).astype(np.float64), q.astype(np.float64)
+    exact, magnitude = q64 @ w.T, np.abs(q64) @ np.abs(w).T
+    got = y.astype(np.float64)
+    if not np.isfinite(got).all():
+        raise ss.VerificationError(f"{np.count_nonzero(~np.isfinite(got))} of {got.size} sampled results are not finite")
+    if dtype.name == "int8":
+        assert scale_x is not None
+        acc = exact.astype(np.int32).astype(np.float32)  # integers below 2^53: float64 added them exactly
+        wanted = ((acc * scale_x) * packed.scale[:, 0]).astype(y.dtype)
+        if differ := np.count_nonzero(wanted != y):
+            raise ss.VerificationError(f"{differ} of {y.size} sampled int8 results differ from the reference")
+        return
+    if scale_x is not None:
+        scales = scale_x.astype(np.float64) * packed.scale[:, 0]
+        exact, magnitude = exact * scales, magnitude * scales
+    rounding = ROUNDING[y.dtype.name]
+    if dtype.name == "float8_e4m3fn":
+        steps = -(-packed.ks // 64)
+        bound, overall = steps * FLOAT8_STEP * magnitude, FLOAT8_STEP / 2 * steps**0.5
+    else:
+        bound, overall = (packed.ks + 4) * ADDITION * magnitude, 2.0**-10
+    bound = bound + rounding * (np.abs(exact) + bound) + (2.0**-25 if y.dtype == np.float16 else 0)
+    error = np.abs(got - exact)
+    if (error > bound).any():
+        worst = np.unravel_index((error - bound).argmax(), error.shape)
+        raise ss.VerificationError(f"a sampled result is off by {error[worst]:.3g}, where {bound[worst]:.3g} is explained")
+    off = float(np.linalg.norm(error) / max(float(np.linalg.norm(exact)), 1e-30))
+    if off > overall + rounding:
+        raise ss.VerificationError(
+            f"sampled results are off by {off:.2g} of their norm, where {overall + rounding:.2g} is explained"
+        )
+
+
+def check_packed(packed: ss.PackedWeight, w: Array) -> None:
+    """Compare some rows of packed weights, NumPy arrays, with what the reference makes of w [c, k], pruned by magnitude.
+
+    Raises:
+        VerificationError: a byte differs.
+    """
+    wanted = ss.reference.pack(ss.reference.prune(w, packed.pattern), packed.pattern, packed.dtype)
+    for name in ("values", "meta", "scale"):
+        a, b = getattr(packed, name), getattr(wanted, name)
+        if (a is None) != (b is None) or (a is not None and np.ascontiguousarray(a).tobytes() != b.tobytes()):
+            raise ss.VerificationError(f"packed {name} differ from the reference's")
+
+
+def check_quantized(values: Array, scale: Array, x: Array, packed: ss.PackedWeight) -> None:
+    """Compare quantized tokens, rows [r, k] and scales [r, 1] as NumPy arrays, with the reference's of x [r, k].
+
+    Raises:
+        VerificationError: a byte differs.
+    """
+    wanted, wanted_scale = ss.reference.quantize(x, packed.dtype)
+    if np.ascontiguousarray(values).tobytes() != wanted.tobytes() or scale.tobytes() != wanted_scale.tobytes():
+        raise ss.VerificationError("quantized tokens differ from the reference's")
