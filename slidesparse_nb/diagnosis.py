@@ -133,7 +133,7 @@ def _cupy() -> str:
 def _numba(capability: tuple[int, int]) -> str:
     numba = importlib.import_module("numba")
     numba_cuda = _import("numba_cuda", "install slidesparse_nb[cuda13] or slidesparse_nb[cuda12]")
-    kernels: Any = importlib.import_module("slidesparse_nb.device.weight_kernels")
+    kernels: Any = importlib.import_module("slidesparse_nb.device.unpack_kernels")
     built = kernels.unpack_kernel(INT8, PATTERN.windows).build(capability)
     return f"{numba.__version__}, numba-cuda {numba_cuda.__version__}, NumPy {np.__version__}; compiled {built.folder.name}"
 

@@ -50,6 +50,7 @@ def pack(
         scale: of 8-bit w only, w ~= w * scale: [n, 1] or [n], one a row; or one number for all rows. Any float type.
         prune: "none" (weights that break the pattern are refused), "magnitude", "random", or scores [n, k] >= 0: of the
             weights in a group, those with the highest stay. Pruning comes before quantization; 8-bit w is pruned by its |q|.
+            Scores and scales of a w on a GPU may be there or on the host; "random" draws there what it draws on the CPU.
         seed: of prune="random", any integer, modulo 2^64.
         max_workers: threads; by default as many as there are processors, up to 8.
 

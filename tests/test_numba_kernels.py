@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
-from slidesparse_nb.device import activations, numba_kernel, weight_kernels
+from slidesparse_nb.device import activations, numba_kernel, unpack_kernels, weight_kernels
 from slidesparse_nb.device.activations import Variant
 from slidesparse_nb.device.weight_kernels import Variant as Packing
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
@@ -105,7 +105,7 @@ def test_weights(group: int) -> None:
         assert not re.search(r"\b(fma|mad)\.(rn|ftz)[^;]*f32|\.approx|\.ftz|div\.full", ptx)
         assert ptx.count("div.rn.f32") == (2 if packing.quantized else 0)
     for dtype in (INT8, BFLOAT16):
-        text(weight_kernels.unpack_kernel(dtype, windows), (9, 0))
+        text(unpack_kernels.unpack_kernel(dtype, windows), (9, 0))
 
 
 def test_long_groups_are_not_held() -> None:
@@ -145,7 +145,7 @@ def test_names_tell_kernels_apart() -> None:
 
 
 def test_a_kept_kernel_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = weight_kernels.unpack_kernel(INT8, 3)
+    kernel = unpack_kernels.unpack_kernel(INT8, 3)
     first = kernel.build((9, 0))
     monkeypatch.setattr(numba_kernel.Kernel, "ptx", None)
     assert kernel.build((9, 0)) == first
@@ -154,9 +154,9 @@ def test_a_kept_kernel_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) ->
 def test_compiling_needs_no_cupy() -> None:
     program = (
         "import sys; sys.modules['cupy'] = None\n"
-        "from slidesparse_nb.device import weight_kernels\n"
+        "from slidesparse_nb.device import unpack_kernels\n"
         "from slidesparse_nb.dtypes import INT8\n"
-        "assert weight_kernels.unpack_kernel(INT8, 3).build((8, 0)).cubin.stat().st_size"
+        "assert unpack_kernels.unpack_kernel(INT8, 3).build((8, 0)).cubin.stat().st_size"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], env=os.environ, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

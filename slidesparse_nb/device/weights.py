@@ -21,9 +21,8 @@ from ..pattern import Pattern
 from . import activations
 from .numba_kernel import SIMULATED, arrays
 from .ptx import LANES
+from .unpack_kernels import BAD_INDEX, BAD_SCALE, TWICE, unpack_kernel
 from .weight_kernels import (
-    BAD_INDEX,
-    BAD_SCALE,
     BAD_SCORE,
     BITS,
     COUNT,
@@ -33,10 +32,8 @@ from .weight_kernels import (
     NOT_FINITE,
     NOTHING,
     OVERFLOW,
-    TWICE,
     Variant,
     pack_kernel,
-    unpack_kernel,
 )
 
 ELEMENTS_AT_ONCE = 2**26
