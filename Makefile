@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/demo.done
 	$(RUN) tools/demo.py
@@ -16,8 +16,13 @@ lint: $(VENV)/lint.done
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# on a machine with an NVIDIA GPU and CuPy, and PyTorch for the peers, in the Python that has them: make bench PYTHON=python3
+bench:
+	mkdir -p bench-out
+	$(PYTHON) tools/bench.py --full --json bench-out/bench.json --plot bench-out/bench.png
+
 clean:
-	rm -rf $(VENV) demo-out build *.egg-info
+	rm -rf $(VENV) demo-out bench-out build *.egg-info
 
 $(RUN):
 	$(PYTHON) -m venv $(VENV)

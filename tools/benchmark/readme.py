@@ -39,7 +39,9 @@ def _lines(results: Results) -> Iterator[str]:
         yield ""
         yield from _table(here)
         yield ""
-    yield f"{machine_line(results)}."
+    yield f"![Speed-up over dense cuBLASLt by m]({PUBLISHED.removesuffix('.json')}.png)"
+    yield ""
+    yield f"{machine_line(results)}. Everything measured: [{PUBLISHED}]({PUBLISHED})."
     if not results.complete:
         yield "This run was cut short: what is missing above was not measured."
     sentences = [s for s in crossovers(results) if f" {PATTERN} " in s]

@@ -76,4 +76,4 @@ def crossover_sentence(subject: str, peer: str, ratios: Mapping[int, float]) -> 
     if found.first is not None:
         return f"{subject}: faster than {peer} from m = {found.first} on; slower at m = {slower}."
     faster = ", ".join(str(m) for m in found.measured if m not in found.slower)
-    return f"{subject}: slower than {peer} at m = {slower}, the largest measured among them; faster only at m = {faster}."
+    return f"{subject}: faster than {peer} only at m = {faster}; slower at m = {slower}."
