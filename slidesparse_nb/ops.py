@@ -57,7 +57,7 @@ def matmul(
     """
     require_packed(packed)
     if isinstance(x, QuantizedActivations):
-        given = x.values
+        given = x.held
         if not isinstance(x.lead, tuple) or not all(isinstance(v, int) and v >= 0 for v in x.lead):
             raise OperandError(f"x.lead: {shown(x.lead)} must be a tuple of dimensions; make x with quantize(x, packed)")
     else:
@@ -67,7 +67,7 @@ def matmul(
         if workspace is not None:
             raise OperandError(f"workspace: {type(workspace).__name__} must be None for NumPy arrays")
         return _matmul_numpy(x, packed, bias, out, out_dtype, stream)
-    if on_gpu(given):
+    if _on_gpu(given):
         if not packed.arranged:
             packed.check_shapes()
         return _gemm().matmul(x, packed, bias, out, out_dtype, stream, workspace)
@@ -83,42 +83,52 @@ def workspace_bytes(m: int, packed: PackedWeight, out_dtype: Any) -> int:
 def quantize(x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dtype: Any = None) -> QuantizedActivations:
     """Quantize activations once, for several products with weights of one pattern and type (q/k/v, gate/up).
 
+    On a GPU of compute capability 9.0 they are laid out as its kernel wants them in the same pass, so that `matmul` is one
+    launch for weights of the same pattern; for weights of another pattern it lays them out again.
+
     Args:
         x: [..., k] float32, float16 or bfloat16.
         packed: weights that x will be multiplied by, or their pattern; then `dtype` is needed too.
-        dtype: int8 or float8_e4m3fn; by default that of `packed`.
+        dtype: of the weights; by default that of `packed`. For 16-bit weights x is rounded to their type.
 
     Returns:
-        Values [m, k] and scales [m, 1], one a token. A token that holds NaN or infinity has scale NaN and zeros.
+        Values [m, k]; for 8-bit types scales [m, 1], one a token. A token that holds NaN or infinity has scale NaN and zeros.
 
     Raises:
-        OperandError: an operand of the wrong type or shape; weights of 16 bits, whose activations are not quantized.
+        OperandError: an operand of the wrong type or shape.
         FormatError: the tensors of `packed` do not fit its shape.
     """
     require_unmasked("x", x)
     if isinstance(packed, PackedWeight):
         if not packed.arranged:  # a GPU's weights were checked when they were arranged
             packed.check_shapes()
-        wanted = packed.dtype
+        pattern, wanted = packed.pattern, packed.dtype
         if dtype is not None and packed_dtype(dtype) != wanted:
             raise OperandError(f"dtype: {packed_dtype(dtype)} is not {wanted}, the type of packed; leave it out")
     else:
-        Pattern.of(packed)
+        pattern = Pattern.of(packed)
         if dtype is None:
-            raise OperandError("dtype: is missing; with a pattern instead of packed weights, pass 'int8' or 'float8_e4m3fn'")
+            raise OperandError("dtype: is missing; with a pattern instead of packed weights, pass their type, such as 'int8'")
         wanted = packed_dtype(dtype)
-    if wanted.qmax is None:
-        raise OperandError(f"dtype: activations for {wanted} weights are not quantized; pass x itself to matmul")
+    weights = packed if isinstance(packed, PackedWeight) else None
     if isinstance(x, np.ndarray):
         lead, flat = _flat(_activations(x))
-        if isinstance(packed, PackedWeight):
-            _same_k(flat.shape[1], packed)
-        values, scale = cpu.quantize(cpu.to_float32(flat), wanted)
-        return QuantizedActivations(values, scale, lead, wanted, x.dtype)
-    if on_gpu(x):
-        quantized: QuantizedActivations = _gemm().quantize(x, wanted, packed.k if isinstance(packed, PackedWeight) else None)
+        if weights is not None:
+            _same_k(flat.shape[1], weights)
+        if wanted.qmax is not None:
+            values, scale = cpu.quantize(cpu.to_float32(flat), wanted)
+            return QuantizedActivations(values, scale, lead, wanted, x.dtype)
+        values = flat.copy() if flat.dtype == wanted.numpy else cpu.round16(cpu.to_float32(flat), wanted)
+        return QuantizedActivations(values, None, lead, wanted, x.dtype)
+    if _on_gpu(x):
+        quantized: QuantizedActivations = _gemm().quantize(x, pattern, wanted, weights)
         return quantized
     raise _no_array("x", x)
+
+
+def _on_gpu(a: Any) -> bool:
+    """`on_gpu`, which asks CuPy's arrays themselves where they are, and that takes a microsecond."""
+    return type(a).__module__ == "cupy" or on_gpu(a)
 
 
 def _gemm() -> Any:
@@ -141,7 +151,10 @@ def _matmul_numpy(
             raise OperandError(f"{name}: {type(array).__name__} must be a NumPy array, as x is")
         require_unmasked(name, array)
     if isinstance(x, QuantizedActivations):
-        values, scale_x = _quantized(x, packed.dtype)
+        if not isinstance(x.scale, np.ndarray | None):
+            raise OperandError(f"x.scale: {type(x.scale).__name__} must be a NumPy array, as x.values is")
+        x.check(packed.dtype, x.values, x.scale)
+        values, scale_x = x.values.view(packed.dtype.numpy), x.scale
         lead, source = x.lead, _dtype("x.source", x.source)
     else:
         lead, flat = _flat(_activations(x))
@@ -190,17 +203,6 @@ def _flat(x: Array) -> tuple[tuple[int, ...], Array]:
 def _same_k(k: int, packed: PackedWeight) -> None:
     if k != packed.k:
         raise OperandError(f"x: k={k} must be {packed.k}, the k of packed (not padded: matmul does that)")
-
-
-def _quantized(x: QuantizedActivations, dtype: DType) -> tuple[Array, Array]:
-    if x.dtype != dtype:
-        raise OperandError(f"x: is quantized to {x.dtype}, but packed holds {dtype}; quantize it with quantize(x, packed)")
-    m = math.prod(x.lead)
-    if x.values.ndim != 2 or x.values.shape[0] != m or x.values.dtype != dtype.numpy:
-        raise OperandError(f"x.values: {x.values.dtype} {x.values.shape} must be {dtype} [{m}, k]")
-    if not isinstance(x.scale, np.ndarray) or x.scale.shape != (m, 1) or x.scale.dtype != FLOAT32:
-        raise OperandError(f"x.scale: must be a NumPy array, float32 [{m}, 1]")
-    return x.values, x.scale
 
 
 def _bias(bias: Array | None, n: int) -> Array | None:

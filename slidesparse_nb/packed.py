@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,15 +190,32 @@ def require_packed(packed: object) -> PackedWeight:
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedActivations:
-    """Activations quantized once, to be multiplied by several packed weights (q/k/v, gate/up).
+class ActivationImage:
+    """Activations as the kernel for compute capability 9.0 loads them: lifted, in stages, swizzled (arch/sm90.py, `image`).
 
     Attributes:
-        values: [m, k] of `dtype`, one row a token; leading dimensions of x are flattened into m.
-        scale: [m, 1] float32, x ~= values * scale.
+        data: uint8 [stages, ceil(m / 8), 8, 128] on a GPU.
+        pattern: they were lifted by.
+        k: columns that they had.
+    """
+
+    data: Any
+    pattern: Pattern
+    k: int
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedActivations:
+    """Activations quantized once, or rounded for 16-bit weights, to be multiplied by several weights (q/k/v, gate/up).
+
+    Attributes:
+        values: [m, k] of `dtype`, or its bits, one row a token; leading dimensions of x are flattened into m. Where only
+            `image` was made, they are recovered from it when they are first asked for, and kept.
+        scale: [m, 1] float32, x ~= values * scale; None for 16-bit types.
         lead: the leading dimensions of x, whose product is m.
-        dtype: int8 or float8_e4m3fn.
+        dtype: a packed type.
         source: the dtype x had; what `matmul` returns unless told otherwise.
+        image: the same values as a GPU of compute capability 9.0 multiplies them, made there by `quantize`; else None.
     """
 
     values: Any
@@ -205,7 +223,56 @@ class QuantizedActivations:
     lead: tuple[int, ...]
     dtype: DType
     source: np.dtype[Any]
+    image: ActivationImage | None = None
+
+    def __post_init__(self) -> None:
+        if self.values is None and self.image is not None:
+            object.__delattr__(self, "values")  # so that __getattr__ is asked for it
+
+    def __getattr__(self, name: str) -> Any:
+        image = self.__dict__.get("image")
+        if name != "values" or image is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        gemm = importlib.import_module(f"{__package__}.device.gemm")  # looked up when called: it stands above
+        object.__setattr__(self, "values", gemm.rows_of_image(image, self.m, self.dtype))
+        return self.values
+
+    def __repr__(self) -> str:
+        form = "" if self.image is None else f", laid out for {self.image.pattern.described}"
+        return f"QuantizedActivations({' x '.join(map(str, (*self.lead, self.k)))}, {self.dtype}{form})"
+
+    @property
+    def m(self) -> int:
+        return math.prod(self.lead)
 
     @property
     def k(self) -> int:
-        return int(self.values.shape[1])
+        return int(self.values.shape[1]) if self.image is None else self.image.k
+
+    @property
+    def held(self) -> Any:
+        """The array that is there already: the image, or the values."""
+        return self.values if self.image is None else self.image.data
+
+    def check(self, dtype: DType, values: Any, scale: Any) -> None:
+        """Check that these can be multiplied by weights of `dtype`; nothing is looked at but types and shapes.
+
+        Args:
+            values: as the library that multiplies sees them; None if it takes the image.
+            scale: likewise.
+
+        Raises:
+            OperandError: they are of another type, or shapes do not agree.
+        """
+        if self.dtype != dtype:
+            raise OperandError(
+                f"x: is quantized to {self.dtype}, but packed holds {dtype}; quantize it with quantize(x, packed)"
+            )
+        m = self.m
+        if values is not None and (values.ndim != 2 or values.shape[0] != m or values.dtype not in (dtype.numpy, dtype.raw)):
+            raise OperandError(f"x.values: {values.dtype} {values.shape} must be {dtype} or its bits, [{m}, k]")
+        if dtype.qmax is None:
+            if scale is not None:
+                raise OperandError(f"x.scale: {dtype} activations carry no scale; it must be None")
+        elif getattr(scale, "shape", None) != (m, 1) or scale.dtype != FLOAT32 or not scale.flags.c_contiguous:
+            raise OperandError(f"x.scale: must be a contiguous float32 array [{m}, 1], where x.values are")

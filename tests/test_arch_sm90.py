@@ -71,6 +71,15 @@ def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType) -> None:
     assert not y[:, m:].any()
 
 
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+@pytest.mark.parametrize("pattern", [*known_patterns(), Pattern(22, 24)], ids=str)
+def test_image_rows_is_the_inverse_of_image(pattern: Pattern, dtype: DType) -> None:
+    for m, k in ((19, 75), (8, 64), (1, 1), (0, 16), (3, 0)):
+        x = np.random.default_rng(k).integers(-9, 10, (m, k)).astype(dtype.numpy)
+        back = sm90.image_rows(sm90.image(x, pattern), m, k, pattern, dtype)
+        np.testing.assert_array_equal(back, x.view(dtype.raw))
+
+
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("shape", [(0, 40), (1, 1), (5, 0), (64, 128), (65, 300), (200, 33)])
 def test_restore_is_the_inverse_of_arrange(shape: tuple[int, int], dtype: DType) -> None:

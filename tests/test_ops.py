@@ -92,10 +92,9 @@ def test_leading_dimensions(dtype: DType) -> None:
     for lead in ((), (4,), (2, 3), (2, 1, 3, 2), (0,), (3, 0, 2)):
         x = weights((math.prod(lead), 21)).reshape(*lead, 21)
         check(matmul(x, packed), x, packed)
-        prepared = quantize(x, packed) if dtype.qmax else None
-        if prepared is not None:
-            assert prepared.lead == lead
-            assert matmul(prepared, packed).tobytes() == matmul(x, packed).tobytes()
+        prepared = quantize(x, packed)
+        assert prepared.lead == lead
+        assert matmul(prepared, packed).tobytes() == matmul(x, packed).tobytes()
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
@@ -247,6 +246,23 @@ def test_quantize(dtype: DType, source: np.dtype) -> None:
     assert matmul(prepared, packed, out_dtype=np.float32).dtype == np.float32
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize("source", FLOATS, ids=str)
+def test_quantize_for_weights_of_16_bits_rounds(dtype: DType, source: np.dtype) -> None:
+    x = weights((2, 3, 21), source)  # type: ignore[arg-type]
+    x[1, 1, 4], x[0, 0, 0] = np.nan, 65500
+    packed = pack(weights((6, 21)), P, dtype, prune="magnitude")
+    with np.errstate(over="ignore"):
+        wanted = x.astype(dtype.numpy).reshape(6, 21)
+    for prepared in (quantize(x, packed), quantize(x, "6:8", dtype), quantize(x, P, str(dtype))):
+        np.testing.assert_array_equal(prepared.values.astype(np.float32), wanted.astype(np.float32))
+        assert not np.shares_memory(prepared.values, x)
+        assert prepared.scale is None
+        assert (prepared.lead, prepared.dtype, prepared.source, prepared.k) == ((2, 3), dtype, x.dtype, 21)
+        check(matmul(prepared, packed), x, packed)
+    assert repr(prepared) == f"QuantizedActivations(2 x 3 x 21, {dtype})"
+
+
 # ---- refusals ----------------------------------------------------------------------------------------------------
 
 X = np.ones((2, 21), np.float32)
@@ -341,17 +357,21 @@ def test_quantized_activations_are_checked() -> None:
         ({"lead": (2.0,)}, r"x.lead: \(2.0,\) must be"),
         ({"source": "no such"}, "x.source: 'no such' is not a dtype"),
         ({"lead": [2]}, r"x.lead: \[2\] must be"),
-        ({"lead": (3,)}, r"x.values: int8 \(2, 21\) must be int8 \[3, k\]"),
+        ({"lead": (3,)}, r"x.values: int8 \(2, 21\) must be int8 or its bits, \[3, k\]"),
         ({"values": x.values.astype(np.int16)}, "x.values: int16"),
         ({"values": x.values[0]}, r"x.values: int8 \(21,\)"),
         ({"values": x.values[:, :20]}, "x: k=20 must be 21"),
         ({"values": [[1]]}, "x: QuantizedActivations is not an array"),
-        ({"scale": x.scale[:, 0]}, r"x.scale: must be a NumPy array, float32 \[2, 1\]"),
+        ({"scale": x.scale[:, 0]}, r"x.scale: must be a contiguous float32 array \[2, 1\], where x.values are"),
         ({"scale": x.scale.astype(np.float64)}, "x.scale: must be"),
-        ({"scale": [[1.0], [1.0]]}, "x.scale: must be"),
+        ({"scale": None}, "x.scale: must be"),
+        ({"scale": [[1.0], [1.0]]}, "x.scale: list must be a NumPy array, as x.values is"),
     ):
         with pytest.raises(OperandError, match=f"^{message}"):
             matmul(replace(x, **change), packed)  # type: ignore[arg-type]
+    wide = pack(weights((6, 21)), P, "bfloat16", prune="magnitude")
+    with pytest.raises(OperandError, match=r"^x.scale: bfloat16 activations carry no scale; it must be None"):
+        matmul(replace(quantize(X, wide), scale=x.scale), wide)
 
 
 def test_quantize_refuses() -> None:
@@ -363,8 +383,6 @@ def test_quantize_refuses() -> None:
         ((X[:, :20], packed), "x: k=20 must be 21"),
         ((X, packed, "fp8"), "dtype: float8_e4m3fn is not int8, the type of packed; leave it out"),
         ((X, "6:8"), "dtype: is missing; with a pattern"),
-        ((X, "6:8", "bf16"), "dtype: activations for bfloat16 weights are not quantized; pass x itself to matmul"),
-        ((X, pack(weights((6, 21)), P, prune="magnitude")), "dtype: activations for bfloat16"),
         ((X, "5:8", "int8"), "pattern: 5:8"),
         ((X, X, "int8"), "pattern: "),
     ):

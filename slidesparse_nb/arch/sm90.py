@@ -137,6 +137,17 @@ def image(x: Any, pattern: Pattern, xp: Any = np) -> Any:
     return xp.ascontiguousarray(slid.transpose(3, 2, 0, 1, 4)).reshape(count, -1, 8, STAGE)
 
 
+def image_rows(made: Any, m: int, k: int, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
+    """Inverse of `image`: activations [m, k] as their bits (`dtype.raw`), from the first window that holds each."""
+    count = made.shape[0]
+    token, piece = np.arange(8)[:, None], np.arange(8)
+    pieces = made.reshape(count, -1, 8, 8, 16)[:, :, xp.asarray(token), xp.asarray(piece ^ token)]
+    slid = xp.ascontiguousarray(pieces.transpose(1, 2, 0, 3, 4)).reshape(-1, count * STAGE).view(dtype.raw)
+    group, inside = np.divmod(np.arange(k), pattern.group)
+    window = np.minimum(inside // 2, pattern.windows - 1)
+    return slid[:m, xp.asarray((group * pattern.windows + window) * 4 + inside - 2 * window)]
+
+
 def image_bytes(m: int, k: int, pattern: Pattern, dtype: DType) -> int:
     """Bytes of the image of x [m, k]."""
     return stages(pattern, k, dtype) * -(-m // 8) * 8 * STAGE

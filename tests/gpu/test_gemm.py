@@ -299,18 +299,33 @@ def test_nothing_to_do(dtype):
     np.testing.assert_array_equal(y, np.broadcast_to(bias, (3, 5)))
 
 
-@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
-def test_one_quantized_x_for_several_weights(dtype):
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("k", [96, 91])
+def test_one_quantized_x_for_several_weights(family, dtype, k):
     rng = np.random.default_rng(15)
-    x = tokens(rng, 17, 96, BF16)
-    first, second = weight(rng, 30, 96, "6:8", dtype), weight(rng, 50, 96, "4:6", dtype)
-    shared = ss.quantize(on_gpu(x).reshape(1, 17, 96), first)
-    assert shared.k == 96
-    for packed in (first, second):
-        y = ss.matmul(shared, packed)
-        assert y.shape == (1, 17, packed.n)
-        assert y.dtype == BF16
-        np.testing.assert_array_equal(host(y)[0], host(ss.matmul(on_gpu(x), packed)))
+    x = tokens(rng, 17, k, BF16)
+    first, second, third = weight(rng, 30, k, "6:8", dtype), weight(rng, 50, k, "4:6", dtype), weight(rng, 20, k, "6:8", dtype)
+    shared = ss.quantize(on_gpu(x).reshape(1, 17, k), first)
+    assert (shared.k, shared.image is not None) == (k, family is sm90)
+    for given in (shared, ss.quantize(on_gpu(x)[None], "6:8", dtype)):
+        for packed in (first, second, third):
+            y = ss.matmul(given, packed)
+            assert y.shape == (1, 17, packed.n)
+            assert y.dtype == BF16
+            np.testing.assert_array_equal(host(y)[0], host(ss.matmul(on_gpu(x), packed)))
+    expected = reference.quantize(x, dtype)[0] if dtype.qmax else x.astype(dtype.numpy)
+    np.testing.assert_array_equal(shared.values.get().view(dtype.raw), expected.view(dtype.raw))
+
+
+def test_activations_quantized_elsewhere_are_laid_out(family):
+    """Values that come without an image, of both kernel families and of the user's own making."""
+    rng = np.random.default_rng(22)
+    for dtype in PACKED:
+        packed, x = weight(rng, 40, 80, "6:8", dtype), tokens(rng, 20, 80, BF16)
+        q, scale = reference.quantize(x, dtype) if dtype.qmax else (x.astype(dtype.numpy), None)
+        scale = None if scale is None else cp.asarray(scale)
+        given = ss.QuantizedActivations(on_gpu(q).view(dtype.raw), scale, (20,), dtype, BF16)
+        np.testing.assert_array_equal(host(ss.matmul(given, packed)), host(ss.matmul(on_gpu(x), packed)))
 
 
 def test_what_is_refused():
@@ -338,6 +353,8 @@ def test_what_is_refused():
         ss.matmul(x, square, out=x)
     with pytest.raises(OperandError, match=r"^x: is quantized to int8, but packed holds float8"):
         ss.matmul(ss.quantize(x, packed), weight(rng, 32, 64, "6:8", FLOAT8))
+    with pytest.raises(OperandError, match=r"^x: k=64 must be 72"):
+        ss.matmul(ss.quantize(x, packed), weight(rng, 32, 72, "6:8", INT8))
 
 
 # ---- streams, graphs, threads ------------------------------------------------------------------------------------------
@@ -358,7 +375,8 @@ def test_captured_in_a_graph(dtype, m):
     before = pool.total_bytes(), pool.used_bytes()
     with stream:
         stream.begin_capture()
-        ss.matmul(x, packed, out=y, workspace=workspace)
+        for _ in range(2):  # the second follows while the first may still run, in the same workspace
+            ss.matmul(x, packed, out=y, workspace=workspace)
         graph = stream.end_capture()
     assert (pool.total_bytes(), pool.used_bytes()) == before
     for values in inputs:
@@ -427,18 +445,45 @@ def test_to_device_ahead_and_explanation(gemm, family, monkeypatch, capfd):
     assert not capfd.readouterr().err
 
 
+def test_chained_launches_wait_for_each_other():
+    """A stack of linears, each of which may start before the one before is complete, gives what it gives one at a time."""
+    rng = np.random.default_rng(23)
+    for dtype in PACKED:
+        layers = [weight(rng, 512, 512, "6:8", dtype) for _ in range(6)]
+        x = on_gpu(tokens(rng, 70, 512, BF16))
+
+        def alone(x, layers=layers):
+            for packed in layers:
+                cp.cuda.Device().synchronize()
+                x = ss.matmul(x, packed)
+            cp.cuda.Device().synchronize()
+            return x
+
+        want = host(alone(x))
+        for _ in range(50):
+            y = x
+            for packed in layers:
+                y = ss.matmul(y, packed)
+            np.testing.assert_array_equal(host(y), want)
+
+
 def test_a_warm_call_costs_little_python():
     """The whole 8-bit linear, quantization and product, in under 60 microseconds of the calling thread."""
     rng = np.random.default_rng(21)
     packed, x = weight(rng, 256, 512, "6:8", INT8), on_gpu(tokens(rng, 8, 512, BF16))
     y, workspace = cp.empty((8, 256), BF16), cp.zeros(ss.workspace_bytes(8, packed, BF16), np.uint8)
+    q = ss.quantize(x, packed)
     costs = {}
-    for name, options in (("allocating", {}), ("with out and workspace", {"out": y, "workspace": workspace})):
+    for name, given, options in (
+        ("allocating", x, {}),
+        ("with out and workspace", x, {"out": y, "workspace": workspace}),
+        ("quantized before", q, {"out": y, "workspace": workspace}),
+    ):
         samples = []
         for _ in range(20):
             start = time.perf_counter()
             for _ in range(50):
-                ss.matmul(x, packed, **options)
+                ss.matmul(given, packed, **options)
             samples.append((time.perf_counter() - start) / 50 * 1e6)
             cp.cuda.Device().synchronize()
         costs[name] = float(np.median(samples))

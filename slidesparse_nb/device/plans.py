@@ -1,0 +1,210 @@
+"""What is made once and looked up later: a weight arranged on a device, and for each shape a Plan of its product.
+
+A plan holds the configuration, the kernel and the parts of a workspace; what depends on x's type and strides too is in one of
+its feeds, which launch the kernel that makes the operand.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import cupy
+
+from .. import env
+from ..arch import for_capability, sm80, sm90
+from ..dtypes import CUDA_CODES, DType
+from ..packed import PackedWeight
+from ..pattern import Pattern
+from . import activations, jit
+from .arrays import float_name
+from .launch import Launcher
+
+COUNTERS = 4096
+"""Tiles whose k may be split, at most; so many counters stand at the start of a workspace."""
+
+ROWS_KERNEL = "common/rows.cu"
+
+Config = sm80.Config | sm90.Config
+
+Feed = Callable[[int, int, int, int], None]
+"""Launches what makes the matrix kernel's operand: (stream, x, operand, scale), addresses all."""
+
+
+@functools.cache
+def device_facts(ordinal: int) -> tuple[tuple[int, int], int]:
+    """Compute capability and multiprocessors."""
+    properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
+    return (properties["major"], properties["minor"]), properties["multiProcessorCount"]
+
+
+class DeviceWeight:
+    """A packed weight on one device, arranged for its kernel.
+
+    Attributes:
+        packed: what it was made of.
+        pattern, k: as the kernel sees them: of the slid weight, if the pattern is lifted in memory.
+        arranged: uint8, see arch/sm80_layout.py.
+        scale: float32 [n], or None.
+    """
+
+    def __init__(self, packed: PackedWeight, ordinal: int) -> None:
+        self.capability, self.sms = device_facts(ordinal)
+        self.ordinal = ordinal
+        self.family = for_capability(self.capability)
+        self.family.require_support(self.capability, packed.dtype)
+        packed.check_shapes()
+        self.packed = packed
+        self.lifted = self.family is sm80 and packed.pattern.group > sm80.LARGEST_GROUP
+        self.pattern, self.k = (Pattern(2, 4), packed.ks) if self.lifted else (packed.pattern, packed.k)
+        with cupy.cuda.Device(ordinal):
+            values, meta = (cupy.asarray(a) for a in (packed.values.view(packed.dtype.raw), packed.meta))
+            there = PackedWeight(values, meta, None, self.pattern, (packed.n, self.k), packed.dtype)
+            self.arranged = self.family.arrange(there, cupy)
+            self.scale = None if packed.scale is None else cupy.asarray(packed.scale).reshape(-1)
+            cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
+        self.plans: dict[tuple[int, str], Plan] = {}
+
+    def plan(self, m: int, out: str) -> Plan:
+        """How to multiply m tokens into the type named `out`, on the current device, which is this weight's."""
+        if (known := self.plans.get((m, out))) is None:
+            known = self.plans[m, out] = Plan(self, m, out)
+        return known
+
+
+class Plan:
+    """One shape of one weight: the configuration (the cheapest, unless one is given), its kernel, the parts of a workspace.
+
+    Attributes:
+        image: the kernel's operand is an image (`sm90.image`), not rows.
+        row_pitch, x_bytes: of rows: bytes from one to the next where they are made here, and those that hold k columns.
+        operand_at, scale_at, parts_at, bytes: offsets into the workspace, which starts with the counters.
+        along_k: what the kernel is told of k.
+        feeds: by type, strides and alignment of x: what makes the operand; None if x is one as it stands.
+    """
+
+    def __init__(self, weight: DeviceWeight, m: int, out: str, config: Config | None = None) -> None:
+        packed, n = weight.packed, weight.packed.n
+        size, family = packed.dtype.bits // 8, weight.family
+        if config is None:
+            config = family.choose(m, n, weight.k, weight.pattern, packed.dtype, out, weight.capability, weight.sms)
+        assert config is not None
+        if config.counters(m, n) > COUNTERS:
+            raise AssertionError(config)
+        arch = jit.architecture(weight.capability) + family.SUFFIX
+        built = jit.build(family.KERNEL, config.defines(), arch, jit.device_compiler())
+        raw = jit.load(built, "gemm")
+        if config.shared_bytes > 48 << 10:
+            raw.max_dynamic_shared_size_bytes = config.shared_bytes
+        self.config, self.m, self.weight = config, m, weight
+        self.image = isinstance(config, sm90.Config)
+        self.launch = Launcher(raw.kernel, 14 if self.image else 15)
+        self.programmatic = self.image and sm90.PROGRAMMATIC
+        self.grid, self.block = config.grid(m, n), (config.threads, 1, 1)
+        self.shared = config.shared_bytes
+        self.x_bytes = weight.k * size
+        self.row_pitch = -(-self.x_bytes // 16) * 16
+        self.along_k: tuple[int, ...]
+        if isinstance(config, sm90.Config):
+            operand_bytes = sm90.image_bytes(m, weight.k, weight.pattern, packed.dtype)
+            self.along_k = (sm90.stages(weight.pattern, weight.k, packed.dtype), config.streamed)
+        else:
+            operand_bytes = m * self.row_pitch
+            self.along_k = (config.layout.blocks(weight.k),)
+        self.quantizes = packed.dtype.qmax is not None
+        self.part_bytes = config.part_bytes(m, n)
+        self.operand_at = 4 * COUNTERS
+        self.scale_at = self.operand_at + operand_bytes
+        self.parts_at = self.scale_at + -(-4 * m // 16) * 16
+        self.bytes = self.parts_at + -(-self.part_bytes // 16) * 16
+        self.feeds: dict[tuple[Any, ...], Feed | None] = {}
+        if env.debug():
+            print(
+                f"slidesparse_nb: y[{m}, {n}] = x[{m}, {weight.k}] @ w.T, {packed.pattern.described} {packed.dtype} -> {out}\n"
+                f"  config  {config}\n  source  {built.folder / 'kernel.cu'}\n"
+                f"  launch  grid {self.grid} x {config.threads} threads, {self.shared} bytes shared,"
+                f" {built.registers} registers",
+                file=sys.stderr,
+            )
+
+    def feed(self, x: Any, quantized: bool) -> Feed | None:
+        """What makes the operand of x [m, k], or None; made once for each type, strides and alignment.
+
+        Args:
+            quantized: x holds values of the weights' type, or its bits, whatever its dtype.
+        """
+        key = (quantized or x.dtype, x.strides, x.data.ptr % 16)
+        try:
+            return self.feeds[key]
+        except KeyError:
+            feed = self.feeds[key] = self._new_feed(x, quantized)
+            return feed
+
+    def _new_feed(self, x: Any, quantized: bool) -> Feed | None:
+        weight, k = self.weight, x.shape[1]
+        dtype, pattern = weight.packed.dtype, weight.packed.pattern
+        held_as = dtype.name if quantized else float_name("x", x)
+        generation, aligned = activations.generation(weight.ordinal), activations.aligned(x)
+        if self.image:
+            return self._numba_feed(activations.plan(held_as, dtype.name, k, x.strides, aligned, generation, pattern))
+        if self.quantizes and not quantized:
+            lift = pattern if weight.lifted else None
+            width = self.row_pitch
+            return self._numba_feed(activations.plan(held_as, dtype.name, k, x.strides, aligned, generation, lift, width=width))
+        if not weight.lifted and held_as == dtype.name and aligned and _loadable(x, self.x_bytes):
+            return None
+        return rows_feed(weight.ordinal, x, held_as, dtype, self.row_pitch, pattern.group if weight.lifted else 0)
+
+    def _numba_feed(self, launch: activations.Launch) -> Feed:
+        kernel, grid, block, shared = launch.kernel, (launch.blocks(self.m), 1, 1), (launch.threads, 1, 1), launch.shared
+        run, programmatic, integers = kernel.on(self.weight.ordinal, shared), kernel.programmatic, launch.integers(self.m)
+
+        def feed(stream: int, x: int, operand: int, scale: int) -> None:
+            run(grid, block, shared, stream, programmatic, x, operand, scale, *integers)
+
+        return feed
+
+
+def to_device(packed: PackedWeight, ordinal: int | None = None) -> DeviceWeight:
+    """The packed weight arranged on a device (by default the current one), made on the first call and remembered.
+
+    Raises:
+        UnsupportedError: the device cannot multiply weights of this type.
+        FormatError: the tensors of `packed` do not fit its shape.
+    """
+    if ordinal is None:
+        ordinal = cupy.cuda.runtime.getDevice()
+    weight: DeviceWeight | None = packed.arranged.get(ordinal)
+    if weight is None:
+        weight = packed.arranged.setdefault(ordinal, DeviceWeight(packed, ordinal))
+    return weight
+
+
+# ---- rows of x -------------------------------------------------------------------------------------------------------
+
+
+def _loadable(x: Any, row_bytes: int) -> bool:
+    """Whether the kernel can load x [m, k] as it stands: whole pieces of 16 bytes, 16-byte aligned, side by side."""
+    return bool(x.data.ptr % 16 == 0 and row_bytes % 16 == 0 and x.strides[0] % 16 == 0 and x.strides[1] == x.itemsize)
+
+
+def rows_feed(ordinal: int, x: Any, held_as: str, dtype: DType, pitch: int, lift: int) -> Feed:
+    """Copies x [m, k] to rows of `pitch` bytes, 16-byte aligned, of the weights' type, lifted by groups of `lift` columns."""
+    m, k = x.shape
+    columns = pitch * 8 // dtype.bits
+    run, grid = _rows_kernel(ordinal, held_as, dtype.name, lift), (m, min(64, -(-columns // 256)), 1)
+    row_step, step = (stride // x.itemsize for stride in x.strides)
+
+    def feed(stream: int, x: int, operand: int, scale: int) -> None:
+        run(grid, (256, 1, 1), 0, stream, False, x, row_step, step, k, operand, columns)
+
+    return feed
+
+
+@functools.cache
+def _rows_kernel(ordinal: int, held_as: str, stored: str, lift: int) -> Launcher:
+    defines = {"FROM": CUDA_CODES[held_as], "TO": CUDA_CODES[stored], "LIFT": lift}
+    arch = jit.architecture(device_facts(ordinal)[0])
+    return Launcher(jit.load(jit.build(ROWS_KERNEL, defines, arch, jit.device_compiler()), "rows").kernel, 6)

@@ -1,0 +1,530 @@
+"""matmul and quantize on a GPU, all but the GPU: CuPy is played by NumPy, and launches by the twins of their kernels.
+
+What the kernels compute is proved elsewhere (test_device_simulator.py, tests/gpu). Here it is what Python hands them: which
+kernel, which addresses, strides and offsets into which memory, and how often.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import sys
+import time
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from device_cases import awkward_rows
+
+from slidesparse_nb import reference
+from slidesparse_nb.arch import sm80, sm90
+from slidesparse_nb.dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, PACKED, DType, packed_dtype
+from slidesparse_nb.errors import OperandError
+from slidesparse_nb.packed import ActivationImage, PackedWeight, QuantizedActivations
+from slidesparse_nb.pattern import Pattern
+
+pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
+
+P = Pattern(6, 8)
+BF16, F16, F32 = BFLOAT16.numpy, FLOAT16.numpy, np.dtype(np.float32)
+NAMED = {code: name for name, code in CUDA_CODES.items()}
+FLOATS = {"float32": F32, "float16": F16, "bfloat16": BF16}
+
+
+# ---- CuPy, played by NumPy -------------------------------------------------------------------------------------------
+
+
+class Array(np.ndarray):
+    """What cupy.ndarray is to the code under test."""
+
+    __module__ = "cupy"
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return SimpleNamespace(ptr=self.ctypes.data, device_id=0)
+
+
+def array(a: Any, dtype: Any = None) -> Any:
+    """A copy on "the GPU", 16-byte aligned."""
+    a = np.asarray(a, dtype)
+    out = empty(a.shape, a.dtype)
+    out[...] = a
+    return out
+
+
+def empty(shape: Any, dtype: Any = np.float32) -> Any:
+    dtype = np.dtype(dtype)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.full(size + 512, 0xA5, np.uint8)
+    start = -memory.ctypes.data % 512
+    return memory[start : start + size].view(dtype).reshape(shape).view(Array)
+
+
+def at(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Any:
+    """Memory at an address."""
+    dtype = np.dtype(dtype)
+    if not np.prod(shape):
+        return np.zeros(shape, dtype)
+    strides = strides or np.empty(shape, np.void(dtype.itemsize).dtype).strides
+    low = sum(min(0, (n - 1) * s) for n, s in zip(shape, strides, strict=True))
+    high = sum(max(0, (n - 1) * s) for n, s in zip(shape, strides, strict=True)) + dtype.itemsize
+    raw = np.frombuffer((ctypes.c_char * (high - low)).from_address(address + low), np.uint8)
+    return np.ndarray(shape, dtype, raw, -low, strides)
+
+
+class OfNumPy(type):
+    """isinstance(a, NotOnGpu): a NumPy array, and none that plays CuPy's."""
+
+    def __instancecheck__(cls, a: object) -> bool:
+        return isinstance(a, np.ndarray) and not isinstance(a, Array)
+
+
+class NotOnGpu(metaclass=OfNumPy):
+    pass
+
+
+class NumPy:
+    """NumPy as ops.py sees it here."""
+
+    ndarray = NotOnGpu
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+class Gpu:
+    """Launches, and memory that was taken."""
+
+    def __init__(self) -> None:
+        self.launched: list[str] = []
+        self.allocated = 0
+        self.streams = [7]
+
+    def allocate(self, size: int) -> Any:
+        self.allocated += 1
+        memory = empty(size, np.uint8)
+        return SimpleNamespace(ptr=memory.ctypes.data, memory=memory)
+
+    def module(self) -> Any:
+        cupy: Any = ModuleType("cupy")
+
+        class Stream:
+            def __init__(self, ptr: int) -> None:
+                self.ptr = ptr
+
+            def __enter__(self) -> None:
+                gpu.streams.append(self.ptr)
+
+            def __exit__(self, *_: object) -> None:
+                gpu.streams.pop()
+
+            def synchronize(self) -> None:
+                pass
+
+        gpu = self
+
+        def counted(shape: Any, dtype: Any = np.float32) -> Any:
+            gpu.allocated += 1
+            return empty(shape, dtype)
+
+        def zeros(shape: Any, dtype: Any = np.float32) -> Any:
+            out = counted(shape, dtype)
+            out.view(np.uint8)[...] = 0
+            return out
+
+        cupy.ndarray, cupy.empty, cupy.zeros = Array, counted, zeros
+        cupy.asarray = lambda a, dtype=None: a if isinstance(a, Array) else array(a, dtype)
+
+        def numpys(name: str) -> Any:
+            """A function of NumPy's whose results are "on the GPU"."""
+
+            def function(*arguments: Any, **options: Any) -> Any:
+                result = getattr(np, name)(*arguments, **options)
+                return array(result) if isinstance(result, np.ndarray) else result
+
+            return function
+
+        for name in ("ascontiguousarray", "full", "concatenate", "stack", "where", "arange"):
+            setattr(cupy, name, numpys(name))
+        cupy.from_dlpack = None
+        runtime = SimpleNamespace(
+            getDevice=lambda: 0, getDeviceProperties=lambda _: {"major": 9, "minor": 0, "multiProcessorCount": 132}
+        )
+        cupy.cuda = SimpleNamespace(
+            runtime=runtime,
+            Stream=Stream,
+            ExternalStream=Stream,
+            get_current_stream=lambda: Stream(gpu.streams[-1]),
+            alloc=gpu.allocate,
+        )
+        cupy.cuda.Device = type(
+            "Device",
+            (contextlib.nullcontext,),
+            {"compute_capability": "90", "__init__": lambda self, _=0: contextlib.nullcontext.__init__(self)},
+        )
+        return cupy
+
+
+class Activations:
+    """The kernel of a variant of activation_kernels.py."""
+
+    def __init__(self, gpu: Gpu, kernel: Any) -> None:
+        self.gpu, self.kernel = gpu, kernel
+        words = kernel.name.split("_")
+        self.any = words[1] == "any"
+        rest = kernel.name.split("_", 2)[2]
+        names = [*FLOATS, "int8", "float8_e4m3fn"]
+        self.source = next(n for n in names if rest.startswith(n))
+        rest = rest[len(self.source) + 1 :]
+        self.stored = packed_dtype(next(n for n in names if rest.startswith(n)))
+        form = rest[len(self.stored.name) + 1 :]
+        self.image = "image" in form
+
+    def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
+        assert programmatic
+        assert stream == self.gpu.streams[-1]
+        x, out, scale, m, ld, *rest = arguments
+        assert grid == ((m + 7) // 8 * 8 if self.image else m, 1, 1)
+        held = FLOATS.get(self.source, self.stored.numpy)
+        if self.any:
+            stride, k, pitch, _ = rest
+            strides, row_bytes = (ld * held.itemsize, stride * held.itemsize), 4 * pitch
+        else:
+            filled, _, pitch, *_ = rest
+            k, strides = filled * 16 // held.itemsize, (16 * ld, held.itemsize)
+            row_bytes = pitch * 16 * self.stored.bits // 8 // held.itemsize
+        values = at(x, (m, k), held, strides)
+        made = None
+        with np.errstate(invalid="ignore", over="ignore"):
+            if self.source != self.stored.name:
+                if self.stored.qmax is None:
+                    values = values.astype(self.stored.numpy)
+                else:
+                    values, made = reference.quantize(values, self.stored)
+        if made is not None:
+            at(scale, (m, 1), F32)[...] = made
+        if self.image:
+            picture = sm90.image(values, P)
+            assert pitch == 64 * ((m + 7) // 8)
+            at(out, picture.shape, np.uint8)[...] = picture
+        else:
+            rows = at(out, (m, row_bytes), np.uint8)
+            rows[...] = 0
+            rows[:, :k] = values.view(np.uint8)
+        self.gpu.launched.append(f"{'image' if self.image else 'rows'} {self.source} {self.stored}")
+
+
+class Rows:
+    """common/rows.cu."""
+
+    def __init__(self, gpu: Gpu, held_as: str, stored: str) -> None:
+        self.gpu, self.stored = gpu, packed_dtype(stored)
+        self.held = FLOATS.get(held_as, self.stored.numpy)
+
+    def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
+        assert not programmatic
+        x, row_step, step, k, out, columns = arguments
+        size = self.held.itemsize
+        rows = at(out, (grid[0], columns), self.stored.numpy)
+        rows[...] = 0
+        rows[:, :k] = at(x, (grid[0], k), self.held, (row_step * size, step * size)).astype(self.stored.numpy)
+        self.gpu.launched.append(f"copy {self.held} {self.stored}")
+
+
+class Gemm:
+    """sm90/gemm.cu or sm80/gemm.cu: operands back to values, then the exact product."""
+
+    def __init__(self, gpu: Gpu, plan: Any) -> None:
+        self.gpu, self.plan = gpu, plan
+        self.weight: PackedWeight = plan.weight.packed
+
+    def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
+        assert stream == self.gpu.streams[-1]
+        weight, plan = self.weight, self.plan
+        dtype, k = weight.dtype, weight.k
+        if plan.image:
+            operand, *rest = arguments
+        else:
+            operand, pitch, x_bytes, *rest = arguments
+            assert x_bytes == k * dtype.bits // 8
+        arranged, scale_x, scale_w, bias, bias_type, y, y_pitch, m, n, *along_k, parts, counters = rest
+        assert arranged == plan.weight.arranged.ctypes.data
+        assert (m, n) == (plan.m, weight.n)
+        assert tuple(along_k) == plan.along_k
+        if plan.image:
+            made = at(operand, (along_k[0], (m + 7) // 8, 8, 128), np.uint8)
+            q = sm90.image_rows(made, m, k, P, dtype).view(dtype.numpy)
+        else:
+            assert operand % 16 == pitch % 16 == 0
+            q = at(operand, (m, k), dtype.numpy, (pitch, dtype.bits // 8))
+        if plan.part_bytes:
+            at(parts, (plan.part_bytes,), np.uint8)[...] = 0x77
+            assert not at(counters, (plan.config.counters(m, n),), np.uint32).any()
+        with np.errstate(invalid="ignore", over="ignore"):
+            acc = q.astype(np.float64) @ reference.unpack(weight).astype(np.float64).T
+            value = acc.astype(np.float32)
+            if dtype.qmax is not None:
+                value = value * at(scale_x, (m, 1), F32) * at(scale_w, (n,), F32)
+            if bias:
+                value = value + at(bias, (n,), FLOATS[NAMED[bias_type]]).astype(np.float32)
+            out = FLOATS[plan.config.out]
+            at(y, (m, n), out, (y_pitch * out.itemsize, out.itemsize))[...] = value.astype(out)
+        self.gpu.launched.append("gemm")
+
+
+@pytest.fixture(params=["own", "portable"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The device modules, imported afresh over a CuPy of NumPy arrays."""
+    monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(request.param == "portable")))
+    made = Gpu()
+    cupy = made.module()
+    names = [name for name in sys.modules if name.startswith("slidesparse_nb.device")]
+    kept = {name: sys.modules.pop(name) for name in names}
+    parent = importlib.import_module("slidesparse_nb")
+    before = parent.__dict__.get("device")
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    try:
+        gemm: Any = importlib.import_module("slidesparse_nb.device.gemm")
+        plans: Any = importlib.import_module("slidesparse_nb.device.plans")
+        kernels: Any = importlib.import_module("slidesparse_nb.device.numba_kernel")
+        built = SimpleNamespace(folder=sys.prefix, registers=1)
+        raw = SimpleNamespace(kernel=SimpleNamespace(ptr=1), max_dynamic_shared_size_bytes=0)
+        plans.jit = SimpleNamespace(
+            architecture=plans.jit.architecture,
+            build=lambda *_: built,
+            load=lambda *_: raw,
+            device_compiler=lambda: None,
+        )
+        plans.Launcher = lambda function, parameters: SimpleNamespace(parameters=parameters)
+        plans._rows_kernel = lambda ordinal, held_as, stored, lift: Rows(made, held_as, stored)
+        kernels.Kernel.on = lambda kernel, device, shared=0: Activations(made, kernel)
+        new_plan = plans.Plan.__init__
+
+        def init(plan: Any, *arguments: Any) -> None:
+            new_plan(plan, *arguments)
+            parameters = plan.launch.parameters
+            run = Gemm(made, plan)
+
+            def launch(*given: Any) -> None:
+                assert len(given) == 5 + parameters
+                run(*given)
+
+            plan.launch = launch
+
+        plans.Plan.__init__ = init
+        monkeypatch.setattr(ops(), "np", NumPy())
+        made.gemm = gemm
+        made.own = request.param == "own"
+        yield made
+    finally:
+        for name in [name for name in sys.modules if name.startswith("slidesparse_nb.device")]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+        if before is not None:
+            parent.__dict__["device"] = before
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+
+def weight(n: int, k: int, dtype: DType, pattern: Pattern = P, seed: int = 0) -> PackedWeight:
+    w = np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
+    return reference.pack(reference.prune(w, pattern), pattern, dtype)
+
+
+def wanted(x: Any, packed: PackedWeight, bias: Any = None, out: Any = None) -> Any:
+    with np.errstate(all="ignore"):
+        return reference.matmul(np.asarray(x), packed, bias, x.dtype if out is None else out)
+
+
+def close(y: Any, expected: Any) -> None:
+    assert y.dtype == expected.dtype
+    np.testing.assert_allclose(
+        np.asarray(y, np.float32), np.asarray(expected, np.float32), rtol=2.0**-6, atol=2.0**-6, equal_nan=True
+    )
+
+
+def ops() -> Any:
+    return importlib.import_module("slidesparse_nb.ops")
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("source", [BF16, F16, F32], ids=str)
+def test_matmul(gpu: Any, dtype: DType, source: Any) -> None:
+    packed = weight(40, 96, dtype)
+    x = array(awkward_rows(7, 96, F16).astype(source))
+    bias = array(np.arange(40, dtype=np.float32))
+    close(ops().matmul(x, packed, bias=bias), wanted(x, packed, np.asarray(bias)))
+    form = "image" if gpu.own else "rows" if dtype.qmax else "copy"
+    if form == "copy" and source == dtype.numpy:
+        assert gpu.launched == ["gemm"]
+    else:
+        assert gpu.launched == [f"{form} {source} {dtype}", "gemm"]
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("k", [64, 61])
+def test_quantized_once(gpu: Any, dtype: DType, k: int) -> None:
+    first, second = weight(24, k, dtype), weight(16, k, dtype, seed=1)
+    x = array(np.random.default_rng(2).standard_normal((2, 5, k)).astype(BF16))
+    flat = np.asarray(x).reshape(10, k)
+    shared = ops().quantize(x, first)
+    assert len(gpu.launched) == 1
+    assert (shared.k, shared.m, shared.lead) == (k, 10, (2, 5))
+    assert (shared.image is not None) == gpu.own
+    assert ("values" in vars(shared)) == (not gpu.own)
+    gpu.launched.clear()
+    for packed in (first, second):
+        y = ops().matmul(shared, packed)
+        assert y.shape == (2, 5, packed.n)
+        close(np.asarray(y).reshape(10, -1), wanted(flat, packed))
+    if gpu.own or k == 64:  # the portable kernel loads whole pieces of 16 bytes
+        assert gpu.launched == ["gemm"] * 2
+    by_pattern = ops().quantize(x, "6:8", dtype)
+    close(np.asarray(ops().matmul(by_pattern, first)).reshape(10, -1), wanted(flat, first))
+
+    with np.errstate(over="ignore"):
+        expected = reference.quantize(flat, dtype)[0] if dtype.qmax else flat.astype(dtype.numpy)
+    np.testing.assert_array_equal(np.asarray(shared.values).view(dtype.raw), expected.view(dtype.raw))
+    assert shared.values is shared.values
+    assert "6:8" in repr(shared) or not gpu.own
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_quantized_for_another_pattern(gpu: Any, dtype: DType) -> None:
+    packed = weight(16, 64, dtype)
+    x = array(np.random.default_rng(3).standard_normal((9, 64)).astype(F32))
+    q, scale = reference.quantize(np.asarray(x), dtype) if dtype.qmax else (np.asarray(x).astype(dtype.numpy), None)
+    scale = None if scale is None else array(scale)
+    image = ActivationImage(array(sm90.image(q, Pattern(4, 6))), Pattern(4, 6), 64)
+    other = QuantizedActivations(None, scale, (9,), dtype, F32, image)
+    close(ops().matmul(other, packed), wanted(x, packed))
+    assert gpu.launched[-1] == "gemm"
+    assert "values" not in vars(other)
+
+
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+def test_nothing_is_allocated_with_a_workspace(gpu: Any, dtype: DType) -> None:
+    packed = weight(300, 512, dtype)
+    for m in (3, 40):
+        x, y = array(np.random.default_rng(m).standard_normal((m, 512)).astype(BF16)), empty((m, 300), BF16)
+        size = ops().workspace_bytes(m, packed, BF16)
+        whole = empty(size + 64, np.uint8)
+        workspace = whole[:size]
+        workspace[...] = 0
+        whole[size:] = 0x5A
+        ops().matmul(x, packed, out=y, workspace=workspace)
+        gpu.allocated = 0
+        for _ in range(2):
+            y.view(np.uint8)[...] = 0xA5
+            assert ops().matmul(x, packed, out=y, workspace=workspace) is y
+            close(y, wanted(x, packed))
+        shared = ops().quantize(x, packed)
+        gpu.allocated = 0
+        close(ops().matmul(shared, packed, out=y, workspace=workspace), wanted(x, packed))
+        assert gpu.allocated == 0
+        assert (whole[size:] == 0x5A).all()
+        with pytest.raises(OperandError, match=f"workspace: {size - 16} bytes must be at least {size}"):
+            ops().matmul(x, packed, out=y, workspace=workspace[:-16])
+
+
+@pytest.mark.parametrize("layout", ["odd address", "transposed", "every second", "backwards", "rows backwards"])
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+def test_strides(gpu: Any, dtype: DType, layout: str) -> None:
+    packed = weight(16, 64, dtype)
+    x = np.random.default_rng(4).standard_normal((10, 64)).astype(BF16)
+    space = array(np.zeros(2 * x.size + 1, BF16))
+    placed = {
+        "odd address": space[1 : 1 + x.size].reshape(10, 64),
+        "transposed": space[: x.size].reshape(64, 10).T,
+        "every second": space[: 2 * x.size].reshape(10, 128)[:, ::2],
+        "backwards": space[: x.size].reshape(10, 64)[::-1, ::-1],
+        "rows backwards": space[: x.size].reshape(10, 64)[::-1],
+    }[layout]
+    placed[...] = x
+    close(ops().matmul(placed, packed), wanted(x, packed))
+
+
+def test_y_of_any_strides(gpu: Any) -> None:
+    packed = weight(16, 64, INT8)
+    x = array(np.random.default_rng(5).standard_normal((2, 6, 64)).astype(F32))
+    expected = wanted(np.asarray(x).reshape(12, 64), packed, out=F16).reshape(2, 6, 16)
+    for out in (empty((2, 6, 16), F16), empty((16, 6, 2), F16).T, empty((2, 6, 40), F16)[:, :, 8:24]):
+        out.view(np.uint16)[...] = 0x7E00
+        assert ops().matmul(x, packed, out=out) is out
+        close(out, expected)
+
+
+def test_nothing_to_do(gpu: Any) -> None:
+    packed = weight(16, 64, INT8)
+    assert ops().matmul(array(np.zeros((0, 64), np.float32)), packed).shape == (0, 16)
+    empty_x = ops().quantize(array(np.zeros((3, 0, 64), np.float32)), packed)
+    assert ops().matmul(empty_x, packed).shape == (3, 0, 16)
+    assert empty_x.values.shape == (0, 64)
+
+
+def test_what_is_refused(gpu: Any) -> None:
+    packed = weight(16, 64, INT8)
+    x = array(np.ones((4, 64), np.float32))
+    q = ops().quantize(x, packed)
+    for given, other, message in (
+        (q, weight(16, 64, FLOAT8), "x: is quantized to int8, but packed holds float8_e4m3fn"),
+        (q, weight(16, 72, INT8), "x: k=64 must be 72"),
+        (x, weight(16, 72, INT8), r"x: shape \(4, 64\) must be \[..., 72\]"),
+        (
+            QuantizedActivations(q.values, None, (4,), INT8, F32),
+            packed,
+            r"x.scale: must be a contiguous float32 array \[4, 1\]",
+        ),
+        (QuantizedActivations(q.values, q.scale, (5,), INT8, F32), packed, r"x.values: int8 \(4, 64\) must be int8"),
+    ):
+        with pytest.raises(OperandError, match=f"^{message}"):
+            ops().matmul(given, other)
+    with pytest.raises(OperandError, match=r"^x: shape \(4, 64\) must be \[..., 72\]"):
+        ops().quantize(x, weight(16, 72, INT8))
+    if gpu.own:
+        wrong = QuantizedActivations(None, array(np.ones((40, 1), np.float32)), (40,), INT8, F32, q.image)
+        with pytest.raises(OperandError, match=r"x.image: uint8 .* must be .* bytes; make x with quantize"):
+            ops().matmul(wrong, packed)
+        with pytest.raises(AttributeError, match="'QuantizedActivations' object has no attribute 'bits'"):
+            _ = q.bits
+
+
+def test_the_stream_is_the_one_given(gpu: Any) -> None:
+    packed, x = weight(16, 64, INT8), array(np.ones((4, 64), np.float32))
+    close(ops().matmul(x, packed, stream=99), wanted(x, packed))  # the launches assert it
+    assert gpu.streams == [7]
+
+
+def test_families(gpu: Any) -> None:
+    device = gpu.gemm.to_device(weight(16, 64, INT8))
+    assert device.family is (sm90 if gpu.own else sm80)
+
+
+def test_a_warm_call_costs_little_python(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but CuPy and the driver, whose share tests/gpu measures."""
+    packed, x, y = weight(64, 128, INT8), array(np.ones((8, 128), BF16)), empty((8, 64), BF16)
+    workspace = empty(ops().workspace_bytes(8, packed, BF16), np.uint8)
+    workspace[...] = 0
+    ops().matmul(x, packed, out=y, workspace=workspace)
+    plan = gpu.gemm.to_device(packed).plan(8, "bfloat16")
+    launcher = importlib.import_module("slidesparse_nb.device.launch").Launcher
+    nothing = ctypes.CDLL(None).getppid
+    nothing.restype = None
+    monkeypatch.setattr(plan, "launch", launcher(SimpleNamespace(ptr=1), 14 if gpu.own else 15, nothing))
+    monkeypatch.setattr(
+        gpu.gemm.activations.Kernel, "on", lambda k, *_: launcher(SimpleNamespace(ptr=1), len(k.parameters), nothing)
+    )
+    plan.feeds.clear()
+    best = 1.0
+    matmul = ops().matmul
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(100):
+            matmul(x, packed, out=y, workspace=workspace)
+        best = min(best, (time.perf_counter() - start) / 100)
+    print(f"\na warm 8-bit linear takes {best * 1e6:.1f} us of Python, with NumPy for CuPy")
+    assert best < 60e-6
