@@ -20,7 +20,6 @@ from ..dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8, DType, packed_dty
 from ..errors import OperandError
 from ..pattern import Pattern
 from .activation_kernels import Variant, kernel
-from .activation_kernels import block_max as block_max
 from .numba_kernel import SIMULATED, Kernel, arrays
 
 SOURCES = {BFLOAT16.numpy: "bfloat16", FLOAT16.numpy: "float16", FLOAT32: "float32"}
