@@ -261,7 +261,7 @@ def test_published_results_can_be_read_and_were_right() -> None:
         assert not results.wrong
         assert results.bandwidth["copy"] > 0
         assert path.with_suffix(".png").exists()
-        assert not re.search(r"/work/|/tmp/|/home/|/root/", path.read_text())
+        assert '"/' not in path.read_text(), "a path of the machine it was made on"
         assert {cell.contender for cell in results.cells.values()} <= {"ours", *PEERS}
 
 

@@ -115,7 +115,7 @@ MEASURE = ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "pe
 )
 @click.option("--sustained", type=Listed("M,M", _tokens), help="m of -m at which sustained load is measured, too.")
 @click.option("--quick", is_flag=True, help="Under a minute; what --full measures is cut to the most telling.  [default]")
-@click.option("--full", is_flag=True, help="Under nine minutes: every part, four patterns, all types.")
+@click.option("--full", is_flag=True, help="Under nine minutes: every part of 6:8, products of four patterns, all types.")
 @click.option("--budget", type=click.FloatRange(min=1), help="Seconds after which nothing more is begun.")
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the results here, as they come."
@@ -188,6 +188,7 @@ def _selection(asked: dict[str, Any]) -> tuple[Selection, float]:
         parts=asked["part"] or preset.parts,
         peers=() if "none" in peers else peers,
         sustained=sustained or tuple(m for m in preset.sustained if m in tokens),
+        products_only=not asked["part"],
     )
     chosen = any(
         asked[name] for name in ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "peers", "sustained")

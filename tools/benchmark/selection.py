@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import slidesparse_nb as ss
 
@@ -133,7 +134,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a user asked for."""
+    """What a user asked for.
+
+    Attributes:
+        sustained: those of `tokens` at which products are measured under sustained load, too.
+        products_only: patterns after the first: products, and nothing else.
+    """
 
     suites: tuple[Suite, ...]
     patterns: tuple[str, ...]
@@ -142,8 +148,9 @@ class Selection:
     parts: tuple[str, ...]
     peers: tuple[str, ...]
     sustained: tuple[int, ...]
+    products_only: bool = False
 
-    def as_dict(self) -> dict[str, list[str] | list[int]]:
+    def as_dict(self) -> dict[str, Any]:
         return {
             "suites": [suite.name for suite in self.suites],
             "patterns": list(self.patterns),
@@ -152,20 +159,21 @@ class Selection:
             "parts": list(self.parts),
             "peers": list(self.peers),
             "sustained_m": list(self.sustained),
+            "products_only": self.products_only,
         }
 
 
 def plan(selection: Selection) -> list[Group]:
     """The groups in the order in which they are measured, so that a run that is cut short has said the most.
 
-    For each suite: the first pattern completely, then the others; of each the product and its dense peer first, then
-    the 2:4 peer, sustained load, the whole linear, quantization, packing. A dense peer is measured once, whatever the patterns.
+    For each suite the first pattern, then the others. Of each, products beside the dense peer, then beside the 2:4 peer, then
+    under sustained load (the first pattern's beside all peers); then whole linears, quantization, packing. A dense peer is
+    measured once, whatever the patterns.
     """
     seen: set[tuple[object, ...]] = set()
     ordered = []
     for suite in selection.suites:
-        first, *others = selection.patterns
-        for patterns in ([first], others):
+        for patterns in (selection.patterns[:1], selection.patterns[1:]):
             for group in _stages(selection, suite, patterns):
                 key = (group.contender, group.part, suite.name, group.kind.key, group.pattern, group.m, group.load)
                 if key not in seen:
@@ -177,7 +185,8 @@ def plan(selection: Selection) -> list[Group]:
 def _stages(selection: Selection, suite: Suite, patterns: Sequence[str]) -> Iterator[Group]:
     tokens = suite.tokens or selection.tokens
     sustained = [m for m in selection.sustained if m in tokens]
-    parts, peers = selection.parts, selection.peers
+    peers, first = selection.peers, patterns == selection.patterns[:1]
+    parts = selection.parts if first or not selection.products_only else [part for part in selection.parts if part == "gemm"]
 
     def groups(part: str, contenders: Sequence[str], ms: Sequence[int | None], load: str = "burst") -> Iterator[Group]:
         for pattern in patterns:
@@ -192,7 +201,7 @@ def _stages(selection: Selection, suite: Suite, patterns: Sequence[str]) -> Iter
     if "gemm" in parts:
         yield from groups("gemm", [*dense, OURS], tokens)
         yield from groups("gemm", cusparselt, tokens)
-        yield from groups("gemm", [*dense, OURS, *cusparselt], sustained, "sustained")
+        yield from groups("gemm", [*dense, OURS, *(cusparselt if first else [])], sustained, "sustained")
     if "linear" in parts:
         yield from groups("linear", [*torch, OURS], tokens)
         yield from groups("gemm", dense, tokens)  # what the 16-bit linears are compared with
