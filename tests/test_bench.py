@@ -89,9 +89,11 @@ def test_everything(device: bench_device.FakeGpu, tmp_path: Path) -> None:
     results = load(tmp_path / "a.json")
     assert results.complete
     assert not results.wrong
+    assert results.machine["after"]["sm_mhz"] == 345
     assert {cell.part for cell in results.cells.values()} == set(selection.PARTS)
     quantized = {c.type for c in results.cells.values() if c.part == "gemm" and c.contender == "ours" and c.us}
     assert quantized == set(selection.KINDS)
+    assert all(cell.us for cell in results.cells.values()), "nothing is blank"
     sustained = [cell for cell in results.cells.values() if cell.load == "sustained" and cell.contender == "ours"]
     assert len(sustained) == 2 * 2 * 4
     assert all((cell.watts, cell.sm_mhz, cell.m, cell.layer) == (700.0, 1500.0, 40, "all") for cell in sustained)

@@ -327,6 +327,11 @@ def test_packed_weights_and_tokens_are_compared_byte_for_byte() -> None:
     q.values[1, 1] += 1
     with pytest.raises(ss.VerificationError, match="quantized tokens differ"):
         check.check_quantized(q.values, q.scale, w, packed)
+    packed = ss.pack(w, "6:8", "float16", prune="magnitude")
+    q = ss.quantize(w, packed)
+    check.check_quantized(q.values, q.scale, w, packed)
+    with pytest.raises(ss.VerificationError, match="quantized tokens differ"):
+        check.check_quantized(q.values, q.scale, w * np.float32(1.01), packed)
 
 
 def test_samples_hold_both_ends() -> None:

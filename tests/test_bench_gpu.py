@@ -188,4 +188,5 @@ def test_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (facts["gpu"], facts["capability"], facts["cuda_driver"], facts["cuda_runtime"]) == (
         "Imaginary GPU", "9.0", "13.0", "12.9",
     )  # fmt: skip
+    assert facts["before"] == device.state() == {"sm_mhz": None, "celsius": None, "watts": None}
     assert device.l2_bytes == 7

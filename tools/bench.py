@@ -125,7 +125,7 @@ MEASURE = ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "pe
 @click.option(
     "--readme",
     "readme_path",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Write README's section from these results.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
@@ -235,6 +235,7 @@ def measure(selection: Selection, budget: float, json_path: Path | None, tell: C
         Bench(device, contenders, results, budget, began, save, tell).run(plan(selection))
     finally:
         results.seconds = round(time.perf_counter() - began, 1)
+        results.machine["after"] = device.state()
         save(0)
     return results
 
@@ -286,8 +287,7 @@ def _write_readme(path: Path) -> None:
     where = Path(__file__).resolve().parents[1] / "README.md"
     if not where.exists():
         raise click.UsageError("--readme works in a checkout, where README.md is")
-    results = load(path) if path.exists() else None
-    changed = readme.rewrite(where, results)
+    changed = readme.rewrite(where, load(path))
     say(f"{where}: {'rewritten' if changed else 'as it was'}")
 
 

@@ -93,17 +93,25 @@ def check_packed(packed: ss.PackedWeight, w: Array) -> None:
     """
     wanted = ss.reference.pack(ss.reference.prune(w, packed.pattern), packed.pattern, packed.dtype)
     for name in ("values", "meta", "scale"):
-        a, b = getattr(packed, name), getattr(wanted, name)
-        if (a is None) != (b is None) or (a is not None and np.ascontiguousarray(a).tobytes() != b.tobytes()):
+        if _bytes(getattr(packed, name)) != _bytes(getattr(wanted, name)):
             raise ss.VerificationError(f"packed {name} differ from the reference's")
 
 
-def check_quantized(values: Array, scale: Array, x: Array, packed: ss.PackedWeight) -> None:
+def check_quantized(values: Array, scale: Array | None, x: Array, packed: ss.PackedWeight) -> None:
     """Compare quantized tokens, rows [r, k] and scales [r, 1] as NumPy arrays, with the reference's of x [r, k].
+
+    Tokens for 16-bit weights are rounded to their type, and have no scale.
 
     Raises:
         VerificationError: a byte differs.
     """
-    wanted, wanted_scale = ss.reference.quantize(x, packed.dtype)
-    if np.ascontiguousarray(values).tobytes() != wanted.tobytes() or scale.tobytes() != wanted_scale.tobytes():
+    if packed.dtype.qmax is None:
+        wanted, wanted_scale = x.astype(packed.dtype.numpy), None
+    else:
+        wanted, wanted_scale = ss.reference.quantize(x, packed.dtype)
+    if any(_bytes(a) != _bytes(b) for a, b in ((values, wanted), (scale, wanted_scale))):
         raise ss.VerificationError("quantized tokens differ from the reference's")
+
+
+def _bytes(array: Array | None) -> bytes | None:
+    return None if array is None else np.ascontiguousarray(array).tobytes()

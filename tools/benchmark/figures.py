@@ -17,6 +17,7 @@ class Figure:
     Attributes:
         layer: its name, or "all".
         us, dense, cusparselt, torch: microseconds; None where there is no time.
+        dense_fp8: of INT8 products, dense FP8's time, which is what INT8 stands against where dense INT8 is slow.
         spread: of ours; of a sum, the largest.
         floor: microseconds; None if not known.
         work: what must be done at least.
@@ -37,6 +38,7 @@ class Figure:
     dense: float | None
     cusparselt: float | None
     torch: float | None
+    dense_fp8: float | None
     floor: float | None
     work: Work
     weights: int
@@ -90,6 +92,7 @@ def _figure(
     def peer(name: str) -> float | None:
         return results.peer_us(name, part, suite, layer, type, pattern, m, load)
 
+    fp8 = results.peer_us("dense", part, suite, layer, "fp8", pattern, m, load) if (type, part) == ("int8", "gemm") else None
     names = {layer} if load == "sustained" else {name for name, _, _ in layers}
     cells = [
         cell for cell in results.cells.values()
@@ -105,6 +108,7 @@ def _figure(
         us=results.us(OURS, part, suite, layer, type, pattern, m, load),
         spread=max((cell.spread for cell in cells if cell.spread is not None), default=None),
         dense=peer("dense"), cusparselt=peer("cusparselt"), torch=peer("torch"),
+        dense_fp8=fp8,
         floor=floor_us(results, part, type, pattern, layers, m, load),
         work=total,
         weights=sum(n * k for _, n, k in layers),

@@ -84,7 +84,6 @@ class Gpu:
     def facts(self) -> dict[str, Any]:
         """Device, driver and versions, as the results keep them."""
         runtime, properties = self.cupy.cuda.runtime, self.properties
-        idle = self.sensors.sample()
         return {
             "gpu": _text(properties["name"]),
             "capability": f"{properties['major']}.{properties['minor']}",
@@ -92,13 +91,18 @@ class Gpu:
             "memory_bytes": properties["totalGlobalMem"],
             "l2_bytes": self.l2_bytes,
             **self.sensors.facts,
-            "before": {"sm_mhz": idle.sm_mhz, "celsius": idle.celsius, "watts": idle.watts},
+            "before": self.state(),
             "cuda_driver": _version(runtime.driverGetVersion()),
             "cuda_runtime": _version(runtime.runtimeGetVersion()),
             "python": platform.python_version(),
             "numpy": np.__version__,
             "cupy": self.cupy.__version__,
         }
+
+    def state(self) -> dict[str, float | None]:
+        """Clock, temperature and power, now."""
+        now = self.sensors.sample()
+        return {"sm_mhz": now.sm_mhz, "celsius": now.celsius, "watts": now.watts}
 
     # ---- operands ------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,7 @@ def _columns(found: Sequence[Figure], part: str, load: str, each: bool) -> list[
     if part in ("gemm", "linear"):
         columns += [("dense us", lambda f: number(f.dense)), ("x dense", lambda f: times(f.over(f.dense)))]
     if part == "gemm":
+        columns.append(("x dense FP8", lambda f: times(f.over(f.dense_fp8))))
         columns += [("cuSPARSELt us", lambda f: number(f.cusparselt)), ("x cuSPARSELt", lambda f: times(f.over(f.cusparselt)))]
     if part == "linear":
         columns += [("PyTorch us", lambda f: number(f.torch)), ("x PyTorch", lambda f: times(f.over(f.torch)))]

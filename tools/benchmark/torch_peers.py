@@ -23,6 +23,11 @@ INT8_DENSE = "dense, INT8: torch._int_mm writes int32, which nothing scales to 1
 FP8_DENSE = "dense, FP8: one scale a tensor, fast accumulation, bfloat16 out"
 
 
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+DEVIATIONS = 4.0
+"""Of some thousand normal numbers the largest is about so many standard deviations from zero."""
+
+
 class TorchPeers:
     """Peers on the current device.
 
@@ -96,11 +101,14 @@ class TorchPeers:
     # ---- operands ------------------------------------------------------------------------------------------------
 
     def _random(self, rows: int, columns: int, kind: Kind) -> Any:
+        """As ours are: of a normal distribution; of 8 bits, scaled to fill the type's range. (Power depends on them.)"""
         torch = self.torch
-        if kind.key == "int8":
-            return torch.randint(-127, 128, (rows, columns), device="cuda", dtype=torch.int8)
         numbers = torch.randn(rows, columns, device="cuda", dtype=getattr(torch, kind.activations))
-        return numbers.to(torch.float8_e4m3fn) if kind.key == "fp8" else numbers
+        if not kind.quantized:
+            return numbers
+        most = LARGEST[kind.key]
+        scaled = numbers.mul_(most / DEVIATIONS).clamp_(-most, most)
+        return scaled.round_().to(torch.int8) if kind.key == "int8" else scaled.to(torch.float8_e4m3fn)
 
     def _kept(self, key: tuple[Any, ...], copies: int, make: Callable[[], Any]) -> list[Any]:
         known = self._weights.setdefault(key, [])
@@ -139,7 +147,7 @@ class TorchPeers:
         rows = max(m, 32) if kind.key == "int8" else m
         xs = [torch.randn(rows, linear.k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
         scale_w = torch.rand(1, linear.n, device="cuda", dtype=torch.float32)
-        most = 127.0 if kind.key == "int8" else 448.0
+        most = LARGEST[kind.key]
 
         def int8(x: Any, w: Any) -> Any:
             scale = x.abs().amax(1, keepdim=True).float() / most
