@@ -32,7 +32,7 @@ def text(kernel: numba_kernel.Kernel, capability: tuple[int, int]) -> str:
     """PTX of a kernel that was assembled with no spills and no stack, and whose cubin names it."""
     built = kernel.build(capability)
     assert (built.spills, built.stack) == (0, 0), built.log
-    assert 0 < built.registers <= 65536 // kernel.max_threads
+    assert 0 < built.registers <= (kernel.max_registers or 65536 // kernel.max_threads)
     assert kernel.name.encode() in built.cubin.read_bytes()
     return (built.folder / "kernel.ptx").read_text()
 

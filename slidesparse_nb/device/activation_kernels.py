@@ -137,7 +137,8 @@ def kernel(variant: Variant) -> Kernel:
     dependent = variant.generation >= 90
     if variant.vectors:
         parameters = ("u32*", "u32*", "f32*", *["i64"] * 8)
-        return Kernel(variant.name, row_in_registers(variant), *parameters, programmatic=dependent)
+        registers = 40 if variant.windows and variant.vectors <= 4 else 0  # 12 blocks of 128 threads a multiprocessor, not 10
+        return Kernel(variant.name, row_in_registers(variant), *parameters, max_registers=registers, programmatic=dependent)
     parameters = (f"u{8 * variant.source_bytes}*", "u32*", "f32*", *["i64"] * 6)
     return Kernel(variant.name, row_from_memory(variant), *parameters, max_threads=256, programmatic=dependent)
 

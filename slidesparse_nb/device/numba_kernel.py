@@ -191,6 +191,7 @@ class Kernel:
         function: the kernel; its free variables are compile-time constants, which `name` must tell.
         parameters: for each argument "i64", or "u8*", "u16*", "u32*", "u64*", "f32*" for an array.
         max_threads: most threads a block is launched with.
+        max_registers: most registers of a thread, so that more blocks fit on a multiprocessor; 0: as many as max_threads allow.
         programmatic: it executes `griddepcontrol.wait` first, so it is launched before the grid before it is complete.
     """
 
@@ -200,12 +201,14 @@ class Kernel:
         function: Callable[..., None],
         *parameters: str,
         max_threads: int = 1024,
+        max_registers: int = 0,
         programmatic: bool = False,
     ) -> None:
         self.name = name
         self.function = function
         self.parameters = parameters
         self.max_threads = max_threads
+        self.max_registers = max_registers
         self.programmatic = programmatic
         self._loaded: dict[int, Launcher] = {}
         self._shared: dict[int, int] = {}
@@ -241,7 +244,12 @@ class Kernel:
 
     def build(self, capability: tuple[int, int]) -> jit.Built:
         """The kernel for an architecture, from the cache folder or compiled into it now; needs no GPU."""
-        parts = [self.name, repr((self.parameters, self.max_threads, capability)), *_versions(), *_sources(self.function)]
+        parts = [
+            self.name,
+            repr((self.parameters, self.max_threads, self.max_registers, capability)),
+            *_versions(),
+            *_sources(self.function),
+        ]
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
         def make() -> tuple[bytes, str, dict[str, str]]:
@@ -257,6 +265,8 @@ class Kernel:
         text, _ = cuda.compile(
             self.function, signature, device=False, abi="numba", cc=capability, launch_bounds=self.max_threads
         )
+        if self.max_registers:
+            text = re.sub(r"^(\.maxntid .*)$", rf"\1\n.maxnreg {self.max_registers}", text, flags=re.MULTILINE)
         mangled = re.search(r"\.visible \.entry (\w+)\(", text)
         assert mangled, text[:2000]
         return text.replace(mangled[1], self.name)
