@@ -134,12 +134,13 @@ else:
 
     def test_image_into_given_arrays() -> None:
         x = at_address(awkward_rows(3, 24, BFLOAT16.numpy))
-        out, scale = np.full((1, 1, 8, 128), 0x55, np.uint8), np.zeros((3, 1), np.float32)
+        count = sm90.stages(Pattern(6, 8), 24, INT8)
+        out, scale = np.full((count, 1, 8, 128), 0x55, np.uint8), np.zeros((3, 1), np.float32)
         given = activations.image(x, INT8, Pattern(6, 8), out=out, scale=scale)
         assert given[0] is out
         assert given[1] is scale
         np.testing.assert_array_equal(out, imaged(x, INT8, Pattern(6, 8))[0])
-        with pytest.raises(OperandError, match=r"out: uint8 \(1, 1, 8, 128\) must be a contiguous \(1, 2, 8, 128\) array"):
+        with pytest.raises(OperandError, match=r"out: uint8 \(\d, 1, 8, 128\) must be a contiguous \(\d, 2, 8, 128\) array"):
             activations.image(at_address(awkward_rows(9, 24, BFLOAT16.numpy)), INT8, Pattern(6, 8), out=out)
         with pytest.raises(OperandError, match="x: int8 must hold bfloat16, or be bfloat16, float16 or float32"):
             activations.image(np.zeros((2, 8), np.int8), BFLOAT16, Pattern(6, 8), source=BFLOAT16)
