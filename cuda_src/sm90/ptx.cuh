@@ -4,27 +4,39 @@
 
 // ---- mbarrier: "Parallel Synchronization and Communication Instructions: mbarrier" ------------------------------------------
 INLINE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-INLINE void mbarrier_init(u64& b, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&b)), "r"(arrivals) : "memory");
+// The same number, which the compiler does not compute again wherever it is used.
+INLINE u32 kept(u32 v) {
+    u32 r;
+    asm volatile("mov.u32 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
 }
-INLINE void mbarrier_arrive(u64& b) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&b)) : "memory");
-}
-INLINE void mbarrier_arrive_expect_tx(u64& b, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&b)), "r"(bytes) : "memory");
+INLINE void mbarrier_init(u32 b, u32 arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(arrivals) : "memory"); }
+INLINE void mbarrier_arrive(u32 b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory"); }
+INLINE void mbarrier_arrive_expect_tx(u32 b, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
 }
 // Waits until the phase of this parity is complete.
-INLINE void mbarrier_wait(u64& b, u32 parity) {
+INLINE void mbarrier_wait(u32 b, u32 parity) {
     asm volatile(
         "{.reg .pred done; retry: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @done bra end; bra retry; end: }"
-        ::"r"(shared_address(&b)), "r"(parity) : "memory");
+        ::"r"(b), "r"(parity) : "memory");
 }
 INLINE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // ---- "Data Movement: cp.async.bulk": contiguous bytes, a multiple of 16, global to shared; completes on an mbarrier -----------
-INLINE void cp_async_bulk(void* to, const void* from, u32 bytes, u64& b) {
+INLINE void cp_async_bulk(u32 to, const void* from, u32 bytes, u32 b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(&b)) : "memory");
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(b) : "memory");
+}
+INLINE u32 ld_shared(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+INLINE uint2 ld_shared2(u32 address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
 }
 
 // ---- "Data Movement: stmatrix": four 8 x 8 matrices of 16-bit elements, transposed; lane l gives the row of matrix l / 8 -------
@@ -32,13 +44,48 @@ INLINE void stmatrix_x4_trans(u32 to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
+INLINE void stmatrix_x2_trans(u32 to, u32 a, u32 b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
+}
 INLINE uint4 ld_global_cg(const uint4* p) {  // from the L2 cache, where another block may just have written
     uint4 v;
     asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
 }
+INLINE u32 ld_acquire(const u32* p) {
+    u32 v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+INLINE void red_add_release(u32* p, u32 v) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 // "bar.sync" among the 128 threads of one warpgroup.
 INLINE void warpgroup_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+template <int THREADS_> INLINE void threads_sync(int id) { asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS_) : "memory"); }
+
+// ---- "mapa", "ld.shared::cluster": the same place in the shared memory of another block of this cluster -----------------------
+INLINE u32 mapa(u32 address, u32 rank) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+// ---- "barrier.cluster": all threads of all blocks of a cluster; not .aligned, since warps may come diverged from an epilogue -----
+INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+INLINE void cluster_sync() { cluster_arrive(), cluster_wait(); }
+INLINE uint4 ld_shared_cluster(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    return v;
+}
+INLINE u32 cluster_rank() {
+    u32 r;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+
+// ---- "griddepcontrol": the next kernel may start now; wait until the kernels before are complete, and what they wrote is seen --
+INLINE void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+INLINE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // ---- "setmaxnreg": registers given back, or taken, by a whole warpgroup -------------------------------------------------------
 template <int REGISTERS> INLINE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
@@ -51,69 +98,6 @@ template <int PENDING> INLINE void wgmma_wait_group() { asm volatile("wgmma.wait
 
 // "Matrix descriptor", K-major operand in swizzled rows of BYTES (64 or 128), base aligned to 8 rows:
 //   bits 0-13 address / 16; 16-29 leading offset, unused; 32-45 bytes from 8 rows to the next / 16; 62-63 swizzle, 1: 128 B, 2: 64 B
-template <int BYTES> INLINE u64 matrix_descriptor(const void* p) {
-    return (u64)((shared_address(p) & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(8 * BYTES >> 4) << 32 | (u64)(BYTES == 128 ? 1 : 2) << 62;
+template <int BYTES> INLINE u64 matrix_descriptor(u32 address) {
+    return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(8 * BYTES >> 4) << 32 | (u64)(BYTES == 128 ? 1 : 2) << 62;
 }
-
-// wgmma.mma_async.sp: D[64, N] += A[64, k] * B[k, N], A 2:4 sparse (32 stored bytes a row), B dense (64 bytes a column).
-// D: d[v] of thread t is row 16 (t / 32) + g + 8 (v >> 1 & 1), column 8 (v >> 2) + 2 q + (v & 1), with t % 32 = 4 g + q.
-// e: index nibbles, as of mma.sp for the 16 rows of the warp; SELECTOR: which lane pair of a quad holds them (16-bit only).
-template <int TYPE, int N, int SELECTOR> struct Wgmma;
-// the accumulator's registers 0 to 8 i + 7, as text
-#define D0 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define D1 D0 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define D2 D1 ",%16,%17,%18,%19,%20,%21,%22,%23"
-#define D3 D2 ",%24,%25,%26,%27,%28,%29,%30,%31"
-#define D4 D3 ",%32,%33,%34,%35,%36,%37,%38,%39"
-#define D5 D4 ",%40,%41,%42,%43,%44,%45,%46,%47"
-#define D6 D5 ",%48,%49,%50,%51,%52,%53,%54,%55"
-#define D7 D6 ",%56,%57,%58,%59,%60,%61,%62,%63"
-#define D8 D7 ",%64,%65,%66,%67,%68,%69,%70,%71"
-#define D9 D8 ",%72,%73,%74,%75,%76,%77,%78,%79"
-#define D10 D9 ",%80,%81,%82,%83,%84,%85,%86,%87"
-#define D11 D10 ",%88,%89,%90,%91,%92,%93,%94,%95"
-#define D12 D11 ",%96,%97,%98,%99,%100,%101,%102,%103"
-#define D13 D12 ",%104,%105,%106,%107,%108,%109,%110,%111"
-#define D14 D13 ",%112,%113,%114,%115,%116,%117,%118,%119"
-#define D15 D14 ",%120,%121,%122,%123,%124,%125,%126,%127"
-// the same registers as operands, with constraint C
-#define O0(C) "+" C(d[0]), "+" C(d[1]), "+" C(d[2]), "+" C(d[3]), "+" C(d[4]), "+" C(d[5]), "+" C(d[6]), "+" C(d[7])
-#define O1(C) O0(C), "+" C(d[8]), "+" C(d[9]), "+" C(d[10]), "+" C(d[11]), "+" C(d[12]), "+" C(d[13]), "+" C(d[14]), "+" C(d[15])
-#define O2(C) O1(C), "+" C(d[16]), "+" C(d[17]), "+" C(d[18]), "+" C(d[19]), "+" C(d[20]), "+" C(d[21]), "+" C(d[22]), "+" C(d[23])
-#define O3(C) O2(C), "+" C(d[24]), "+" C(d[25]), "+" C(d[26]), "+" C(d[27]), "+" C(d[28]), "+" C(d[29]), "+" C(d[30]), "+" C(d[31])
-#define O4(C) O3(C), "+" C(d[32]), "+" C(d[33]), "+" C(d[34]), "+" C(d[35]), "+" C(d[36]), "+" C(d[37]), "+" C(d[38]), "+" C(d[39])
-#define O5(C) O4(C), "+" C(d[40]), "+" C(d[41]), "+" C(d[42]), "+" C(d[43]), "+" C(d[44]), "+" C(d[45]), "+" C(d[46]), "+" C(d[47])
-#define O6(C) O5(C), "+" C(d[48]), "+" C(d[49]), "+" C(d[50]), "+" C(d[51]), "+" C(d[52]), "+" C(d[53]), "+" C(d[54]), "+" C(d[55])
-#define O7(C) O6(C), "+" C(d[56]), "+" C(d[57]), "+" C(d[58]), "+" C(d[59]), "+" C(d[60]), "+" C(d[61]), "+" C(d[62]), "+" C(d[63])
-#define O8(C) O7(C), "+" C(d[64]), "+" C(d[65]), "+" C(d[66]), "+" C(d[67]), "+" C(d[68]), "+" C(d[69]), "+" C(d[70]), "+" C(d[71])
-#define O9(C) O8(C), "+" C(d[72]), "+" C(d[73]), "+" C(d[74]), "+" C(d[75]), "+" C(d[76]), "+" C(d[77]), "+" C(d[78]), "+" C(d[79])
-#define O10(C) O9(C), "+" C(d[80]), "+" C(d[81]), "+" C(d[82]), "+" C(d[83]), "+" C(d[84]), "+" C(d[85]), "+" C(d[86]), "+" C(d[87])
-#define O11(C) O10(C), "+" C(d[88]), "+" C(d[89]), "+" C(d[90]), "+" C(d[91]), "+" C(d[92]), "+" C(d[93]), "+" C(d[94]), "+" C(d[95])
-#define O12(C) O11(C), "+" C(d[96]), "+" C(d[97]), "+" C(d[98]), "+" C(d[99]), "+" C(d[100]), "+" C(d[101]), "+" C(d[102]), "+" C(d[103])
-#define O13(C) O12(C), "+" C(d[104]), "+" C(d[105]), "+" C(d[106]), "+" C(d[107]), "+" C(d[108]), "+" C(d[109]), "+" C(d[110]), "+" C(d[111])
-#define O14(C) O13(C), "+" C(d[112]), "+" C(d[113]), "+" C(d[114]), "+" C(d[115]), "+" C(d[116]), "+" C(d[117]), "+" C(d[118]), "+" C(d[119])
-#define O15(C) O14(C), "+" C(d[120]), "+" C(d[121]), "+" C(d[122]), "+" C(d[123]), "+" C(d[124]), "+" C(d[125]), "+" C(d[126]), "+" C(d[127])
-#define WGMMA_SP(TYPE, N, SHAPE, TYPES, SELECTOR, SCALES, ACC, C, REGISTERS, OPERANDS, A, B, E)                                  \
-    template <> struct Wgmma<TYPE, N, SELECTOR> {                                                                                 \
-        static INLINE void mma(ACC (&d)[N / 2], u64 a, u64 b, u32 e) {                                                            \
-            asm volatile("wgmma.mma_async.sp.sync.aligned.m64n" #N SHAPE "." TYPES " {" REGISTERS "}, " A ", " B ", " E ", " #SELECTOR  \
-                         ", 1" SCALES ";"                                                                                        \
-                         : OPERANDS(C) : "l"(a), "l"(b)                 , "r"(e));                                                \
-        }                                                                                                                         \
-    };
-#define WGMMA_SP_TYPES(N, REGISTERS, OPERANDS, A, B, E)                                                                      \
-    WGMMA_SP(TYPE_INT8, N, "k64", "s32.s8.s8", 0, "", int, "r", REGISTERS, OPERANDS, A, B, E)                                \
-    WGMMA_SP(TYPE_FLOAT8, N, "k64", "f32.e4m3.e4m3", 0, ", 1, 1", float, "f", REGISTERS, OPERANDS, A, B, E)                  \
-    WGMMA_SP(TYPE_BFLOAT16, N, "k32", "f32.bf16.bf16", 0, ", 1, 1, 0, 0", float, "f", REGISTERS, OPERANDS, A, B, E)          \
-    WGMMA_SP(TYPE_BFLOAT16, N, "k32", "f32.bf16.bf16", 1, ", 1, 1, 0, 0", float, "f", REGISTERS, OPERANDS, A, B, E)          \
-    WGMMA_SP(TYPE_FLOAT16, N, "k32", "f32.f16.f16", 0, ", 1, 1, 0, 0", float, "f", REGISTERS, OPERANDS, A, B, E)             \
-    WGMMA_SP(TYPE_FLOAT16, N, "k32", "f32.f16.f16", 1, ", 1, 1, 0, 0", float, "f", REGISTERS, OPERANDS, A, B, E)
-WGMMA_SP_TYPES(16, D0, O0, "%8", "%9", "%10")
-WGMMA_SP_TYPES(32, D1, O1, "%16", "%17", "%18")
-WGMMA_SP_TYPES(64, D3, O3, "%32", "%33", "%34")
-WGMMA_SP_TYPES(96, D5, O5, "%48", "%49", "%50")
-WGMMA_SP_TYPES(128, D7, O7, "%64", "%65", "%66")
-WGMMA_SP_TYPES(160, D9, O9, "%80", "%81", "%82")
-WGMMA_SP_TYPES(192, D11, O11, "%96", "%97", "%98")
-WGMMA_SP_TYPES(224, D13, O13, "%112", "%113", "%114")
-WGMMA_SP_TYPES(256, D15, O15, "%128", "%129", "%130")

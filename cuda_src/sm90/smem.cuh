@@ -1,4 +1,4 @@
-// Shared memory of the kernel: a ring of stages, staging for the output, barriers.
+// Shared memory of the kernel: a ring of stages, rows of the output on their way out, barriers.
 #pragma once
 #include "common/types.cuh"
 
@@ -10,15 +10,8 @@ template <int Strips, int Tokens, int MetaBytes> struct alignas(1024) Stage {
     u8 strip[Strips][4096 + MetaBytes];
 };
 
-// Outputs of a warpgroup on their way to rows of y: 32 tokens x 64 outputs, twice for 16-bit types, once for float32. The 16-byte
-// piece p of row r stands at p ^ r % 8.
-struct alignas(1024) Staging {
-    u8 buffer[2][4096];
-};
-
-template <int Stages, class StageT, int Warpgroups> struct SharedMemory {
+template <int Stages, class StageT, int Warpgroups, int StagingBytes> struct SharedMemory {
     StageT stage[Stages];
-    Staging staging[Warpgroups];
+    u8 staging[Warpgroups][2][StagingBytes];  // epilogue.cuh
     u64 full[Stages], empty[Stages];
-    u32 seen[Warpgroups];
 };

@@ -28,7 +28,7 @@ KERNEL = "sm90/gemm.cu"
 SUFFIX = "a"
 """Of the architecture it is compiled for: wgmma is in sm_90a alone."""
 
-PROGRAMMATIC = False
+PROGRAMMATIC = True
 """Whether the kernel executes `griddepcontrol.wait`, so that it may be launched before the grid before it is complete."""
 
 STAGE = 128
@@ -162,7 +162,7 @@ class Tile:
 
     Attributes:
         stage_ns, tile_ns: measured on an H200 at 6:8 (docs/hopper.md): time of a stage, and of a tile beside its stages.
-        cluster: thread blocks side by side along n that share their activations, each loading half of them for both: 1 or 2.
+        cut: thread blocks of a cluster that cut k into equal parts and add them up through each other's shared memory.
         resident: thread blocks that fit on a multiprocessor: with 2, those of the next kernel start beside these.
     """
 
@@ -171,7 +171,7 @@ class Tile:
     strips: int
     stage_ns: int
     tile_ns: int
-    cluster: int = 1
+    cut: int = 1
     resident: int = 1
 
     @property
@@ -180,25 +180,34 @@ class Tile:
         return 64 * self.warpgroups * self.strips
 
     def __str__(self) -> str:
-        pair = ", in pairs" if self.cluster == 2 else ""
-        return f"{self.tokens} tokens x {self.n} outputs, {self.warpgroups} warpgroups{pair}"
+        cut = f", k cut in {self.cut}" if self.cut > 1 else ""
+        return f"{self.tokens} tokens x {self.n} outputs, {self.warpgroups} warpgroups{cut}"
 
 
 TILES = (
-    Tile(256, 2, 1, 407, 1500),
-    Tile(256, 2, 1, 390, 1500, cluster=2),
-    Tile(160, 2, 2, 500, 2000),
-    Tile(128, 2, 2, 426, 1600),
-    Tile(192, 3, 1, 462, 1500),
-    Tile(192, 2, 1, 314, 1300),
+    Tile(256, 2, 1, 430, 1500),
+    Tile(128, 2, 2, 470, 1600),
+    Tile(192, 3, 1, 470, 1500),
+    Tile(192, 2, 1, 340, 1300),
     Tile(128, 2, 1, 277, 1000),
-    Tile(64, 2, 1, 265, 800, resident=2),
-    Tile(32, 2, 1, 248, 700, resident=2),
-    Tile(16, 2, 1, 247, 600, resident=2),
-    Tile(8, 2, 1, 247, 600, resident=2),
-    Tile(8, 1, 1, 138, 500, resident=2),
+    Tile(128, 2, 1, 277, 2000, cut=2),
+    Tile(128, 2, 1, 277, 2000, cut=4),
+    Tile(64, 2, 1, 230, 800),
+    Tile(64, 2, 1, 230, 1500, cut=4),
+    Tile(64, 1, 1, 160, 1500, cut=2, resident=2),
+    Tile(32, 2, 1, 170, 700),
+    Tile(32, 2, 1, 170, 1200, cut=4),
+    Tile(32, 1, 1, 120, 1200, cut=2, resident=2),
+    Tile(16, 2, 1, 150, 600),
+    Tile(16, 2, 1, 150, 1000, cut=4, resident=2),
+    Tile(16, 1, 1, 110, 1000, cut=2, resident=2),
+    Tile(8, 2, 1, 140, 600),
+    Tile(8, 2, 1, 140, 1000, cut=4, resident=2),
+    Tile(8, 1, 1, 100, 1000, cut=2, resident=2),
 )
-LAUNCH_NS = 5000
+LAUNCH_NS = 3500
+READ_BYTES_A_NS = 4000
+"""What the memory gives, measured."""
 PART_BYTES_A_NS = 1500
 """What parts of split tiles cost: bytes written, or read again, in a nanosecond, by all processors together."""
 
@@ -211,7 +220,7 @@ class Config:
         dtype, out: type of weights and activations; name of the type of y.
         tile: and how many `stages` of it are under way.
         band: tiles of n that run together with all tiles of m.
-        streamed: tiles, the first ones, that are cut along k into equal ranges, one a thread block.
+        streamed, sharers: tiles, the last ones, that are cut along k; thread blocks that have equal ranges of them.
         blocks: thread blocks.
     """
 
@@ -221,10 +230,11 @@ class Config:
     stages: int
     band: int
     streamed: int = 0
+    sharers: int = 0
     blocks: int = 0
 
     def __str__(self) -> str:
-        shared = f", {self.streamed} tiles cut along k" if self.streamed else ""
+        shared = f", {self.streamed} tiles cut along k for {self.sharers}" if self.streamed else ""
         return f"{self.tile}, {self.stages} stages, {self.blocks} blocks{shared}"
 
     @property
@@ -239,8 +249,7 @@ class Config:
         return -(-used // 1024) * 1024
 
     def tiles(self, m: int, n: int) -> int:
-        """Of one thread block, or of two in a cluster."""
-        return -(-m // self.tile.tokens) * -(-n // (self.tile.n * self.tile.cluster))
+        return -(-m // self.tile.tokens) * -(-n // self.tile.n)
 
     def grid(self, m: int, n: int) -> tuple[int, int, int]:
         return self.blocks, 1, 1
@@ -251,7 +260,7 @@ class Config:
 
     def counters(self, m: int, n: int) -> int:
         """Of tiles cut along k, zeros before and after a launch."""
-        return self.streamed * self.tile.cluster * self.tile.warpgroups
+        return self.streamed * self.tile.warpgroups
 
     def defines(self) -> dict[str, int | str]:
         """What stands above the #include of the kernel."""
@@ -263,7 +272,7 @@ class Config:
             "STRIPS": self.tile.strips,
             "STAGES": self.stages,
             "BAND": self.band,
-            "CLUSTER": self.tile.cluster,
+            "CUT": self.tile.cut,
             "BLOCKS": self.tile.resident,
         }  # fmt: skip
 
@@ -292,38 +301,46 @@ def candidates(pattern: Pattern, dtype: DType, out: str, capability: tuple[int, 
         yield Config(dtype, out, tile, min(MOST_STAGES, count), 8 if tile.tokens == 256 else 16)
 
 
-def shared_out(config: Config, m: int, n: int, streamed: int, along_k: int, sms: int) -> Config:
-    """The configuration for a problem with its first `streamed` tiles cut along k."""
-    units = min(sms // config.tile.cluster, streamed * along_k if streamed else config.tiles(m, n))
-    return replace(config, streamed=streamed, blocks=units * config.tile.cluster)
+def options(config: Config, m: int, n: int, along_k: int, sms: int) -> Iterator[Config]:
+    """The configuration with its tiles shared out in every way that may pay."""
+    tile, tiles = config.tile, config.tiles(m, n)
+    if tile.cut > 1:
+        if along_k >= 2 * tile.cut:
+            yield replace(config, blocks=tiles * tile.cut)
+        return
+    yield replace(config, blocks=min(tiles, sms))
+    rest = tiles % sms
+    if rest and sms // rest > 1:  # a last round of equal parts, side by side along k, so that they share what they read
+        sharers = min(rest * (sms // rest), rest * (along_k // 2))
+        yield replace(config, streamed=rest, sharers=sharers, blocks=min(sms, max(tiles - rest, sharers)))
+    if rest and tile.tokens <= 64:  # perfectly even; activations stay in the cache
+        streamed = rest + (sms if tiles > sms else 0)
+        sharers = min(sms, streamed * along_k // 2)
+        yield replace(config, streamed=streamed, sharers=sharers, blocks=min(sms, max(tiles - streamed, sharers)))
 
 
 def cost(config: Config, m: int, n: int, along_k: int, sms: int) -> float:
-    """Estimated nanoseconds: rounds of whole tiles, or even shares of k and the traffic of their parts.
+    """Estimated nanoseconds: rounds of tiles, even shares of k and the traffic of their parts; or reading the weights.
 
     Args:
         along_k: stages that cover k.
     """
     tile, tiles = config.tile, config.tiles(m, n)
-    each = along_k * tile.stage_ns + tile.tile_ns
-    units = config.blocks // tile.cluster
-    whole = -(-(tiles - config.streamed) // units) * each
-    if not config.streamed:
-        return LAUNCH_NS + whole
-    share = config.streamed * along_k / units
-    parts = 2 * 4 * config.blocks * tile.tokens * tile.n / PART_BYTES_A_NS
-    return LAUNCH_NS + whole + share * tile.stage_ns + 2 * tile.tile_ns + parts
+    read = tiles * along_k * tile.warpgroups * tile.strips * strip_bytes(config.dtype) / READ_BYTES_A_NS
+    if tile.cut > 1:
+        rounds = -(-config.blocks // (sms * tile.resident))
+        compute = rounds * (along_k / tile.cut * tile.stage_ns * min(tile.resident, -(-config.blocks // sms)) + tile.tile_ns)
+        return LAUNCH_NS + max(compute, read) + 0.1 * min(compute, read)
+    compute = -(-(tiles - config.streamed) // config.blocks) * (along_k * tile.stage_ns + tile.tile_ns)
+    if config.streamed:
+        parts = 2 * 4 * config.sharers * tile.tokens * tile.n / PART_BYTES_A_NS
+        compute += config.streamed * along_k / config.sharers * tile.stage_ns + tile.tile_ns + parts
+    return LAUNCH_NS + max(compute, read) + 0.1 * min(compute, read)
 
 
 @lru_cache(maxsize=4096)
 def choose(m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int], sms: int) -> Config:
     """The cheapest configuration for y [m, n] = x [m, k] @ w.T on a device of `sms` multiprocessors."""
     along_k = stages(pattern, k, dtype)
-    options = []
-    for config in candidates(pattern, dtype, out, capability):
-        tiles, units = config.tiles(m, n), sms // config.tile.cluster
-        if units == 0:
-            continue
-        rest = tiles % units + (units if tiles > units else 0)
-        options += [shared_out(config, m, n, streamed, along_k, sms) for streamed in {0, rest if tiles % units else 0}]
-    return min(options, key=lambda config: cost(config, m, n, along_k, sms))
+    every = (option for config in candidates(pattern, dtype, out, capability) for option in options(config, m, n, along_k, sms))
+    return min(every, key=lambda config: cost(config, m, n, along_k, sms))

@@ -100,7 +100,7 @@ class Plan:
             raw.max_dynamic_shared_size_bytes = config.shared_bytes
         self.config, self.m, self.weight = config, m, weight
         self.image = isinstance(config, sm90.Config)
-        self.launch = Launcher(raw.kernel, 14 if self.image else 15)
+        self.launch = Launcher(raw.kernel, 15)
         self.programmatic = self.image and sm90.PROGRAMMATIC
         self.grid, self.block = config.grid(m, n), (config.threads, 1, 1)
         self.shared = config.shared_bytes
@@ -109,7 +109,7 @@ class Plan:
         self.along_k: tuple[int, ...]
         if isinstance(config, sm90.Config):
             operand_bytes = sm90.image_bytes(m, weight.k, weight.pattern, packed.dtype)
-            self.along_k = (sm90.stages(weight.pattern, weight.k, packed.dtype), config.streamed)
+            self.along_k = (sm90.stages(weight.pattern, weight.k, packed.dtype), config.streamed, config.sharers)
         else:
             operand_bytes = m * self.row_pitch
             self.along_k = (config.layout.blocks(weight.k),)

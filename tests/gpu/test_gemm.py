@@ -132,8 +132,13 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
     def cut(config, m, ways):
         if family is sm80:
             return dataclasses.replace(config, splits=ways)
-        streamed = {1: 0, 2: max(1, config.tiles(m, 273) // 2), 5: config.tiles(m, 273)}[ways]
-        return sm90.shared_out(config, m, 273, streamed, sm90.stages(packed.pattern, k, dtype), 132 if ways == 5 else 3)
+        tiles = config.tiles(m, 273)
+        if config.tile.cut > 1:
+            return dataclasses.replace(config, blocks=tiles * config.tile.cut)
+        streamed = {1: 0, 2: max(1, tiles // 2), 5: tiles}[ways]
+        most = streamed * sm90.stages(packed.pattern, k, dtype) // 2
+        sharers = 0 if ways == 1 else min(most, 3 if ways == 2 else 131)
+        return dataclasses.replace(config, streamed=streamed, sharers=sharers, blocks=max(3, sharers))
 
     for config in family.candidates(packed.pattern, dtype, "bfloat16", device.capability):
         for ways in (1, 2, 5):
