@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -55,7 +57,7 @@ def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType) -> None:
     x = rng.integers(-9, 10, (m, k)).astype(dtype.numpy)
     arranged, image = sm90.arrange(packed), sm90.image(x, pattern)
     count = sm90.stages(pattern, k, dtype)
-    assert arranged.shape == (2, count, sm90.strip_bytes(dtype))
+    assert arranged.shape == (count, 2, sm90.strip_bytes(dtype))
     assert image.shape == (count, 3, 8, 128)
     assert image.nbytes == sm90.image_bytes(m, k, pattern, dtype)
     y = np.zeros((128, 24))
@@ -65,7 +67,7 @@ def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType) -> None:
         for strip in range(2):
             for step in range(2):
                 part = slid[:, step * slid.shape[1] // 2 : (step + 1) * slid.shape[1] // 2]  # 64 bytes a token
-                y[64 * strip : 64 * strip + 64] += instruction(arranged[strip, stage], step, dtype) @ part.T
+                y[64 * strip : 64 * strip + 64] += instruction(arranged[stage, strip], step, dtype) @ part.T
     np.testing.assert_array_equal(y[:n, :m], reference.unpack(packed).astype(np.float64) @ x.astype(np.float64).T)
     assert not y[n:].any()
     assert not y[:, m:].any()
@@ -89,78 +91,48 @@ def test_restore_is_the_inverse_of_arrange(shape: tuple[int, int], dtype: DType)
     assert back.meta.tobytes() == packed.meta.tobytes()
 
 
+@pytest.mark.parametrize("out", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
-def test_candidates_fit_and_the_choice_explains_itself(dtype: DType) -> None:
-    for config in sm90.candidates(Pattern(6, 8), dtype, "bfloat16", HOPPER):
-        room = (sm90.SHARED_MEMORY + 1024) // config.tile.resident - 1024  # each block takes one KiB more
+def test_candidates_fit(dtype: DType, out: str) -> None:
+    for config in sm90.candidates(Pattern(6, 8), dtype, out, HOPPER):
+        room = (sm90.SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
         assert config.stages >= 5
         assert config.shared_bytes <= room
         more = config.shared_bytes + sm90.stage_bytes(config.tile, dtype)
         assert more > room - 1024 or config.stages == sm90.MOST_STAGES
-        assert config.tile.tokens % config.tile.cut == 0
-    for m in (1, 16, 17, 64, 300, 1024, 4096, 65536):
-        for n, k in ((4608, 3584), (37888, 3584), (3584, 18944), (1, 1), (64, 100000)):
-            along_k = sm90.stages(Pattern(6, 8), k, dtype)
-            config = sm90.choose(m, n, k, Pattern(6, 8), dtype, "bfloat16", HOPPER, 132)
-            if config.tile.cut > 1:
-                assert config.blocks == config.tiles(m, n) * config.tile.cut
-                assert along_k // 2 >= config.tile.cut  # every block has a step
-            else:
-                assert 0 < config.blocks <= 132
-            assert config.streamed <= config.tiles(m, n)
-            assert config.sharers <= config.blocks
-            assert config.sharers <= config.streamed * along_k // 2
-            assert config.streamed * along_k * (config.sharers + 1) < 2**32  # counted in 32 bits
-            assert (config.part_bytes(m, n) > 0) == (config.streamed > 0) == (config.sharers > 0) == (config.counters(m, n) > 0)
-            assert f"{config.tile.tokens} tokens" in str(config)
+        assert str(config.tile) in str(config)
 
 
-def schedule(config: sm90.Config, m: int, n: int, steps: int) -> list[list[tuple[int, int, int]]]:
-    """The pieces (tile, first step, last) of every unit, as cuda_src/sm90/schedule.cuh deals them out."""
-    tiles, units = config.tiles(m, n), config.blocks // config.tile.cut
-    whole, pieces = tiles - config.streamed, []
-    for unit in range(units):
-        mine = [(tile, 0, steps) for tile in range(unit, whole, units)]
-        if config.streamed:
-            begin, end = (min(u, config.sharers) * config.streamed * steps // config.sharers for u in (unit, unit + 1))
-            while begin < end:
-                cut = (end - 1) // steps
-                mine.append((whole + cut, max(begin - cut * steps, 0), end - cut * steps))
-                end = cut * steps + mine[-1][1]
-        pieces.append(mine)
-    return pieces
+SHAPES = [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944), (130, 70), (1, 1), (8448, 512), (64, 100000)]
 
 
-@pytest.mark.parametrize("m", [1, 16, 64, 200, 256, 1024, 4096, 16384])
-@pytest.mark.parametrize("shape", [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944), (130, 70), (8448, 512)])
-def test_every_step_of_every_tile_is_somebodys_and_owners_wait_for_units_that_come_before(
-    m: int, shape: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize("m", [1, 16, 17, 64, 200, 256, 300, 1024, 4096, 65536])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_way_of_sharing_out_covers_every_tile_and_step(m: int, shape: tuple[int, int]) -> None:
     n, k = shape
     along_k = sm90.stages(Pattern(6, 8), k, FLOAT8)
-    for config in sm90.candidates(Pattern(6, 8), FLOAT8, "bfloat16", HOPPER):
-        for option in sm90.options(config, m, n, along_k, 132):
-            steps = along_k // 2 if config.tile.tokens <= 64 else along_k
-            dealt = schedule(option, m, n, steps)
-            done: dict[int, list[tuple[int, int, int]]] = {}
-            for unit, mine in enumerate(dealt):
-                parts = [piece for piece in mine if piece[2] < steps]
-                assert len(parts) <= 1  # the workspace has room for one part a unit
-                waits = [at for at, piece in enumerate(mine) if piece[1] > 0 and piece[2] == steps]
-                assert all(mine.index(part) < at for part in parts for at in waits)
-                for tile, first, last in mine:
-                    done.setdefault(tile, []).append((first, last, unit))
-            assert sorted(done) == list(range(option.tiles(m, n)))
-            for pieces in done.values():
-                pieces.sort()
-                assert [first for first, _, _ in pieces] == [0, *(last for _, last, _ in pieces[:-1])]
-                assert pieces[-1][1] == steps
-                assert [unit for _, _, unit in pieces] == list(range(pieces[0][2], pieces[-1][2] + 1))
+    chosen = sm90.choose(m, n, k, Pattern(6, 8), FLOAT8, "bfloat16", HOPPER, 132)
+    every = [way for tile in sm90.TILES for way in sm90.options(tile, m, n, along_k, FLOAT8, "bfloat16", 132)]
+    assert chosen in every
+    for launches in every:
+        assert [config.order for config in launches] in ([sm90.ALONE], [sm90.BEFORE_REST, sm90.REST])
+        assert launches[0].begin == 0
+        assert launches[-1].end == launches[0].tiles(m, n)
+        assert all(before.end == after.begin for before, after in itertools.pairwise(launches))
+        for config in launches:
+            tiles = config.end - config.begin
+            assert tiles > 0
+            if config.cut == 1:
+                assert config.blocks == min(tiles, 132)
+                assert len(launches) == 1 or tiles % 132 == 0
+            else:
+                assert config.blocks == tiles * config.cut <= 132 * config.resident
+                assert along_k // 2 >= config.cut  # every block has a step, of two stages at most
 
 
 def test_few_tokens_take_small_tiles_and_many_large_ones() -> None:
     def tokens(m: int) -> int:
-        return sm90.choose(m, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", HOPPER, 132).tile.tokens
+        return sm90.choose(m, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", HOPPER, 132)[0].tile.tokens
 
     assert tokens(1) <= 16
     assert tokens(4096) >= 160

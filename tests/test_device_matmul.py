@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import importlib
 import sys
 import time
@@ -237,8 +238,8 @@ class Rows:
 class Gemm:
     """sm90/gemm.cu or sm80/gemm.cu: operands back to values, then the exact product."""
 
-    def __init__(self, gpu: Gpu, plan: Any) -> None:
-        self.gpu, self.plan = gpu, plan
+    def __init__(self, gpu: Gpu, plan: Any, config: Any) -> None:
+        self.gpu, self.plan, self.config = gpu, plan, config
         self.weight: PackedWeight = plan.weight.packed
 
     def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
@@ -250,19 +251,21 @@ class Gemm:
         else:
             operand, pitch, x_bytes, *rest = arguments
             assert x_bytes == k * dtype.bits // 8
-        arranged, scale_x, scale_w, bias, bias_type, y, y_pitch, m, n, *along_k, parts, counters = rest
+        arranged, scale_x, scale_w, bias, bias_type, y, y_pitch, m, n, *own = rest
         assert arranged == plan.weight.arranged.ctypes.data
         assert (m, n) == (plan.m, weight.n)
-        assert tuple(along_k) == plan.along_k
         if plan.image:
-            made = at(operand, (along_k[0], (m + 7) // 8, 8, 128), np.uint8)
+            count, begin, end, order = own
+            assert (begin, end, order) == (self.config.begin, self.config.end, self.config.order)
+            made = at(operand, (count, (m + 7) // 8, 8, 128), np.uint8)
             q = sm90.image_rows(made, m, k, P, dtype).view(dtype.numpy)
         else:
             assert operand % 16 == pitch % 16 == 0
             q = at(operand, (m, k), dtype.numpy, (pitch, dtype.bits // 8))
+            _, parts, counters = own
         if plan.part_bytes:
             at(parts, (plan.part_bytes,), np.uint8)[...] = 0x77
-            assert not at(counters, (plan.config.counters(m, n),), np.uint32).any()
+            assert not at(counters, (self.config.counters(m, n),), np.uint32).any()
         with np.errstate(invalid="ignore", over="ignore"):
             acc = q.astype(np.float64) @ reference.unpack(weight).astype(np.float64).T
             value = acc.astype(np.float32)
@@ -270,7 +273,7 @@ class Gemm:
                 value = value * at(scale_x, (m, 1), F32) * at(scale_w, (n,), F32)
             if bias:
                 value = value + at(bias, (n,), FLOATS[NAMED[bias_type]]).astype(np.float32)
-            out = FLOATS[plan.config.out]
+            out = FLOATS[plan.out]
             at(y, (m, n), out, (y_pitch * out.itemsize, out.itemsize))[...] = value.astype(out)
         self.gpu.launched.append("gemm")
 
@@ -305,14 +308,17 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def init(plan: Any, *arguments: Any) -> None:
             new_plan(plan, *arguments)
-            parameters = plan.launch.parameters
-            run = Gemm(made, plan)
+            plan.launches = tuple(
+                dataclasses.replace(launch, run=checked(launch.run.parameters, Gemm(made, plan, config)))
+                for launch, config in zip(plan.launches, plan.configs, strict=True)
+            )
 
+        def checked(parameters: int, run: Any) -> Any:
             def launch(*given: Any) -> None:
                 assert len(given) == 5 + parameters
                 run(*given)
 
-            plan.launch = launch
+            return launch
 
         plans.Plan.__init__ = init
         monkeypatch.setattr(ops(), "np", NumPy())
@@ -514,7 +520,8 @@ def test_a_warm_call_costs_little_python(gpu: Any, monkeypatch: pytest.MonkeyPat
     launcher = importlib.import_module("slidesparse_nb.device.launch").Launcher
     nothing = ctypes.CDLL(None).getppid
     nothing.restype = None
-    monkeypatch.setattr(plan, "launch", launcher(SimpleNamespace(ptr=1), 14 if gpu.own else 15, nothing))
+    run = launcher(SimpleNamespace(ptr=1), 14 if gpu.own else 15, nothing)
+    monkeypatch.setattr(plan, "launches", tuple(dataclasses.replace(launch, run=run) for launch in plan.launches))
     monkeypatch.setattr(
         gpu.gemm.activations.Kernel, "on", lambda k, *_: launcher(SimpleNamespace(ptr=1), len(k.parameters), nothing)
     )

@@ -30,7 +30,7 @@ template <int Tokens> struct TokenScales {
 
 template <int Type, int Tokens> struct Rows {
     typedef typename Output<Type>::Storage Out;
-    static constexpr int CHUNK = Type == TYPE_FLOAT32 || Tokens < 32 ? (Tokens < 16 ? 8 : 16) : 32;  // tokens at a time
+    static constexpr int CHUNK = Tokens % 32 == 0 && Type != TYPE_FLOAT32 ? 32 : Tokens % 16 == 0 ? 16 : 8;  // tokens at a time
     static constexpr int CHUNKS = Tokens / CHUNK;
     static constexpr int BYTES = CHUNK * 64 * sizeof(Out);  // of staging; there are two, so that one barrier a chunk is enough
     static constexpr int VECTOR = 16 / sizeof(Out), PIECES = 64 / VECTOR;  // elements of a piece; pieces in a row of 64 outputs
@@ -38,11 +38,11 @@ template <int Type, int Tokens> struct Rows {
 
 // Writes the 64 outputs from n0 of the Tokens tokens from m0.
 //   Scaled: 8-bit types, acc * token scale * channel scale. Whole: all lie inside y, whose rows are 16-byte aligned.
-//   flip: which staging buffer is first. A chunk leaves shared memory while the next one is converted.
+// A chunk leaves shared memory while the next one is converted.
 template <int Type, int Tokens, bool Scaled, bool Biased, bool Whole, class Accumulator>
 INLINE void write_rows(const Accumulator (&acc)[Tokens / 2], const TokenScales<Tokens>& token, const float (&channel)[2],
                        const float (&offset)[2], typename Output<Type>::Storage* __restrict__ y, i64 y_pitch, bool aligned, int m0, int n0,
-                       int m, int n, u8 (*staging)[Rows<Type, Tokens>::BYTES], int flip, int thread, int barrier) {
+                       int m, int n, u8* staging, int thread, int barrier) {
     typedef Rows<Type, Tokens> R;
     typedef typename R::Out Out;
     const int warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
@@ -72,7 +72,7 @@ INLINE void write_rows(const Accumulator (&acc)[Tokens / 2], const TokenScales<T
     };
 #pragma unroll
     for (int chunk = 0; chunk < R::CHUNKS; chunk++) {
-        u8* const buffer = staging[(chunk + flip) % 2];
+        u8* const buffer = staging + chunk % 2 * R::BYTES;
         u32 pair[2][2];
 #pragma unroll
         for (int j = 0; j < R::CHUNK / 8; j++) {
@@ -115,4 +115,5 @@ INLINE void write_rows(const Accumulator (&acc)[Tokens / 2], const TokenScales<T
         }
     }
     store_rows(R::CHUNKS - 1);
+    if (R::CHUNKS % 2) warpgroup_sync(barrier);  // the next tile starts with the buffer that was read last
 }

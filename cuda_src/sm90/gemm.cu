@@ -4,21 +4,17 @@
 // images that shared memory wants (arch/sm90.py), so every copy is one contiguous bulk copy:
 //
 //   producer   one thread: global --cp.async.bulk--> ring of STAGES stages, 128 slid bytes along k each
-//   consumers  WARPGROUPS warpgroups, STRIPS strips each: wait full --> 2 wgmma a strip and stage --> release the stages before
+//   consumers  WARPGROUPS warpgroups, a strip each: wait full --> 2 wgmma a stage --> release the stages before
 //
-// The work is shared out among units (schedule.cuh):
-//   CUT == 1   a unit is a block. It does whole tiles, then a range of the last `streamed` tiles, which are cut along k so that no
-//              processor idles in a last, half-empty round. Who holds the last steps of a cut tile adds the others' parts.
-//   CUT > 1    a unit is a cluster, which does one tile: its blocks cut k into equal parts and add them up through each other's shared
-//              memory. For few tokens, where time is latency.
-// Parts are always added in order of k, or with the last one first: results do not vary.
+// A unit does one tile after another. With CUT == 1 it is a block. Otherwise it is a cluster that has one tile: its blocks cut k into
+// equal parts and add them up, in order, through each other's shared memory. That is for what whole tiles leave processors idle: few
+// tokens, and the last, half-empty round of many.
 //
-// The next kernel of the stream may start at once (griddepcontrol); what this one needs of those before it, x, scales and workspace,
-// waits until they are complete, while the ring already fills with weights.
+// The next kernel of the stream may start at once (griddepcontrol). What this one needs of those before it, x and its scales, waits
+// until they are complete, while the ring already fills with weights.
 #include "common/types.cuh"
 #include "sm90/epilogue.cuh"
 #include "sm90/ptx.cuh"
-#include "sm90/schedule.cuh"
 #include "sm90/smem.cuh"
 #include "sm90/wgmma.cuh"
 
@@ -31,7 +27,6 @@
 #ifndef TOKENS
 #define TOKENS 256
 #define WARPGROUPS 2
-#define STRIPS 1
 #define STAGES 4
 #endif
 #ifndef CUT
@@ -49,28 +44,28 @@
 #endif
 
 constexpr bool WIDE = DTYPE == TYPE_BFLOAT16 || DTYPE == TYPE_FLOAT16;
-constexpr int META_BYTES = WIDE ? 512 : 1024;   // of one strip and stage
-constexpr int STRIP_BYTES = 4096 + META_BYTES;  // of one strip and stage in global memory
-constexpr int TILE_STRIPS = WARPGROUPS * STRIPS;
+constexpr int STRIP_BYTES = 4096 + (WIDE ? 512 : 1024);  // kept values and index words of one strip and stage
 // Where accumulators need more than an equal share of the 65536 registers, setmaxnreg takes them from the producer, which must then be a
 // whole warpgroup.
-constexpr bool UNEQUAL = STRIPS * TOKENS > 128;
-// Whether a tile starts with D = A * B; with small or several accumulators ptxas would then wait after each instruction.
-constexpr bool FRESH = STRIPS == 1 && TOKENS > 64;
-// Blocks of a cluster share out the tokens when they add up, and write them.
-constexpr int SHARES = CUT < TOKENS / 8 ? CUT : TOKENS / 8, SHARE = TOKENS / SHARES;
+constexpr bool UNEQUAL = TOKENS > 128;
 constexpr int THREADS = 128 * WARPGROUPS + (UNEQUAL ? 128 : 32);
-constexpr int CONSUMER_REGISTERS = WARPGROUPS == 3 ? 152 : 232;
-constexpr int PRODUCER_REGISTERS = (WARPGROUPS == 3 ? 512 : 504) - WARPGROUPS * CONSUMER_REGISTERS;
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+// Whether a tile starts with D = A * B; with small accumulators ptxas would then wait after each instruction.
+constexpr bool FRESH = TOKENS > 64;
+// As many blocks of a cluster as a power of two allows share out the tokens when they add up, and write them.
+constexpr int POWER = CUT >= 8 ? 8 : CUT >= 4 ? 4 : CUT >= 2 ? 2 : 1;
+constexpr int SHARES = POWER < TOKENS / 8 ? POWER : TOKENS / 8, SHARE = TOKENS / SHARES;
+constexpr int PORTION = CUT == 1 ? TOKENS : SHARE > 64 ? SHARE / 2 : SHARE;  // tokens that a block adds up and writes at a time
 
-typedef Stage<TILE_STRIPS, TOKENS, META_BYTES> StageT;
-typedef Rows<OUT, SHARE> RowsT;
+typedef Stage<TOKENS, WARPGROUPS, STRIP_BYTES> StageT;
+typedef Rows<OUT, PORTION> RowsT;
 typedef SharedMemory<STAGES, StageT, WARPGROUPS, RowsT::BYTES> Shared;
-constexpr u32 STRIP_AT = TOKENS * 128, FULL_AT = __builtin_offsetof(Shared, full), EMPTY_AT = __builtin_offsetof(Shared, empty);
-static_assert(sizeof(Shared) <= 232448, "shared memory of a block");
+constexpr u32 STRIP_AT = TOKENS * 128;                                                         // of a stage
+constexpr u32 STAGING_AT = STAGES * sizeof(StageT), FULL_AT = STAGING_AT + WARPGROUPS * 2 * RowsT::BYTES, EMPTY_AT = FULL_AT + 8 * STAGES;
+static_assert(EMPTY_AT + 8 * STAGES <= sizeof(Shared) && sizeof(Shared) <= 232448, "shared memory of a block");
 static_assert(sizeof(StageT) % 1024 == 0, "swizzled tiles start on whole patterns");
-static_assert(SHARE * SHARES == TOKENS && SHARE % 8 == 0, "shares of whole groups of tokens");
-static_assert(CUT == 1 || 4 * TOKENS * 64 * TILE_STRIPS <= sizeof(StageT) * STAGES, "parts take the place of the stages");
+static_assert(SHARE * SHARES == TOKENS && SHARE % PORTION == 0 && PORTION % 8 == 0, "portions of whole groups of tokens");
+static_assert(CUT == 1 || 4 * TOKENS * 64 * WARPGROUPS <= STAGING_AT, "parts take the place of the stages");
 static_assert(STAGES > 2 * BATCH, "the producer must have a slot to fill");
 
 #if DTYPE == TYPE_INT8
@@ -83,54 +78,56 @@ INLINE u32 as_bits(float v) { return __float_as_uint(v); }
 INLINE float from_bits(u32 v) { return __uint_as_float(v); }
 #endif
 
-INLINE Problem problem(i64 m, i64 n, i64 stages, i64 streamed, i64 sharers) {
-    const int tiles_n = ((int)n + 64 * TILE_STRIPS - 1) / (64 * TILE_STRIPS), tiles_m = ((int)m + TOKENS - 1) / TOKENS;
-    return {(int)m, (int)n, (int)stages / BATCH, tiles_n, tiles_n * tiles_m, (int)streamed, (u32)sharers, gridDim.x / CUT};
-}
-INLINE u32 rank_in_unit() { return CUT == 1 ? 0 : cluster_rank(); }
+// ---- which tiles, and which part of k ------------------------------------------------------------------------------------------
+struct Problem {
+    int m, n, stages, end;  // end: of the tiles of this launch
+};
 
-// A piece of work, and where its tile lies. With CUT, this block's part of k.
+// A tile, and this block's part of k: steps first ... last - 1. Tiles run in bands of BAND tiles of n, so that blocks at work together
+// share weights and activations in the L2 cache.
 struct Piece {
-    Work w;
-    int tile_n, tile_m;
-    INLINE bool next(const Problem& p, Schedule& schedule, u32 rank) {
-        if (!schedule.next(w)) return false;
-        place<BAND>(p, w.tile, tile_n, tile_m);
-        if (CUT > 1) w.first = p.steps * rank / CUT, w.last = p.steps * (rank + 1) / CUT;
-        return true;
+    int tile, tile_n, tile_m, first, last;
+
+    INLINE Piece(const Problem& p, i64 begin) : tile((int)begin + blockIdx.x / CUT) {
+        const u32 rank = CUT == 1 ? 0 : cluster_rank(), steps = p.stages / BATCH;
+        first = steps * rank / CUT, last = steps * (rank + 1) / CUT;
+        place(p);
+    }
+    INLINE void next(const Problem& p) { tile += gridDim.x / CUT, place(p); }
+    INLINE void place(const Problem& p) {
+        const int tiles_n = (p.n + 64 * WARPGROUPS - 1) / (64 * WARPGROUPS), tiles_m = (p.m + TOKENS - 1) / TOKENS;
+        const int band = tile / (BAND * tiles_m), inside = tile % (BAND * tiles_m), width = min(tiles_n - BAND * band, BAND);
+        tile_n = BAND * band + inside % width, tile_m = inside / width;
     }
 };
 
+// A launch may be followed by another one that does the rest of the tiles.
+enum Order { ALONE, BEFORE_REST, REST };
+
 // ---- producer ------------------------------------------------------------------------------------------------------------------
-// The copies of all stages of a unit, in order, as slots become empty.
-INLINE void load(const Problem& p, u32 shared, const u8* __restrict__ x, const u8* __restrict__ weights) {
+// The copies of all stages, in order, as slots become empty.
+INLINE void load(const Problem& p, i64 begin, Order order, u32 shared, const u8* __restrict__ x, const u8* __restrict__ weights) {
     const int strips = (p.n + 63) / 64, rows = (p.m + 7) / 8 * 8;
-    bool waited = false;
-    int slot = 0, ahead = 0;  // stages whose weights are under way
-    u32 parity = 1;           // of a phase that is complete before the first
-    Schedule schedule(p, blockIdx.x / CUT);
-    for (Piece piece; piece.next(p, schedule, rank_in_unit());) {
-        const Work& w = piece.w;
-        const int row = piece.tile_m * TOKENS, strip = piece.tile_n * TILE_STRIPS;
-        const int x_bytes = min(rows - row, TOKENS) * 128, here = min(strips - strip, TILE_STRIPS);
-        const u8* from_x = x + ((i64)w.first * BATCH * rows + row) * 128;
-        const u8* from_w = weights + ((i64)strip * p.steps + w.first) * BATCH * STRIP_BYTES;
+    int slot = 0;
+    u32 parity = 1;     // of a phase that is complete before the first
+    int ahead = -1;     // stages whose weights are under way
+    for (Piece piece(p, begin); piece.tile < p.end; piece.next(p)) {
+        const int row = piece.tile_m * TOKENS, strip = piece.tile_n * WARPGROUPS, at = piece.first * BATCH;
+        const u32 x_bytes = min(rows - row, TOKENS) * 128, w_bytes = min(strips - strip, WARPGROUPS) * STRIP_BYTES;
+        const u8* from_x = x + ((i64)at * rows + row) * 128;
+        const u8* from_w = weights + ((i64)at * strips + strip) * STRIP_BYTES;
         auto weights_to = [&](int slot) {
             const u32 full = shared + FULL_AT + 8 * slot;
-            mbarrier_arrive_expect_tx(full, x_bytes + here * STRIP_BYTES);
-            u32 to = shared + slot * sizeof(StageT) + STRIP_AT;
-            const u8* from = from_w;
-#pragma unroll 1
-            for (int i = 0; i < here; i++, to += STRIP_BYTES, from += (i64)p.steps * BATCH * STRIP_BYTES)
-                cp_async_bulk(to, from, STRIP_BYTES, full);
-            from_w += STRIP_BYTES;
+            mbarrier_arrive_expect_tx(full, x_bytes + w_bytes);
+            cp_async_bulk(shared + slot * sizeof(StageT) + STRIP_AT, from_w, w_bytes, full);
+            from_w += (i64)strips * STRIP_BYTES;
         };
-        int count = (w.last - w.first) * BATCH;
-        if (!waited) {
+        int count = (piece.last - piece.first) * BATCH;
+        if (ahead < 0) {
             ahead = min(count, STAGES);
             for (int s = 0; s < ahead; s++) weights_to(s);
-            griddepcontrol_wait();
-            waited = true;
+            if (order != REST) griddepcontrol_wait();
+            if (order == BEFORE_REST) griddepcontrol_launch_dependents();
         }
         for (; count > 0; count--, from_x += (i64)rows * 128) {
             mbarrier_wait(shared + EMPTY_AT + 8 * slot, parity);
@@ -149,7 +146,7 @@ extern "C" __global__ void
 #endif
     __launch_bounds__(THREADS, BLOCKS) gemm(
         const u8* __restrict__ x,           // [stages, ceil(M / 8), 8, 128] swizzled image of slid activations
-        const u8* __restrict__ weights,     // [strips, stages, STRIP_BYTES], arranged
+        const u8* __restrict__ weights,     // [stages, ceil(N / 64), STRIP_BYTES], arranged
         const float* __restrict__ scale_x,  // [M], 8-bit types
         const float* __restrict__ scale_w,  // [N], 8-bit types
         const void* __restrict__ bias,      // [N] of bias_type, or null
@@ -157,10 +154,9 @@ extern "C" __global__ void
         Output<OUT>::Storage* __restrict__ y,  // [M, N]
         i64 y_pitch,                        // elements from row to row
         i64 m_, i64 n_,
-        i64 stages_,                        // even
-        i64 streamed_, i64 sharers_,        // tiles that are cut along k; blocks that share them
-        uint4* __restrict__ parts,          // [gridDim.x, WARPGROUPS, STRIPS, TOKENS / 8, 128] accumulators, if streamed
-        u32* __restrict__ arrived)          // [streamed, WARPGROUPS] zeros, and left so
+        i64 stages,                         // even
+        i64 begin, i64 end,                 // tiles of this launch
+        i64 order)                          // of this launch
 {
     extern __shared__ __align__(1024) u8 raw[];
     const u32 shared = kept(shared_address(raw));
@@ -170,12 +166,12 @@ extern "C" __global__ void
         fence_mbarrier_init();
     }
     __syncthreads();
-    griddepcontrol_launch_dependents();
+    if (order != BEFORE_REST) griddepcontrol_launch_dependents();
 
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
     if (warpgroup == WARPGROUPS) {
         if (UNEQUAL) setmaxnreg_dec<PRODUCER_REGISTERS>();
-        if (threadIdx.x % 128 == 0) load(problem(m_, n_, stages_, streamed_, sharers_), shared, x, weights);
+        if (threadIdx.x % 128 == 0) load({(int)m_, (int)n_, (int)stages, (int)end}, begin, (Order)order, shared, x, weights);
         __syncwarp();
         if (CUT > 1) cluster_sync(), cluster_sync();  // as the consumers do
         return;
@@ -183,14 +179,13 @@ extern "C" __global__ void
 
     // ---- consumers
     if (UNEQUAL) setmaxnreg_inc<CONSUMER_REGISTERS>();
-    griddepcontrol_wait();
+    if (order != REST) griddepcontrol_wait();
     const int m = (int)m_, n = (int)n_;
-    const Problem p = problem(m_, n_, stages_, streamed_, sharers_);
-    const u32 unit = blockIdx.x / CUT, rank = rank_in_unit();
+    const Problem p = {m, n, (int)stages, (int)end};
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, g = lane / 4;
     const bool aligned = ((u64)y | (u64)(y_pitch * sizeof(RowsT::Out))) % 16 == 0;
-    u8(*const staging)[RowsT::BYTES] = ((Shared*)raw)->staging[warpgroup];
-    const u32 my_strips = STRIP_AT + warpgroup * (STRIPS * STRIP_BYTES), my_words = my_strips + 4096 + thread * (WIDE ? 4 : 8);
+    u8* const staging = ((Shared*)raw)->staging[warpgroup][0];
+    const u32 my_strip = STRIP_AT + warpgroup * STRIP_BYTES, my_words = my_strip + 4096 + thread * (WIDE ? 4 : 8);
     int slot = 0, oldest = 0;  // of the stages that are not released
     u32 parity = 0;
     auto release = [&] {
@@ -198,168 +193,112 @@ extern "C" __global__ void
         oldest = oldest + 1 == STAGES ? 0 : oldest + 1;
     };
 
-    Schedule schedule(p, unit);
-    Piece piece;
-    bool more = piece.next(p, schedule, rank);
+    Piece piece(p, begin);
 #pragma unroll 1
-    while (more) {
-        const Work w = piece.w;
-        const int tile_m0 = piece.tile_m * TOKENS, share = CUT == 1 ? 0 : min(rank, SHARES - 1) * SHARE, m0 = tile_m0 + share;
-        const int n0 = (piece.tile_n * TILE_STRIPS + warpgroup * STRIPS) * 64;
+    while (piece.tile < p.end) {
+        const int m0 = piece.tile_m * TOKENS, n0 = (piece.tile_n * WARPGROUPS + warpgroup) * 64;
 
         // what the epilogue needs, asked for now
-        TokenScales<SHARE> token;
-        float channel[STRIPS][2];
-        if (!WIDE) token.load(scale_x, m0, m, lane);
+        TokenScales<TOKENS> token;
+        float channel[2] = {1, 1};
+        if (!WIDE) {
+            if (CUT == 1) token.load(scale_x, m0, m, lane);
 #pragma unroll
-        for (int i = 0; i < STRIPS; i++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int row = min(n0 + 64 * i + 16 * warp + g + 8 * h, n - 1);
-                channel[i][h] = WIDE ? 1.0f : scale_w[row];
-            }
+            for (int h = 0; h < 2; h++) channel[h] = scale_w[min(n0 + 16 * warp + g + 8 * h, n - 1)];
+        }
 
-        Accumulator acc[STRIPS][TOKENS / 2];
+        Accumulator acc[TOKENS / 2];
         if (!FRESH)
 #pragma unroll
-            for (int i = 0; i < STRIPS; i++)
-#pragma unroll
-                for (int v = 0; v < TOKENS / 2; v++) acc[i][v] = 0;
-        // The index words of one step are still being read when those of the next are loaded.
-        u32 e[2][BATCH][STRIPS][2];
-        int s = w.first;
-        auto step = [&](u32 (&index)[BATCH][STRIPS][2]) {
+            for (int v = 0; v < TOKENS / 2; v++) acc[v] = 0;
+        u32 e[2][BATCH][2];  // the index words of one step are still being read when those of the next are loaded
+        const int first = piece.first, last = piece.last;
+        int s = first;
+        auto step = [&](u32 (&index)[BATCH][2]) {
             u32 stage[BATCH];
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
                 stage[j] = shared + slot * (u32)sizeof(StageT);
                 mbarrier_wait(shared + FULL_AT + 8 * slot, parity);
-#pragma unroll
-                for (int i = 0; i < STRIPS; i++) {
-                    const u32 words = stage[j] + my_words + i * STRIP_BYTES;
-                    if (WIDE) index[j][i][0] = index[j][i][1] = ld_shared(words);
-                    else {
-                        const uint2 both = ld_shared2(words);
-                        index[j][i][0] = both.x, index[j][i][1] = both.y;
-                    }
+                if (WIDE) index[j][0] = index[j][1] = ld_shared(stage[j] + my_words);
+                else {
+                    const uint2 both = ld_shared2(stage[j] + my_words);
+                    index[j][0] = both.x, index[j][1] = both.y;
                 }
                 if (++slot == STAGES) slot = 0, parity ^= 1;
             }
             wgmma_fence();
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
-                const u64 b = matrix_descriptor<128>(stage[j]);
-#pragma unroll
-                for (int i = 0; i < STRIPS; i++) {
-                    const u64 a = matrix_descriptor<64>(stage[j] + my_strips + i * STRIP_BYTES);
-                    Wgmma<DTYPE, TOKENS, 0>::mma(acc[i], a, b, index[j][i][0], !FRESH || j > 0 || s > w.first);
-                    Wgmma<DTYPE, TOKENS, WIDE>::mma(acc[i], a + 2, b + 4, index[j][i][1], 1);
-                }
+                const u64 a = matrix_descriptor<64>(stage[j] + my_strip), b = matrix_descriptor<128>(stage[j]);
+                Wgmma<DTYPE, TOKENS, 0>::mma(acc, a, b, index[j][0], !FRESH || j > 0 || s > first);
+                Wgmma<DTYPE, TOKENS, WIDE>::mma(acc, a + 2, b + 4, index[j][1], 1);
             }
             wgmma_commit_group();
             wgmma_wait_group<1>();  // those before are read
-            if (s > w.first)
+            if (s > first)
 #pragma unroll
                 for (int j = 0; j < BATCH; j++) release();
         };
 #pragma unroll 1
         while (true) {
             step(e[0]);
-            if (++s == w.last) break;
+            if (++s == last) break;
             step(e[1]);
-            if (++s == w.last) break;
+            if (++s == last) break;
         }
-        more = piece.next(p, schedule, rank);
+        piece.next(p);
         wgmma_wait_group<0>();
 #pragma unroll
         for (int j = 0; j < BATCH; j++) release();
 
         // scales, bias, rounding, and out
-        auto finish = [&](auto& total) {
-            if constexpr (sizeof(total[0]) == sizeof(Accumulator) * SHARE / 2) {
-                const bool whole = aligned && m0 + SHARE <= m && n0 + 64 * STRIPS <= n;
+        auto finish = [&](const auto& total, const auto& token, int m0) {
+            constexpr int COUNT = sizeof(total) / sizeof(Accumulator) * 2;  // tokens
+            float offset[2] = {};
+            if (bias)
 #pragma unroll
-                for (int i = 0; i < STRIPS; i++) {
-                    float offset[2] = {};
-                    if (bias)
-#pragma unroll
-                        for (int h = 0; h < 2; h++)
-                            offset[h] = load_float(bias, min(n0 + 64 * i + 16 * warp + g + 8 * h, n - 1), bias_type);
-                    auto write = [&](auto biased, auto inside) {
-                        write_rows<OUT, SHARE, !WIDE, decltype(biased)::value, decltype(inside)::value>(
-                            total[i], token, channel[i], offset, y, y_pitch, aligned, m0, n0 + 64 * i, m, n, staging,
-                            i * RowsT::CHUNKS % 2, thread, 1 + warpgroup);
-                    };
-                    if (bias) whole ? write(Flag<true>(), Flag<true>()) : write(Flag<true>(), Flag<false>());
-                    else whole ? write(Flag<false>(), Flag<true>()) : write(Flag<false>(), Flag<false>());
-                }
-                if (STRIPS * RowsT::CHUNKS % 2) warpgroup_sync(1 + warpgroup);  // the next tile starts with the buffer last read
-            }
+                for (int h = 0; h < 2; h++) offset[h] = load_float(bias, min(n0 + 16 * warp + g + 8 * h, n - 1), bias_type);
+            auto write = [&](auto biased, auto whole) {
+                write_rows<OUT, COUNT, !WIDE, decltype(biased)::value, decltype(whole)::value>(
+                    total, token, channel, offset, y, y_pitch, aligned, m0, n0, m, n, staging, thread, 1 + warpgroup);
+            };
+            const bool whole = aligned && m0 + COUNT <= m && n0 + 64 <= n;
+            if (bias) whole ? write(Flag<true>(), Flag<true>()) : write(Flag<true>(), Flag<false>());
+            else whole ? write(Flag<false>(), Flag<true>()) : write(Flag<false>(), Flag<false>());
         };
-        // Accumulators as parts: 16 bytes of thread t at [strip][group of tokens][t].
-        constexpr int PART = STRIPS * (TOKENS / 8) * 128;  // of a warpgroup, in 16 bytes
-        auto store_part = [&](uint4* part) {
+        if constexpr (CUT == 1) finish(acc, token, m0);
+        else {
+            // Parts, 16 bytes of a thread at [warpgroup][group of tokens][thread], take the place of the stages, once those are read.
+            threads_sync<128 * WARPGROUPS>(1 + WARPGROUPS);
+            constexpr u32 GROUP = 128 * 16;
+            const u32 mine = shared + warpgroup * (TOKENS / 8 * GROUP) + thread * 16;
 #pragma unroll
-            for (int i = 0; i < STRIPS; i++)
-#pragma unroll
-                for (int v = 0; v < TOKENS / 2; v += 4)
-                    part[(i * (TOKENS / 8) + v / 4) * 128 + thread] =
-                        make_uint4(as_bits(acc[i][v]), as_bits(acc[i][v + 1]), as_bits(acc[i][v + 2]), as_bits(acc[i][v + 3]));
-        };
-
-        if constexpr (CUT > 1) {
-            threads_sync<128 * WARPGROUPS>(1 + WARPGROUPS);  // everybody has read the stages, where the parts go
-            store_part((uint4*)raw + warpgroup * PART);
+            for (int v = 0; v < TOKENS / 2; v += 4)
+                st_shared(mine + v / 4 * GROUP, as_bits(acc[v]), as_bits(acc[v + 1]), as_bits(acc[v + 2]), as_bits(acc[v + 3]));
             cluster_sync();
-            Accumulator sum[STRIPS][SHARE / 2];
-            const u32 mine = shared + 16 * (warpgroup * PART + thread);
+            const u32 rank = cluster_rank();
+            if (rank < SHARES)
+#pragma unroll 1
+                for (int at = rank * SHARE; at < (rank + 1) * SHARE; at += PORTION) {
+                    TokenScales<PORTION> token;
+                    if (!WIDE) token.load(scale_x, m0 + at, m, lane);
+                    Accumulator sum[PORTION / 2];
 #pragma unroll
-            for (u32 r = 0; r < CUT; r++) {
-                const u32 part = mapa(mine, r) + share / 8 * 2048;
+                    for (u32 r = 0; r < CUT; r++) {
+                        const u32 part = mapa(mine, r) + at / 8 * GROUP;
 #pragma unroll
-                for (int i = 0; i < STRIPS; i++)
+                        for (int v = 0; v < PORTION / 2; v += 4) {
+                            const uint4 add = ld_shared_cluster(part + v / 4 * GROUP);
+                            const u32 bits[4] = {add.x, add.y, add.z, add.w};
 #pragma unroll
-                    for (int v = 0; v < SHARE / 2; v += 4) {
-                        const uint4 add = ld_shared_cluster(part + (i * (TOKENS / 8) + v / 4) * 2048);
-                        const u32 bits[4] = {add.x, add.y, add.z, add.w};
-#pragma unroll
-                        for (int c = 0; c < 4; c++) sum[i][v + c] = r == 0 ? from_bits(bits[c]) : sum[i][v + c] + from_bits(bits[c]);
+                            for (int c = 0; c < 4; c++) sum[v + c] = r == 0 ? from_bits(bits[c]) : sum[v + c] + from_bits(bits[c]);
+                        }
                     }
-            }
-            cluster_arrive();
-            if (rank < SHARES) finish(sum);
-            cluster_wait();  // nobody reads this block's part any more
-        } else {
-            const int cut = w.tile - p.whole();  // which of the streamed tiles
-            u32* const counter = arrived + cut * WARPGROUPS + warpgroup;
-            auto part_of = [&](u32 u) { return parts + ((i64)u * WARPGROUPS + warpgroup) * PART; };
-            if (w.last < p.steps) {  // a part, for whoever holds the last steps
-                store_part(part_of(unit));
-                __threadfence();
-                warpgroup_sync(1 + warpgroup);
-                if (thread == 0) red_add_release(counter, 1);
-            } else {
-                if (w.first > 0) {
-                    const u32 head = p.holder(cut * p.steps);
-                    if (thread == 0) {
-                        while (ld_acquire(counter) != unit - head) {}
-                        *counter = 0;
-                    }
-                    warpgroup_sync(1 + warpgroup);
-                    for (u32 u = head; u < unit; u++) {
-                        const uint4* part = part_of(u) + thread;
-#pragma unroll
-                        for (int i = 0; i < STRIPS; i++)
-#pragma unroll
-                            for (int v = 0; v < TOKENS / 2; v += 4) {
-                                const uint4 add = ld_global_cg(part + (i * (TOKENS / 8) + v / 4) * 128);
-                                acc[i][v] += from_bits(add.x), acc[i][v + 1] += from_bits(add.y);
-                                acc[i][v + 2] += from_bits(add.z), acc[i][v + 3] += from_bits(add.w);
-                            }
-                    }
+                    finish(sum, token, m0 + at);
                 }
-                finish(acc);
-            }
+            cluster_sync();  // nobody reads this block's part any more
         }
     }
+    if (order == REST) griddepcontrol_wait();  // so that whoever waits for this launch has waited for the one before
 }

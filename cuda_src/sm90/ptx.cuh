@@ -33,6 +33,9 @@ INLINE u32 ld_shared(u32 address) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
     return v;
 }
+INLINE void st_shared(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
 INLINE uint2 ld_shared2(u32 address) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
@@ -47,20 +50,9 @@ INLINE void stmatrix_x4_trans(u32 to, u32 a, u32 b, u32 c, u32 d) {
 INLINE void stmatrix_x2_trans(u32 to, u32 a, u32 b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
 }
-INLINE uint4 ld_global_cg(const uint4* p) {  // from the L2 cache, where another block may just have written
-    uint4 v;
-    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-    return v;
-}
-INLINE u32 ld_acquire(const u32* p) {
-    u32 v;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-}
-INLINE void red_add_release(u32* p, u32 v) { asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
-// "bar.sync" among the 128 threads of one warpgroup.
-INLINE void warpgroup_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
-template <int THREADS_> INLINE void threads_sync(int id) { asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS_) : "memory"); }
+// ---- "bar.sync" among some of the threads -----------------------------------------------------------------------------------
+template <int COUNT> INLINE void threads_sync(int id) { asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(COUNT) : "memory"); }
+INLINE void warpgroup_sync(int id) { threads_sync<128>(id); }
 
 // ---- "mapa", "ld.shared::cluster": the same place in the shared memory of another block of this cluster -----------------------
 INLINE u32 mapa(u32 address, u32 rank) {

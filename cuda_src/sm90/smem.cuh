@@ -3,11 +3,11 @@
 #include "common/types.cuh"
 
 // One stage: 128 slid bytes along k, two instructions.
-template <int Strips, int Tokens, int MetaBytes> struct alignas(1024) Stage {
-    u8 x[Tokens][128];          // slid activations, 128-byte swizzle: byte b of row r at b ^ (r % 8) * 16
+template <int Tokens, int Strips, int StripBytes> struct alignas(1024) Stage {
+    u8 x[Tokens][128];  // slid activations, 128-byte swizzle: byte b of row r at b ^ (r % 8) * 16
     // 64 outputs a strip: 64 kept bytes each, 64-byte swizzle: byte b of row r at b ^ (r / 2 % 4) * 16; then the index words
     // in the order of threads
-    u8 strip[Strips][4096 + MetaBytes];
+    u8 strip[Strips][StripBytes];
 };
 
 template <int Stages, class StageT, int Warpgroups, int StagingBytes> struct SharedMemory {

@@ -4,7 +4,7 @@ The instruction multiplies 64 rows of 2:4 weights by up to 256 tokens, both read
 slid bytes along k, two instructions. Both operands stand in global memory exactly as shared memory wants them, so the kernel
 (cuda_src/sm90/gemm.cu) moves them by contiguous bulk copies and never touches an index:
 
-    weights      [strips of 64 rows, stages, strip_bytes]: 64 rows x 64 kept bytes, swizzled in 64-byte rows, then index words
+    weights      [stages, strips of 64 rows, strip_bytes]: 64 rows x 64 kept bytes, swizzled in 64-byte rows, then index words
     activations  [stages, groups of 8 tokens, 8 x 128 bytes]: slid, swizzled in 128-byte rows; any run of groups is a tile
 
 Swizzles: PTX ISA, "Asynchronous warpgroup level matrix multiply-accumulate", "Shared memory matrix layout". Index words:
@@ -27,9 +27,6 @@ from ..pattern import Pattern
 KERNEL = "sm90/gemm.cu"
 SUFFIX = "a"
 """Of the architecture it is compiled for: wgmma is in sm_90a alone."""
-
-PROGRAMMATIC = True
-"""Whether the kernel executes `griddepcontrol.wait`, so that it may be launched before the grid before it is complete."""
 
 STAGE = 128
 """Slid bytes of one token in a stage."""
@@ -67,9 +64,10 @@ def strip_bytes(dtype: DType) -> int:
 
 
 def arrange(packed: PackedWeight, xp: Any = np) -> Any:
-    """Packed weights as shared memory wants them: uint8 [ceil(n / 64), stages, strip_bytes].
+    """Packed weights as shared memory wants them: uint8 [stages, ceil(n / 64), strip_bytes].
 
-    Rows and columns beyond the matrix hold zeros with the nibble (0, 1).
+    Rows and columns beyond the matrix hold zeros with the nibble (0, 1). Thread blocks that work side by side on neighbouring
+    strips read neighbouring memory.
 
     Args:
         xp: numpy or cupy, whichever made packed.values.
@@ -95,11 +93,12 @@ def arrange(packed: PackedWeight, xp: Any = np) -> Any:
         words = meta.reshape(strips, 4, 2, 8, count, 2, 2, 2)  # strip, warp, row half, g, stage, instruction, q & 1, bytes
         words = words.transpose(0, 4, 1, 3, 5, 6, 2, 7)
     words = xp.ascontiguousarray(words).reshape(strips, count, strip_bytes(packed.dtype) - 4096)
-    return xp.concatenate([image, words], axis=2)
+    return xp.ascontiguousarray(xp.concatenate([image, words], axis=2).transpose(1, 0, 2))
 
 
 def restore(arranged: Any, packed: PackedWeight) -> PackedWeight:
     """Inverse of arrange: the packed weight, whose pattern, shape, dtype and scale are taken from `packed`. NumPy."""
+    arranged = arranged.transpose(1, 0, 2)
     strips, count = arranged.shape[:2]
     row, byte = np.arange(64)[:, None], np.arange(64)
     values = arranged[:, :, (row * 64 + (byte ^ (row // 2 % 4 * 16))).ravel()]
@@ -158,70 +157,64 @@ def image_bytes(m: int, k: int, pattern: Pattern, dtype: DType) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """A thread block computes `tokens` x `n` outputs: `warpgroups` consumers, each with `strips` strips of 64.
+    """A thread block computes `tokens` x `n` outputs: `warpgroups` consumers, each with a strip of 64.
 
     Attributes:
         stage_ns, tile_ns: measured on an H200 at 6:8 (docs/hopper.md): time of a stage, and of a tile beside its stages.
-        cut: thread blocks of a cluster that cut k into equal parts and add them up through each other's shared memory.
-        resident: thread blocks that fit on a multiprocessor: with 2, those of the next kernel start beside these.
+        cuts: into how many equal parts k may be cut.
     """
 
     tokens: int
     warpgroups: int
-    strips: int
     stage_ns: int
     tile_ns: int
-    cut: int = 1
-    resident: int = 1
+    cuts: tuple[int, ...]
 
     @property
     def n(self) -> int:
         """Outputs of a thread block."""
-        return 64 * self.warpgroups * self.strips
+        return 64 * self.warpgroups
 
     def __str__(self) -> str:
-        cut = f", k cut in {self.cut}" if self.cut > 1 else ""
-        return f"{self.tokens} tokens x {self.n} outputs, {self.warpgroups} warpgroups{cut}"
+        return f"{self.tokens} tokens x {self.n} outputs"
 
 
 TILES = (
-    Tile(256, 2, 1, 430, 1500),
-    Tile(128, 2, 2, 470, 1600),
-    Tile(192, 3, 1, 470, 1500),
-    Tile(192, 2, 1, 340, 1300),
-    Tile(128, 2, 1, 277, 1000),
-    Tile(128, 2, 1, 277, 2000, cut=2),
-    Tile(128, 2, 1, 277, 2000, cut=4),
-    Tile(64, 2, 1, 230, 800),
-    Tile(64, 2, 1, 230, 1500, cut=4),
-    Tile(64, 1, 1, 160, 1500, cut=2, resident=2),
-    Tile(32, 2, 1, 170, 700),
-    Tile(32, 2, 1, 170, 1200, cut=4),
-    Tile(32, 1, 1, 120, 1200, cut=2, resident=2),
-    Tile(16, 2, 1, 150, 600),
-    Tile(16, 2, 1, 150, 1000, cut=4, resident=2),
-    Tile(16, 1, 1, 110, 1000, cut=2, resident=2),
-    Tile(8, 2, 1, 140, 600),
-    Tile(8, 2, 1, 140, 1000, cut=4, resident=2),
-    Tile(8, 1, 1, 100, 1000, cut=2, resident=2),
+    Tile(256, 2, 425, 1500, (2, 3, 4, 8)),
+    Tile(192, 2, 345, 1300, (2, 3)),
+    Tile(160, 2, 310, 1200, (2,)),
+    Tile(128, 2, 270, 1000, (2, 3, 4, 8)),
+    Tile(96, 2, 230, 900, (2,)),
+    Tile(64, 2, 190, 800, (2, 3, 4, 8)),
+    Tile(64, 1, 150, 800, (2,)),
+    Tile(32, 2, 160, 700, (2, 4, 8)),
+    Tile(32, 1, 120, 700, (2,)),
+    Tile(16, 2, 150, 600, (2, 4, 8)),
+    Tile(16, 1, 110, 600, (2,)),
+    Tile(8, 2, 140, 600, (2, 4, 8)),
+    Tile(8, 1, 100, 600, (2,)),
 )
-LAUNCH_NS = 3500
-READ_BYTES_A_NS = 4000
+LAUNCH_NS, REST_NS, CUT_NS = 2400, 1000, 1500
+"""What a launch takes beside its work; what a second one adds; what adding up in a cluster adds."""
+READ_BYTES_A_NS = 3900
 """What the memory gives, measured."""
-PART_BYTES_A_NS = 1500
-"""What parts of split tiles cost: bytes written, or read again, in a nanosecond, by all processors together."""
+ALONE, BEFORE_REST, REST = 0, 1, 2
+"""Orders of a launch, as cuda_src/sm90/gemm.cu numbers them."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One way to run the kernel.
+    """One launch of the kernel.
 
     Attributes:
         dtype, out: type of weights and activations; name of the type of y.
         tile: and how many `stages` of it are under way.
         band: tiles of n that run together with all tiles of m.
-        streamed, sharers: tiles, the last ones, that are cut along k; thread blocks that have equal ranges of them.
+        cut: thread blocks of a cluster that share a tile, each with an equal part of k.
+        resident: thread blocks that fit on a multiprocessor: with 2, those of the next launch start beside these.
+        begin, end: the tiles that it computes, of all.
         blocks: thread blocks.
+        order: ALONE; or BEFORE_REST and REST, of two launches that share out the tiles.
     """
 
     dtype: DType
@@ -229,38 +222,36 @@ class Config:
     tile: Tile
     stages: int
     band: int
-    streamed: int = 0
-    sharers: int = 0
+    cut: int = 1
+    resident: int = 1
+    begin: int = 0
+    end: int = 0
     blocks: int = 0
+    order: int = ALONE
 
     def __str__(self) -> str:
-        shared = f", {self.streamed} tiles cut along k for {self.sharers}" if self.streamed else ""
-        return f"{self.tile}, {self.stages} stages, {self.blocks} blocks{shared}"
+        cut = f", k cut in {self.cut}" if self.cut > 1 else ""
+        return f"{self.tile}{cut}, {self.stages} stages, tiles {self.begin} to {self.end} on {self.blocks} blocks"
 
     @property
     def threads(self) -> int:
         """Consumers, and a producer: a warp, or a warpgroup if it must give registers away."""
-        return 128 * self.tile.warpgroups + (128 if self.tile.strips * self.tile.tokens > 128 else 32)
+        return 128 * self.tile.warpgroups + (128 if self.tile.tokens > 128 else 32)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: stages, rows on their way to y, barriers (smem.cuh)."""
-        used = self.stages * stage_bytes(self.tile, self.dtype) + staging_bytes(self.tile, self.out) + 16 * self.stages
+        used = (
+            self.stages * stage_bytes(self.tile, self.dtype) + staging_bytes(self.tile, self.out, self.cut) + 16 * self.stages
+        )
         return -(-used // 1024) * 1024
 
     def tiles(self, m: int, n: int) -> int:
+        """All tiles of y [m, n]."""
         return -(-m // self.tile.tokens) * -(-n // self.tile.n)
 
-    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+    def grid(self) -> tuple[int, int, int]:
         return self.blocks, 1, 1
-
-    def part_bytes(self, m: int, n: int) -> int:
-        """Workspace for the accumulators of tiles cut along k: a part a block."""
-        return 4 * self.blocks * self.tile.tokens * self.tile.n if self.streamed else 0
-
-    def counters(self, m: int, n: int) -> int:
-        """Of tiles cut along k, zeros before and after a launch."""
-        return self.streamed * self.tile.warpgroups
 
     def defines(self) -> dict[str, int | str]:
         """What stands above the #include of the kernel."""
@@ -269,78 +260,97 @@ class Config:
             "OUT": CUDA_CODES[self.out],
             "TOKENS": self.tile.tokens,
             "WARPGROUPS": self.tile.warpgroups,
-            "STRIPS": self.tile.strips,
             "STAGES": self.stages,
             "BAND": self.band,
-            "CUT": self.tile.cut,
-            "BLOCKS": self.tile.resident,
+            "CUT": self.cut,
+            "BLOCKS": self.resident,
         }  # fmt: skip
 
 
 def stage_bytes(tile: Tile, dtype: DType) -> int:
     """Shared memory of one stage."""
-    used = tile.tokens * STAGE + tile.warpgroups * tile.strips * strip_bytes(dtype)
-    return -(-used // 1024) * 1024
+    return -(-(tile.tokens * STAGE + tile.warpgroups * strip_bytes(dtype)) // 1024) * 1024
 
 
-def staging_bytes(tile: Tile, out: str) -> int:
+def staging_bytes(tile: Tile, out: str, cut: int) -> int:
     """Shared memory of rows on their way to y: two chunks of tokens a warpgroup (epilogue.cuh)."""
     size = 4 if out == "float32" else 2
-    chunk = min(tile.tokens, 16 if size == 4 else 32)
+    portion = tile.tokens
+    if cut > 1:  # blocks of a cluster share out the tokens, as many as a power of two allows
+        portion //= min(1 << cut.bit_length() - 1, tile.tokens // 8)
+        portion //= 2 if portion > 64 else 1
+    chunk = 32 if portion % 32 == 0 and size == 2 else 16 if portion % 16 == 0 else 8
     return 2 * tile.warpgroups * chunk * 64 * size
 
 
+def configured(tile: Tile, cut: int, dtype: DType, out: str) -> Config:
+    """The kernel of a tile, with as many stages as fit."""
+    resident = 2 if tile.warpgroups == 1 or (tile.tokens <= 32 and cut > 1) else 1
+    room = (SHARED_MEMORY + 1024) // resident - 1024 - staging_bytes(tile, out, cut)  # each block takes one KiB more
+    size = stage_bytes(tile, dtype)
+    count = room // size
+    if room - count * size < 16 * count:  # their barriers
+        count -= 1
+    return Config(dtype, out, tile, min(MOST_STAGES, count), 8 if tile.tokens == 256 else 16, cut, resident)
+
+
 def candidates(pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
-    """Every tile, with as many stages as fit; one kernel serves all patterns."""
+    """Every kernel: of every tile, with k whole and cut; one serves all patterns."""
     for tile in TILES:
-        room = (SHARED_MEMORY + 1024) // tile.resident - 1024 - staging_bytes(tile, out)
-        size = stage_bytes(tile, dtype)
-        count = room // size
-        if room - count * size < 16 * count:  # their barriers
-            count -= 1
-        yield Config(dtype, out, tile, min(MOST_STAGES, count), 8 if tile.tokens == 256 else 16)
+        for cut in (1, *tile.cuts):
+            yield configured(tile, cut, dtype, out)
 
 
-def options(config: Config, m: int, n: int, along_k: int, sms: int) -> Iterator[Config]:
-    """The configuration with its tiles shared out in every way that may pay."""
-    tile, tiles = config.tile, config.tiles(m, n)
-    if tile.cut > 1:
-        if along_k >= 2 * tile.cut:
-            yield replace(config, blocks=tiles * tile.cut)
-        return
-    yield replace(config, blocks=min(tiles, sms))
-    rest = tiles % sms
-    if rest and sms // rest > 1:  # a last round of equal parts, side by side along k, so that they share what they read
-        sharers = min(rest * (sms // rest), rest * (along_k // 2))
-        yield replace(config, streamed=rest, sharers=sharers, blocks=min(sms, max(tiles - rest, sharers)))
-    if rest and tile.tokens <= 64:  # perfectly even; activations stay in the cache
-        streamed = rest + (sms if tiles > sms else 0)
-        sharers = min(sms, streamed * along_k // 2)
-        yield replace(config, streamed=streamed, sharers=sharers, blocks=min(sms, max(tiles - streamed, sharers)))
+# ---- choice ----------------------------------------------------------------------------------------------------------
 
 
-def cost(config: Config, m: int, n: int, along_k: int, sms: int) -> float:
-    """Estimated nanoseconds: rounds of tiles, even shares of k and the traffic of their parts; or reading the weights.
+def options(tile: Tile, m: int, n: int, along_k: int, dtype: DType, out: str, sms: int) -> Iterator[tuple[Config, ...]]:
+    """The launches of a tile for y [m, n], in every way that may pay: whole tiles; k cut; a last, half-empty round with k cut.
 
     Args:
         along_k: stages that cover k.
     """
-    tile, tiles = config.tile, config.tiles(m, n)
-    read = tiles * along_k * tile.warpgroups * tile.strips * strip_bytes(config.dtype) / READ_BYTES_A_NS
-    if tile.cut > 1:
-        rounds = -(-config.blocks // (sms * tile.resident))
-        compute = rounds * (along_k / tile.cut * tile.stage_ns * min(tile.resident, -(-config.blocks // sms)) + tile.tile_ns)
-        return LAUNCH_NS + max(compute, read) + 0.1 * min(compute, read)
-    compute = -(-(tiles - config.streamed) // config.blocks) * (along_k * tile.stage_ns + tile.tile_ns)
-    if config.streamed:
-        parts = 2 * 4 * config.sharers * tile.tokens * tile.n / PART_BYTES_A_NS
-        compute += config.streamed * along_k / config.sharers * tile.stage_ns + tile.tile_ns + parts
+    whole = configured(tile, 1, dtype, out)
+    tiles = whole.tiles(m, n)
+    yield (replace(whole, end=tiles, blocks=min(tiles, sms)),)
+    full = tiles // sms * sms
+    rest = tiles - full
+    for cut in tile.cuts:
+        if along_k < 2 * cut or not rest:
+            continue
+        parted = configured(tile, cut, dtype, out)
+        if rest * cut > sms * parted.resident:
+            continue
+        if full:
+            yield (
+                replace(whole, end=full, blocks=sms, order=BEFORE_REST),
+                replace(parted, begin=full, end=tiles, blocks=rest * cut, order=REST),
+            )
+        else:
+            yield (replace(parted, end=tiles, blocks=tiles * cut),)
+
+
+def cost(launches: tuple[Config, ...], along_k: int, sms: int) -> float:
+    """Estimated nanoseconds: rounds of tiles, or reading the weights from memory where that takes longer.
+
+    Args:
+        along_k: stages that cover k.
+    """
+    compute = read = 0.0
+    for config in launches:
+        tile, together = config.tile, min(config.resident, -(-config.blocks // sms))  # blocks that share a multiprocessor
+        rounds = -(-(config.end - config.begin) * config.cut // config.blocks)
+        each = -(-along_k // config.cut) * tile.stage_ns * together + tile.tile_ns
+        compute += rounds * each + CUT_NS * (config.cut > 1) + REST_NS * (config.order == REST)
+        read += (config.end - config.begin) * along_k * tile.warpgroups * strip_bytes(config.dtype) / READ_BYTES_A_NS
     return LAUNCH_NS + max(compute, read) + 0.1 * min(compute, read)
 
 
 @lru_cache(maxsize=4096)
-def choose(m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int], sms: int) -> Config:
-    """The cheapest configuration for y [m, n] = x [m, k] @ w.T on a device of `sms` multiprocessors."""
+def choose(
+    m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int], sms: int
+) -> tuple[Config, ...]:
+    """The cheapest launches, one or two, for y [m, n] = x [m, k] @ w.T on a device of `sms` multiprocessors."""
     along_k = stages(pattern, k, dtype)
-    every = (option for config in candidates(pattern, dtype, out, capability) for option in options(config, m, n, along_k, sms))
-    return min(every, key=lambda config: cost(config, m, n, along_k, sms))
+    every = (launches for tile in TILES for launches in options(tile, m, n, along_k, dtype, out, sms))
+    return min(every, key=lambda launches: cost(launches, along_k, sms))

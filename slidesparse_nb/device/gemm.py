@@ -123,15 +123,12 @@ def matmul(
             scale = base + plan.scale_at
         feed(address, x.data.ptr, operand, scale)
     rows: tuple[int, ...] = ()
+    split: tuple[int, ...] = ()
     if not plan.image:
         rows = (x.strides[0] if feed is None else plan.row_pitch, plan.x_bytes)
+        split = (base + plan.parts_at if plan.part_bytes else 0, counters)
     rows_y = y if y.ndim == 2 and (y.strides[1] == y.itemsize or n == 1) else _rows(y, m, n)
-    plan.launch(
-        plan.grid,
-        plan.block,
-        plan.shared,
-        address,
-        plan.programmatic,
+    arguments = (
         operand,
         *rows,
         weight.arranged.data.ptr,
@@ -143,10 +140,9 @@ def matmul(
         rows_y.strides[0] // rows_y.itemsize,
         m,
         n,
-        *plan.along_k,
-        base + plan.parts_at if plan.part_bytes else 0,
-        counters,
     )
+    for it in plan.launches:
+        it.run(it.grid, it.block, it.shared, address, it.programmatic, *arguments, *it.arguments, *split)
     if rows_y is not y and rows_y.data.ptr != y.data.ptr:
         y[...] = rows_y.reshape(y.shape)
     return y if out is None else out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import cupy
@@ -74,60 +75,90 @@ class DeviceWeight:
         return known
 
 
+@dataclass(frozen=True)
+class MatrixLaunch:
+    """One launch of a matrix kernel: where it runs, and its arguments after those of every launch."""
+
+    run: Launcher
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    programmatic: bool
+    arguments: tuple[int, ...]
+
+
 class Plan:
-    """One shape of one weight: the configuration (the cheapest, unless one is given), its kernel, the parts of a workspace.
+    """One shape of one weight: the launches (the cheapest, unless some are given), their kernels, the parts of a workspace.
 
     Attributes:
+        configs, launches: how the product is computed.
         image: the kernel's operand is an image (`sm90.image`), not rows.
         row_pitch, x_bytes: of rows: bytes from one to the next where they are made here, and those that hold k columns.
         operand_at, scale_at, parts_at, bytes: offsets into the workspace, which starts with the counters.
-        along_k: what the kernel is told of k.
         feeds: by type, strides and alignment of x: what makes the operand; None if x is one as it stands.
     """
 
-    def __init__(self, weight: DeviceWeight, m: int, out: str, config: Config | None = None) -> None:
+    def __init__(self, weight: DeviceWeight, m: int, out: str, configs: tuple[Config, ...] | None = None) -> None:
         packed, n = weight.packed, weight.packed.n
         size, family = packed.dtype.bits // 8, weight.family
-        if config is None:
-            config = family.choose(m, n, weight.k, weight.pattern, packed.dtype, out, weight.capability, weight.sms)
-        assert config is not None
-        if config.counters(m, n) > COUNTERS:
-            raise AssertionError(config)
-        arch = jit.architecture(weight.capability) + family.SUFFIX
-        built = jit.build(family.KERNEL, config.defines(), arch, jit.device_compiler())
-        raw = jit.load(built, "gemm")
-        if config.shared_bytes > 48 << 10:
-            raw.max_dynamic_shared_size_bytes = config.shared_bytes
-        self.config, self.m, self.weight = config, m, weight
-        self.image = isinstance(config, sm90.Config)
-        self.launch = Launcher(raw.kernel, 15)
-        self.programmatic = self.image and sm90.PROGRAMMATIC
-        self.grid, self.block = config.grid(m, n), (config.threads, 1, 1)
-        self.shared = config.shared_bytes
+        shape = (m, n, weight.k, weight.pattern, packed.dtype, out, weight.capability, weight.sms)
+        self.configs: tuple[Config, ...]
+        if configs is not None:
+            self.configs = configs
+        else:
+            self.configs = sm90.choose(*shape) if family is sm90 else (sm80.choose(*shape),)
+        self.m, self.weight, self.out = m, weight, out
+        self.image = family is sm90
         self.x_bytes = weight.k * size
         self.row_pitch = -(-self.x_bytes // 16) * 16
-        self.along_k: tuple[int, ...]
-        if isinstance(config, sm90.Config):
-            operand_bytes = sm90.image_bytes(m, weight.k, weight.pattern, packed.dtype)
-            self.along_k = (sm90.stages(weight.pattern, weight.k, packed.dtype), config.streamed, config.sharers)
-        else:
-            operand_bytes = m * self.row_pitch
-            self.along_k = (config.layout.blocks(weight.k),)
         self.quantizes = packed.dtype.qmax is not None
-        self.part_bytes = config.part_bytes(m, n)
+        self.part_bytes = 0
+        operand_bytes = m * self.row_pitch
+        if self.image:
+            operand_bytes = sm90.image_bytes(m, weight.k, weight.pattern, packed.dtype)
+        self.launches = tuple(self._matrix_launch(config) for config in self.configs)
         self.operand_at = 4 * COUNTERS
         self.scale_at = self.operand_at + operand_bytes
         self.parts_at = self.scale_at + -(-4 * m // 16) * 16
         self.bytes = self.parts_at + -(-self.part_bytes // 16) * 16
         self.feeds: dict[tuple[Any, ...], Feed | None] = {}
+
+    def _matrix_launch(self, config: Config) -> MatrixLaunch:
+        weight, m, n = self.weight, self.m, self.weight.packed.n
+        pattern, dtype = weight.packed.pattern, weight.packed.dtype
+        built = jit.build(
+            weight.family.KERNEL,
+            config.defines(),
+            jit.architecture(weight.capability) + weight.family.SUFFIX,
+            jit.device_compiler(),
+        )
+        raw = jit.load(built, "gemm")
+        if config.shared_bytes > 48 << 10:
+            raw.max_dynamic_shared_size_bytes = config.shared_bytes
+        if isinstance(config, sm90.Config):
+            grid, parameters = config.grid(), 14
+            arguments: tuple[int, ...] = (
+                sm90.stages(weight.pattern, weight.k, dtype),
+                config.begin,
+                config.end,
+                config.order,
+            )
+        else:
+            if config.counters(m, n) > COUNTERS:
+                raise AssertionError(config)
+            grid, parameters = config.grid(m, n), 15
+            arguments = (config.layout.blocks(weight.k),)
+            self.part_bytes = config.part_bytes(m, n)
         if env.debug():
             print(
-                f"slidesparse_nb: y[{m}, {n}] = x[{m}, {weight.k}] @ w.T, {packed.pattern.described} {packed.dtype} -> {out}\n"
+                f"slidesparse_nb: y[{m}, {n}] = x[{m}, {weight.k}] @ w.T, {pattern.described} {dtype} -> {self.out}\n"
                 f"  config  {config}\n  source  {built.folder / 'kernel.cu'}\n"
-                f"  launch  grid {self.grid} x {config.threads} threads, {self.shared} bytes shared,"
+                f"  launch  grid {grid} x {config.threads} threads, {config.shared_bytes} bytes shared,"
                 f" {built.registers} registers",
                 file=sys.stderr,
             )
+        run = Launcher(raw.kernel, parameters)
+        return MatrixLaunch(run, grid, (config.threads, 1, 1), config.shared_bytes, self.image, arguments)
 
     def feed(self, x: Any, quantized: bool) -> Feed | None:
         """What makes the operand of x [m, k], or None; made once for each type, strides and alignment.

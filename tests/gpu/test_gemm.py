@@ -51,7 +51,8 @@ def compiled_ahead(family):
     capability = capability_here()
     dtypes = family.supported_dtypes(capability)
     wanted = [(p, d, "bfloat16") for p in known_patterns() for d in dtypes]
-    wanted += [(Pattern(6, 8), d, out) for d in dtypes for out in ("float32", "float16")]
+    if family is sm80:  # of Hopper's many tiles, these types of y take few
+        wanted += [(Pattern(6, 8), d, out) for d in dtypes for out in ("float32", "float16")]
     arch = jit.architecture(capability) + family.SUFFIX
     found = {c: (family.KERNEL, c.defines(), arch) for w in wanted for c in family.candidates(*w, capability)}
     jobs = list({repr(sorted(job[1].items())): job for job in found.values()}.values())
@@ -129,23 +130,28 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
     packed = weight(rng, 273, k, pattern, dtype)
     device = gemm.to_device(packed)
 
-    def cut(config, m, ways):
+    def ways(config, m):
+        """The launches to try: on few blocks and on many, k cut and not, one launch and two."""
         if family is sm80:
-            return dataclasses.replace(config, splits=ways)
+            return [(dataclasses.replace(config, splits=splits),) for splits in (1, 2, 5)]
         tiles = config.tiles(m, 273)
-        if config.tile.cut > 1:
-            return dataclasses.replace(config, blocks=tiles * config.tile.cut)
-        streamed = {1: 0, 2: max(1, tiles // 2), 5: tiles}[ways]
-        most = streamed * sm90.stages(packed.pattern, k, dtype) // 2
-        sharers = 0 if ways == 1 else min(most, 3 if ways == 2 else 131)
-        return dataclasses.replace(config, streamed=streamed, sharers=sharers, blocks=max(3, sharers))
+        alone = dataclasses.replace(config, end=tiles, blocks=min(3, tiles) if config.cut == 1 else tiles * config.cut)
+        if config.cut == 1:
+            return [(alone,), (dataclasses.replace(alone, blocks=tiles),)]
+        first = dataclasses.replace(
+            sm90.configured(config.tile, 1, dtype, "bfloat16"), end=tiles // 2, blocks=1, order=sm90.BEFORE_REST
+        )
+        rest = dataclasses.replace(
+            config, begin=tiles // 2, end=tiles, blocks=(tiles - tiles // 2) * config.cut, order=sm90.REST
+        )
+        return [(alone,), (first, rest)]
 
     for config in family.candidates(packed.pattern, dtype, "bfloat16", device.capability):
-        for ways in (1, 2, 5):
-            each = config.tile.m if family is sm80 else config.tile.tokens
-            m = each + each // 2 + 1
+        each = config.tile.m if family is sm80 else config.tile.tokens
+        m = each + each // 2 + 1
+        for launches in ways(config, m):
             x = tokens(rng, m, k, BF16)
-            device.plans[m, "bfloat16"] = gemm.Plan(device, m, "bfloat16", cut(config, m, ways))
+            device.plans[m, "bfloat16"] = gemm.Plan(device, m, "bfloat16", launches)
             y, surroundings = guarded(m, 273, BF16, pitch=280)
             ss.matmul(on_gpu(x), packed, out=y)
             check(host(cp.ascontiguousarray(y)), x, packed)
