@@ -160,7 +160,7 @@ class Tile:
     """A thread block computes `tokens` x `n` outputs: `warpgroups` consumers, each with a strip of 64.
 
     Attributes:
-        stage_ns, tile_ns: measured on an H200 at 6:8 (docs/hopper.md): time of a stage, and of a tile beside its stages.
+        stage_ns, tile_ns: fitted to measurements on an H200 at 6:8: time of a stage, and of a tile beside its stages.
         cuts: into how many equal parts k may be cut.
     """
 
@@ -180,22 +180,26 @@ class Tile:
 
 
 TILES = (
-    Tile(256, 2, 425, 1500, (2, 3, 4, 8)),
-    Tile(192, 2, 345, 1300, (2, 3)),
-    Tile(160, 2, 310, 1200, (2,)),
-    Tile(128, 2, 270, 1000, (2, 3, 4, 8)),
-    Tile(96, 2, 230, 900, (2,)),
-    Tile(64, 2, 190, 800, (2, 3, 4, 8)),
-    Tile(64, 1, 150, 800, (2,)),
-    Tile(32, 2, 160, 700, (2, 4, 8)),
-    Tile(32, 1, 120, 700, (2,)),
-    Tile(16, 2, 150, 600, (2, 4, 8)),
-    Tile(16, 1, 110, 600, (2,)),
-    Tile(8, 2, 140, 600, (2, 4, 8)),
-    Tile(8, 1, 100, 600, (2,)),
+    Tile(256, 2, 420, 2150, (2, 3, 4, 8)),
+    Tile(192, 2, 340, 810, (2, 3)),
+    Tile(160, 2, 250, 1530, (2,)),
+    Tile(128, 2, 217, 1660, (2, 3, 4, 8)),
+    Tile(96, 2, 183, 500, (2,)),
+    Tile(64, 2, 150, 1570, (2, 3, 4, 8)),
+    Tile(64, 1, 138, 10, (2,)),
+    Tile(32, 2, 140, 1030, (2, 4, 8)),
+    Tile(32, 1, 107, 120, (2,)),
+    Tile(16, 2, 144, 1050, (2, 4, 8)),
+    Tile(16, 1, 110, 340, (2,)),
+    Tile(8, 2, 132, 1200, (2, 4, 8)),
+    Tile(8, 1, 101, 510, (2,)),
 )
-LAUNCH_NS, REST_NS, CUT_NS = 2400, 1000, 1500
-"""What a launch takes beside its work; what a second one adds; what adding up in a cluster adds."""
+LAUNCH_NS, REST_NS = 2000, 690
+"""What a launch takes beside its work; what a second one adds."""
+CUT_NS, CUT_NS_A_TOKEN = 1030, 13.2
+"""What adding up in a cluster adds."""
+CLUSTERS_FIT = 0.9
+"""Of the multiprocessors, how many clusters of three and more blocks find free: a cluster keeps to one group of them."""
 READ_BYTES_A_NS = 3900
 """What the memory gives, measured."""
 ALONE, BEFORE_REST, REST = 0, 1, 2
@@ -319,7 +323,7 @@ def options(tile: Tile, m: int, n: int, along_k: int, dtype: DType, out: str, sm
         if along_k < 2 * cut or not rest:
             continue
         parted = configured(tile, cut, dtype, out)
-        if rest * cut > sms * parted.resident:
+        if rest * cut > sms * parted.resident * (CLUSTERS_FIT if cut > 2 else 1):
             continue
         if full:
             yield (
@@ -341,9 +345,11 @@ def cost(launches: tuple[Config, ...], along_k: int, sms: int) -> float:
         tile, together = config.tile, min(config.resident, -(-config.blocks // sms))  # blocks that share a multiprocessor
         rounds = -(-(config.end - config.begin) * config.cut // config.blocks)
         each = -(-along_k // config.cut) * tile.stage_ns * together + tile.tile_ns
-        compute += rounds * each + CUT_NS * (config.cut > 1) + REST_NS * (config.order == REST)
+        compute += rounds * each + REST_NS * (config.order == REST)
+        if config.cut > 1:
+            compute += CUT_NS + CUT_NS_A_TOKEN * tile.tokens
         read += (config.end - config.begin) * along_k * tile.warpgroups * strip_bytes(config.dtype) / READ_BYTES_A_NS
-    return LAUNCH_NS + max(compute, read) + 0.1 * min(compute, read)
+    return LAUNCH_NS + max(compute, read) + 0.076 * min(compute, read)
 
 
 @lru_cache(maxsize=4096)

@@ -24,7 +24,7 @@ from .. import env
 from ..errors import SlideSparseError, UnsupportedError
 from . import nvrtc
 
-OPTIONS = ("-std=c++17", "-lineinfo", "-Xptxas=-v")
+OPTIONS = ("-std=c++17", "-default-device", "-lineinfo", "-Xptxas=-v")
 """What every kernel is compiled with, besides -arch and the include folder. -v puts registers and spills into the log."""
 
 
