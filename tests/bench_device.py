@@ -35,6 +35,9 @@ class FakeGpu:
     def facts(self) -> dict[str, Any]:
         return {"gpu": "Imaginary GPU", "power_limit_w": 70.0, "driver": "1.2", "cupy": "none", "l2_bytes": self.l2_bytes}
 
+    def compile_ahead(self, plan: Sequence[Group]) -> None:
+        pass
+
     def state(self) -> dict[str, float | None]:
         return {"sm_mhz": 345.0, "celsius": 30.0, "watts": 70.0}
 

@@ -17,11 +17,14 @@ if __name__ == "__main__" and not __package__:
 
 import importlib
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -214,6 +217,9 @@ def measure(selection: Selection, budget: float, json_path: Path | None, tell: C
     results.ceilings = CEILINGS.get(results.machine["gpu"], {})
     if not results.ceilings:
         results.note(f"no ceiling of the sparse instruction is known for {results.machine['gpu']}: floors count bytes alone")
+    groups = plan(selection)
+    beside = ThreadPoolExecutor(1)  # compiles while PyTorch is imported
+    compiled = beside.submit(device.compile_ahead, groups)
     if selection.peers:
         contenders.update(peers(device, selection, results))
     for name, read in (("copy", device.copy_bandwidth), ("read", device.read_bandwidth)):
@@ -222,19 +228,30 @@ def measure(selection: Selection, budget: float, json_path: Path | None, tell: C
         except Exception as error:  # too little memory: no floors, but everything else
             results.note(f"{name} bandwidth: not measured ({type(error).__name__}: {str(error)[:120]})")
     device.free()
+    if (failed := compiled.exception()) is not None:
+        results.note(f"kernels were not compiled ahead ({type(failed).__name__}: {' '.join(str(failed).split())[:120]})")
+    beside.shutdown()
     tell(table.machine_line(results))
     saved = began
 
-    def save(at_most_every: float = 1.0) -> None:
+    def save(at_most_every: float = 0.2) -> None:
         nonlocal saved
         if json_path is not None and time.perf_counter() - saved >= at_most_every:
             results.save(json_path)
             saved = time.perf_counter()
 
+    def stop(*_: object) -> NoReturn:
+        raise SystemExit(143)
+
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if here else None  # as `timeout` sends it: keep what there is
     try:
-        Bench(device, contenders, results, budget, began, save, tell).run(plan(selection))
+        Bench(device, contenders, results, budget, began, save, tell).run(groups)
     finally:
+        if here:
+            signal.signal(signal.SIGTERM, before)
         results.seconds = round(time.perf_counter() - began, 1)
+        save(0)
         results.machine["after"] = device.state()
         save(0)
     return results

@@ -15,6 +15,9 @@ from .selection import OURS, Group, Linear
 from .summary import median, spread
 from .trial import Call, Contender, Launch, copies
 
+SUSTAINED_S = 2.5
+"""Seconds that a group under sustained load takes: half a second of warming up, half a second timed, and operands."""
+
 
 class Clock(Protocol):
     """What times launches; see gpu.Gpu."""
@@ -49,18 +52,33 @@ class Bench:
     say: Callable[[str], None]
 
     def run(self, plan: list[Group]) -> None:
-        """Measure the groups of `plan` in turn, until the budget is spent."""
-        for i, group in enumerate(plan):
+        """Measure the groups of `plan` in turn, until the budget is spent.
+
+        cuSPARSELt's searches take as long as they like: what of them would leave too little time for sustained load waits until
+        everything else is measured.
+        """
+        left, late = list(plan), list[Group]()
+        while left or late:
+            if not left:
+                left, late = late, []
+            group = left[0]
             elapsed = time.perf_counter() - self.began
             if elapsed > self.budget:
-                self._stop(plan[i:], f"the budget of {self.budget:.0f} s was spent")
+                self._stop([*left, *late], f"the budget of {self.budget:.0f} s was spent")
                 return
-            cells = self._group(group)
+            until = self.budget
+            if group.contender == "cusparselt" and group.load == "burst":
+                until -= SUSTAINED_S * sum(g.load == "sustained" and g.contender != "cusparselt" for g in left)
+            del left[0]
+            if elapsed > until:
+                late.append(group)
+                continue
+            cells = self._group(group, until)
             self.results.seconds = time.perf_counter() - self.began
             self.say(f"[{self.results.seconds:5.1f} s] {group}: {self._outcome(group, cells)}")
             self.save()
             if self._lost():
-                self._stop(plan[i + 1 :], f"the GPU stopped answering after {group}")
+                self._stop([*left, *late], f"the GPU stopped answering after {group}")
                 return
         self.results.complete = True
 
@@ -72,16 +90,25 @@ class Bench:
 
     # ---- one group -----------------------------------------------------------------------------------------------
 
-    def _group(self, group: Group) -> list[Cell]:
+    def _group(self, group: Group, until: float) -> list[Cell]:
+        """Cells of a group; of its layers none is begun later than `until` seconds after the start."""
         contender = self.contenders[group.contender]
         if isinstance(contender, str):
             return self._blank(group, contender)
         if group.load == "sustained":
             return [self._recorded(group, contender, ALL, self._sustained)]
-        return [self._recorded(group, contender, linear, self._burst) for linear in group.suite.linears]
+        cells: list[Cell] = []
+        for linear in group.suite.linears:
+            if cells and time.perf_counter() - self.began > until:
+                cells.append(self._cell(group, linear, blank="not measured: its time was spent"))
+                self.results.add(cells[-1])
+            else:
+                cells.append(self._recorded(group, contender, linear, self._burst))
+        return cells
 
     def _recorded(self, group: Group, contender: Contender, what: Any, measure: Callable[..., Cell]) -> Cell:
         """Keep and return the cell of a measurement; a named blank if it fails."""
+        full = False
         try:
             cell = measure(group, contender, what)
         except ss.VerificationError as error:
@@ -89,6 +116,8 @@ class Bench:
         except Exception as error:  # a peer's, a driver's, out of memory: whatever it is, the next may work
             text = " ".join(str(error).split())[:200]
             cell = self._cell(group, what, blank=f"{type(error).__name__}: {text}" if text else type(error).__name__)
+            full = "memory" in f"{type(error).__name__} {text}".lower()
+        if full:  # only now: the error held the operands
             self._release()
         self.results.add(cell)
         return cell
@@ -100,6 +129,8 @@ class Bench:
             times = self.clock.host_us(trial.calls[0])
         else:
             launch = contender.capture(trial.calls)
+            trial.poison()
+            self.clock.synchronize()  # another stream's work
             times = [us / len(trial.calls) for us in self.clock.burst(launch)]
         trial.check_again()
         for note in trial.notes:
@@ -113,6 +144,9 @@ class Bench:
         for trial in trials:
             trial.check()
         launch = contender.capture([trial.calls[i] for i in range(count) for trial in trials])
+        for trial in trials:
+            trial.poison()
+        self.clock.synchronize()
         found = self.clock.sustained(launch)
         for trial in trials:
             trial.check_again()

@@ -166,9 +166,9 @@ class Selection:
 def plan(selection: Selection) -> list[Group]:
     """The groups in the order in which they are measured, so that a run that is cut short has said the most.
 
-    For each suite the first pattern, then the others. Of each, products beside the dense peer, then beside the 2:4 peer, then
-    under sustained load (the first pattern's beside all peers); then whole linears, quantization, packing. A dense peer is
-    measured once, whatever the patterns.
+    For each suite the first pattern, then the others. Of each, products beside the dense peer; whole linears of the first type;
+    products beside the 2:4 peer; then under sustained load, in the order in which its m were named (the first pattern's beside
+    the 2:4 peer, too); then other types' linears, quantization, packing. A dense peer is measured once, whatever the patterns.
     """
     seen: set[tuple[object, ...]] = set()
     ordered = []
@@ -185,12 +185,15 @@ def plan(selection: Selection) -> list[Group]:
 def _stages(selection: Selection, suite: Suite, patterns: Sequence[str]) -> Iterator[Group]:
     tokens = suite.tokens or selection.tokens
     sustained = [m for m in selection.sustained if m in tokens]
+    kinds = selection.kinds
     peers, first = selection.peers, patterns == selection.patterns[:1]
     parts = selection.parts if first or not selection.products_only else [part for part in selection.parts if part == "gemm"]
 
-    def groups(part: str, contenders: Sequence[str], ms: Sequence[int | None], load: str = "burst") -> Iterator[Group]:
+    def groups(
+        part: str, contenders: Sequence[str], ms: Sequence[int | None], load: str = "burst", kinds: Sequence[Kind] = kinds
+    ) -> Iterator[Group]:
         for pattern in patterns:
-            for kind in selection.kinds:
+            for kind in kinds:
                 for m in ms:
                     for contender in contenders:
                         at = pattern if contender in (OURS, "cusparselt") else None
@@ -200,10 +203,15 @@ def _stages(selection: Selection, suite: Suite, patterns: Sequence[str]) -> Iter
     dense, cusparselt, torch = ([peer for peer in (name,) if peer in peers] for name in ("dense", "cusparselt", "torch"))
     if "gemm" in parts:
         yield from groups("gemm", [*dense, OURS], tokens)
-        yield from groups("gemm", cusparselt, tokens)
-        yield from groups("gemm", [*dense, OURS, *(cusparselt if first else [])], sustained, "sustained")
     if "linear" in parts:
-        yield from groups("linear", [*torch, OURS], tokens)
+        yield from groups("linear", [*torch, OURS], tokens, kinds=kinds[:1])
+    if "gemm" in parts:
+        yield from groups("gemm", cusparselt, tokens)
+        for contenders in ([*dense, OURS], cusparselt if first else []):
+            for m in sustained:
+                yield from groups("gemm", contenders, [m], "sustained")
+    if "linear" in parts:
+        yield from groups("linear", [*torch, OURS], tokens, kinds=kinds[1:])
         yield from groups("gemm", dense, tokens)  # what the 16-bit linears are compared with
     if "quantize" in parts:
         yield from groups("quantize", [OURS], tokens)

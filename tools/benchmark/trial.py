@@ -29,7 +29,8 @@ class Trial:
     Attributes:
         calls: each with weights, activations and output of its own.
         check: raises VerificationError if what the first call computes is wrong; called before anything is timed.
-        check_again: the same of what the graph wrote last.
+        poison: fills what the graph will write last with NaN; called when it is captured, and before it runs.
+        check_again: the same as `check`, of what the graph wrote last.
         rows: tokens that were really given, if not m.
         notes: what a reader must know of it.
         on_host: the calls wait for the device and are timed by the host's clock, one after the other.
@@ -37,6 +38,7 @@ class Trial:
 
     calls: Sequence[Call]
     check: Callable[[], None] = _nothing
+    poison: Callable[[], None] = _nothing
     check_again: Callable[[], None] = _nothing
     rows: int | None = None
     notes: list[str] = field(default_factory=list)
