@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_device
@@ -14,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import slidesparse_nb as ss
-from tools.benchmark import gpu, ours, selection, torch_peers
+from tools.benchmark import gpu, ours, run, selection, torch_peers
 from tools.benchmark.results import load
 from tools.cli import main
 
@@ -54,8 +56,6 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
         if reason == "raises":
             raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
         return 0
-
-    from types import SimpleNamespace
 
     cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=count)))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
@@ -159,6 +159,54 @@ def test_the_budget_ends_the_run_cleanly(device: bench_device.FakeGpu, monkeypat
     assert 0 < len(blanks) < len(results.cells)
     assert set(blanks) == {"not measured: the budget of 60 s was spent"}
     assert "not everything was measured" in done.stdout
+
+
+def test_searches_leave_time_for_sustained_load(
+    device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A product takes 4 s, a sustained one 2: cuSPARSELt's products, which come first, wait and are never begun."""
+    began, elapsed = time.perf_counter(), 0.0
+
+    def takes(seconds: float, name: str) -> None:
+        def measure(launch: Any) -> Any:
+            nonlocal elapsed
+            elapsed += seconds
+            return getattr(bench_device.FakeGpu, name)(device, launch)
+
+        monkeypatch.setattr(device, name, measure)
+
+    takes(4, "burst")
+    takes(2, "sustained")
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: began + elapsed))
+    done = call(
+        "--shape", "64,64", "-m", "8,40", "--pattern", "6:8", "--dtype", "int8", "--peers", "dense,cusparselt",
+        "--sustained", "40,8", "--budget", 25, "--json", tmp_path / "a.json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    cells = list(load(tmp_path / "a.json").cells.values())
+    sustained = [cell for cell in cells if cell.load == "sustained" and cell.contender != "cusparselt"]
+    assert [cell.m for cell in sustained] == [40, 40, 8, 8]
+    assert all(cell.us for cell in sustained)
+    searched = [cell for cell in cells if cell.load == "burst" and cell.contender == "cusparselt"]
+    assert [cell.m for cell in searched] == [8, 40]
+    assert {cell.blank for cell in searched} == {"not measured: the budget of 25 s was spent"}
+    assert cells.index(searched[-1]) > cells.index(sustained[-1])
+
+
+def test_a_terminated_run_keeps_what_it_has(
+    device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def burst(launch: Any) -> list[float]:
+        if device.launches:
+            signal.raise_signal(signal.SIGTERM)
+        return bench_device.FakeGpu.burst(device, launch)
+
+    monkeypatch.setattr(device, "burst", burst)
+    before = signal.getsignal(signal.SIGTERM)
+    done = call(*SMALL, "--dtype", "int8", "--peers", "none", "--json", tmp_path / "a.json")
+    assert done.exit_code == 143
+    assert [cell.us for cell in load(tmp_path / "a.json").cells.values()] == [10.0]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_lost_device_ends_the_run(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
