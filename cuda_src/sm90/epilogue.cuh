@@ -18,7 +18,7 @@ template <int Tokens> struct TokenScales {
     static constexpr int HELD = (Tokens + 63) / 64;
     float held[HELD][2];
 
-    INLINE void load(const float* __restrict__ scale, int m0, int m, int lane) {
+    INLINE void load(const float* scale, int m0, int m, int lane) {
 #pragma unroll
         for (int i = 0; i < HELD; i++)
 #pragma unroll

@@ -147,9 +147,9 @@ extern "C" __global__ void
     __launch_bounds__(THREADS, BLOCKS) gemm(
         const u8* __restrict__ x,           // [stages, ceil(M / 8), 8, 128] swizzled image of slid activations
         const u8* __restrict__ weights,     // [stages, ceil(N / 64), STRIP_BYTES], arranged
-        const float* __restrict__ scale_x,  // [M], 8-bit types
+        const float* scale_x,               // [M], 8-bit types; not __restrict__: it may be written while this kernel starts
         const float* __restrict__ scale_w,  // [N], 8-bit types
-        const void* __restrict__ bias,      // [N] of bias_type, or null
+        const void* bias,                   // [N] of bias_type, or null; likewise
         i64 bias_type,
         Output<OUT>::Storage* __restrict__ y,  // [M, N]
         i64 y_pitch,                        // elements from row to row
@@ -278,9 +278,10 @@ extern "C" __global__ void
                 st_shared(mine + v / 4 * GROUP, as_bits(acc[v]), as_bits(acc[v + 1]), as_bits(acc[v + 2]), as_bits(acc[v + 3]));
             cluster_sync();
             const u32 rank = cluster_rank();
-            if (rank < SHARES)
+            if (rank >= SHARES) cluster_arrive();
+            else
 #pragma unroll 1
-                for (int at = rank * SHARE; at < (rank + 1) * SHARE; at += PORTION) {
+                for (int at = rank * SHARE, end = at + SHARE; at < end; at += PORTION) {
                     TokenScales<PORTION> token;
                     if (!WIDE) token.load(scale_x, m0 + at, m, lane);
                     Accumulator sum[PORTION / 2];
@@ -295,9 +296,10 @@ extern "C" __global__ void
                             for (int c = 0; c < 4; c++) sum[v + c] = r == 0 ? from_bits(bits[c]) : sum[v + c] + from_bits(bits[c]);
                         }
                     }
+                    if (at + PORTION == end) cluster_arrive();  // has read what it needs: before y is written, which would take a while
                     finish(sum, token, m0 + at);
                 }
-            cluster_sync();  // nobody reads this block's part any more
+            cluster_wait();  // nobody reads this block's part any more
         }
     }
     if (order == REST) griddepcontrol_wait();  // so that whoever waits for this launch has waited for the one before
