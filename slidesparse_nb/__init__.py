@@ -25,6 +25,7 @@ _HOME = {
     "quantize": "ops",
     "workspace_bytes": "ops",
     "build_kernels": "building",
+    "build_products": "building",
     "diagnose": "diagnosis",
     "load": "checkpoint",
     "save": "checkpoint",
@@ -51,6 +52,7 @@ __all__ = [*_HOME, "reference"]
 if TYPE_CHECKING:
     from . import reference as reference
     from .building import build_kernels as build_kernels
+    from .building import build_products as build_products
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .convert import Facts as Facts

@@ -7,13 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import env
-from .arch import for_capability, sm80
+from .arch import for_capability, sm80, sm90
 from .device import jit, nvrtc
 from .dtypes import PACKED, DType, packed_dtype
 from .pattern import Pattern, known_patterns
@@ -93,6 +93,37 @@ def _jobs(
                         for config in family.candidates(pattern, dtype, out, capability):
                             told = (arch, str(pattern), str(dtype), str(config), config.shared_bytes)
                             yield (family.KERNEL, config.defines(), arch), told
+
+
+def build_products(
+    products: Iterable[tuple[int, int, int, Pattern | str, DType | str, str]],
+    capability: tuple[int, int],
+    processors: int,
+    compiler: nvrtc.Nvrtc | None = None,
+) -> int:
+    """Compile the matrix kernels that these products will launch, all of a machine's processors at once; return how many.
+
+    Args:
+        products: (m, n, k, pattern, dtype of the weights, name of the type of y) of each.
+        capability: compute capability of the GPU, such as (9, 0).
+        processors: multiprocessors that it has.
+        compiler: by default the one of the CUDA version that CuPy runs on.
+
+    Raises:
+        UnsupportedError: there is no compiler, or it does not know the architecture.
+        KernelError: a kernel does not compile.
+    """
+    family = for_capability(capability)
+    arch = jit.architecture(capability) + family.SUFFIX
+    jobs: dict[str, Job] = {}
+    for m, n, k, named, dtype, out in products:
+        pattern = Pattern.of(named)
+        if family is sm80 and pattern.group > sm80.LARGEST_GROUP:  # lifted in memory
+            pattern, k = Pattern(2, 4), pattern.slid_k(k)
+        shape = (m, n, k, pattern, packed_dtype(dtype), out, capability, processors)
+        for config in sm90.choose(*shape) if family is sm90 else (sm80.choose(*shape),):
+            jobs[repr(sorted(config.defines().items()))] = (family.KERNEL, config.defines(), arch)
+    return len(compile_all(list(jobs.values()), compiler or jit.device_compiler()))
 
 
 def compile_all(work: Sequence[Job], compiler: nvrtc.Nvrtc | None = None, workers: int | None = None) -> list[jit.Built]:

@@ -78,3 +78,16 @@ def test_a_kernel_that_spills_is_no_success(monkeypatch: pytest.MonkeyPatch) -> 
     assert CliRunner().invoke(main, ["build"]).exit_code == 1
     assert not building.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, 0).good
     assert building.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, None).good
+
+
+def test_products_are_built_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel once: those that `choose` names; wide patterns as they are lifted for the portable kernel."""
+    built: list[Any] = []
+    monkeypatch.setattr(building, "compile_all", lambda jobs, compiler: built.extend(jobs) or jobs)
+    monkeypatch.setattr(jit, "device_compiler", lambda: None)
+    products = [(m, 256, 512, "6:8", "fp8", "bfloat16") for m in (1, 1, 4096)] + [(16, 256, 512, "14:16", "int8", "float16")]
+    for capability, arch in (((9, 0), "sm_90a"), ((8, 9), "sm_89")):
+        built.clear()
+        assert building.build_products(products, capability, 132) == len(built)
+        assert len({repr(job) for job in built}) == len(built) >= 3
+        assert {job[2] for job in built} == {arch}

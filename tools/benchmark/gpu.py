@@ -19,7 +19,7 @@ import numpy as np
 
 import slidesparse_nb as ss
 
-from .selection import Group
+from .selection import OURS, Group
 from .sensors import Means, Sensors
 from .summary import median
 
@@ -101,29 +101,15 @@ class Gpu:
         }
 
     def compile_ahead(self, plan: Sequence[Group]) -> None:
-        """Compile the kernels of our products into the cache, on all processors at once; what fails is left for its product."""
-        from slidesparse_nb.arch import for_capability, sm80, sm90
-        from slidesparse_nb.building import compile_all
-        from slidesparse_nb.device import jit
-        from slidesparse_nb.dtypes import packed_dtype
-
+        """Compile the kernels of our products into the cache, on all processors at once."""
         capability = (self.properties["major"], self.properties["minor"])
-        family, sms = for_capability(capability), self.properties["multiProcessorCount"]
-        arch = jit.architecture(capability) + family.SUFFIX
-        jobs = {}
-        for group in plan:
-            if group.pattern is None or group.m is None or group.contender != "ours":
-                continue
-            pattern = ss.Pattern.of(group.pattern)
-            for linear in group.suite.linears:
-                made, k = pattern, linear.k
-                if family is sm80 and pattern.group > sm80.LARGEST_GROUP:  # lifted in memory
-                    made, k = ss.Pattern(2, 4), pattern.slid_k(k)
-                shape = (group.m, linear.n, k, made, packed_dtype(group.kind.name), group.kind.activations, capability, sms)
-                for config in sm90.choose(*shape) if family is sm90 else (sm80.choose(*shape),):
-                    defines = config.defines()
-                    jobs[repr(sorted(defines.items()))] = (family.KERNEL, defines, arch)
-        compile_all(list(jobs.values()), jit.device_compiler())
+        products = [
+            (group.m, linear.n, linear.k, group.pattern, group.kind.name, group.kind.activations)
+            for group in plan
+            if group.contender == OURS and group.pattern is not None and group.m is not None
+            for linear in group.suite.linears
+        ]
+        ss.build_products(products, capability, self.properties["multiProcessorCount"])
 
     def state(self) -> dict[str, float | None]:
         """Clock, temperature and power, now."""
