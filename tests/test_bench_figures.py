@@ -12,8 +12,8 @@ import slidesparse_nb as ss
 from tools.benchmark import check, readme
 from tools.benchmark.figures import figures
 from tools.benchmark.floors import CEILINGS, floor_us, packed_bytes, work
-from tools.benchmark.results import ALL, Cell, Results, load
-from tools.benchmark.selection import FULL, KINDS, MODELS, PEERS, QUICK, Group, Linear, Preset, Selection, plan
+from tools.benchmark.results import Cell, Results, load
+from tools.benchmark.selection import ALL, FULL, KINDS, MODELS, PEERS, QUICK, Group, Linear, Preset, Selection, plan
 from tools.benchmark.sensors import Sample, means
 from tools.benchmark.summary import crossover, crossover_sentence, median, percentile, slope, spread
 from tools.benchmark.table import blanks, crossovers, number, sections

@@ -16,6 +16,7 @@ if __name__ == "__main__" and not __package__:
     __package__ = "tools"
 
 import importlib
+import math
 import os
 import signal
 import threading
@@ -32,6 +33,7 @@ import slidesparse_nb as ss
 
 from .benchmark import gpu, readme, table, torch_peers
 from .benchmark.floors import CEILINGS
+from .benchmark.keeper import Keeper
 from .benchmark.ours import Ours
 from .benchmark.results import Results, load
 from .benchmark.run import Bench
@@ -75,8 +77,13 @@ def _one_of(known: Any) -> Callable[[str], str]:
     return make
 
 
+def _is_number(text: str, most: int) -> bool:
+    """Whether it is 1 to `most` in digits 0 to 9."""
+    return text.isascii() and text.isdecimal() and len(text) < 20 and 1 <= int(text) <= most
+
+
 def _tokens(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 1 << 20:
+    if not _is_number(text, 1 << 20):
         raise ValueError(f"{text!r} must be a number of tokens, 1 to {1 << 20}")
     return int(text)
 
@@ -90,9 +97,19 @@ class Shape(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, tuple):
             return value
         parts = [part.strip() for part in str(value).split(",")]
-        if len(parts) != 2 or not all(part.isdecimal() and 1 <= int(part) <= 1 << 24 for part in parts):
+        if len(parts) != 2 or not all(_is_number(part, 1 << 24) for part in parts):
             self.fail(f"{value!r} must be outputs and inputs, N,K, as in 4096,11008", param, ctx)
         return int(parts[0]), int(parts[1])
+
+
+class Seconds(click.FloatRange):
+    """1 or more, and no end of time."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        return seconds
 
 
 MEASURE = ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "peers", "sustained", "quick", "full", "budget")
@@ -119,7 +136,7 @@ MEASURE = ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "pe
 @click.option("--sustained", type=Listed("M,M", _tokens), help="m of -m at which sustained load is measured, too.")
 @click.option("--quick", is_flag=True, help="Under a minute; what --full measures is cut to the most telling.  [default]")
 @click.option("--full", is_flag=True, help="Under nine minutes: every part of 6:8, products of four patterns, all types.")
-@click.option("--budget", type=click.FloatRange(min=1), help="Seconds after which nothing more is begun.")
+@click.option("--budget", type=Seconds(min=1), help="Seconds after which nothing more is begun.")
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the results here, as they come."
 )
@@ -144,28 +161,22 @@ def bench(
     """
     named = [name for name in MEASURE if asked[name]]
     if readme_path is not None or from_path is not None:
-        if named or json_path or (readme_path and (from_path or plot)):
+        if named or json_path or (readme_path and (from_path or plot or quiet or verbose)):
             raise click.UsageError("--readme stands alone; --from goes with --plot and -v only")
         if readme_path is not None:
             _write_readme(readme_path)
             return
         assert from_path is not None
-        results = load(from_path)
+        draw = _drawing(plot, from_path)
+        results, unsaved = load(from_path), None
     else:
-        for path in (json_path, plot):
-            if path is not None and not os.access(path.absolute().parent, os.W_OK):
-                raise click.UsageError(f"{path}: {path.absolute().parent} is no folder that can be written")
         selection, budget = _selection(asked)
-        results = measure(selection, budget, json_path, (lambda text: None) if quiet else (lambda text: say(text, err=True)))
+        _can_be_written("--json", json_path)
+        draw = _drawing(plot, json_path, selection)
+        tell: Callable[[str], None] = (lambda text: None) if quiet else (lambda text: say(text, err=True))
+        results, unsaved = measure(selection, budget, json_path, tell)
     show(results, each=verbose > 0)
-    if plot is not None:
-        _draw(results, plot)
-    if wrong := results.wrong:
-        first = wrong[0]
-        raise ss.VerificationError(
-            f"{len(wrong)} results are wrong and have no time, the first {first.part} {first.type} {first.pattern}"
-            f" {first.layer} m={first.m}: {first.blank}"
-        )
+    _end(results, [unsaved, draw(results)])
 
 
 def _selection(asked: dict[str, Any]) -> tuple[Selection, float]:
@@ -200,11 +211,71 @@ def _selection(asked: dict[str, Any]) -> tuple[Selection, float]:
     return selection, asked["budget"] or (LONGEST if own else preset.budget)
 
 
+def _can_be_written(option: str, path: Path | None) -> None:
+    if path is None:
+        return
+    if not path.name or (path.exists() and not path.is_file()):
+        raise click.UsageError(f"{option}: {str(path)!r} is not the name of a file")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise click.UsageError(f"{path}: {path.absolute().parent} is no folder that can be written")
+
+
+def _drawing(
+    plot: Path | None, other: Path | None, selection: Selection | None = None
+) -> Callable[[Results], Exception | None]:
+    """What draws the picture and returns what went wrong; whatever can be known of that before measuring, is."""
+    if plot is None:
+        return lambda results: None
+    _can_be_written("--plot", plot)
+    if plot.suffix.lower() != ".png":
+        raise click.UsageError(f"--plot: {plot} must end in .png")
+    if other is not None and plot.resolve() == other.resolve():
+        raise click.UsageError(f"--plot: {plot} is the file of the results, too; give it a name of its own")
+    if selection is not None and not ("gemm" in selection.parts and "dense" in selection.peers):
+        raise click.UsageError("--plot draws products over the dense peer: measure --part gemm --peers dense, too")
+    try:
+        picture = importlib.import_module(".benchmark.picture", __package__)
+    except ImportError as error:
+        raise click.ClickException(
+            f"--plot needs matplotlib, which cannot be imported ({error}); pip install matplotlib"
+        ) from None
+
+    def draw(results: Results) -> Exception | None:
+        try:
+            picture.draw(results, plot)
+        except Exception as error:  # the run is measured: whatever the picture lacks, the rest is told
+            return error
+        return None
+
+    return draw
+
+
+def _end(results: Results, failed: list[Exception | None]) -> None:
+    """Raise what went wrong, wrong results first; the rest is told."""
+    errors = [error for error in failed if error is not None]
+    if wrong := results.wrong:
+        first = wrong[0]
+        errors.insert(0, ss.VerificationError(
+            f"{len(wrong)} results are wrong and have no time, the first {first.part} {first.type} {first.pattern}"
+            f" {first.layer} m={first.m}: {first.blank}"
+        ))  # fmt: skip
+    for error in errors[1:]:
+        say(f"error: {error}", err=True)
+    if errors:
+        raise errors[0]
+
+
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(selection: Selection, budget: float, json_path: Path | None, tell: Callable[[str], None]) -> Results:
-    """Run everything; the file, if any, is whole after every group."""
+def measure(
+    selection: Selection, budget: float, json_path: Path | None, tell: Callable[[str], None]
+) -> tuple[Results, OSError | None]:
+    """Run everything; the file, if any, is whole after every group. Also returns why the file lacks something, if it does.
+
+    Raises:
+        click.UsageError: the file cannot be written, which is found out before anything is measured.
+    """
     began = time.perf_counter()
     device = gpu.open_gpu()
     contenders: dict[str, Contender | str] = {OURS: Ours(device)}
@@ -214,6 +285,8 @@ def measure(selection: Selection, budget: float, json_path: Path | None, tell: C
         selection={**selection.as_dict(), "budget_s": budget},
         suites={suite.name: [(x.name, x.n, x.k) for x in suite.linears] for suite in selection.suites},
     )
+    keeper = Keeper(results, json_path, tell)
+    keeper.begin()
     results.ceilings = CEILINGS.get(results.machine["gpu"], {})
     if not results.ceilings:
         results.note(f"no ceiling of the sparse instruction is known for {results.machine['gpu']}: floors count bytes alone")
@@ -232,13 +305,6 @@ def measure(selection: Selection, budget: float, json_path: Path | None, tell: C
         results.note(f"kernels were not compiled ahead ({type(failed).__name__}: {' '.join(str(failed).split())[:120]})")
     beside.shutdown()
     tell(table.machine_line(results))
-    saved = began
-
-    def save(at_most_every: float = 0.2) -> None:
-        nonlocal saved
-        if json_path is not None and time.perf_counter() - saved >= at_most_every:
-            results.save(json_path)
-            saved = time.perf_counter()
 
     def stop(*_: object) -> NoReturn:
         raise SystemExit(143)
@@ -246,15 +312,15 @@ def measure(selection: Selection, budget: float, json_path: Path | None, tell: C
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, stop) if here else None  # as `timeout` sends it: keep what there is
     try:
-        Bench(device, contenders, results, budget, began, save, tell).run(groups)
+        Bench(device, contenders, results, budget, began, keeper.save, tell).run(groups)
     finally:
         if here:
             signal.signal(signal.SIGTERM, before)
         results.seconds = round(time.perf_counter() - began, 1)
-        save(0)
+        keeper.save(0)
         results.machine["after"] = device.state()
-        save(0)
-    return results
+        keeper.save(0)
+    return results, keeper.failed
 
 
 def peers(device: gpu.Gpu, selection: Selection, results: Results) -> dict[str, Contender | str]:
@@ -290,20 +356,13 @@ def show(results: Results, *, each: bool) -> None:
     say(f"took {seconds}; below a crossover see docs/benchmarks.md")
 
 
-def _draw(results: Results, path: Path) -> None:
-    try:
-        picture = importlib.import_module(".benchmark.picture", __package__)
-    except ImportError as error:
-        raise click.ClickException(
-            f"--plot needs matplotlib, which cannot be imported ({error}); pip install matplotlib"
-        ) from None
-    picture.draw(results, path)
-
-
 def _write_readme(path: Path) -> None:
-    where = Path(__file__).resolve().parents[1] / "README.md"
+    root = Path(__file__).resolve().parents[1]
+    where = root / "README.md"
     if not where.exists():
         raise click.UsageError("--readme works in a checkout, where README.md is")
+    if path.resolve() != root / readme.PUBLISHED:
+        raise click.UsageError(f"--readme: {path} is not {readme.PUBLISHED}, which README names as its source")
     changed = readme.rewrite(where, load(path))
     say(f"{where}: {'rewritten' if changed else 'as it was'}")
 

@@ -5,5 +5,5 @@ run        the loop: check, time, record           floors    the least time that
 ours       this library, through its public API    summary   medians, spreads, ratios, crossovers
 torch_peers  cuBLASLt and cuSPARSELt by PyTorch    table, readme, picture   what a reader sees
 gpu, sensors  CuPy: operands, graphs, clocks, watts
-check      results against the reference
+check      results against the reference           keeper, rules   their file while a run lasts; what it must hold
 """

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .floors import Work, floor_us, work
-from .results import ALL, Cell, Results
-from .selection import KINDS, OURS
+from .results import Cell, Results
+from .selection import ALL, KINDS, OURS
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def draw(results: Results, path: Path) -> None:
                 fontweight="bold",
             )
             at += text.get_window_extent().width / figure.bbox.width + 0.02
-        figure.savefig(path)
+        figure.savefig(path, format="png")
 
 
 def _panel(axes: Any, title: str, lines: Mapping[str, Mapping[int, float]], colours: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import slidesparse_nb as ss
 
 from .figures import Figure, figures
-from .results import Results
+from .results import Results, write_whole
 from .selection import KINDS
 from .table import crossovers, machine_line, number
 
@@ -75,12 +75,12 @@ def rewrite(readme: Path, results: Results | None) -> bool:
     Raises:
         FormatError: the markers are not there, in order and once.
     """
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ss.FormatError(f"{readme}: must hold the lines {BEGIN!r} and {END!r}, once and in this order")
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     new = f"{head}{BEGIN}\n\n{section(results)}\n{END}{tail}"
     if new != text:
-        readme.write_text(new)
+        write_whole(readme, new)
     return new != text

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import slidesparse_nb as ss
+from slidesparse_nb.strict_json import parse_json, shown
 
-from .selection import OURS
+from .rules import check_file
+from .selection import ALL, OURS
 
 SCHEMA = 1
-
-ALL = "all"
-"""In place of a layer: the suite's layers in turn."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,22 @@ class Results:
         """Write the JSON file: whole, or as it was before."""
         head = self.as_dict()
         cells = head.pop("cells")
-        text = json.dumps(head, indent=1)[:-2] + ',\n "cells": [\n'
-        text += ",\n".join("  " + json.dumps(cell) for cell in cells) + "\n ]\n}\n"
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(text)
-            os.replace(beside, path)
-        finally:
+        text = json.dumps(head, indent=1, allow_nan=False)[:-2] + ',\n "cells": [\n'
+        text += ",\n".join("  " + json.dumps(cell, allow_nan=False) for cell in cells) + "\n ]\n}\n"
+        write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside `path`, then put it there: whole, or as it was before."""
+    path = path.resolve()
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(path, beside)
+        os.replace(beside, path)
+    finally:
+        with contextlib.suppress(OSError):  # the name itself may be too long
             beside.unlink(missing_ok=True)
 
 
@@ -153,21 +162,21 @@ def load(path: Path) -> Results:
     """Read a JSON file of results.
 
     Raises:
-        FormatError: it is none, or of another schema.
+        FormatError: it is none, is of another schema, or breaks a rule of rules.py.
     """
+    again = "; run slidesparse bench --json again"
     try:
-        given = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ss.FormatError(f"{path}: is no JSON file ({error}); slidesparse bench --json writes one") from None
-    if not isinstance(given, Mapping) or given.get("schema") != SCHEMA:
-        found = given.get("schema") if isinstance(given, Mapping) else None
-        raise ss.FormatError(f"{path}: schema {found!r} must be {SCHEMA}; run slidesparse bench --json again")
-    try:
-        facts = {f.name: given[f.name] for f in dataclasses.fields(Results) if f.name != "cells"}
-        facts["suites"] = {name: [(str(a), int(n), int(k)) for a, n, k in layers] for name, layers in facts["suites"].items()}
-        cells = [Cell(**{"n": None, "k": None, "pattern": None, "m": None, **cell}) for cell in given["cells"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ss.FormatError(
-            f"{path}: is not a whole file of results ({error!r}); run slidesparse bench --json again"
-        ) from None
-    return Results(**facts, cells={cell.key: cell for cell in cells})
+        given = parse_json(path.read_bytes(), path)
+        found = given.get("schema")
+        if type(found) is not int or found != SCHEMA:
+            raise ss.FormatError(f"{path}: schema {shown(found)} must be {SCHEMA}")
+        check_file(given, path)
+    except ss.FormatError as error:
+        raise ss.FormatError(f"{error}{again}") from None
+    facts = {f.name: given[f.name] for f in dataclasses.fields(Results) if f.name != "cells"}
+    facts["suites"] = {name: [(a, n, k) for a, n, k in layers] for name, layers in given["suites"].items()}
+    cells = [Cell(**{"n": None, "k": None, "pattern": None, "m": None, **cell}) for cell in given["cells"]]
+    results = Results(**facts, cells={cell.key: cell for cell in cells})
+    if len(results.cells) != len(cells):
+        raise ss.FormatError(f"{path}: two of its cells measure the same{again}")
+    return results

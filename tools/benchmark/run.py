@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import slidesparse_nb as ss
 
 from .gpu import Sustained
-from .results import ALL, Cell, Results
-from .selection import OURS, Group, Linear
+from .results import Cell, Results
+from .selection import ALL, OURS, Group, Linear
 from .summary import median, spread
 from .trial import Call, Contender, Launch, copies
 

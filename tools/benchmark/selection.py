@@ -107,6 +107,9 @@ PEERS = {
 }
 OURS = "ours"
 
+ALL = "all"
+"""In place of a layer: the suite's layers in turn."""
+
 
 @dataclass(frozen=True)
 class Group:

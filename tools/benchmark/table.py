@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from .figures import Figure, figures
-from .results import ALL, Results
-from .selection import KINDS, PEERS
+from .results import Results
+from .selection import ALL, KINDS, PEERS
 from .summary import crossover_sentence
 
 Rows = list[tuple[str, ...]]
