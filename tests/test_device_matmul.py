@@ -227,6 +227,7 @@ class Rows:
 
     def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
         assert not programmatic
+        assert min(grid) > 0
         x, row_step, step, k, out, columns = arguments
         size = self.held.itemsize
         rows = at(out, (grid[0], columns), self.stored.numpy)
@@ -470,6 +471,32 @@ def test_nothing_to_do(gpu: Any) -> None:
     empty_x = ops().quantize(array(np.zeros((3, 0, 64), np.float32)), packed)
     assert ops().matmul(empty_x, packed).shape == (3, 0, 16)
     assert empty_x.values.shape == (0, 64)
+    assert ops().workspace_bytes(0, packed, BF16) == ops().workspace_bytes(0, packed, "bfloat16") > 0
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_no_columns(gpu: Any, dtype: DType) -> None:
+    bias = np.arange(5, dtype=np.float32)
+    y = ops().matmul(array(np.zeros((3, 0), np.float32)), weight(5, 0, dtype), bias=array(bias))
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, (3, 5)))
+
+
+def test_a_server_sees_any_number_of_shapes(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = importlib.import_module("slidesparse_nb.device.plans")
+    monkeypatch.setattr(plans, "MOST_PLANS", 4)
+    packed = weight(16, 64, INT8)
+    for m in range(1, 12):
+        x = array(np.ones((m, 64), np.float32))
+        assert ops().matmul(x, packed).shape == (m, 16)
+        assert len(gpu.gemm.to_device(packed).plans) <= 4
+
+
+@pytest.mark.parametrize(
+    ("m", "out_dtype", "message"), [(-1, "float32", "m: -1"), (4, "float64", "out_dtype: 'float64'"), (4, "foo", "'foo'")]
+)
+def test_workspaces_that_cannot_be(gpu: Any, m: int, out_dtype: str, message: str) -> None:
+    with pytest.raises(OperandError, match=message):
+        ops().workspace_bytes(m, weight(16, 64, INT8), out_dtype)
 
 
 def test_what_is_refused(gpu: Any) -> None:

@@ -37,7 +37,11 @@ def _counters(ordinal: int, stream: int) -> Any:
 
 def workspace_bytes(m: int, packed: PackedWeight, out_dtype: Any) -> int:
     """Bytes of a workspace with which `matmul` of m tokens allocates nothing. Make it with cupy.zeros."""
-    return to_device(packed).plan(m, FLOATS[np.dtype(out_dtype)]).bytes
+    if m < 0:
+        raise OperandError(f"m: {m} must be a number of tokens, 0 or more")
+    name = _out_type(out_dtype)[1]
+    weight = to_device(packed)
+    return weight.plan(m, name).bytes if m and packed.n else 4 * COUNTERS
 
 
 def matmul(
@@ -197,13 +201,22 @@ def _check_image(data: Any, plan: Plan) -> None:
         raise OperandError(f"x.image: {data.dtype} {data.shape} {rule}")
 
 
+def _out_type(out_dtype: Any) -> tuple[np.dtype[Any], str]:
+    """The type that `out_dtype` means, and its name."""
+    try:
+        dtype = getattr(out_dtype, "numpy", None) or np.dtype(out_dtype)
+    except TypeError:
+        dtype = None
+    if dtype not in FLOATS:
+        raise OperandError(f"out_dtype: {out_dtype!r} must be one of {', '.join(FLOATS.values())}")
+    return dtype, FLOATS[dtype]
+
+
 def _result(shape: tuple[int, ...], source: Any, out: Any, out_dtype: Any) -> tuple[Any, str]:
     """`out` as a CuPy array, or a new one; and the name of its type."""
     if out is None:
-        dtype = source if out_dtype is None else getattr(out_dtype, "numpy", None) or np.dtype(out_dtype)
-        if dtype not in FLOATS:
-            raise OperandError(f"out_dtype: {dtype} must be one of {', '.join(FLOATS.values())}")
-        return cupy.empty(shape, dtype), FLOATS[dtype]
+        dtype, name = _out_type(source if out_dtype is None else out_dtype)
+        return cupy.empty(shape, dtype), name
     y = as_cupy("out", out)
     name = float_name("out", y)
     if y.shape != shape or (out_dtype is not None and (getattr(out_dtype, "numpy", None) or np.dtype(out_dtype)) != y.dtype):

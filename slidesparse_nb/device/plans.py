@@ -17,6 +17,7 @@ import cupy
 from .. import env
 from ..arch import for_capability, sm80, sm90
 from ..dtypes import CUDA_CODES, DType
+from ..errors import UnsupportedError
 from ..packed import PackedWeight
 from ..pattern import Pattern
 from . import activations, jit
@@ -25,6 +26,9 @@ from .launch import Launcher
 
 COUNTERS = 4096
 """Tiles whose k may be split, at most; so many counters stand at the start of a workspace."""
+
+MOST_PLANS = 1024
+"""Shapes that a weight, and kinds of x that a shape, remembers: a server may see any number of them."""
 
 ROWS_KERNEL = "common/rows.cu"
 
@@ -71,6 +75,8 @@ class DeviceWeight:
     def plan(self, m: int, out: str) -> Plan:
         """How to multiply m tokens into the type named `out`, on the current device, which is this weight's."""
         if (known := self.plans.get((m, out))) is None:
+            if len(self.plans) >= MOST_PLANS:
+                self.plans.clear()
             known = self.plans[m, out] = Plan(self, m, out)
         return known
 
@@ -136,6 +142,8 @@ class Plan:
         if config.shared_bytes > 48 << 10:
             raw.max_dynamic_shared_size_bytes = config.shared_bytes
         if isinstance(config, sm90.Config):
+            if sm90.stages(weight.pattern, weight.k, dtype) < 2 * config.cut:  # a block without a step would never end
+                raise AssertionError(config)
             grid, parameters = config.grid(), 14
             arguments: tuple[int, ...] = (
                 sm90.stages(weight.pattern, weight.k, dtype),
@@ -170,6 +178,8 @@ class Plan:
         try:
             return self.feeds[key]
         except KeyError:
+            if len(self.feeds) >= MOST_PLANS:
+                self.feeds.clear()
             feed = self.feeds[key] = self._new_feed(x, quantized)
             return feed
 
@@ -206,7 +216,10 @@ def to_device(packed: PackedWeight, ordinal: int | None = None) -> DeviceWeight:
         FormatError: the tensors of `packed` do not fit its shape.
     """
     if ordinal is None:
-        ordinal = cupy.cuda.runtime.getDevice()
+        try:
+            ordinal = int(cupy.cuda.runtime.getDevice())
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise UnsupportedError(f"device: no GPU can be used ({error}); `slidesparse doctor` says what can") from None
     weight: DeviceWeight | None = packed.arranged.get(ordinal)
     if weight is None:
         weight = packed.arranged.setdefault(ordinal, DeviceWeight(packed, ordinal))
@@ -225,7 +238,7 @@ def rows_feed(ordinal: int, x: Any, held_as: str, dtype: DType, pitch: int, lift
     """Copies x [m, k] to rows of `pitch` bytes, 16-byte aligned, of the weights' type, lifted by groups of `lift` columns."""
     m, k = x.shape
     columns = pitch * 8 // dtype.bits
-    run, grid = _rows_kernel(ordinal, held_as, dtype.name, lift), (m, min(64, -(-columns // 256)), 1)
+    run, grid = _rows_kernel(ordinal, held_as, dtype.name, lift), (m, max(1, min(64, -(-columns // 256))), 1)
     row_step, step = (stride // x.itemsize for stride in x.strides)
 
     def feed(stream: int, x: int, operand: int, scale: int) -> None:
