@@ -207,7 +207,7 @@ def test_sections_leave_empty_columns_out() -> None:
     assert "x PyTorch" not in columns
     assert [row[columns.index("x dense")] for row in rows] == ["1.20x", "0.90x"]
     assert list(crossovers(made_up())) == [
-        "FP8 6:8 product, model: faster than dense cuBLASLt only at m = 16; slower at m = 4096 (0.90x)."
+        "FP8 6:8 product, model, in bursts: faster than dense cuBLASLt only at m = 16; slower at m = 4096 (0.90x)."
     ]
 
 
@@ -223,7 +223,10 @@ def test_what_stands_against_a_whole_linear() -> None:
         results.add(Cell("torch", "linear", "model", layer, n, 256, "fp8", None, 16, "burst", us=60))
     linear = next(figure for figure in figures(results) if figure.part == "linear")
     assert (linear.dense, linear.torch) == (24, 120)
-    assert "whole linear, model: faster than PyTorch's dynamic linear at m = 16 (4.00x)" in list(crossovers(results))[-1]
+    assert (
+        "whole linear, model, in bursts: faster than PyTorch's dynamic linear at m = 16 (4.00x)"
+        in list(crossovers(results))[-1]
+    )
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

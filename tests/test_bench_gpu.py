@@ -83,7 +83,6 @@ class Simulation:
             getDeviceProperties=lambda device: properties,
             driverGetVersion=lambda: 13000,
             runtimeGetVersion=lambda: 12090,
-            memcpyAsync=lambda *args: None,
         )
         device = SimpleNamespace(pci_bus_id="0000:00:00.0", synchronize=lambda: None)
         self.cupy = SimpleNamespace(
@@ -94,6 +93,8 @@ class Simulation:
             ),
             random=SimpleNamespace(default_rng=np.random.default_rng),
             empty=lambda shape, dtype: np.empty(shape, dtype).view(Array),
+            ones=lambda shape, dtype: np.ones(shape, dtype).view(Array),
+            positive=np.positive,
             asarray=np.asarray,
         )  # fmt: skip
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import slidesparse_nb as ss
-from slidesparse_nb.strict_json import parse_json, shown
 
-from .rules import check_file
+from .rules import check_file, parse, shown
 from .selection import ALL, OURS
 
 SCHEMA = 1
@@ -166,7 +165,7 @@ def load(path: Path) -> Results:
     """
     again = "; run slidesparse bench --json again"
     try:
-        given = parse_json(path.read_bytes(), path)
+        given = parse(path.read_bytes(), path)
         found = given.get("schema")
         if type(found) is not int or found != SCHEMA:
             raise ss.FormatError(f"{path}: schema {shown(found)} must be {SCHEMA}")

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import json
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 
 import slidesparse_nb as ss
-from slidesparse_nb.strict_json import shown
 
 from .selection import ALL, KINDS, OURS, PARTS, PEERS
+
+_shortened = reprlib.Repr()
+_shortened.maxstring = _shortened.maxother = 120
+shown = _shortened.repr
+"""repr, cut to a length that an error message can bear."""
+
+
+def parse(data: bytes, where: object) -> dict[str, Any]:
+    """The JSON object in `data`.
+
+    Raises:
+        FormatError: it is none, or holds NaN or Infinity.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise ss.FormatError(f"{where}: {constant} is no JSON number")
+
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, thousands of digits, nested too deeply
+        raise ss.FormatError(f"{where}: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ss.FormatError(f"{where}: is {shown(value)}, must be a JSON object")
+    return value
+
 
 Layers = Mapping[str, tuple[int, int]]
 """name -> (n, k)."""

@@ -124,7 +124,7 @@ def crossovers(results: Results) -> Iterator[str]:
             grouped.setdefault((figure.part, suite, figure.type, figure.pattern, peer), {})[figure.m] = ratio
     for (part, suite, type, pattern, peer), ratios in grouped.items():
         what = "product" if part == "gemm" else "whole linear"
-        yield crossover_sentence(f"{KINDS[type].label} {pattern} {what}, {suite}", peer, ratios)
+        yield crossover_sentence(f"{KINDS[type].label} {pattern} {what}, {suite}, in bursts", peer, ratios)
 
 
 def blanks(results: Results) -> Iterator[str]:
