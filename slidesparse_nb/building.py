@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import env
-from .arch import for_capability, sm80, sm90
+from .arch import as_multiplied, choose, for_capability, sm80
 from .device import jit, nvrtc
 from .dtypes import PACKED, DType, packed_dtype
 from .pattern import Pattern, known_patterns
@@ -117,11 +117,8 @@ def build_products(
     arch = jit.architecture(capability) + family.SUFFIX
     jobs: dict[str, Job] = {}
     for m, n, k, named, dtype, out in products:
-        pattern = Pattern.of(named)
-        if family is sm80 and pattern.group > sm80.LARGEST_GROUP:  # lifted in memory
-            pattern, k = Pattern(2, 4), pattern.slid_k(k)
-        shape = (m, n, k, pattern, packed_dtype(dtype), out, capability, processors)
-        for config in sm90.choose(*shape) if family is sm90 else (sm80.choose(*shape),):
+        pattern, seen_k = as_multiplied(family, Pattern.of(named), k)
+        for config in choose(family, m, n, seen_k, pattern, packed_dtype(dtype), out, capability, processors):
             jobs[repr(sorted(config.defines().items()))] = (family.KERNEL, config.defines(), arch)
     return len(compile_all(list(jobs.values()), compiler or jit.device_compiler()))
 

@@ -204,10 +204,7 @@ def _selection(asked: dict[str, Any]) -> tuple[Selection, float]:
         sustained=sustained or tuple(m for m in preset.sustained if m in tokens),
         products_only=not asked["part"],
     )
-    chosen = any(
-        asked[name] for name in ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "peers", "sustained")
-    )
-    own = chosen and not asked["quick"] and not asked["full"]
+    own = any(asked[name] for name in MEASURE if name != "budget") and not asked["quick"] and not asked["full"]
     return selection, asked["budget"] or (LONGEST if own else preset.budget)
 
 

@@ -50,6 +50,7 @@ INLINE void stmatrix_x4_trans(u32 to, u32 a, u32 b, u32 c, u32 d) {
 INLINE void stmatrix_x2_trans(u32 to, u32 a, u32 b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
 }
+
 // ---- "bar.sync" among some of the threads -----------------------------------------------------------------------------------
 template <int COUNT> INLINE void threads_sync(int id) { asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(COUNT) : "memory"); }
 INLINE void warpgroup_sync(int id) { threads_sync<128>(id); }
@@ -60,6 +61,7 @@ INLINE u32 mapa(u32 address, u32 rank) {
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
 }
+
 // ---- "barrier.cluster": all threads of all blocks of a cluster; not .aligned, since warps may come diverged from an epilogue -----
 INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }

@@ -52,10 +52,22 @@ def require_support(capability: tuple[int, int], dtype: DType) -> None:
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 
+ROW, BYTE = np.arange(64)[:, None], np.arange(64)
+KEPT_AT = (ROW * 64 + (BYTE ^ (ROW // 2 % 4 * 16))).ravel()
+"""Where byte b of row r of a strip's kept values stands, for r * 64 + b."""
+
+TOKEN, PIECE = np.arange(8)[:, None], np.arange(8)
+PIECE_AT = PIECE ^ TOKEN
+"""Where the 16-byte pieces of each of eight tokens stand in its stage, and which stand at each place: its own inverse."""
+
 
 def stages(pattern: Pattern, k: int, dtype: DType) -> int:
     """Stages that cover a row of k columns: an even number, since kernels for few tokens take two at a time."""
-    return max(2, -(-pattern.slid_k(k) * dtype.bits // 8 // (2 * STAGE)) * 2)
+    return _stages_of(pattern.slid_k(k) * dtype.bits // 8)
+
+
+def _stages_of(slid_bytes: int) -> int:
+    return max(2, -(-slid_bytes // (2 * STAGE)) * 2)
 
 
 def strip_bytes(dtype: DType) -> int:
@@ -80,10 +92,8 @@ def arrange(packed: PackedWeight, xp: Any = np) -> Any:
     meta = xp.full((64 * strips, (16 if not wide else 8) * count), 0x44, np.uint8)
     meta[:n, : packed.meta.shape[1]] = packed.meta
 
-    row, byte = np.arange(64)[:, None], np.arange(64)
-    swizzled = xp.asarray(row * 64 + (byte ^ (row // 2 % 4 * 16))).ravel()
     image = xp.empty((strips, count, 4096), np.uint8)
-    image[:, :, swizzled] = values.reshape(strips, 64, count, 64).transpose(0, 2, 1, 3).reshape(strips, count, 4096)
+    image[:, :, xp.asarray(KEPT_AT)] = values.reshape(strips, 64, count, 64).transpose(0, 2, 1, 3).reshape(strips, count, 4096)
 
     # a row's nibbles of a stage: 8-bit, two instructions of 16 windows, 8 bytes each; 16-bit, two of 8 windows, 4 bytes each
     if not wide:  # thread (warp, g, q): row 16 warp + g + 8 (q & 1), half q >> 1 of the windows; word of instruction 0, then 1
@@ -100,8 +110,7 @@ def restore(arranged: Any, packed: PackedWeight) -> PackedWeight:
     """Inverse of arrange: the packed weight, whose pattern, shape, dtype and scale are taken from `packed`. NumPy."""
     arranged = arranged.transpose(1, 0, 2)
     strips, count = arranged.shape[:2]
-    row, byte = np.arange(64)[:, None], np.arange(64)
-    values = arranged[:, :, (row * 64 + (byte ^ (row // 2 % 4 * 16))).ravel()]
+    values = arranged[:, :, KEPT_AT]
     values = values.reshape(strips, count, 64, 64).transpose(0, 2, 1, 3).reshape(64 * strips, 64 * count)
     words = arranged[:, :, 4096:]
     if packed.dtype.bits == 8:
@@ -124,23 +133,21 @@ def image(x: Any, pattern: Pattern, xp: Any = np) -> Any:
     m, k = x.shape
     size = x.dtype.itemsize
     ks = pattern.slid_k(k)
-    count = max(2, -(-ks * size // (2 * STAGE)) * 2)
+    count = _stages_of(ks * size)
     raw = x.view(f"u{size}")
     padded = xp.zeros((-(-m // 8) * 8, pattern.padded_k(k)), raw.dtype)
     padded[:m, :k] = raw
     slid = xp.zeros((padded.shape[0], count * STAGE // size), raw.dtype)
     slid[:, :ks] = padded[:, xp.asarray(pattern.lift_index(k))]
     slid = slid.view(np.uint8).reshape(-1, 8, count, 8, 16)  # group, token, stage, piece, byte
-    token, piece = np.arange(8)[:, None], np.arange(8)
-    slid = slid[:, xp.asarray(token), :, xp.asarray(piece ^ token)]  # [token, piece, group, stage, byte]
+    slid = slid[:, xp.asarray(TOKEN), :, xp.asarray(PIECE_AT)]  # [token, piece, group, stage, byte]
     return xp.ascontiguousarray(slid.transpose(3, 2, 0, 1, 4)).reshape(count, -1, 8, STAGE)
 
 
 def image_rows(made: Any, m: int, k: int, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
     """Inverse of `image`: activations [m, k] as their bits (`dtype.raw`), from the first window that holds each."""
     count = made.shape[0]
-    token, piece = np.arange(8)[:, None], np.arange(8)
-    pieces = made.reshape(count, -1, 8, 8, 16)[:, :, xp.asarray(token), xp.asarray(piece ^ token)]
+    pieces = made.reshape(count, -1, 8, 8, 16)[:, :, xp.asarray(TOKEN), xp.asarray(PIECE_AT)]
     slid = xp.ascontiguousarray(pieces.transpose(1, 2, 0, 3, 4)).reshape(-1, count * STAGE).view(dtype.raw)
     group, inside = np.divmod(np.arange(k), pattern.group)
     window = np.minimum(inside // 2, pattern.windows - 1)

@@ -20,7 +20,7 @@ from ..dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8, DType, packed_dty
 from ..errors import OperandError
 from ..pattern import Pattern
 from .activation_kernels import Variant, kernel
-from .numba_kernel import SIMULATED, Kernel, arrays
+from .numba_kernel import SIMULATED, Kernel, arrays, current_device
 
 SOURCES = {BFLOAT16.numpy: "bfloat16", FLOAT16.numpy: "float16", FLOAT32: "float32"}
 """Types of x."""
@@ -93,7 +93,7 @@ def quantize(
     width = row_pitch(k, pattern, pitch)
     out, scale = _results(out, (m, width), np.int8 if dtype is INT8 else np.uint8, scale, (m, 1), stream)
     if m:
-        launch = plan(name, dtype.name, k, x.strides, aligned(x), generation(_device()), pattern, width=width)
+        launch = plan(name, dtype.name, k, x.strides, aligned(x), generation(current_device()), pattern, width=width)
         launch(m, x, out, scale, stream)
     return out, scale
 
@@ -137,7 +137,7 @@ def image(
     shape = (sm90.stages(pattern, k, dtype), -(-m // 8), 8, sm90.STAGE)
     out, scale = _results(out, shape, np.uint8, scale, (m, 1) if quantizes else None, stream)
     if m:
-        launch = plan(name, dtype.name, k, x.strides, aligned(x), generation(_device()), pattern)
+        launch = plan(name, dtype.name, k, x.strides, aligned(x), generation(current_device()), pattern)
         launch(m, x, out, 0 if scale is None else scale, stream)
     return out, scale
 
@@ -174,10 +174,6 @@ def _check(name: str, array: Any, shape: tuple[int, ...], itemsize: int) -> None
         raise OperandError(
             f"{name}: {array.dtype} {tuple(array.shape)} must be a contiguous {shape} array of {itemsize}-byte elements"
         )
-
-
-def _device() -> int:
-    return 0 if SIMULATED else int(arrays.cuda.runtime.getDevice())
 
 
 def aligned(x: Any) -> bool:

@@ -48,6 +48,11 @@ if not SIMULATED:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def current_device() -> int:
+    """The number of the current device."""
+    return 0 if SIMULATED else int(arrays.cuda.runtime.getDevice())
+
+
 def _numba_type(name: str) -> Any:
     """Numba's type of "u32", "f32", "i64", or with a star a pointer to it; "void" of nothing."""
     if name == "void":

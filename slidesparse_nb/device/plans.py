@@ -15,11 +15,10 @@ from typing import Any
 import cupy
 
 from .. import env
-from ..arch import for_capability, sm80, sm90
+from ..arch import Config, as_multiplied, choose, for_capability, sm90
 from ..dtypes import CUDA_CODES, DType
 from ..errors import UnsupportedError
 from ..packed import PackedWeight
-from ..pattern import Pattern
 from . import activations, jit
 from .arrays import float_name
 from .launch import Launcher
@@ -31,8 +30,6 @@ MOST_PLANS = 1024
 """Shapes that a weight, and kinds of x that a shape, remembers: a server may see any number of them."""
 
 ROWS_KERNEL = "common/rows.cu"
-
-Config = sm80.Config | sm90.Config
 
 Feed = Callable[[int, int, int, int], None]
 """Launches what makes the matrix kernel's operand: (stream, x, operand, scale), addresses all."""
@@ -62,8 +59,8 @@ class DeviceWeight:
         self.family.require_support(self.capability, packed.dtype)
         packed.check_shapes()
         self.packed = packed
-        self.lifted = self.family is sm80 and packed.pattern.group > sm80.LARGEST_GROUP
-        self.pattern, self.k = (Pattern(2, 4), packed.ks) if self.lifted else (packed.pattern, packed.k)
+        self.pattern, self.k = as_multiplied(self.family, packed.pattern, packed.k)
+        self.lifted = self.pattern != packed.pattern
         with cupy.cuda.Device(ordinal):
             values, meta = (cupy.asarray(a) for a in (packed.values.view(packed.dtype.raw), packed.meta))
             there = PackedWeight(values, meta, None, self.pattern, (packed.n, self.k), packed.dtype)
@@ -107,12 +104,9 @@ class Plan:
     def __init__(self, weight: DeviceWeight, m: int, out: str, configs: tuple[Config, ...] | None = None) -> None:
         packed, n = weight.packed, weight.packed.n
         size, family = packed.dtype.bits // 8, weight.family
-        shape = (m, n, weight.k, weight.pattern, packed.dtype, out, weight.capability, weight.sms)
-        self.configs: tuple[Config, ...]
-        if configs is not None:
-            self.configs = configs
-        else:
-            self.configs = sm90.choose(*shape) if family is sm90 else (sm80.choose(*shape),)
+        self.configs = configs or choose(
+            family, m, n, weight.k, weight.pattern, packed.dtype, out, weight.capability, weight.sms
+        )
         self.m, self.weight, self.out = m, weight, out
         self.image = family is sm90
         self.x_bytes = weight.k * size

@@ -19,7 +19,7 @@ from ..operands import SOURCES, has_scales, is_real, require_size, row_scale, st
 from ..packed import PackedWeight
 from ..pattern import Pattern
 from . import activations
-from .numba_kernel import SIMULATED, arrays
+from .numba_kernel import SIMULATED, arrays, current_device
 from .ptx import LANES
 from .unpack_kernels import BAD_INDEX, BAD_SCALE, TWICE, unpack_kernel
 from .weight_kernels import (
@@ -132,7 +132,7 @@ def launch(
         scale = arrays.empty((n, 1), np.float32) if scales is None else arrays.asarray(scales)
     units = pattern.padded_k(k) // pattern.slice_unit
     vector = _vector(w, pattern.group)
-    native = stored is not FLOAT8 or source == stored.name or activations.native_float8(_device())
+    native = stored is not FLOAT8 or source == stored.name or activations.native_float8(current_device())
     if n:
         step = w.itemsize
         ld = w.strides[0] // (4 * vector if vector else step)
@@ -257,10 +257,6 @@ def _new_report(first_words: int) -> Any:
 def _threads(units: int) -> int:
     """Of a block that handles so many slice units: whole warps."""
     return min(MOST_THREADS, max(1, -(-units // LANES)) * LANES)
-
-
-def _device() -> int:
-    return 0 if SIMULATED else int(arrays.cuda.runtime.getDevice())
 
 
 def _host(a: Any) -> Any:
