@@ -8,11 +8,15 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  names bfloat16 for NumPy
 import numpy as np
+import pytest
+from click.testing import CliRunner, Result
 
+from tools.benchmark import gpu, torch_peers
 from tools.benchmark.gpu import Sustained
 from tools.benchmark.selection import Group, Linear
 from tools.benchmark.sensors import Means
 from tools.benchmark.trial import Call, Launch, Trial
+from tools.cli import main
 
 
 class FakeGpu:
@@ -115,3 +119,16 @@ class FakePeers:
         if group.contender == "cusparselt" and linear.name == "no":
             raise RuntimeError("CUSPARSE_STATUS_NOT_SUPPORTED\nwhen calling something")
         return Trial([lambda: None] * copies, rows=32 if group.m < 32 else None, notes=["a peer's note"])
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """The device that `slidesparse bench` finds from now on, and its peers."""
+    made = FakeGpu()
+    monkeypatch.setattr(gpu, "open_gpu", lambda: made)
+    monkeypatch.setattr(torch_peers, "TorchPeers", lambda stream: FakePeers(made))
+    return made
+
+
+def call(*args: object) -> Result:
+    """`slidesparse bench` with these arguments."""
+    return CliRunner().invoke(main, ["bench", *map(str, args)])

@@ -77,6 +77,18 @@ def stored_twice(dtype: DType) -> PackedWeight:
     return replace(packed, values=values, meta=meta).validate()
 
 
+def faulty(dtype: DType, fault: str) -> PackedWeight | None:
+    """A packed weight that `unpack` refuses for a "twice", an "index" or a "scale"; None if the type has no scale."""
+    packed = stored_twice(dtype)
+    if fault == "index":
+        packed.meta[3, 2] = 0x45
+    if fault == "scale":
+        if packed.scale is None:
+            return None
+        packed.scale[1] = -1
+    return packed
+
+
 def chosen_by_hand(row: list[float], pattern: Pattern) -> Iterator[list[int]]:
     """For every window of a row, whole groups long: the columns whose values it takes, by the words of the format."""
     for group in range(len(row) // pattern.group):

@@ -13,26 +13,18 @@ from typing import Any
 import bench_device
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from bench_device import call
 
 import slidesparse_nb as ss
-from tools.benchmark import gpu, ours, run, selection, torch_peers
+from tools.benchmark import gpu, ours, run, selection
 from tools.benchmark.results import load
-from tools.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def call(*args: object) -> Result:
-    return CliRunner().invoke(main, ["bench", *map(str, args)])
-
-
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> bench_device.FakeGpu:
-    made = bench_device.FakeGpu()
-    monkeypatch.setattr(gpu, "open_gpu", lambda: made)
-    monkeypatch.setattr(torch_peers, "TorchPeers", lambda stream: bench_device.FakePeers(made))
-    return made
+    return bench_device.stand_in(monkeypatch)
 
 
 SMALL = ("--shape", "70,96", "--shape", "33,40", "-m", "1,40", "--pattern", "6:8,2:4")

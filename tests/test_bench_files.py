@@ -11,26 +11,19 @@ from typing import Any
 
 import bench_device
 import pytest
-from click.testing import CliRunner, Result
+from bench_device import call
+from click.testing import Result
 
 import slidesparse_nb as ss
 from tools.benchmark import gpu, ours, readme, results, torch_peers
-from tools.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--shape", "70,96", "-m", "1,40", "--dtype", "int8")
 
 
-def call(*args: object) -> Result:
-    return CliRunner().invoke(main, ["bench", *map(str, args)])
-
-
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> bench_device.FakeGpu:
-    made = bench_device.FakeGpu()
-    monkeypatch.setattr(gpu, "open_gpu", lambda: made)
-    monkeypatch.setattr(torch_peers, "TorchPeers", lambda stream: bench_device.FakePeers(made))
-    return made
+    return bench_device.stand_in(monkeypatch)
 
 
 def says(done: Result, code: int, text: str) -> None:

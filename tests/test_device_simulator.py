@@ -6,12 +6,10 @@ The simulator is chosen when Numba is imported, so this file runs itself once mo
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from simulator import run_in_simulator
 
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
@@ -19,10 +17,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 
     @pytest.mark.slow
     def test_the_kernels_in_the_simulator() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTEST_ADDOPTS": ""}
-        done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_in_simulator(__file__)
 
 else:
     from device_cases import SOURCES, awkward_rows, bits, imaged, quantized, same, same_weight
@@ -42,6 +37,17 @@ else:
         placed = np.ndarray(x.shape, x.dtype, memory, start, (pitch, x.itemsize))
         placed[...] = x
         return placed
+
+    def laid_out(x, layout):
+        """x [m, 32] of a 16-bit type, or no columns or rows of it, in a layout that kernels must not stumble over."""
+        return {
+            "odd address": at_address(x, offset=2),
+            "padded rows": at_address(x, pitch=72),
+            "transposed": np.asfortranarray(x),
+            "every second": np.repeat(x, 2, axis=1)[:, ::2],
+            "no columns": x[:, :0],
+            "no rows": x[:0],
+        }[layout]
 
     # ---- activations ---------------------------------------------------------------------------------------------
 
@@ -121,14 +127,7 @@ else:
     @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
     def test_image_strides(layout, dtype) -> None:
         x = awkward_rows(9, 32, FLOAT16.numpy)
-        placed = {
-            "odd address": at_address(x, offset=2),
-            "padded rows": at_address(x, pitch=72),
-            "transposed": np.asfortranarray(x),
-            "every second": np.repeat(x, 2, axis=1)[:, ::2],
-            "no columns": x[:, :0],
-            "no rows": x[:0],
-        }[layout]
+        placed = laid_out(x, layout)
         made, _ = activations.image(placed, dtype, Pattern(6, 8))
         np.testing.assert_array_equal(made, imaged(placed, dtype, Pattern(6, 8))[0])
 
@@ -148,12 +147,7 @@ else:
     @pytest.mark.parametrize("layout", ["odd address", "padded rows", "transposed", "every second"])
     def test_quantize_strides(layout) -> None:
         x = awkward_rows(9, 32, FLOAT16.numpy)
-        placed = {
-            "odd address": at_address(x, offset=2),
-            "padded rows": at_address(x, pitch=72),
-            "transposed": np.asfortranarray(x),
-            "every second": np.repeat(x, 2, axis=1)[:, ::2],
-        }[layout]
+        placed = laid_out(x, layout)
         same(*activations.quantize(placed, FLOAT8, pitch=64), quantized(x, FLOAT8, None, 64))
 
     def test_long_rows_are_read_twice() -> None:

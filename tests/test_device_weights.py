@@ -6,15 +6,14 @@ The simulator is chosen when Numba is imported, so this file runs itself once mo
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
+from simulator import run_in_simulator
 
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
@@ -22,13 +21,10 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 
     @pytest.mark.slow
     def test_the_kernels_in_the_simulator() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTEST_ADDOPTS": ""}
-        done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_in_simulator(__file__)
 
 else:
-    from cases import drop_two, stored, stored_twice
+    from cases import drop_two, faulty, stored, stored_twice
     from device_cases import SOURCES, bits, same_weight
 
     import slidesparse_nb.device
@@ -278,13 +274,8 @@ else:
     @pytest.mark.parametrize("dtype", PACKED, ids=str)
     @pytest.mark.parametrize("fault", ["twice", "index", "scale"])
     def test_unpack_refuses_what_the_cpu_refuses(fault, dtype, request) -> None:
-        packed = stored_twice(dtype)
-        if fault == "index":
-            packed.meta[3, 2] = 0x45
-        if fault == "scale":
-            if dtype.qmax is None:
-                return
-            packed.scale[1] = -1
+        if (packed := faulty(dtype, fault)) is None:
+            return
         wanted = raised(packing.unpack, packed)
         request.getfixturevalue("on_device")
         for values in (packed.values, packed.values.view(dtype.raw)):

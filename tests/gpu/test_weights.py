@@ -8,7 +8,7 @@ from dataclasses import replace
 import cupy as cp
 import numpy as np
 import pytest
-from cases import stored_twice
+from cases import faulty
 from device_cases import SOURCES, bits, same_weight
 
 from slidesparse_nb import packing, reference
@@ -223,13 +223,8 @@ def test_hints_at_the_pattern_that_holds(pattern) -> None:
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("fault", ["twice", "index", "scale"])
 def test_unpack_refuses_what_the_cpu_refuses(fault, dtype) -> None:
-    packed = stored_twice(dtype)
-    if fault == "index":
-        packed.meta[3, 2] = 0x45
-    if fault == "scale":
-        if packed.scale is None:
-            return
-        packed.scale[1] = -1
+    if (packed := faulty(dtype, fault)) is None:
+        return
     with pytest.raises(FormatError) as wanted:
         packing.unpack(packed)
     scale = None if packed.scale is None else cp.asarray(packed.scale)
