@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slidesparse_nb import reference
-from slidesparse_nb.arch import for_capability, sm80, sm90
+from slidesparse_nb.arch import for_capability, sm80, sm90, sm90_layout
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
 from slidesparse_nb.packed import PackedWeight
 from slidesparse_nb.pattern import Pattern, known_patterns
@@ -21,12 +21,12 @@ def packed_weight(rng: np.random.Generator, n: int, k: int, pattern: Pattern, dt
     return reference.pack(w, pattern, dtype, scale=np.ones((n, 1), np.float32) if dtype.qmax else None)
 
 
-def instruction(strip: np.ndarray, step: int, dtype: DType) -> np.ndarray:
+def instruction(values: np.ndarray, words: np.ndarray, step: int, dtype: DType) -> np.ndarray:
     """The 64 x k matrix that instruction `step` of a stage reads as its sparse operand, thread by thread (PTX ISA)."""
     size, row, byte = dtype.bits // 8, np.arange(64)[:, None], np.arange(64)
-    kept = strip[row * 64 + (byte ^ (row // 2 % 4 * 16))].view(dtype.numpy).astype(np.float64)
+    kept = values[row * 64 + (byte ^ (row // 2 % 4 * 16))].view(dtype.numpy).astype(np.float64)
     kept = kept[:, step * 32 // size : (step + 1) * 32 // size]  # 32 bytes a row
-    words = np.ascontiguousarray(strip[4096:]).view(np.uint32)
+    words = words.view(np.uint32)
     dense = np.zeros((64, 64 // size))
     for thread in range(128):
         warp, g, q = thread // 32, thread % 32 // 4, thread % 4
@@ -57,7 +57,10 @@ def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType) -> None:
     x = rng.integers(-9, 10, (m, k)).astype(dtype.numpy)
     arranged, image = sm90.arrange(packed), sm90.image(x, pattern)
     count = sm90.stages(pattern, k, dtype)
-    assert arranged.shape == (count, 2, sm90.strip_bytes(dtype))
+    assert arranged.values.shape == (count, 2, 4096)
+    assert arranged.codes == (2 <= pattern.windows <= 7)
+    words = sm90.expand(arranged.index, pattern, dtype) if arranged.codes else arranged.index
+    assert words.nbytes == (2 if arranged.codes else 1) * arranged.index.nbytes
     assert image.shape == (count, 3, 8, 128)
     assert image.nbytes == sm90.image_bytes(m, k, pattern, dtype)
     y = np.zeros((128, 24))
@@ -67,7 +70,9 @@ def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType) -> None:
         for strip in range(2):
             for step in range(2):
                 part = slid[:, step * slid.shape[1] // 2 : (step + 1) * slid.shape[1] // 2]  # 64 bytes a token
-                y[64 * strip : 64 * strip + 64] += instruction(arranged[stage, strip], step, dtype) @ part.T
+                y[64 * strip : 64 * strip + 64] += (
+                    instruction(arranged.values[stage, strip], words[stage, strip], step, dtype) @ part.T
+                )
     np.testing.assert_array_equal(y[:n, :m], reference.unpack(packed).astype(np.float64) @ x.astype(np.float64).T)
     assert not y[n:].any()
     assert not y[:, m:].any()
@@ -83,12 +88,39 @@ def test_image_rows_is_the_inverse_of_image(pattern: Pattern, dtype: DType) -> N
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
-@pytest.mark.parametrize("shape", [(0, 40), (1, 1), (5, 0), (64, 128), (65, 300), (200, 33)])
-def test_restore_is_the_inverse_of_arrange(shape: tuple[int, int], dtype: DType) -> None:
-    packed = packed_weight(np.random.default_rng(1), *shape, Pattern(6, 8), dtype)
-    back = sm90.restore(sm90.arrange(packed), packed)
-    assert back.values.tobytes() == packed.values.tobytes()
-    assert back.meta.tobytes() == packed.meta.tobytes()
+@pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16", "22:24"])
+@pytest.mark.parametrize("shape", [(0, 40), (1, 1), (5, 0), (64, 128), (65, 300), (200, 33), (8200, 20)])
+def test_restore_gives_the_same_matrix(shape: tuple[int, int], pattern: str, dtype: DType) -> None:
+    packed = packed_weight(np.random.default_rng(1), *shape, Pattern.of(pattern), dtype)
+    back = sm90.restore(sm90.arrange(packed), packed).validate()
+    np.testing.assert_array_equal(
+        reference.unpack(back).view(dtype.raw), reference.unpack(packed).view(dtype.raw), err_msg="dense"
+    )
+    if pattern in ("2:4", "22:24"):  # no codes: everything stays where it was
+        assert back.values.tobytes() == packed.values.tobytes()
+        assert back.meta.tobytes() == packed.meta.tobytes()
+
+
+@pytest.mark.parametrize("pattern", known_patterns()[1:], ids=str)
+def test_every_mask_has_a_code_and_its_nibbles(pattern: Pattern) -> None:
+    table = sm90_layout.nibbles(pattern)
+    masks = [set(range(pattern.group)) - {a, b} for b in range(pattern.group) for a in range(b)]
+    assert len(table) == len(masks) <= 1 << sm90_layout.code_bits(pattern)
+    for mask, row in zip(masks, table, strict=True):
+        assert [2 * j + p for j, nibble in enumerate(row) for p in (nibble & 3, nibble >> 2)] == sorted(mask)
+    assert sm90_layout.code_bits(pattern) * sm90_layout.codes_in_a_word(pattern) <= 32
+
+
+def test_a_column_kept_in_two_windows_is_multiplied_twice_without_codes() -> None:
+    # 6:8, two groups: columns 0 2 | 2 3 | ...
+    values = np.array([[1, 2, 3, 4, 0, 0, 0, 0, 0, 0, 0, 0]], np.int8)
+    meta = np.array([[0x48, 0x44, 0x44]], np.uint8)
+    packed = PackedWeight(values, meta, np.ones((1, 1), np.float32), Pattern(6, 8), (1, 16), INT8)
+    arranged = sm90.arrange(packed)
+    assert not arranged.codes
+    back = sm90.restore(arranged, packed)
+    assert back.values.tobytes() == values.tobytes()
+    assert back.meta.tobytes() == meta.tobytes()
 
 
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
@@ -96,9 +128,9 @@ def test_restore_is_the_inverse_of_arrange(shape: tuple[int, int], dtype: DType)
 def test_candidates_fit(dtype: DType, out: str) -> None:
     for config in sm90.candidates(Pattern(6, 8), dtype, out, HOPPER):
         room = (sm90.SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
-        assert config.stages >= 5
+        assert config.stages >= (5 if config.tile.tokens <= 64 else 4)
         assert config.shared_bytes <= room
-        more = config.shared_bytes + sm90.stage_bytes(config.tile, dtype)
+        more = config.shared_bytes + sm90.stage_bytes(config.tile, dtype, config.windows > 0)
         assert more > room - 1024 or config.stages == sm90.MOST_STAGES
         assert str(config.tile) in str(config)
 
@@ -110,24 +142,34 @@ SHAPES = [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944), (130, 70), (
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_way_of_sharing_out_covers_every_tile_and_step(m: int, shape: tuple[int, int]) -> None:
     n, k = shape
-    along_k = sm90.stages(Pattern(6, 8), k, FLOAT8)
+    problem = sm90.Problem.of(m, n, k, Pattern(6, 8), FLOAT8, "bfloat16", 132)
     chosen = sm90.choose(m, n, k, Pattern(6, 8), FLOAT8, "bfloat16", HOPPER, 132)
-    every = [way for tile in sm90.TILES for way in sm90.options(tile, m, n, along_k, FLOAT8, "bfloat16", 132)]
+    every = [way for tile in sm90.TILES for way in sm90.options(tile, problem)]
     assert chosen in every
     for launches in every:
         assert [config.order for config in launches] in ([sm90.ALONE], [sm90.BEFORE_REST, sm90.REST])
-        assert launches[0].begin == 0
-        assert launches[-1].end == launches[0].tiles(m, n)
-        assert all(before.end == after.begin for before, after in itertools.pairwise(launches))
+        first, last = launches[0], launches[-1]
+        assert (first.strips[0], last.strips[1]) == (0, -(-n // 64))
+        assert (first.begin, last.end) == (0, last.tiles(m))
+        if first is not last:
+            if first.strips == last.strips:  # tiles after tiles
+                assert first.end == last.begin
+                assert first.tile == last.tile
+            else:  # strips after strips; the second launch may take two at a time
+                assert (first.end, last.begin) == (first.tiles(m), 0)
+                assert first.strips[1] == last.strips[0]
+                assert last.strips[0] % 2 == 0
         for config in launches:
             tiles = config.end - config.begin
             assert tiles > 0
-            if config.cut == 1:
+            if config.cut > 1:
+                assert config.blocks == tiles * config.cut <= 132 * config.resident
+                assert problem.along_k // 2 >= config.cut  # every block has a step, of two stages at most
+            elif config.order == sm90.REST:
+                assert config.blocks == tiles <= 132 * config.resident
+            else:
                 assert config.blocks == min(tiles, 132)
                 assert len(launches) == 1 or tiles % 132 == 0
-            else:
-                assert config.blocks == tiles * config.cut <= 132 * config.resident
-                assert along_k // 2 >= config.cut  # every block has a step, of two stages at most
 
 
 def test_few_tokens_take_small_tiles_and_many_large_ones() -> None:

@@ -253,11 +253,12 @@ class Gemm:
             operand, pitch, x_bytes, *rest = arguments
             assert x_bytes == k * dtype.bits // 8
         arranged, scale_x, scale_w, bias, bias_type, y, y_pitch, m, n, *own = rest
-        assert arranged == plan.weight.arranged.ctypes.data
+        assert arranged == plan.weight.operand
         assert (m, n) == (plan.m, weight.n)
         if plan.image:
-            count, begin, end, order = own
-            assert (begin, end, order) == (self.config.begin, self.config.end, self.config.order)
+            index, count, *mine = own
+            assert index == plan.weight.index(self.config.windows > 0)
+            assert mine == [*self.config.strips, self.config.begin, self.config.end, self.config.order]
             made = at(operand, (count, (m + 7) // 8, 8, 128), np.uint8)
             q = sm90.image_rows(made, m, k, P, dtype).view(dtype.numpy)
         else:
@@ -547,7 +548,7 @@ def test_a_warm_call_costs_little_python(gpu: Any, monkeypatch: pytest.MonkeyPat
     launcher = importlib.import_module("slidesparse_nb.device.launch").Launcher
     nothing = ctypes.CDLL(None).getppid
     nothing.restype = None
-    run = launcher(SimpleNamespace(ptr=1), 14 if gpu.own else 15, nothing)
+    run = launcher(SimpleNamespace(ptr=1), 17 if gpu.own else 15, nothing)
     monkeypatch.setattr(plan, "launches", tuple(dataclasses.replace(launch, run=run) for launch in plan.launches))
     monkeypatch.setattr(
         gpu.gemm.activations.Kernel, "on", lambda k, *_: launcher(SimpleNamespace(ptr=1), len(k.parameters), nothing)

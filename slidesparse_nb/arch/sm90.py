@@ -1,35 +1,37 @@
-"""What `wgmma.mma_async.sp`, the sparse tensor-core instruction of Hopper (sm_90a), wants: images, tiles, cost. Data and NumPy.
+"""The kernel on `wgmma.mma_async.sp`, the sparse tensor-core instruction of Hopper (sm_90a): tiles, cost, choice. Data and NumPy.
 
-The instruction multiplies 64 rows of 2:4 weights by up to 256 tokens, both read from shared memory. A pipeline stage is 128
-slid bytes along k, two instructions. Both operands stand in global memory exactly as shared memory wants them, so the kernel
-(cuda_src/sm90/gemm.cu) moves them by contiguous bulk copies and never touches an index:
-
-    weights      [stages, strips of 64 rows, strip_bytes]: 64 rows x 64 kept bytes, swizzled in 64-byte rows, then index words
-    activations  [stages, groups of 8 tokens, 8 x 128 bytes]: slid, swizzled in 128-byte rows; any run of groups is a tile
-
-Swizzles: PTX ISA, "Asynchronous warpgroup level matrix multiply-accumulate", "Shared memory matrix layout". Index words:
-those of mma.sp, for each warp's 16 rows.
+How operands are laid out is in sm90_layout.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
-
-import numpy as np
 
 from ..dtypes import CUDA_CODES, PACKED, DType
-from ..packed import PackedWeight
 from ..pattern import Pattern
+from .sm90_layout import (
+    STAGE,
+    VALUE_BYTES,
+    Arranged,
+    arrange,
+    coded,
+    expand,
+    image,
+    image_bytes,
+    image_rows,
+    index_bytes,
+    restore,
+    stages,
+)
+
+__all__ = ["Arranged", "arrange", "expand", "image", "image_bytes", "image_rows", "restore", "stages"]
 
 KERNEL = "sm90/gemm.cu"
 SUFFIX = "a"
 """Of the architecture it is compiled for: wgmma is in sm_90a alone."""
-
-STAGE = 128
-"""Slid bytes of one token in a stage."""
 
 SHARED_MEMORY = 232448
 """Bytes that a thread block may have. CUDA C++ Programming Guide, "Compute Capabilities"."""
@@ -48,115 +50,6 @@ def supported_dtypes(capability: tuple[int, int]) -> tuple[DType, ...]:
 
 def require_support(capability: tuple[int, int], dtype: DType) -> None:
     """Nothing to refuse."""
-
-
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-ROW, BYTE = np.arange(64)[:, None], np.arange(64)
-KEPT_AT = (ROW * 64 + (BYTE ^ (ROW // 2 % 4 * 16))).ravel()
-"""Where byte b of row r of a strip's kept values stands, for r * 64 + b."""
-
-TOKEN, PIECE = np.arange(8)[:, None], np.arange(8)
-PIECE_AT = PIECE ^ TOKEN
-"""Where the 16-byte pieces of each of eight tokens stand in its stage, and which stand at each place: its own inverse."""
-
-
-def stages(pattern: Pattern, k: int, dtype: DType) -> int:
-    """Stages that cover a row of k columns: an even number, since kernels for few tokens take two at a time."""
-    return _stages_of(pattern.slid_k(k) * dtype.bits // 8)
-
-
-def _stages_of(slid_bytes: int) -> int:
-    return max(2, -(-slid_bytes // (2 * STAGE)) * 2)
-
-
-def strip_bytes(dtype: DType) -> int:
-    """Bytes of 64 rows and one stage: kept values, then one index word (16-bit types) or two (8-bit types) a thread."""
-    return 4096 + (512 if dtype.bits == 16 else 1024)
-
-
-def arrange(packed: PackedWeight, xp: Any = np) -> Any:
-    """Packed weights as shared memory wants them: uint8 [stages, ceil(n / 64), strip_bytes].
-
-    Rows and columns beyond the matrix hold zeros with the nibble (0, 1). Thread blocks that work side by side on neighbouring
-    strips read neighbouring memory.
-
-    Args:
-        xp: numpy or cupy, whichever made packed.values.
-    """
-    n, strips, count = packed.n, -(-packed.n // 64), stages(packed.pattern, packed.k, packed.dtype)
-    wide = packed.dtype.bits == 16
-    values = xp.zeros((64 * strips, 64 * count), np.uint8)
-    stored = packed.values.view(np.uint8)
-    values[:n, : stored.shape[1]] = stored
-    meta = xp.full((64 * strips, (16 if not wide else 8) * count), 0x44, np.uint8)
-    meta[:n, : packed.meta.shape[1]] = packed.meta
-
-    image = xp.empty((strips, count, 4096), np.uint8)
-    image[:, :, xp.asarray(KEPT_AT)] = values.reshape(strips, 64, count, 64).transpose(0, 2, 1, 3).reshape(strips, count, 4096)
-
-    # a row's nibbles of a stage: 8-bit, two instructions of 16 windows, 8 bytes each; 16-bit, two of 8 windows, 4 bytes each
-    if not wide:  # thread (warp, g, q): row 16 warp + g + 8 (q & 1), half q >> 1 of the windows; word of instruction 0, then 1
-        words = meta.reshape(strips, 4, 2, 8, count, 2, 2, 4)  # strip, warp, q & 1, g, stage, instruction, q >> 1, bytes
-        words = words.transpose(0, 4, 1, 3, 6, 2, 5, 7)
-    else:  # thread (warp, g, q): instruction q >> 1, half q & 1 of its windows; row g in the low half-word, g + 8 in the high
-        words = meta.reshape(strips, 4, 2, 8, count, 2, 2, 2)  # strip, warp, row half, g, stage, instruction, q & 1, bytes
-        words = words.transpose(0, 4, 1, 3, 5, 6, 2, 7)
-    words = xp.ascontiguousarray(words).reshape(strips, count, strip_bytes(packed.dtype) - 4096)
-    return xp.ascontiguousarray(xp.concatenate([image, words], axis=2).transpose(1, 0, 2))
-
-
-def restore(arranged: Any, packed: PackedWeight) -> PackedWeight:
-    """Inverse of arrange: the packed weight, whose pattern, shape, dtype and scale are taken from `packed`. NumPy."""
-    arranged = arranged.transpose(1, 0, 2)
-    strips, count = arranged.shape[:2]
-    values = arranged[:, :, KEPT_AT]
-    values = values.reshape(strips, count, 64, 64).transpose(0, 2, 1, 3).reshape(64 * strips, 64 * count)
-    words = arranged[:, :, 4096:]
-    if packed.dtype.bits == 8:
-        meta = words.reshape(strips, count, 4, 8, 2, 2, 2, 4).transpose(0, 2, 5, 3, 1, 6, 4, 7)
-    else:
-        meta = words.reshape(strips, count, 4, 8, 2, 2, 2, 2).transpose(0, 2, 6, 3, 1, 4, 5, 7)
-    meta = meta.reshape(64 * strips, words.shape[2] * count // 64)
-    n, size, ks = packed.n, packed.dtype.bits // 8, packed.ks
-    kept = np.ascontiguousarray(values[:n, : ks // 2 * size]).view(packed.dtype.numpy)
-    return PackedWeight(
-        kept, np.ascontiguousarray(meta[:n, : ks // 8]), packed.scale, packed.pattern, packed.shape, packed.dtype
-    )
-
-
-def image(x: Any, pattern: Pattern, xp: Any = np) -> Any:
-    """Activations [m, k] of a packed type, slid and laid out: uint8 [stages, ceil(m / 8), 8, 128].
-
-    Byte b of a token's stage stands at b ^ (token % 8) * 16.
-    """
-    m, k = x.shape
-    size = x.dtype.itemsize
-    ks = pattern.slid_k(k)
-    count = _stages_of(ks * size)
-    raw = x.view(f"u{size}")
-    padded = xp.zeros((-(-m // 8) * 8, pattern.padded_k(k)), raw.dtype)
-    padded[:m, :k] = raw
-    slid = xp.zeros((padded.shape[0], count * STAGE // size), raw.dtype)
-    slid[:, :ks] = padded[:, xp.asarray(pattern.lift_index(k))]
-    slid = slid.view(np.uint8).reshape(-1, 8, count, 8, 16)  # group, token, stage, piece, byte
-    slid = slid[:, xp.asarray(TOKEN), :, xp.asarray(PIECE_AT)]  # [token, piece, group, stage, byte]
-    return xp.ascontiguousarray(slid.transpose(3, 2, 0, 1, 4)).reshape(count, -1, 8, STAGE)
-
-
-def image_rows(made: Any, m: int, k: int, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
-    """Inverse of `image`: activations [m, k] as their bits (`dtype.raw`), from the first window that holds each."""
-    count = made.shape[0]
-    pieces = made.reshape(count, -1, 8, 8, 16)[:, :, xp.asarray(TOKEN), xp.asarray(PIECE_AT)]
-    slid = xp.ascontiguousarray(pieces.transpose(1, 2, 0, 3, 4)).reshape(-1, count * STAGE).view(dtype.raw)
-    group, inside = np.divmod(np.arange(k), pattern.group)
-    window = np.minimum(inside // 2, pattern.windows - 1)
-    return slid[:m, xp.asarray((group * pattern.windows + window) * 4 + inside - 2 * window)]
-
-
-def image_bytes(m: int, k: int, pattern: Pattern, dtype: DType) -> int:
-    """Bytes of the image of x [m, k]."""
-    return stages(pattern, k, dtype) * -(-m // 8) * 8 * STAGE
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -191,7 +84,9 @@ TILES = (
     Tile(192, 2, 340, 810, (2, 3)),
     Tile(160, 2, 250, 1530, (2,)),
     Tile(128, 2, 217, 1660, (2, 3, 4, 8)),
+    Tile(128, 1, 170, 800, (2,)),
     Tile(96, 2, 183, 500, (2,)),
+    Tile(96, 1, 150, 500, (2,)),
     Tile(64, 2, 150, 1570, (2, 3, 4, 8)),
     Tile(64, 1, 138, 10, (2,)),
     Tile(32, 2, 140, 1030, (2, 4, 8)),
@@ -209,6 +104,11 @@ CLUSTERS_FIT = 0.9
 """Of the multiprocessors, how many clusters of three and more blocks find free: a cluster keeps to one group of them."""
 READ_BYTES_A_NS = 3900
 """What the memory gives, measured."""
+CODED_TOKENS = 64
+"""Tiles of up to so many tokens read codes: they wait for memory, larger ones for the tensor cores, whose shared memory
+decoding would take (docs/hopper.md)."""
+MIXED_ROUNDS = 4
+"""Whole rounds after which the shape of the rest's tiles matters no more."""
 ALONE, BEFORE_REST, REST = 0, 1, 2
 """Orders of a launch, as cuda_src/sm90/gemm.cu numbers them."""
 
@@ -220,10 +120,12 @@ class Config:
     Attributes:
         dtype, out: type of weights and activations; name of the type of y.
         tile: and how many `stages` of it are under way.
+        windows: of the pattern, whose masks are read as codes; 0: index words are read.
         band: tiles of n that run together with all tiles of m.
         cut: thread blocks of a cluster that share a tile, each with an equal part of k.
         resident: thread blocks that fit on a multiprocessor: with 2, those of the next launch start beside these.
-        begin, end: the tiles that it computes, of all.
+        strips: the first strip of weights that this launch may compute, and the one after the last.
+        begin, end: the tiles of these strips that it computes.
         blocks: thread blocks.
         order: ALONE; or BEFORE_REST and REST, of two launches that share out the tiles.
     """
@@ -232,9 +134,11 @@ class Config:
     out: str
     tile: Tile
     stages: int
+    windows: int
     band: int
     cut: int = 1
     resident: int = 1
+    strips: tuple[int, int] = (0, 0)
     begin: int = 0
     end: int = 0
     blocks: int = 0
@@ -242,7 +146,9 @@ class Config:
 
     def __str__(self) -> str:
         cut = f", k cut in {self.cut}" if self.cut > 1 else ""
-        return f"{self.tile}{cut}, {self.stages} stages, tiles {self.begin} to {self.end} on {self.blocks} blocks"
+        first, last = (64 * s for s in self.strips)
+        where = f"tiles {self.begin} to {self.end} of outputs {first} to {last}"
+        return f"{self.tile}{cut}, {self.stages} stages, {where}, on {self.blocks} blocks"
 
     @property
     def threads(self) -> int:
@@ -251,15 +157,14 @@ class Config:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: stages, rows on their way to y, barriers (smem.cuh)."""
-        used = (
-            self.stages * stage_bytes(self.tile, self.dtype) + staging_bytes(self.tile, self.out, self.cut) + 16 * self.stages
-        )
+        """Dynamic shared memory: stages, rows on their way to y, barriers, nibbles of codes (smem.cuh)."""
+        used = self.stages * (stage_bytes(self.tile, self.dtype, self.windows > 0) + 16)
+        used += staging_bytes(self.tile, self.out, self.cut) + table_bytes(self.windows)
         return -(-used // 1024) * 1024
 
-    def tiles(self, m: int, n: int) -> int:
-        """All tiles of y [m, n]."""
-        return -(-m // self.tile.tokens) * -(-n // self.tile.n)
+    def tiles(self, m: int) -> int:
+        """All tiles of m tokens and the strips."""
+        return -(-m // self.tile.tokens) * -(-(self.strips[1] - self.strips[0]) // self.tile.warpgroups)
 
     def grid(self) -> tuple[int, int, int]:
         return self.blocks, 1, 1
@@ -272,15 +177,23 @@ class Config:
             "TOKENS": self.tile.tokens,
             "WARPGROUPS": self.tile.warpgroups,
             "STAGES": self.stages,
+            "WINDOWS": self.windows,
             "BAND": self.band,
             "CUT": self.cut,
             "BLOCKS": self.resident,
         }  # fmt: skip
 
+    def with_words(self) -> Config:
+        """The same launch, for weights that have no codes."""
+        if not self.windows:
+            return self
+        plain = replace(self, windows=0)
+        return replace(plain, stages=min(MOST_STAGES, _stages_that_fit(plain)))
 
-def stage_bytes(tile: Tile, dtype: DType) -> int:
+
+def stage_bytes(tile: Tile, dtype: DType, codes: bool) -> int:
     """Shared memory of one stage."""
-    return -(-(tile.tokens * STAGE + tile.warpgroups * strip_bytes(dtype)) // 1024) * 1024
+    return -(-(tile.tokens * STAGE + tile.warpgroups * (VALUE_BYTES + index_bytes(dtype, codes))) // 1024) * 1024
 
 
 def staging_bytes(tile: Tile, out: str, cut: int) -> int:
@@ -294,68 +207,128 @@ def staging_bytes(tile: Tile, out: str, cut: int) -> int:
     return 2 * tile.warpgroups * chunk * 64 * size
 
 
-def configured(tile: Tile, cut: int, dtype: DType, out: str) -> Config:
-    """The kernel of a tile, with as many stages as fit."""
-    resident = 2 if tile.warpgroups == 1 or (tile.tokens <= 32 and cut > 1) else 1
-    room = (SHARED_MEMORY + 1024) // resident - 1024 - staging_bytes(tile, out, cut)  # each block takes one KiB more
-    size = stage_bytes(tile, dtype)
-    count = room // size
-    if room - count * size < 16 * count:  # their barriers
-        count -= 1
-    return Config(dtype, out, tile, min(MOST_STAGES, count), 8 if tile.tokens == 256 else 16, cut, resident)
+def table_bytes(windows: int) -> int:
+    """Shared memory of the nibbles of every code: a word each."""
+    return 2 * (2 * windows + 2) * (2 * windows + 1) if windows else 0
+
+
+def _stages_that_fit(config: Config) -> int:
+    room = (SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
+    room -= staging_bytes(config.tile, config.out, config.cut) + table_bytes(config.windows)
+    return room // (stage_bytes(config.tile, config.dtype, config.windows > 0) + 16)
+
+
+def configured(tile: Tile, cut: int, pattern: Pattern, dtype: DType, out: str, resident: int = 0) -> Config:
+    """The kernel of a tile, with as many stages as fit; `resident` is the first of `residents` by default."""
+    windows = pattern.windows if coded(pattern) and tile.tokens <= CODED_TOKENS else 0
+    band = 8 if tile.tokens == 256 else 16
+    config = Config(dtype, out, tile, 0, windows, band, cut, resident or residents(tile, cut)[0])
+    return replace(config, stages=min(MOST_STAGES, _stages_that_fit(config)))
+
+
+def residents(tile: Tile, cut: int) -> tuple[int, ...]:
+    """How many thread blocks a multiprocessor may be shared by."""
+    if tile.warpgroups == 1 or (tile.tokens <= 32 and cut > 1):
+        return (2,)
+    return (1, 2) if tile.tokens <= 64 else (1,)
 
 
 def candidates(pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
-    """Every kernel: of every tile, with k whole and cut; one serves all patterns."""
+    """Every kernel: of every tile, with k whole and cut."""
     for tile in TILES:
         for cut in (1, *tile.cuts):
-            yield configured(tile, cut, dtype, out)
+            for resident in residents(tile, cut):
+                yield configured(tile, cut, pattern, dtype, out, resident)
 
 
 # ---- choice ----------------------------------------------------------------------------------------------------------
 
 
-def options(tile: Tile, m: int, n: int, along_k: int, dtype: DType, out: str, sms: int) -> Iterator[tuple[Config, ...]]:
-    """The launches of a tile for y [m, n], in every way that may pay: whole tiles; k cut; a last, half-empty round with k cut.
+@dataclass(frozen=True)
+class Problem:
+    """y [m, n] = x [m, k] @ w.T, on a device of `sms` multiprocessors.
 
-    Args:
+    Attributes:
         along_k: stages that cover k.
     """
-    whole = configured(tile, 1, dtype, out)
-    tiles = whole.tiles(m, n)
-    yield (replace(whole, end=tiles, blocks=min(tiles, sms)),)
-    full = tiles // sms * sms
-    rest = tiles - full
+
+    m: int
+    n: int
+    along_k: int
+    pattern: Pattern
+    dtype: DType
+    out: str
+    sms: int
+
+    @classmethod
+    def of(cls, m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, sms: int) -> Problem:
+        return cls(m, n, stages(pattern, k, dtype), pattern, dtype, out, sms)
+
+    def configured(self, tile: Tile, cut: int, resident: int, first: int = 0) -> Config:
+        """The kernel of a tile, for all strips from `first` on."""
+        config = configured(tile, cut, self.pattern, self.dtype, self.out, resident)
+        return replace(config, strips=(first, -(-self.n // 64)))
+
+    def at_once(self, config: Config) -> bool:
+        """Whether all blocks of a cut kernel are at work together."""
+        fit = CLUSTERS_FIT if config.cut > 2 else 1
+        return self.along_k >= 2 * config.cut and config.tiles(self.m) * config.cut <= self.sms * config.resident * fit
+
+
+def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
+    """The launches of a tile, in every way that may pay.
+
+    Whole tiles; k cut; whole rounds of tiles, and the rest with k cut, or in tiles of fewer tokens.
+    """
+    m, sms = problem.m, problem.sms
     for cut in tile.cuts:
-        if along_k < 2 * cut or not rest:
+        for resident in residents(tile, cut):
+            parted = problem.configured(tile, cut, resident)
+            if problem.at_once(parted):
+                yield (replace(parted, end=parted.tiles(m), blocks=parted.tiles(m) * cut),)
+    for resident in residents(tile, 1):
+        whole = problem.configured(tile, 1, resident)
+        tiles = whole.tiles(m)
+        yield (replace(whole, end=tiles, blocks=min(tiles, sms)),)
+        full = tiles // sms * sms
+        if not full or full == tiles:
             continue
-        parted = configured(tile, cut, dtype, out)
-        if rest * cut > sms * parted.resident * (CLUSTERS_FIT if cut > 2 else 1):
+        before = replace(whole, end=full, blocks=sms, order=BEFORE_REST)
+        for cut in tile.cuts:
+            parted = replace(problem.configured(tile, cut, residents(tile, cut)[-1]), begin=full, end=tiles)
+            if problem.along_k >= 2 * cut and (tiles - full) * cut <= sms * parted.resident * (CLUSTERS_FIT if cut > 2 else 1):
+                yield before, replace(parted, blocks=(tiles - full) * cut, order=REST)
+        tiles_m = -(-m // tile.tokens)
+        columns = full // sms * (sms // math.gcd(sms, tiles_m))  # of tiles; they make whole rounds
+        while columns * tiles_m > full:
+            columns -= sms // math.gcd(sms, tiles_m)
+        if not columns or full > MIXED_ROUNDS * sms:
             continue
-        if full:
-            yield (
-                replace(whole, end=full, blocks=sms, order=BEFORE_REST),
-                replace(parted, begin=full, end=tiles, blocks=rest * cut, order=REST),
-            )
-        else:
-            yield (replace(parted, end=tiles, blocks=tiles * cut),)
+        split = columns * tile.warpgroups
+        if split % 2:  # the others start on a pair of strips
+            continue
+        before = replace(whole, strips=(0, split), end=columns * tiles_m, blocks=min(sms, columns * tiles_m), order=BEFORE_REST)
+        for other in TILES:
+            if other.tokens < tile.tokens:
+                for cut in (1, *other.cuts):
+                    rest = problem.configured(other, cut, residents(other, cut)[-1], split)
+                    blocks = rest.tiles(m) * cut
+                    if (cut == 1 and blocks <= sms * rest.resident) or (cut > 1 and problem.at_once(rest)):
+                        yield before, replace(rest, end=rest.tiles(m), blocks=blocks, order=REST)
 
 
-def cost(launches: tuple[Config, ...], along_k: int, sms: int) -> float:
-    """Estimated nanoseconds: rounds of tiles, or reading the weights from memory where that takes longer.
-
-    Args:
-        along_k: stages that cover k.
-    """
+def cost(launches: tuple[Config, ...], problem: Problem) -> float:
+    """Estimated nanoseconds: rounds of tiles, or reading the weights from memory where that takes longer."""
     compute = read = 0.0
     for config in launches:
-        tile, together = config.tile, min(config.resident, -(-config.blocks // sms))  # blocks that share a multiprocessor
+        tile, together = config.tile, min(config.resident, -(-config.blocks // problem.sms))  # blocks that share a processor
         rounds = -(-(config.end - config.begin) * config.cut // config.blocks)
-        each = -(-along_k // config.cut) * tile.stage_ns * together + tile.tile_ns
+        each = -(-problem.along_k // config.cut) * tile.stage_ns * together + tile.tile_ns
         compute += rounds * each + REST_NS * (config.order == REST)
         if config.cut > 1:
             compute += CUT_NS + CUT_NS_A_TOKEN * tile.tokens
-        read += (config.end - config.begin) * along_k * tile.warpgroups * strip_bytes(config.dtype) / READ_BYTES_A_NS
+        strip = VALUE_BYTES + index_bytes(config.dtype, config.windows > 0)
+        read += (config.end - config.begin) * problem.along_k * tile.warpgroups * strip / READ_BYTES_A_NS
     return LAUNCH_NS + max(compute, read) + 0.076 * min(compute, read)
 
 
@@ -364,6 +337,6 @@ def choose(
     m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int], sms: int
 ) -> tuple[Config, ...]:
     """The cheapest launches, one or two, for y [m, n] = x [m, k] @ w.T on a device of `sms` multiprocessors."""
-    along_k = stages(pattern, k, dtype)
-    every = (launches for tile in TILES for launches in options(tile, m, n, along_k, dtype, out, sms))
-    return min(every, key=lambda launches: cost(launches, along_k, sms))
+    problem = Problem.of(m, n, k, pattern, dtype, out, sms)
+    every = (launches for tile in TILES for launches in options(tile, problem))
+    return min(every, key=lambda launches: cost(launches, problem))

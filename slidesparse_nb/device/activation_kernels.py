@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arch import sm90_layout
 from ..dtypes import FLOAT8, INT8, packed_dtype
 from .elements import HIGH, LOW, ROUND_TWO, row_scale, to_float8x4_early, to_int8x4
 from .numba_kernel import SIMULATED, Kernel, cuda, device_function
@@ -52,6 +53,9 @@ SLOTS = 1024 // LANES
 ZERO, SEVEN = np.uint32(0), np.uint32(7)
 NEXT = np.uint64(1)
 """From a word of shared memory to the next; signed indices might count from the end, and cost more."""
+
+HALVES = np.uint32(sum(int(place) << 4 * piece for piece, place in enumerate(sm90_layout.HALVES)))
+"""A nibble a piece."""
 
 # Selectors of a byte permute of two words, seen as four half-words, lowest first.
 FIRST, MIDDLE, SECOND = (np.uint32(s) for s in (0x3210, 0x5432, 0x7654))
@@ -198,6 +202,12 @@ def _converter(variant: Variant) -> Any:
     return quantized_words if variant.words == 1 else quantized_halves
 
 
+@device_function("u32", "u32")
+def place_in_stage(piece: Word) -> Word:
+    """Where a piece of a stage of an 8-bit type stands, in the low three bits: `sm90_layout.HALVES`."""
+    return HALVES >> np.uint32(np.uint32(4) * (piece & SEVEN))
+
+
 @device_function("u32", "u32", "u32")
 def larger_float32(peak: Word, word: Word) -> Word:
     """The largest magnitude so far, and that of one more float32: non-negative floats sort like their bits, NaN last."""
@@ -274,7 +284,7 @@ def row_in_registers(variant: Variant) -> Any:
     low: Any = LOW.get(variant.source)
     t, quantizes, halves = _largest(variant), variant.quantizes, variant.source_bytes == 2
     more = larger_float32 if not halves else larger_float16x2 if variant.generation >= 90 else larger_float16x2_early
-    vectors, held_words, stored_words = variant.vectors, 4 * variant.vectors, variant.words
+    vectors, held_words, stored_words, stored_bytes = variant.vectors, 4 * variant.vectors, variant.words, variant.stored_bytes
     lifted, image, steady, dependent = variant.windows > 0, variant.image, variant.steady, variant.generation >= 90
 
     def kernel(
@@ -341,7 +351,8 @@ def row_in_registers(variant: Variant) -> Any:
                     a, b, c, d = line[first], line[first + NEXT], line[third], line[third + NEXT]
                     a, b, c, d = joined(a, b, c, d, s0, s1, s2, s3)
                     if image:
-                        to = np.int64(piece >> np.uint32(3)) * pitch + at_row + np.int64((piece ^ np.uint32(row)) & SEVEN)
+                        stands = (place_in_stage(piece) if stored_bytes == 1 else piece) ^ np.uint32(row)
+                        to = np.int64(piece >> np.uint32(3)) * pitch + at_row + np.int64(stands & SEVEN)
                     else:
                         to = at_row + np.int64(piece)
                     store4(out, to, a, b, c, d)
@@ -359,7 +370,8 @@ def row_from_memory(variant: Variant) -> Any:
     low: Any = LOW.get(variant.source)
     two: Any = ROUND_TWO.get(variant.stored)
     quantizes, t, to_stored = variant.quantizes, _largest(variant), _to_stored(variant)
-    per_word, same = 4 // variant.stored_bytes, variant.source == variant.stored  # elements in a word
+    stored_bytes = variant.stored_bytes
+    per_word, same = 4 // stored_bytes, variant.source == variant.stored  # elements in a word
     bits = np.uint32(32 // per_word)
     magnitude = np.uint32(0x7FFFFFFF if variant.source == "float32" else 0x7FFF)
     windows, group, lifted = variant.windows, 2 * variant.windows + 2, variant.windows > 0
@@ -416,7 +428,9 @@ def row_from_memory(variant: Variant) -> Any:
                     second = low(x[row * ld + (column + 1) * stride])
                 value = two(first, second)
             if image:
-                to = (word >> 5) * pitch + (row >> 3) * 64 + (row & 7) * 8 + ((word >> 2 ^ row) & 7)
+                piece = np.uint32(word >> 2)
+                stands = (place_in_stage(piece) if stored_bytes == 1 else piece) ^ np.uint32(row)
+                to = (word >> 5) * pitch + (row >> 3) * 64 + (row & 7) * 8 + np.int64(stands & SEVEN)
                 out[4 * to + (word & 3)] = value
             else:
                 out[row * pitch + word] = value

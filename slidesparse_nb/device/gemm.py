@@ -135,7 +135,7 @@ def matmul(
     arguments = (
         operand,
         *rows,
-        weight.arranged.data.ptr,
+        weight.operand,
         scale,
         0 if weight.scale is None else weight.scale.data.ptr,
         0 if bias is None else bias.data.ptr,

@@ -29,6 +29,11 @@ COUNTERS = 4096
 MOST_PLANS = 1024
 """Shapes that a weight, and kinds of x that a shape, remembers: a server may see any number of them."""
 
+PROGRAMMATIC_TOKENS = 512
+"""Up to so many tokens a product may start while the kernel before it ends. Blocks that take the place of a quantization's, as
+these leave, are spread over the processors at random; those that share activations are then apart, L2 serves them one by
+one, and the product takes up to half as long again (docs/hopper.md)."""
+
 ROWS_KERNEL = "common/rows.cu"
 
 Feed = Callable[[int, int, int, int], None]
@@ -48,7 +53,7 @@ class DeviceWeight:
     Attributes:
         packed: what it was made of.
         pattern, k: as the kernel sees them: of the slid weight, if the pattern is lifted in memory.
-        arranged: uint8, see arch/sm80_layout.py.
+        arranged: what the kernels load: uint8, see arch/sm80_layout.py; or `sm90.Arranged`.
         scale: float32 [n], or None.
     """
 
@@ -68,6 +73,22 @@ class DeviceWeight:
             self.scale = None if packed.scale is None else cupy.asarray(packed.scale).reshape(-1)
             cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
         self.plans: dict[tuple[int, str], Plan] = {}
+        self._words: Any = None
+
+    @property
+    def operand(self) -> int:
+        """Address of what every kernel of the family loads first."""
+        data = self.arranged.values if self.family is sm90 else self.arranged
+        return int(data.data.ptr)
+
+    def index(self, codes: bool) -> int:
+        """Address of the codes, or of the index words, which are made of the codes when they are first wanted. sm_90."""
+        if codes == self.arranged.codes:
+            return int(self.arranged.index.data.ptr)
+        if self._words is None:
+            self._words = sm90.expand(self.arranged.index, self.pattern, self.packed.dtype, cupy)
+            cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
+        return int(self._words.data.ptr)
 
     def plan(self, m: int, out: str) -> Plan:
         """How to multiply m tokens into the type named `out`, on the current device, which is this weight's."""
@@ -107,6 +128,8 @@ class Plan:
         self.configs = configs or choose(
             family, m, n, weight.k, weight.pattern, packed.dtype, out, weight.capability, weight.sms
         )
+        if family is sm90 and not weight.arranged.codes:
+            self.configs = tuple(config.with_words() for config in self.configs)
         self.m, self.weight, self.out = m, weight, out
         self.image = family is sm90
         self.x_bytes = weight.k * size
@@ -138,9 +161,12 @@ class Plan:
         if isinstance(config, sm90.Config):
             if sm90.stages(weight.pattern, weight.k, dtype) < 2 * config.cut:  # a block without a step would never end
                 raise AssertionError(config)
-            grid, parameters = config.grid(), 14
+            grid, parameters = config.grid(), 17
+            programmatic = m <= PROGRAMMATIC_TOKENS or config.order == sm90.REST
             arguments: tuple[int, ...] = (
+                weight.index(config.windows > 0),
                 sm90.stages(weight.pattern, weight.k, dtype),
+                *config.strips,
                 config.begin,
                 config.end,
                 config.order,
@@ -148,7 +174,7 @@ class Plan:
         else:
             if config.counters(m, n) > COUNTERS:
                 raise AssertionError(config)
-            grid, parameters = config.grid(m, n), 15
+            grid, parameters, programmatic = config.grid(m, n), 15, False
             arguments = (config.layout.blocks(weight.k),)
             self.part_bytes = config.part_bytes(m, n)
         if env.debug():
@@ -160,7 +186,7 @@ class Plan:
                 file=sys.stderr,
             )
         run = Launcher(raw.kernel, parameters)
-        return MatrixLaunch(run, grid, (config.threads, 1, 1), config.shared_bytes, self.image, arguments)
+        return MatrixLaunch(run, grid, (config.threads, 1, 1), config.shared_bytes, programmatic, arguments)
 
     def feed(self, x: Any, quantized: bool) -> Feed | None:
         """What makes the operand of x [m, k], or None; made once for each type, strides and alignment.
