@@ -1,6 +1,6 @@
-"""The kernel on `wgmma.mma_async.sp`, the sparse tensor-core instruction of Hopper (sm_90a): tiles, cost, choice. Data and NumPy.
+"""The kernel on `wgmma.mma_async.sp`, the sparse tensor-core instruction of Hopper (sm_90a): tiles, cost, choice.
 
-How operands are laid out is in sm90_layout.py.
+Data and pure functions; how operands are laid out is in sm90_layout.py.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def _index_words(meta: Any, many: int, count: int, dtype: DType, xp: Any) -> Any
         split = _padded(meta, 64 * many, 16 * count, 0x44, xp).reshape(many, 4, 2, 8, count, 2, 2, 4)
         # strip, warp, q & 1, g, stage, q >> 1, instruction, bytes: row 16 warp + g + 8 (q & 1), half q >> 1 of the windows
         split = split.transpose(4, 0, 1, 3, 5, 2, 6, 7)
-    else:  # 8 bytes a row and stage: instruction q >> 1, half q & 1 of its windows; row g in the low half-word, g + 8 in the high
+    else:  # 8 bytes a row and stage: instruction q >> 1, half q & 1 of its windows; row g in the low half-word, then g + 8
         split = _padded(meta, 64 * many, 8 * count, 0x44, xp).reshape(many, 4, 2, 8, count, 2, 2, 2)
         split = split.transpose(4, 0, 1, 3, 5, 6, 2, 7)
     return xp.ascontiguousarray(split).reshape(count, many, index_bytes(dtype, False))

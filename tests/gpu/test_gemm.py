@@ -134,17 +134,19 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         """The launches to try: on few blocks and on many, k cut and not, one launch and two."""
         if family is sm80:
             return [(dataclasses.replace(config, splits=splits),) for splits in (1, 2, 5)]
-        tiles = config.tiles(m, 273)
+        config = dataclasses.replace(config, strips=(0, 5))
+        tiles = config.tiles(m)
         alone = dataclasses.replace(config, end=tiles, blocks=min(3, tiles) if config.cut == 1 else tiles * config.cut)
-        if config.cut == 1:
-            return [(alone,), (dataclasses.replace(alone, blocks=tiles),)]
-        first = dataclasses.replace(
-            sm90.configured(config.tile, 1, dtype, "bfloat16"), end=tiles // 2, blocks=1, order=sm90.BEFORE_REST
-        )
-        rest = dataclasses.replace(
+        whole = sm90.configured(config.tile, 1, packed.pattern, dtype, "bfloat16")
+        before = dataclasses.replace(whole, strips=(0, 5), end=tiles // 2, blocks=1, order=sm90.BEFORE_REST)
+        after = dataclasses.replace(
             config, begin=tiles // 2, end=tiles, blocks=(tiles - tiles // 2) * config.cut, order=sm90.REST
         )
-        return [(alone,), (first, rest)]
+        left = dataclasses.replace(whole, strips=(0, 2), blocks=1, order=sm90.BEFORE_REST)
+        right = dataclasses.replace(config, strips=(2, 5), order=sm90.REST)
+        right = dataclasses.replace(right, end=right.tiles(m), blocks=right.tiles(m) * config.cut)
+        every = [(alone,), (before, after), (dataclasses.replace(left, end=left.tiles(m)), right)]
+        return every if config.cut > 1 else [*every, (dataclasses.replace(alone, blocks=tiles),)]
 
     for config in family.candidates(packed.pattern, dtype, "bfloat16", device.capability):
         each = config.tile.m if family is sm80 else config.tile.tokens
@@ -447,7 +449,13 @@ def test_to_device_ahead_and_explanation(gemm, family, monkeypatch, capfd):
     packed = weight(np.random.default_rng(20), 64, 128, "6:8", INT8)
     assert packed.to_device() is packed
     assert set(packed.arranged) == {cp.cuda.runtime.getDevice()}
-    np.testing.assert_array_equal(gemm.to_device(packed).arranged.get(), family.arrange(packed))
+    weight_there, twin = gemm.to_device(packed), family.arrange(packed)
+    if family is sm90:
+        np.testing.assert_array_equal(weight_there.arranged.values.get(), twin.values)
+        np.testing.assert_array_equal(weight_there.arranged.index.get(), twin.index)
+        assert weight_there.index(False) != weight_there.index(True)
+    else:
+        np.testing.assert_array_equal(weight_there.arranged.get(), twin)
     ss.matmul(cp.zeros((3, 128), F32), packed)
     told = capfd.readouterr().err
     assert "y[3, 64] = x[3, 128] @ w.T, 6:8 (2 zeros in 8) int8 -> float32" in told
