@@ -16,7 +16,6 @@ if __name__ == "__main__" and not __package__:
     __package__ = "tools"
 
 import importlib
-import math
 import os
 import signal
 import threading
@@ -31,6 +30,7 @@ import click
 
 import slidesparse_nb as ss
 
+from .arguments import Listed, Seconds, Shape, one_of, token_count
 from .benchmark import gpu, readme, table, torch_peers
 from .benchmark.floors import CEILINGS
 from .benchmark.keeper import Keeper
@@ -49,91 +49,28 @@ COPIED = 1 << 30
 
 T = TypeVar("T")
 
-
-class Listed(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases of click
-    """Values with commas between them, each made by `make`, which raises ValueError or an OperandError."""
-
-    def __init__(self, name: str, make: Callable[[str], Any]) -> None:
-        self.name, self.make = name, make
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            made = dict.fromkeys(self.make(part.strip()) for part in str(value).split(",") if part.strip())
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if not made:
-            self.fail("names nothing", param, ctx)
-        return tuple(made)
-
-
-def _one_of(known: Any) -> Callable[[str], str]:
-    def make(text: str) -> str:
-        if text.lower() not in known:
-            raise ValueError(f"{text!r} is not one of {', '.join(known)}")
-        return text.lower()
-
-    return make
-
-
-def _is_number(text: str, most: int) -> bool:
-    """Whether it is 1 to `most` in digits 0 to 9."""
-    return text.isascii() and text.isdecimal() and len(text) < 20 and 1 <= int(text) <= most
-
-
-def _tokens(text: str) -> int:
-    if not _is_number(text, 1 << 20):
-        raise ValueError(f"{text!r} must be a number of tokens, 1 to {1 << 20}")
-    return int(text)
-
-
-class Shape(click.ParamType):  # type: ignore[type-arg]
-    """N,K."""
-
-    name = "N,K"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        parts = [part.strip() for part in str(value).split(",")]
-        if len(parts) != 2 or not all(_is_number(part, 1 << 24) for part in parts):
-            self.fail(f"{value!r} must be outputs and inputs, N,K, as in 4096,11008", param, ctx)
-        return int(parts[0]), int(parts[1])
-
-
-class Seconds(click.FloatRange):
-    """1 or more, and no end of time."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        seconds = super().convert(value, param, ctx)
-        if not math.isfinite(seconds):
-            self.fail(f"{value!r} is no number of seconds", param, ctx)
-        return seconds
-
-
 MEASURE = ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "peers", "sustained", "quick", "full", "budget")
 """Parameters that say what to measure."""
 
 
 @click.command(epilog=EXIT_CODES)
-@click.option("--model", type=Listed("names", _one_of(MODELS)), help=f"Linear layers of {', '.join(MODELS)}.")
+@click.option("--model", type=Listed("names", one_of(MODELS)), help=f"Linear layers of {', '.join(MODELS)}.")
 @click.option("--square", is_flag=True, help="m = n = k: 1024 to 16384.")
 @click.option("--shape", type=Shape(), multiple=True, help="A layer of your own. Repeatable.")
-@click.option("-m", "tokens", type=Listed("M,M", _tokens), help="Tokens: 1,16,64 ...")
+@click.option("-m", "tokens", type=Listed("M,M", token_count), help="Tokens: 1,16,64 ...")
 @click.option(
     "--pattern",
     type=Listed("patterns", lambda text: str(ss.Pattern.of(text))),
     help="Non-zeros:total: 6:8,2:4; most telling first.",
 )
-@click.option("--dtype", type=Listed("types", _one_of(KINDS)), help=f"Of {', '.join(KINDS)}.")
-@click.option("--part", type=Listed("parts", _one_of(PARTS)), help="; ".join(f"{k}: {v}" for k, v in PARTS.items()) + ".")
+@click.option("--dtype", type=Listed("types", one_of(KINDS)), help=f"Of {', '.join(KINDS)}.")
+@click.option("--part", type=Listed("parts", one_of(PARTS)), help="; ".join(f"{k}: {v}" for k, v in PARTS.items()) + ".")
 @click.option(
     "--peers",
-    type=Listed("names", _one_of([*PEERS, "none"])),
+    type=Listed("names", one_of([*PEERS, "none"])),
     help="; ".join(f"{k}: {v}" for k, v in PEERS.items()) + "; or none.",
 )
-@click.option("--sustained", type=Listed("M,M", _tokens), help="m of -m at which sustained load is measured, too.")
+@click.option("--sustained", type=Listed("M,M", token_count), help="m of -m at which sustained load is measured, too.")
 @click.option("--quick", is_flag=True, help="Under a minute; what --full measures is cut to the most telling.  [default]")
 @click.option("--full", is_flag=True, help="Under nine minutes: every part of 6:8, products of four patterns, all types.")
 @click.option("--budget", type=Seconds(min=1), help="Seconds after which nothing more is begun.")
