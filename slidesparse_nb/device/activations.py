@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..arch import sm90
+from ..arch.sm90_layout import STAGE
 from ..dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8, DType, packed_dtype
 from ..errors import OperandError
 from ..pattern import Pattern
@@ -134,7 +135,7 @@ def image(
         raise OperandError(f"x: shape {x.shape} must be [m, k]; reshape it to two dimensions")
     m, k = x.shape
     quantizes = dtype.qmax is not None and not same
-    shape = (sm90.stages(pattern, k, dtype), -(-m // 8), 8, sm90.STAGE)
+    shape = (sm90.stages(pattern, k, dtype), -(-m // 8), 8, STAGE)
     out, scale = _results(out, shape, np.uint8, scale, (m, 1) if quantizes else None, stream)
     if m:
         launch = plan(name, dtype.name, k, x.strides, aligned(x), generation(current_device()), pattern)
@@ -242,7 +243,7 @@ def plan(
     columns = 16 // size
     if width is None:
         assert pattern is not None
-        width = sm90.STAGE * sm90.stages(pattern, k, packed_dtype(stored))
+        width = STAGE * sm90.stages(pattern, k, packed_dtype(stored))
     pieces = width // 16
     total = -(-width // (4 * words))
     if windows:  # all that the last piece is gathered from, and four words are read for it
