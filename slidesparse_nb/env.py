@@ -1,8 +1,9 @@
 """Every environment variable that this library reads, here and nowhere else.
 
-SLIDESPARSE_CACHE_DIR   compiled kernels; by default slidesparse_nb in the user's cache folder
+SLIDESPARSE_CACHE_DIR   compiled kernels and tuned products; by default slidesparse_nb in the user's cache folder
 SLIDESPARSE_DEBUG       if set, and not 0, every first launch prints problem, configuration, source and launch
 SLIDESPARSE_PORTABLE    if set, and not 0, the kernels that run everywhere are used where faster ones exist, to compare them
+SLIDESPARSE_TUNED       if 0, what `slidesparse tune` found is left aside, to compare
 CUDA_PATH, CUDA_HOME    where the CUDA toolkit is, if its compiler is not found elsewhere
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """The folder of compiled kernels; it need not exist yet."""
+    """The folder of compiled kernels and tuned products; it need not exist yet."""
     if chosen := os.environ.get("SLIDESPARSE_CACHE_DIR"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slidesparse_nb"
@@ -27,6 +28,11 @@ def debug() -> bool:
 def portable() -> bool:
     """Whether kernels made for one architecture are left aside."""
     return os.environ.get("SLIDESPARSE_PORTABLE", "0") not in ("", "0")
+
+
+def tuned() -> bool:
+    """Whether what `slidesparse tune` found is looked up."""
+    return os.environ.get("SLIDESPARSE_TUNED", "1") != "0"
 
 
 def toolkits() -> list[str]:

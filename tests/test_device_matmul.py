@@ -152,7 +152,13 @@ class Gpu:
             setattr(cupy, name, numpys(name))
         cupy.from_dlpack = None
         runtime = SimpleNamespace(
-            getDevice=lambda: 0, getDeviceProperties=lambda _: {"major": 9, "minor": 0, "multiProcessorCount": 132}
+            getDevice=lambda: 0,
+            getDeviceProperties=lambda _: {
+                "major": 9,
+                "minor": 0,
+                "multiProcessorCount": 132,
+                "name": b"NumPy in CuPy's place",
+            },
         )
         cupy.cuda = SimpleNamespace(
             runtime=runtime,

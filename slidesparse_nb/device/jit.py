@@ -134,6 +134,12 @@ def _included(source: str) -> dict[str, str]:
     return dict(sorted(texts.items()))
 
 
+@functools.cache
+def source_hash(source: str) -> str:
+    """Of a file under cuda_src and everything it includes."""
+    return hashlib.sha256("\0".join(_included(source).values()).encode()).hexdigest()[:12]
+
+
 def _complete(folder: Path) -> Built | None:
     """What an earlier build left, if it is whole."""
     try:

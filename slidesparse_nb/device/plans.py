@@ -15,13 +15,14 @@ from typing import Any
 import cupy
 
 from .. import env
-from ..arch import Config, as_multiplied, choose, for_capability, sm90
+from ..arch import Config, as_multiplied, for_capability, sm90
 from ..dtypes import CUDA_CODES, DType
 from ..errors import UnsupportedError
 from ..packed import PackedWeight
 from . import activations, jit
 from .arrays import float_name
 from .launch import Launcher
+from .tuned import Product
 
 COUNTERS = 4096
 """Tiles whose k may be split, at most; so many counters stand at the start of a workspace."""
@@ -41,10 +42,12 @@ Feed = Callable[[int, int, int, int], None]
 
 
 @functools.cache
-def device_facts(ordinal: int) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors."""
+def device_facts(ordinal: int) -> tuple[tuple[int, int], int, str]:
+    """Compute capability, multiprocessors and name."""
     properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
-    return (properties["major"], properties["minor"]), properties["multiProcessorCount"]
+    name = properties["name"]
+    capability = properties["major"], properties["minor"]
+    return capability, properties["multiProcessorCount"], name.decode(errors="replace") if isinstance(name, bytes) else name
 
 
 class DeviceWeight:
@@ -58,7 +61,7 @@ class DeviceWeight:
     """
 
     def __init__(self, packed: PackedWeight, ordinal: int) -> None:
-        self.capability, self.sms = device_facts(ordinal)
+        self.capability, self.sms, self.gpu = device_facts(ordinal)
         self.ordinal = ordinal
         self.family = for_capability(self.capability)
         self.family.require_support(self.capability, packed.dtype)
@@ -90,6 +93,11 @@ class DeviceWeight:
             cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
         return int(self._words.data.ptr)
 
+    def product(self, m: int, out: str) -> Product:
+        """What a plan for m tokens and the type named `out` computes."""
+        where = (self.family, self.capability, self.sms, self.gpu)
+        return Product(m, self.packed.n, self.k, self.pattern, self.packed.dtype, out, *where)
+
     def plan(self, m: int, out: str) -> Plan:
         """How to multiply m tokens into the type named `out`, on the current device, which is this weight's."""
         if (known := self.plans.get((m, out))) is None:
@@ -112,7 +120,7 @@ class MatrixLaunch:
 
 
 class Plan:
-    """One shape of one weight: the launches (the cheapest, unless some are given), their kernels, the parts of a workspace.
+    """One shape of one weight: the launches (tuned or the cheapest, unless given), their kernels, the parts of a workspace.
 
     Attributes:
         configs, launches: how the product is computed.
@@ -123,13 +131,11 @@ class Plan:
     """
 
     def __init__(self, weight: DeviceWeight, m: int, out: str, configs: tuple[Config, ...] | None = None) -> None:
-        packed, n = weight.packed, weight.packed.n
+        packed = weight.packed
         size, family = packed.dtype.bits // 8, weight.family
-        self.configs = configs or choose(
-            family, m, n, weight.k, weight.pattern, packed.dtype, out, weight.capability, weight.sms
-        )
+        self.configs = configs or weight.product(m, out).best()
         if family is sm90 and not weight.arranged.codes:
-            self.configs = tuple(config.with_words() for config in self.configs)
+            self.configs = tuple(c.with_words() if isinstance(c, sm90.Config) else c for c in self.configs)
         self.m, self.weight, self.out = m, weight, out
         self.image = family is sm90
         self.x_bytes = weight.k * size
