@@ -26,6 +26,8 @@ _HOME = {
     "workspace_bytes": "ops",
     "build_kernels": "building",
     "build_products": "building",
+    "tune_products": "tuning",
+    "forget_tuned": "tuning",
     "diagnose": "diagnosis",
     "load": "checkpoint",
     "save": "checkpoint",
@@ -80,6 +82,8 @@ if TYPE_CHECKING:
     from .packing import unpack as unpack
     from .packing import verify as verify
     from .pattern import Pattern as Pattern
+    from .tuning import forget_tuned as forget_tuned
+    from .tuning import tune_products as tune_products
 
 
 def __getattr__(name: str) -> Any:

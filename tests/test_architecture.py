@@ -21,7 +21,7 @@ FLOORS = (  # an import goes down, or to the left on its own floor
     ("reference", "arch"),
     ("cpu", "cpu_matmul", "device"),
     ("pruning", "verification", "packing", "checkpoint", "ops"),
-    ("convert", "diagnosis", "building"),
+    ("convert", "diagnosis", "building", "tuning"),
     ("tools", "integrations"),
 )
 

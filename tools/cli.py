@@ -14,6 +14,7 @@ COMMANDS = {
     "pack": "Pack a checkpoint.",
     "show": "Show, verify or unpack a checkpoint.",
     "build": "Compile the GPU kernels ahead, on any machine.",
+    "tune": "Choose tiles by timing them on your GPU and shapes.",
     "bench": "Time the GPU kernels beside dense and 2:4 libraries.",
     "doctor": "Say what of this machine can be used.",
     "demo": "Pack a real sentence encoder and compare.",

@@ -1,0 +1,172 @@
+"""Timing the ways to compute products on a GPU, and keeping what beats the model's choice (docs/tuning.md)."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from . import packing
+from .arch import for_capability
+from .building import Job, compile_all
+from .device import jit, tuned
+from .dtypes import DType, packed_dtype
+from .errors import OperandError, UnsupportedError
+from .packed import size_problem
+from .pattern import Pattern
+
+LEAST_GAIN = 0.02
+"""Of the time of the model's choice, what another way must save to be kept: less is not sure to be there tomorrow."""
+
+OUTS = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was found for one product.
+
+    Attributes:
+        m, n, k, pattern, dtype, out: y [m, n] = x [m, k] @ w.T, of weights of this pattern and type, into the type `out`.
+        ways: how many were timed.
+        model, best: the launches of the model's choice and of the fastest way.
+        model_us, best_us: microseconds that they take.
+        kept: `best` is used from now on, in processes that have not multiplied this shape yet.
+        wrong: ways whose results differed from the model's choice's; none, unless a kernel or the GPU is broken.
+    """
+
+    m: int
+    n: int
+    k: int
+    pattern: str
+    dtype: str
+    out: str
+    ways: int
+    model: tuple[str, ...]
+    best: tuple[str, ...]
+    model_us: float
+    best_us: float
+    kept: bool
+    wrong: tuple[str, ...]
+
+    @property
+    def gain(self) -> float:
+        """Of the time of the model's choice, what the fastest way saves: 0 to 1."""
+        return 1 - self.best_us / self.model_us
+
+
+def tune_products(
+    products: Iterable[tuple[int, int, int, Pattern | str, DType | str, str]],
+    seconds: float | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Iterator[Tuned]:
+    """Time the likely ways to compute each product on the current GPU, and keep those that beat the model's choice.
+
+    Args:
+        products: (m, n, k, pattern, dtype of the weights, name of the type of y) of each. Those with the same weights are best
+            named one after the other.
+        seconds: after which no further product is begun.
+        tell: is told what is being done, a line at a time.
+
+    Yields:
+        What was found, product by product; it has been written down by then.
+
+    Raises:
+        OperandError: a product that cannot be.
+        UnsupportedError: there is no GPU, or it does not multiply such weights, or the cache folder cannot be written.
+    """
+    wanted = [_checked(*product) for product in products]
+    capability = _capability()
+    for _, _, _, _, dtype, _ in wanted:
+        for_capability(capability).require_support(capability, dtype)
+    end = None if seconds is None else time.monotonic() + seconds
+    return _tuned(wanted, end, tell or (lambda text: None))
+
+
+def forget_tuned() -> int:
+    """Forget everything that was found, on every GPU, and return how much it was; needs no GPU."""
+    return tuned.forget()
+
+
+def _checked(
+    m: int, n: int, k: int, pattern: Pattern | str, dtype: DType | str, out: str
+) -> tuple[int, int, int, Pattern, DType, str]:
+    pattern, stored = Pattern.of(pattern), packed_dtype(dtype)
+    for name, value in (("m", m), ("n", n), ("k", k)):
+        if value < 1:
+            raise OperandError(f"{name}: {value} must be 1 or more")
+    if problem := size_problem(pattern, (n, k), stored):
+        raise OperandError(f"product: {problem}")
+    if out not in OUTS:
+        raise OperandError(f"out: {out!r} must be one of {', '.join(OUTS)}")
+    return m, n, k, pattern, stored, out
+
+
+def _capability() -> tuple[int, int]:
+    """Compute capability of the current GPU."""
+    try:
+        cupy: Any = importlib.import_module("cupy")
+    except ImportError as error:
+        raise UnsupportedError(
+            f"tune: times GPU kernels and needs CuPy, which cannot be imported ({error}); install slidesparse_nb[cuda13] or"
+            " slidesparse_nb[cuda12]"
+        ) from None
+    try:
+        if not cupy.cuda.runtime.getDeviceCount():
+            raise LookupError("there is none")
+        properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
+    except Exception as error:  # CuPy's, of a kind that depends on what is missing
+        raise UnsupportedError(
+            f"tune: needs an NVIDIA GPU, and none can be used ({error}); `slidesparse doctor` says what of this machine can"
+        ) from None
+    return properties["major"], properties["minor"]
+
+
+def _tuned(
+    wanted: list[tuple[int, int, int, Pattern, DType, str]], end: float | None, tell: Callable[[str], None]
+) -> Iterator[Tuned]:
+    from .device import timing  # CuPy is imported when a GPU is first used, and not before
+
+    clock = timing.GpuClock()
+    track: Any = None
+    of: Any = None
+    for number, (m, n, k, pattern, dtype, out) in enumerate(wanted):
+        if end is not None and time.monotonic() >= end:
+            tell(f"time is up: {len(wanted) - number} of {len(wanted)} products were not begun")
+            return
+        name = f"{number + 1}/{len(wanted)}  {n} x {k}, {pattern}, {dtype} -> {out}, m={m}"
+        if of != (n, k, pattern, dtype):
+            track = None  # its memory is wanted
+            packed = packing.pack(timing.normal(n, k), pattern, dtype, prune="magnitude")
+            track, of = timing.Track(packed, clock), (n, k, pattern, dtype)
+        product = track.product(m, out)
+        ways = product.likely()
+        jobs = _jobs(product, ways)
+        tell(f"{name}: {len(ways)} ways, of {len(jobs)} kernels")
+        compile_all(jobs, jit.device_compiler())
+        race = track.race(m, out, ways)
+        found = Tuned(
+            m, n, k, str(pattern), str(dtype), out, race.ways, _words(ways[0]), _words(race.best), race.model_us, race.best_us,
+            race.best_us <= (1 - LEAST_GAIN) * race.model_us, tuple(" + ".join(_words(way)) for way in race.wrong),
+        )  # fmt: skip
+        if found.kept:
+            when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            told = {"words": found.best, "us": found.best_us, "model_us": found.model_us, "when": when}
+            tuned.keep(product, race.best, told)
+        else:
+            tuned.drop(product)
+        yield found
+
+
+def _jobs(product: tuned.Product, ways: list[tuned.Way]) -> list[Job]:
+    """The kernels of these ways, each once."""
+    family = product.family
+    arch = jit.architecture(product.capability) + family.SUFFIX
+    kernels = {repr(config.defines()): config.defines() for way in ways for config in way}
+    return [(family.KERNEL, defines, arch) for defines in kernels.values()]
+
+
+def _words(way: tuned.Way) -> tuple[str, ...]:
+    return tuple(map(str, way))
