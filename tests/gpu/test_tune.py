@@ -1,0 +1,94 @@
+"""Tuning on a GPU: ways are proved equal and timed, the fastest is kept, and matmul then uses it and is right."""
+
+from __future__ import annotations
+
+import json
+
+import cupy as cp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from gemm_cases import check, tokens, weight
+
+import slidesparse_nb as ss
+from slidesparse_nb.device import gemm, timing, tuned
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
+from tools.cli import main
+
+pytestmark = pytest.mark.gpu
+
+M, N, K = 48, 2048, 2048
+MOST = 6
+
+
+@pytest.fixture(autouse=True, params=["own", "portable"])
+def family(request, tmp_path, monkeypatch):
+    """Results in a folder of their own; kernels stay in the cache. Few ways, so that few kernels are compiled."""
+    monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(request.param == "portable")))
+    monkeypatch.setattr(tuned, "folder", lambda: tmp_path / "tuned")
+    monkeypatch.setattr(tuned, "MOST_WAYS", MOST)
+    tuned.found.cache_clear()
+    yield request.param
+    tuned.found.cache_clear()
+
+
+def multiply(packed, x):
+    """y on the host, and the launches that made it."""
+    x_there = cp.asarray(x.view(f"u{x.itemsize}")).view(x.dtype)
+    y = gemm.matmul(x_there, packed, out_dtype=BFLOAT16.numpy)
+    return y.view(np.uint16).get().view(y.dtype), gemm.to_device(packed).plan(x.shape[0], "bfloat16").configs
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
+def test_the_fastest_is_kept_and_used(dtype, monkeypatch):
+    """Against the slowest way there is, in the place of the model's choice."""
+
+    def slowest_first(product):
+        ranked = sorted(product.ways(), key=lambda of: of[0])
+        return [ranked[-1][1], *(way for _, way in ranked[: MOST - 1])]
+
+    monkeypatch.setattr(tuned.Product, "likely", slowest_first)
+    (found,) = ss.tune_products([(M, N, K, "6:8", dtype, "bfloat16")], tell=print)
+    print(found)
+    assert not found.wrong
+    assert found.kept
+    assert 0 < found.best_us < 0.98 * found.model_us
+    rng = np.random.default_rng(3)
+    packed, x = weight(rng, N, K, "6:8", dtype), tokens(rng, M, K, BFLOAT16.numpy)
+    y, used = multiply(packed, x)
+    assert tuple(map(str, used)) == found.best
+    check(y, x, packed)
+
+
+def test_every_way_that_is_kept_is_used_and_right():
+    rng = np.random.default_rng(4)
+    x = tokens(rng, M, K, BFLOAT16.numpy)
+    first = weight(rng, N, K, "6:8", INT8)
+    product = gemm.to_device(first).product(M, "bfloat16")
+    for way in product.likely():
+        tuned.keep(product, way, {})
+        packed = ss.PackedWeight(first.values, first.meta, first.scale, first.pattern, first.shape, first.dtype)
+        y, used = multiply(packed, x)
+        assert used == way
+        check(y, x, packed)
+
+
+def test_times_are_those_of_the_device():
+    """A burst against cupy's own clock, to a fifth."""
+    clock = timing.GpuClock()
+    source, target = cp.ones(1 << 28, np.uint8), cp.empty(1 << 28, np.uint8)
+    launch = clock.capture([lambda: cp.positive(source, out=target)])
+    from cupyx.profiler import benchmark
+
+    wanted = np.median(benchmark(lambda: cp.positive(source, out=target), n_repeat=20).gpu_times) * 1e6
+    assert np.median([clock.burst(launch, 10) for _ in range(5)]) == pytest.approx(wanted, rel=0.2)
+
+
+def test_command():
+    done = CliRunner().invoke(main, ["tune", "--shape", f"{N},{K}", "-m", f"1,{M}", "--json"])
+    print(done.output)
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert [one["m"] for one in told] == [1, M]
+    assert all(one["best_us"] <= one["model_us"] or not one["kept"] for one in told)
+    assert tuned.forget() == sum(one["kept"] for one in told)

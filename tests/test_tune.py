@@ -1,0 +1,455 @@
+"""Tuning, all but the GPU: the ways, the files, what a plan makes of them, the race on a clock that is told, the command."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from test_device_matmul import BF16, array, close, gpu, ops, wanted, weight
+
+import slidesparse_nb as ss
+from slidesparse_nb import tuning
+from slidesparse_nb.arch import sm80, sm90
+from slidesparse_nb.device import tuned
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
+from slidesparse_nb.errors import OperandError, UnsupportedError
+from slidesparse_nb.pattern import Pattern
+from tools.cli import main
+
+__all__ = ["gpu"]  # the fixture: CuPy, played by NumPy
+
+P = Pattern(6, 8)
+HOPPER: Any = (sm90, (9, 0), 132, "NVIDIA H200")
+AMPERE: Any = (sm80, (8, 0), 108, "NVIDIA A100")
+BLACKWELL: Any = (sm80, (12, 0), 170, "NVIDIA GeForce RTX 5090")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("SLIDESPARSE_TUNED", raising=False)
+    tuned.found.cache_clear()
+    yield tmp_path / "cache"
+    tuned.found.cache_clear()
+
+
+def product(m: int = 16, n: int = 4608, k: int = 3584, where: Any = HOPPER, dtype: Any = INT8) -> tuned.Product:
+    return tuned.Product(m, n, k, P, dtype, "bfloat16", *where)
+
+
+def another(of: tuned.Product) -> tuned.Way:
+    """A way that the model does not choose."""
+    return of.likely()[1]
+
+
+# ---- ways ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
+@pytest.mark.parametrize("where", [HOPPER, AMPERE, BLACKWELL], ids=lambda where: where[3])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (4608, 3584), (37888, 3584), (3584, 18944)])
+@pytest.mark.parametrize("m", [1, 16, 1000, 4096])
+def test_the_models_choice_is_the_first_of_the_likely(m: int, n: int, k: int, where: Any, dtype: Any) -> None:
+    of = product(m, n, k, where, dtype)
+    if dtype not in of.family.supported_dtypes(of.capability):
+        return
+    likely = of.likely()
+    every = {way: cost for cost, way in of.ways()}
+    assert likely[0] == of.cheapest() == of.best()
+    assert every[likely[0]] == min(every.values())
+    assert len(likely) == len(set(likely)) <= tuned.MOST_WAYS
+    assert all(every[way] <= 1.5 * every[likely[0]] for way in likely)
+    left = [cost for way, cost in every.items() if way not in set(likely)]
+    assert not left or min(left) >= max(every[way] for way in likely) or min(left) > 1.5 * every[likely[0]]
+    words = [[*map(tuned.described, way)] for way in every]
+    assert len({json.dumps(w) for w in words}) == len(words), "two ways of one description"
+
+
+def test_a_description_outlives_a_fit() -> None:
+    config = another(product())[0]
+    assert isinstance(config, sm90.Config)
+    assert tuned.described(replace(config, tile=replace(config.tile, stage_ns=1, tile_ns=1))) == tuned.described(config)
+    assert tuned.described(replace(config, resident=3)) != tuned.described(config)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", [HOPPER, AMPERE], ids=lambda where: where[3])
+def test_round_trip(where: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = product(where=where)
+    assert tuned.found(of) is None
+    tuned.keep(of, another(of), {"us": 1.0})
+    assert of.best() == another(of) != of.cheapest()
+    for other in (
+        replace(of, m=17),
+        replace(of, n=4672),
+        replace(of, sms=60),
+        replace(of, gpu="H20"),
+        replace(of, out="float16"),
+    ):
+        assert other.best() == other.cheapest()
+    monkeypatch.setenv("SLIDESPARSE_TUNED", "0")
+    assert of.best() == of.cheapest()
+    monkeypatch.setenv("SLIDESPARSE_TUNED", "1")
+    assert of.best() == another(of)
+    tuned.drop(of)
+    tuned.drop(of)
+    assert of.best() == of.cheapest()
+    assert tuned.forget() == 0
+
+
+def test_the_kernels_source_is_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = product()
+    tuned.keep(of, another(of), {})
+    monkeypatch.setattr(tuned.jit, "source_hash", lambda source: "of another source")
+    tuned.found.cache_clear()
+    assert tuned.found(of) is None
+
+
+def test_a_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = product()
+    assert tuned.found(of) is None
+    monkeypatch.setattr(tuned, "folder", lambda: 1 / 0)
+    assert tuned.found(replace(of)) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\xff\xfe", b"[]", b"{}", b"null", b"[" * 100_000, b'{"launches": 3}', b'{"launches": []}', b'{"launches": [[]]}',
+        b'{"launches": null}', b'{"launches": {"a": 1}}', b'{"launches": ["TOKENS=8"]}',
+        b'{"launches": ["a"], "launches": ["b"]}',
+    ],
+    ids=lambda content: content[:24],
+)  # fmt: skip
+def test_broken_files_are_ignored(content: bytes) -> None:
+    of = product()
+    of.file().parent.mkdir(parents=True)
+    of.file().write_bytes(content)
+    assert of.best() == of.cheapest()
+
+
+def test_what_is_no_file_is_ignored(cache: Path) -> None:
+    of = product()
+    of.file().mkdir(parents=True)
+    assert of.best() == of.cheapest()
+    assert tuned.forget() == 1
+    cache.joinpath("tuned").write_text("a file in the folder's place")
+    tuned.found.cache_clear()
+    assert of.best() == of.cheapest()
+    with pytest.raises(UnsupportedError, match=r"^cache: .* cannot be written .*; set SLIDESPARSE_CACHE_DIR"):
+        tuned.keep(of, another(of), {})
+
+
+def test_launches_that_are_no_more_are_ignored() -> None:
+    """A way of another release, of another m, of too many blocks, of half the launches."""
+    of = product(1024)
+    way = next(way for _, way in of.ways() if len(way) == 2)
+    config = way[0]
+    assert isinstance(config, sm90.Config)
+    for stale in (
+        (replace(config, stages=config.stages + 1), way[1]),
+        (replace(config, blocks=config.blocks + 1), way[1]),
+        way[:1],
+        way[::-1],
+        another(product(512)),
+    ):
+        tuned.keep(of, stale, {})
+        assert of.best() == of.cheapest()
+    tuned.keep(of, way, {})
+    assert of.best() == way
+
+
+def test_processes_write_at_once(cache: Path) -> None:
+    """Each its own product, and all the same one; nothing is lost, nothing torn, nothing left lying about."""
+    code = """if True:
+        import sys
+        from slidesparse_nb.arch import sm90
+        from slidesparse_nb.device import tuned
+        from slidesparse_nb.dtypes import INT8
+        from slidesparse_nb.pattern import Pattern
+        for m in (int(sys.argv[1]), 1) * 20:
+            of = tuned.Product(m, 4608, 3584, Pattern(6, 8), INT8, "bfloat16", sm90, (9, 0), 132, "NVIDIA H200")
+            tuned.keep(of, of.likely()[1], {"by": sys.argv[1]})
+    """
+    running = [subprocess.Popen([sys.executable, "-c", code, str(m)], cwd=Path(__file__).parent.parent) for m in (16, 17, 18)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    for m in (1, 16, 17, 18):
+        assert product(m).best() == another(product(m))
+    assert len([file for file in cache.rglob("*") if file.is_file()]) == 4
+    assert tuned.forget() == 4
+    assert product(1).best() == product(1).cheapest()
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_takes_what_was_tuned(gpu: Any) -> None:
+    """The device modules are imported afresh by the fixture: `here` is the one that they know."""
+    here = importlib.import_module("slidesparse_nb.device.tuned")
+    packed = weight(300, 512, INT8)
+    x = array(np.random.default_rng(0).standard_normal((16, 512)).astype(BF16))
+    device = gpu.gemm.to_device(packed)
+    of = device.product(16, "bfloat16")
+    assert (of.gpu, of.sms, of.family) == ("NumPy in CuPy's place", 132, sm90 if gpu.own else sm80)
+    here.keep(of, another(of), {})
+    close(ops().matmul(x, packed), wanted(x, packed))
+    assert device.plan(16, "bfloat16").configs == another(of)
+    close(ops().matmul(x[:15], packed), wanted(x[:15], packed))
+    assert device.plan(15, "bfloat16").configs == device.product(15, "bfloat16").cheapest()
+
+
+# ---- the race --------------------------------------------------------------------------------------------------------
+
+
+class ToldClock:
+    """Runs the calls; a burst of the i-th graph takes what it is told."""
+
+    l2_bytes = 100_000
+
+    def __init__(self, us: dict[int, float]) -> None:
+        self.us, self.captured, self.bursts = us, 0, 0
+
+    def capture(self, calls: Any) -> Any:
+        for call in calls:
+            call()
+        self.captured += 1
+        return self.captured - 1
+
+    def burst(self, launch: int, replays: int) -> float:
+        self.bursts += 1
+        return self.us.get(launch, 100.0) * (1 + 0.001 * (self.bursts % 3))
+
+
+@pytest.fixture
+def timing(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    module: Any = importlib.import_module("slidesparse_nb.device.timing")
+    monkeypatch.setattr(
+        module, "normal", lambda m, k: array(np.random.default_rng(1).standard_normal((m, k)).astype(np.float32))
+    )
+    return module
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
+def test_the_fastest_wins(gpu: Any, timing: Any, dtype: Any) -> None:
+    track = timing.Track(weight(300, 512, dtype), clock := ToldClock({1: 80.0, 2: 90.0}))
+    ways = track.product(16, "bfloat16").likely()[:8]
+    race = track.race(16, "bfloat16", ways)
+    assert race.best == ways[1]
+    assert race.ways == clock.captured == len(ways)
+    calls = len(track.weights)
+    assert calls > 1
+    assert len({weight.arranged[0].operand for weight in track.weights}) == calls, "weights in memory of their own"
+    assert race.model_us * calls == pytest.approx(100, rel=0.01)
+    assert race.best_us * calls == pytest.approx(80, rel=0.01)
+    assert not race.wrong
+    assert not any(weight.arranged[0].plans for weight in track.weights)
+
+
+def test_the_models_choice_wins(gpu: Any, timing: Any) -> None:
+    track = timing.Track(weight(300, 512, INT8), ToldClock({0: 70.0}))
+    ways = track.product(5, "float32").likely()[:8]
+    race = track.race(5, "float32", ways)
+    assert race.best == ways[0]
+    assert race.model_us == race.best_us
+
+
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+@pytest.mark.parametrize("fault", ["wrong", "nothing"])
+def test_wrong_results_are_told_and_not_timed(
+    gpu: Any, timing: Any, dtype: Any, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    track = timing.Track(weight(300, 512, dtype), clock := ToldClock({}))
+    ways = track.product(16, "bfloat16").likely()[:4]
+    matmul = timing.gemm.matmul
+
+    def faulty(x: Any, packed: Any, out: Any, workspace: Any) -> None:
+        if packed.arranged[0].plans[16, "bfloat16"].configs != ways[2]:
+            matmul(x, packed, out=out, workspace=workspace)
+        elif fault == "wrong":
+            matmul(x, packed, out=out, workspace=workspace)
+            out[7, 200:208] = 3 * float(np.abs(out.astype(np.float32)).max())
+
+    monkeypatch.setattr(timing.gemm, "matmul", faulty)
+    race = track.race(16, "bfloat16", ways)
+    assert race.wrong == (ways[2],)
+    assert race.ways == clock.captured == 3
+
+
+# ---- the function and the command ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuner(gpu: Any, timing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`tune_products` on the stand-in: nothing is compiled, packing is the reference's, the clock is told."""
+    clock = ToldClock({i: 80.0 for i in range(1, 400, 2)})
+    timing.GpuClock = lambda: clock
+    gpu.cupy = sys.modules["cupy"]
+    gpu.cupy.cuda.runtime.getDeviceCount = lambda: 1
+    monkeypatch.setattr(tuning, "compile_all", lambda jobs, compiler: len(jobs))
+    monkeypatch.setattr(tuning.jit, "device_compiler", lambda: None)
+    here = importlib.import_module("slidesparse_nb.device.tuned")
+    monkeypatch.setattr(tuning, "tuned", here)
+    monkeypatch.setattr(tuning.packing, "pack", lambda w, pattern, dtype, prune: weight(*w.shape, dtype, pattern))
+    return SimpleNamespace(clock=clock, tuned=here, monkeypatch=monkeypatch)
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(main, ["tune", *map(str, arguments)])
+
+
+def test_command(gpu: Any, tuner: Any) -> None:
+    done = call("--shape", "300,512", "--pattern", "6:8", "--dtype", "int8,bf16", "-m", "1,16", "--json", "-q")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert [(one["m"], one["n"], one["k"], one["dtype"], one["out"]) for one in told] == [
+        (m, 300, 512, dtype, "bfloat16") for dtype in ("int8", "bfloat16") for m in (1, 16)
+    ]
+    for one in told:
+        assert one["ways"] > 1
+        assert one["kept"] == (one["best"] != one["model"]) == (one["gain"] > 0.02)
+        packed = weight(one["n"], one["k"], INT8 if one["dtype"] == "int8" else BFLOAT16)
+        of = gpu.gemm.to_device(packed).product(one["m"], one["out"])
+        assert [str(config) for config in of.best()] == one["best"]
+    assert any(one["kept"] for one in told)
+    assert call("--forget").stdout == f"{sum(one['kept'] for one in told)} results forgotten\n"
+    assert call("--forget").stdout == "0 results forgotten\n"
+
+
+def test_command_for_readers(gpu: Any, tuner: Any) -> None:
+    done = call("--shape", "300,512", "-m", "16", "-v")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["n,", "k", "pattern", "type", "m", "ways", "model", "us", "best", "us", "gain", "kept"]
+    assert lines[1].startswith("300, 512  6:8      int8 -> bfloat16  16")
+    assert lines[-1].startswith("1 of 1 product kept; new processes use them")
+    assert done.stderr.startswith("1/1  300 x 512, 6:8, int8 -> bfloat16, m=16: ")
+
+
+def test_a_result_that_no_longer_holds_is_dropped(gpu: Any, tuner: Any) -> None:
+    assert json.loads(call("--shape", "300,512", "-m", "16", "--json").stdout)[0]["kept"]
+    tuner.clock.us = {}
+    assert not json.loads(call("--shape", "300,512", "-m", "16", "--json").stdout)[0]["kept"]
+    assert call("--forget").stdout == "0 results forgotten\n"
+
+
+def test_an_interrupt_keeps_what_was_found(gpu: Any, tuner: Any, timing: Any) -> None:
+    race = timing.Track.race
+
+    def interrupted(track: Any, m: int, *rest: Any) -> Any:
+        if m == 16:
+            raise KeyboardInterrupt
+        return race(track, m, *rest)
+
+    tuner.monkeypatch.setattr(timing.Track, "race", interrupted)
+    done = call("--shape", "300,512", "-m", "1,16", "--json")
+    assert done.exit_code == 130
+    assert done.stderr.endswith("error: interrupted; what was found until now is kept\n")
+    assert [one["m"] for one in json.loads(done.stdout)] == [1]
+    assert call("--forget").stdout == "1 result forgotten\n"
+
+
+def test_time_that_is_up(gpu: Any, tuner: Any) -> None:
+    tuner.monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=iter(range(0, 1000, 2)).__next__))
+    done = call("--shape", "300,512", "-m", "1,16,64", "--seconds", "3", "--json")
+    assert done.exit_code == 0
+    assert [one["m"] for one in json.loads(done.stdout)] == [1]
+    assert done.stderr.endswith("time is up: 2 of 3 products were not begun\n")
+
+
+def test_wrong_results_fail_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = tuning.Tuned(16, 300, 512, "6:8", "int8", "bfloat16", 3, ("a",), ("a",), 2.0, 2.0, False, ("b",))
+    monkeypatch.setattr("slidesparse_nb.tune_products", lambda *_: iter([one]), raising=False)
+    done = call("--shape", "300,512", "-m", "16")
+    assert done.exit_code == 4
+    assert "1 result differed from that of the model's choice" in done.stderr
+    assert "300, 512" in done.stdout
+
+
+def test_a_packed_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("slidesparse_nb.tune_products", lambda products, *_: iter(asked.extend(products) or ()), raising=False)
+    w = np.random.default_rng(0).standard_normal((48, 64)).astype(np.float32)
+    layers = {name: ss.pack(w, "6:8", "int8", prune="magnitude") for name in ("a", "b")}
+    ss.save(tmp_path / "packed.safetensors", layers)
+    assert call(tmp_path / "packed.safetensors", "-m", "1,8", "--out", "float16").exit_code == 0
+    assert asked == [(1, 48, 64, "6:8", "int8", "float16"), (8, 48, 64, "6:8", "int8", "float16")]
+    dense = models.folder(tmp_path / "dense", models.tensors())
+    done = call(dense)
+    assert done.exit_code == 5
+    assert "holds no packed weights; slidesparse pack makes them" in done.stderr
+
+
+def test_model_names_are_the_benchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("slidesparse_nb.tune_products", lambda products, *_: iter(asked.extend(products) or ()), raising=False)
+    assert call("--model", "qwen2.5-7b", "--dtype", "fp8,fp16", "-m", "16").exit_code == 0
+    assert (16, 4608, 3584, "6:8", "float8_e4m3fn", "bfloat16") in asked
+    assert (16, 4608, 3584, "6:8", "float16", "float16") in asked
+    assert len(asked) == 8
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--forget", "--shape", "8,8"), ("--shape", "8"), ("--shape", "8,8", "-m", "0"), ("--model", "gpt"), ("--out", "int8"),
+     ("--shape", "8,8", "--seconds", "0"), ("--shape", "8,8", "--dtype", "int4"), ("--shape", "8,8", "--pattern", "3:4"),
+     ("absent.safetensors",)],
+    ids=lambda arguments: " ".join(arguments) or "nothing",
+)  # fmt: skip
+def test_wrong_usage(arguments: tuple[str, ...]) -> None:
+    assert call(*arguments).exit_code == 2
+
+
+def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    done = call("--shape", "64,64")
+    assert done.exit_code == 5
+    assert done.stderr.startswith("error: tune: times GPU kernels and needs CuPy, which cannot be imported")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("reason", ["raises", "none"])
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    def count() -> int:
+        if reason == "raises":
+            raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
+        return 0
+
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=count)))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    done = call("--shape", "64,64")
+    assert done.exit_code == 5
+    assert done.stderr.startswith("error: tune: needs an NVIDIA GPU, and none can be used (")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ((0, 8, 8, "6:8", "int8", "float32"), "m: 0 must be 1 or more"),
+        ((1, 8, 2**18, "2:4", "int8", "float32"), "product: k=262144 takes"),
+        ((1, 8, 8, "6:8", "int4", "float32"), "int4"),
+        ((1, 8, 8, "6:8", "int8", "int8"), "out: 'int8' must be one of bfloat16, float16, float32"),
+    ],
+)
+def test_products_that_cannot_be(asked: Any, message: str) -> None:
+    with pytest.raises(OperandError, match=message):
+        ss.tune_products([asked])
+
+
+def test_types_that_the_gpu_does_not_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_capability", lambda: (8, 0))
+    with pytest.raises(UnsupportedError, match="float8_e4m3fn weights need compute capability"):
+        ss.tune_products([(1, 8, 8, "6:8", "float8_e4m3fn", "float32")])
