@@ -14,8 +14,10 @@ from slidesparse_nb.pattern import Pattern, known_patterns
 HOPPER = (9, 0)
 
 
-def packed_weight(rng: np.random.Generator, n: int, k: int, pattern: Pattern, dtype: DType) -> PackedWeight:
-    w = reference.prune(rng.integers(-9, 10, (n, k)).astype(np.float32), pattern).astype(dtype.numpy)
+def packed_weight(rng: np.random.Generator, n: int, k: int, pattern: Pattern, dtype: DType, full: bool = False) -> PackedWeight:
+    """Small integers; `full`: as many non-zeros as the pattern allows."""
+    w = rng.integers(-9, 10, (n, k)).astype(np.float32)
+    w = reference.prune(np.where(w == 0, 1, w) if full else w, pattern).astype(dtype.numpy)
     return reference.pack(w, pattern, dtype, scale=np.ones((n, 1), np.float32) if dtype.qmax else None)
 
 
@@ -48,15 +50,16 @@ def instruction(values: np.ndarray, words: np.ndarray, step: int, dtype: DType) 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("pattern", [*known_patterns(), Pattern(22, 24)], ids=str)
-def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType) -> None:
+@pytest.mark.parametrize("full", [True, False])
+def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType, full: bool) -> None:
     rng = np.random.default_rng(pattern.group)
     n, k, m = 70, 75, 19
-    packed = packed_weight(rng, n, k, pattern, dtype)
+    packed = packed_weight(rng, n, k, pattern, dtype, full)
     x = rng.integers(-9, 10, (m, k)).astype(dtype.numpy)
     arranged, image = sm90.arrange(packed), sm90.image(x, pattern)
     count = sm90.stages(pattern, k, dtype)
     assert arranged.values.shape == (count, 2, 4096)
-    assert arranged.codes == (2 <= pattern.windows <= 7)
+    assert arranged.codes == (2 <= pattern.windows <= 7 and (full or dtype.bits == 8))
     words = sm90.expand(arranged.index, pattern, dtype) if arranged.codes else arranged.index
     assert words.nbytes == (2 if arranged.codes else 1) * arranged.index.nbytes
     assert image.shape == (count, 3, 8, 128)

@@ -60,7 +60,7 @@ class Tile:
     """A thread block computes `tokens` x `n` outputs: `warpgroups` consumers, each with a strip of 64.
 
     Attributes:
-        stage_ns, tile_ns: fitted to measurements on an H200 at 6:8: time of a stage, and of a tile beside its stages.
+        stage_ns, tile_ns: fitted to measurements on an H100 at 6:8: time of a stage, and of a tile beside its stages.
         cuts: into how many equal parts k may be cut.
     """
 
@@ -80,30 +80,32 @@ class Tile:
 
 
 TILES = (
-    Tile(256, 2, 420, 2150, (2, 3, 4)),
-    Tile(192, 2, 340, 810, (2, 3)),
-    Tile(160, 2, 250, 1530, (2,)),
-    Tile(128, 2, 217, 1660, (2, 3, 4, 8)),
-    Tile(128, 1, 170, 800, (2,)),
-    Tile(96, 2, 183, 500, (2,)),
-    Tile(96, 1, 150, 500, (2,)),
-    Tile(64, 2, 150, 1570, (2, 3, 4, 8)),
-    Tile(64, 1, 138, 10, (2,)),
-    Tile(32, 2, 140, 1030, (2, 4, 8)),
-    Tile(32, 1, 107, 120, (2,)),
-    Tile(16, 2, 138, 1000, (2, 4, 8)),
-    Tile(16, 1, 104, 110, (2,)),
-    Tile(8, 2, 130, 1000, (2, 4, 8)),
-    Tile(8, 1, 101, 100, (2,)),
+    Tile(256, 2, 422, 665, (2, 3, 4)),
+    Tile(192, 2, 256, 837, (2, 3)),
+    Tile(160, 2, 194, 1215, (2,)),
+    Tile(128, 2, 193, 930, (2, 3, 4, 8)),
+    Tile(128, 1, 203, 235, (2,)),
+    Tile(96, 2, 103, 941, (2,)),
+    Tile(96, 1, 161, 0, (2,)),
+    Tile(64, 2, 218, 1612, (2, 3, 4, 8)),
+    Tile(64, 1, 154, 0, (2,)),
+    Tile(32, 2, 174, 1601, (2, 4, 8)),
+    Tile(32, 1, 112, 26, (2,)),
+    Tile(16, 2, 155, 1320, (2, 4, 8)),
+    Tile(16, 1, 89, 456, (2,)),
+    Tile(8, 2, 157, 925, (2, 4, 8)),
+    Tile(8, 1, 91, 20, (2,)),
 )
-LAUNCH_NS, REST_NS = 2000, 690
-"""What a launch takes beside its work; what a second one adds."""
-CUT_NS, CUT_NS_A_TOKEN = 1030, 13.2
+LAUNCH_NS = 3200
+"""What a product takes beside its work."""
+CUT_NS, CUT_NS_A_TOKEN = 1000, 12.0
 """What adding up in a cluster adds."""
 CLUSTERS_FIT = 0.9
 """Of the multiprocessors, how many clusters of three and more blocks find free: a cluster keeps to one group of them."""
-READ_BYTES_A_NS = 3900
-"""What the memory gives, measured."""
+READ_BYTES_A_NS = 3340
+"""What the memory gives: fitted, too."""
+OVERLAP = 0.12
+"""Of the shorter of computing and reading, how much shows."""
 CODED_TOKENS = 64
 """Tiles of up to so many tokens read codes: they wait for memory, larger ones for the tensor cores, whose shared memory
 decoding would take (docs/hopper.md)."""
@@ -321,15 +323,15 @@ def cost(launches: tuple[Config, ...], problem: Problem) -> float:
     """Estimated nanoseconds: rounds of tiles, or reading the weights from memory where that takes longer."""
     compute = read = 0.0
     for config in launches:
-        tile, together = config.tile, min(config.resident, -(-config.blocks // problem.sms))  # blocks that share a processor
+        tile, together = config.tile, min(config.resident, max(1.0, config.blocks / problem.sms))  # blocks a processor
         rounds = -(-(config.end - config.begin) * config.cut // config.blocks)
         each = -(-problem.along_k // config.cut) * tile.stage_ns * together + tile.tile_ns
-        compute += rounds * each + REST_NS * (config.order == REST)
+        compute += rounds * each
         if config.cut > 1:
             compute += CUT_NS + CUT_NS_A_TOKEN * tile.tokens
         strip = VALUE_BYTES + index_bytes(config.dtype, config.windows > 0)
         read += (config.end - config.begin) * problem.along_k * tile.warpgroups * strip / READ_BYTES_A_NS
-    return LAUNCH_NS + max(compute, read) + 0.076 * min(compute, read)
+    return LAUNCH_NS + max(compute, read) + OVERLAP * min(compute, read)
 
 
 @lru_cache(maxsize=4096)

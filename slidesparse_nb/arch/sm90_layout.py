@@ -16,7 +16,8 @@ instruction 0 takes windows 0-7 and 16-23 of a stage, instruction 1 the others; 
 Stages of 16-bit types have 16 windows in all, in order.
 
 **Codes.** A group of L columns keeps L-2 of them, so its mask is known from its two zeros a < b: code b (b-1)/2 + a, of which
-there are L (L-1)/2: 28 at 6:8, five bits where index nibbles take twelve. Columns that are zero beyond two are kept as zeros.
+there are L (L-1)/2: 28 at 6:8, five bits where index nibbles take twelve. Columns that are zero beyond two are kept as zeros
+(8-bit types; 16-bit weights with such columns have no codes, so that infinity in x meets the zeros that the reference says).
 A code word holds the codes of all groups that 16 windows of a row belong to, the first lowest: `CODED_WINDOWS` says for which
 patterns they fit into 32 bits.
 """
@@ -131,8 +132,8 @@ class Arranged:
 def arrange(packed: PackedWeight, xp: Any = np) -> Arranged:
     """Packed weights as shared memory wants them, with codes if the pattern has them.
 
-    Rows and columns beyond the matrix hold zeros. Weights that keep a column in two windows, which no packer writes, have no
-    codes: they get words.
+    Rows and columns beyond the matrix hold zeros. Weights that keep a column in two windows, which no packer writes, and 16-bit
+    weights that have fewer non-zeros than the pattern allows, have no codes: they get words.
 
     Args:
         xp: numpy or cupy, whichever made packed.values.
@@ -153,7 +154,7 @@ def _arranged(packed: PackedWeight, xp: Any, codes: bool) -> Arranged | None:
         rows = slice(64 * first, min(64 * last, packed.n))
         kept, meta = packed.values[rows].view(dtype.raw), packed.meta[rows]
         if codes:
-            masked = _masked(kept, meta, pattern, xp)
+            masked = _masked(kept, meta, packed, xp)
             if masked is None:
                 return None
             kept, code = masked
@@ -168,11 +169,13 @@ def _arranged(packed: PackedWeight, xp: Any, codes: bool) -> Arranged | None:
     return Arranged(values, index, codes)
 
 
-def _masked(kept: Any, meta: Any, pattern: Pattern, xp: Any) -> tuple[Any, Any] | None:
+def _masked(kept: Any, meta: Any, packed: PackedWeight, xp: Any) -> tuple[Any, Any] | None:
     """Kept values [n, ks/2] in order of columns, zeros among them where a group has more than two, and codes [n, groups].
 
-    None if a column is kept in two windows.
+    None if a column is kept in two windows; or if a group of a 16-bit type has more than two zeros: an unused slot of the
+    packed form makes NaN of infinity in x, and a zero kept elsewhere would make it of another column's.
     """
+    pattern = packed.pattern
     n, windows = len(kept), pattern.windows
     groups = kept.shape[1] // (2 * windows)
     kept = kept.reshape(n, groups, windows, 2)
@@ -187,6 +190,10 @@ def _masked(kept: Any, meta: Any, pattern: Pattern, xp: Any) -> tuple[Any, Any] 
                 if j and c < 2:  # the window before sees this column too
                     twice |= ((columns[2 * j + c] != 0) & (here != 0)).any()
                 columns[2 * j + c] |= here
+    if packed.dtype.bits == 16:
+        at = xp.arange(groups) * pattern.group
+        zeros = sum(((column == 0) & (at + c < packed.k)).astype(np.uint8) for c, column in enumerate(columns))
+        twice |= (zeros > 2).any()
     if bool(twice):
         return None
     first = second = xp.full(nibble.shape[:2], 255, np.uint8)  # columns that are zero

@@ -208,7 +208,7 @@ def _out_type(out_dtype: Any) -> tuple[np.dtype[Any], str]:
     except TypeError:
         dtype = None
     if dtype not in FLOATS:
-        raise OperandError(f"out_dtype: {out_dtype!r} must be one of {', '.join(FLOATS.values())}")
+        raise OperandError(f"out_dtype: {out_dtype if dtype is None else dtype} must be one of {', '.join(FLOATS.values())}")
     return dtype, FLOATS[dtype]
 
 

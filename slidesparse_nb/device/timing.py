@@ -204,8 +204,8 @@ class GpuClock:
 
 
 def normal(rows: int, columns: int) -> Any:
-    """Random numbers float32 [rows, columns] on the current GPU."""
-    return cupy.random.default_rng(20240607).standard_normal((rows, columns), dtype=np.float32)
+    """Random numbers float32 [rows, columns] on the current GPU; others for other rows: weights are not activations."""
+    return cupy.random.default_rng(20240607 + rows).standard_normal((rows, columns), dtype=np.float32)
 
 
 def _poison(y: Any) -> None:

@@ -17,12 +17,12 @@ ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """Relative error of rounding y to its type; for float16 also half its smallest subnormal."""
 
 
-def weight(rng, n, k, pattern, dtype):
-    """Random weights [n, k], pruned and packed; about a tenth of the groups are all zero."""
+def weight(rng, n, k, pattern, dtype, full=False):
+    """Random weights [n, k], pruned and packed; about a tenth of the groups are all zero, unless all shall be `full`."""
     w = rng.standard_normal((n, k)).astype(np.float32)
     group = ss.Pattern.of(pattern).group
     empty = np.repeat(rng.random((n, -(-k // group))) < 0.1, group, axis=1)[:, :k]
-    return ss.pack(np.where(empty, np.float32(0), w), pattern, dtype, prune="magnitude")
+    return ss.pack(np.where(empty & (not full), np.float32(0), w), pattern, dtype, prune="magnitude")
 
 
 def tokens(rng, m, k, dtype):

@@ -127,8 +127,9 @@ def test_types_of_x_and_y(dtype, source, out):
 def test_every_tile_and_split(gemm, family, pattern, dtype):
     rng = np.random.default_rng(6)
     k = 2100  # eight blocks of a cluster have a step each, whatever the type
-    packed = weight(rng, 273, k, pattern, dtype)
+    packed = weight(rng, 273, k, pattern, dtype, full=True)
     device = gemm.to_device(packed)
+    assert family is sm80 or device.arranged.codes == (pattern != "2:4")
 
     def ways(config, m):
         """The launches to try: on few blocks and on many, k cut and not, one launch and two."""
