@@ -208,7 +208,8 @@ def _out_type(out_dtype: Any) -> tuple[np.dtype[Any], str]:
     except TypeError:
         dtype = None
     if dtype not in FLOATS:
-        raise OperandError(f"out_dtype: {out_dtype if dtype is None else dtype} must be one of {', '.join(FLOATS.values())}")
+        shown = dtype if isinstance(out_dtype, type) and dtype else repr(out_dtype)
+        raise OperandError(f"out_dtype: {shown} must be one of {', '.join(FLOATS.values())}")
     return dtype, FLOATS[dtype]
 
 

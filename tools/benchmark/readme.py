@@ -12,9 +12,9 @@ from .results import Results, write_whole
 from .selection import KINDS
 from .table import crossovers, machine_line, number
 
-BEGIN = "<!-- benchmarks: written by `python tools/bench.py --readme docs/results/h200.json` -->"
+BEGIN = "<!-- benchmarks: written by `python tools/bench.py --readme docs/results/h100.json` -->"
 END = "<!-- end of benchmarks -->"
-PUBLISHED = "docs/results/h200.json"
+PUBLISHED = "docs/results/h100.json"
 PATTERN = "6:8"
 
 
