@@ -271,10 +271,10 @@ class Problem:
         config = configured(tile, cut, self.pattern, self.dtype, self.out, resident)
         return replace(config, strips=(first, -(-self.n // 64)))
 
-    def at_once(self, config: Config) -> bool:
-        """Whether all blocks of a cut kernel are at work together."""
+    def at_once(self, config: Config, tiles: int) -> bool:
+        """Whether all blocks of a cut kernel that computes so many tiles are at work together."""
         fit = CLUSTERS_FIT if config.cut > 2 else 1
-        return self.along_k >= 2 * config.cut and config.tiles(self.m) * config.cut <= self.sms * config.resident * fit
+        return self.along_k >= 2 * config.cut and tiles * config.cut <= self.sms * config.resident * fit
 
 
 def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
@@ -286,7 +286,7 @@ def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
     for cut in tile.cuts:
         for resident in residents(tile, cut):
             parted = problem.configured(tile, cut, resident)
-            if problem.at_once(parted):
+            if problem.at_once(parted, parted.tiles(m)):
                 yield (replace(parted, end=parted.tiles(m), blocks=parted.tiles(m) * cut),)
     for resident in residents(tile, 1):
         whole = problem.configured(tile, 1, resident)
@@ -298,7 +298,7 @@ def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
         before = replace(whole, end=full, blocks=sms, order=BEFORE_REST)
         for cut in tile.cuts:
             parted = replace(problem.configured(tile, cut, residents(tile, cut)[-1]), begin=full, end=tiles)
-            if problem.along_k >= 2 * cut and (tiles - full) * cut <= sms * parted.resident * (CLUSTERS_FIT if cut > 2 else 1):
+            if problem.at_once(parted, tiles - full):
                 yield before, replace(parted, blocks=(tiles - full) * cut, order=REST)
         tiles_m = -(-m // tile.tokens)
         columns = full // sms * (sms // math.gcd(sms, tiles_m))  # of tiles; they make whole rounds
@@ -315,7 +315,7 @@ def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
                 for cut in (1, *other.cuts):
                     rest = problem.configured(other, cut, residents(other, cut)[-1], split)
                     blocks = rest.tiles(m) * cut
-                    if (cut == 1 and blocks <= sms * rest.resident) or (cut > 1 and problem.at_once(rest)):
+                    if (cut == 1 and blocks <= sms * rest.resident) or (cut > 1 and problem.at_once(rest, rest.tiles(m))):
                         yield before, replace(rest, end=rest.tiles(m), blocks=blocks, order=REST)
 
 
