@@ -136,7 +136,10 @@ def test_candidates_fit(dtype: DType, out: str) -> None:
         assert str(config.tile) in str(config)
 
 
-SHAPES = [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944), (130, 70), (1, 1), (8448, 512), (64, 100000)]
+QWEN = [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)]
+"""(n, k) of the linear layers of Qwen2.5-7B, as engines fuse them."""
+
+SHAPES = [*QWEN, (130, 70), (1, 1), (8448, 512), (64, 100000)]
 
 
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 200, 256, 300, 1024, 4096, 65536])
@@ -171,6 +174,22 @@ def test_every_way_of_sharing_out_covers_every_tile_and_step(m: int, shape: tupl
             else:
                 assert config.blocks == min(tiles, 132)
                 assert len(launches) == 1 or tiles % 132 == 0
+
+
+@pytest.mark.parametrize("dtype", [FLOAT8, INT8, BFLOAT16], ids=str)
+@pytest.mark.parametrize("shape", QWEN)
+def test_fewer_tokens_never_cost_more(shape: tuple[int, int], dtype: DType) -> None:
+    """What serves more tokens can serve fewer: no m up to 1024 is estimated to take longer than a larger one."""
+    assert all(tile.tokens % 8 == 0 for tile in sm90.TILES), "choices change at m = 8 i + 1 alone"
+    n, k = shape
+    least, at = float("inf"), 0
+    for m in sorted({m for eights in range(0, 1024, 8) for m in (eights + 1, eights + 8)}, reverse=True):
+        problem = sm90.Problem.of(m, n, k, Pattern(6, 8), dtype, "bfloat16", 132)
+        chosen = sm90.choose(m, n, k, Pattern(6, 8), dtype, "bfloat16", HOPPER, 132)
+        ns = sm90.cost(chosen, problem)
+        assert ns <= 1.01 * least, f"m = {m}: {ns:.0f} ns by {chosen}, where m = {at} takes {least:.0f}"
+        if ns < least:
+            least, at = ns, m
 
 
 def test_few_tokens_take_small_tiles_and_many_large_ones() -> None:
