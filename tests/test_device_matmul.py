@@ -498,6 +498,21 @@ def test_a_server_sees_any_number_of_shapes(gpu: Any, monkeypatch: pytest.Monkey
         assert len(gpu.gemm.to_device(packed).plans) <= 4
 
 
+def test_weights_of_one_shape_share_kernels(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first of them has its kernels looked up."""
+    plans: Any = importlib.import_module("slidesparse_nb.device.plans")
+    asked: list[Any] = []
+    build = plans.jit.build
+    monkeypatch.setattr(plans.jit, "build", lambda *job: asked.append(job) or build(*job))
+    x = array(np.ones((40, 512), np.float32))
+    weights = [weight(300, 512, INT8, seed=seed) for seed in range(3)]
+    for packed in weights:
+        close(ops().matmul(x, packed), wanted(x, packed))
+    plans_of = [gpu.gemm.to_device(packed).plan(40, "float32") for packed in weights]
+    assert len({id(plan) for plan in plans_of}) == 3
+    assert len(asked) == len(plans_of[0].configs)
+
+
 @pytest.mark.parametrize(
     ("m", "out_dtype", "message"), [(-1, "float32", "m: -1"), (4, "float64", "out_dtype: 'float64'"), (4, "foo", "'foo'")]
 )

@@ -155,15 +155,6 @@ class Plan:
     def _matrix_launch(self, config: Config) -> MatrixLaunch:
         weight, m, n = self.weight, self.m, self.weight.packed.n
         pattern, dtype = weight.packed.pattern, weight.packed.dtype
-        built = jit.build(
-            weight.family.KERNEL,
-            config.defines(),
-            jit.architecture(weight.capability) + weight.family.SUFFIX,
-            jit.device_compiler(),
-        )
-        raw = jit.load(built, "gemm")
-        if config.shared_bytes > 48 << 10:
-            raw.max_dynamic_shared_size_bytes = config.shared_bytes
         if isinstance(config, sm90.Config):
             if sm90.stages(weight.pattern, weight.k, dtype) < 2 * config.cut:  # a block without a step would never end
                 raise AssertionError(config)
@@ -183,6 +174,9 @@ class Plan:
             grid, parameters, programmatic = config.grid(m, n), 15, False
             arguments = (config.layout.blocks(weight.k),)
             self.part_bytes = config.part_bytes(m, n)
+        arch = jit.architecture(weight.capability) + weight.family.SUFFIX
+        defines = tuple(config.defines().items())
+        run, built = _matrix_kernel(weight.ordinal, weight.family.KERNEL, defines, arch, config.shared_bytes, parameters)
         if env.debug():
             print(
                 f"slidesparse_nb: y[{m}, {n}] = x[{m}, {weight.k}] @ w.T, {pattern.described} {dtype} -> {self.out}\n"
@@ -191,7 +185,6 @@ class Plan:
                 f" {built.registers} registers",
                 file=sys.stderr,
             )
-        run = Launcher(raw.kernel, parameters)
         return MatrixLaunch(run, grid, (config.threads, 1, 1), config.shared_bytes, programmatic, arguments)
 
     def feed(self, x: Any, quantized: bool) -> Feed | None:
@@ -232,6 +225,21 @@ class Plan:
             run(grid, block, shared, stream, programmatic, x, operand, scale, *integers)
 
         return feed
+
+
+@functools.cache
+def _matrix_kernel(
+    ordinal: int, source: str, defines: tuple[tuple[str, int | str], ...], arch: str, shared: int, parameters: int
+) -> tuple[Launcher, jit.Built]:
+    """A matrix kernel on the current device, `ordinal`, with so many bytes of dynamic shared memory.
+
+    Remembered: to find one in the cache folder takes most of a millisecond, and every shape of every weight asks for it.
+    """
+    built = jit.build(source, dict(defines), arch, jit.device_compiler())
+    raw = jit.load(built, "gemm")
+    if shared > 48 << 10:
+        raw.max_dynamic_shared_size_bytes = shared
+    return Launcher(raw.kernel, parameters), built
 
 
 def to_device(packed: PackedWeight, ordinal: int | None = None) -> DeviceWeight:
