@@ -15,7 +15,7 @@ from tools.benchmark import gpu, torch_peers
 from tools.benchmark.gpu import Sustained
 from tools.benchmark.selection import Group, Linear
 from tools.benchmark.sensors import Means
-from tools.benchmark.trial import Call, Launch, Trial
+from tools.benchmark.trial import Call, Launch, Trial, Verdict
 from tools.cli import main
 
 
@@ -80,8 +80,9 @@ class FakeGpu:
         self.us_all = self.us * slower * len(calls)
         return launch
 
-    def burst(self, launch: Launch) -> list[float]:
+    def burst(self, launch: Launch, meanwhile: Verdict) -> list[float]:
         launch()
+        meanwhile()
         return [self.us_all * factor for factor in (0.9, 1.0, 1.0, 1.0, 1.1)]
 
     def sustained(self, launch: Launch) -> Sustained:

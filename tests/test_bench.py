@@ -116,7 +116,7 @@ def test_a_wrong_kernel_has_no_time(device: bench_device.FakeGpu, monkeypatch: p
 
 def test_a_graph_that_writes_nothing_has_no_time(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call is right; the clock's launch does not run the calls, as if capture had lost them."""
-    monkeypatch.setattr(device, "burst", lambda launch: [1.0] * 5)
+    monkeypatch.setattr(device, "burst", lambda launch, meanwhile: [1.0] * 5)
     done = call("--shape", "64,64", "-m", "8", "--dtype", "int8", "--peers", "none")
     assert done.exit_code == 4
     assert "results were not written" in done.stderr
@@ -160,10 +160,10 @@ def test_searches_leave_time_for_sustained_load(
     began, elapsed = time.perf_counter(), 0.0
 
     def takes(seconds: float, name: str) -> None:
-        def measure(launch: Any) -> Any:
+        def measure(*arguments: Any) -> Any:
             nonlocal elapsed
             elapsed += seconds
-            return getattr(bench_device.FakeGpu, name)(device, launch)
+            return getattr(bench_device.FakeGpu, name)(device, *arguments)
 
         monkeypatch.setattr(device, name, measure)
 
@@ -188,10 +188,10 @@ def test_searches_leave_time_for_sustained_load(
 def test_a_terminated_run_keeps_what_it_has(
     device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def burst(launch: Any) -> list[float]:
+    def burst(launch: Any, meanwhile: Any) -> list[float]:
         if device.launches:
             signal.raise_signal(signal.SIGTERM)
-        return bench_device.FakeGpu.burst(device, launch)
+        return bench_device.FakeGpu.burst(device, launch, meanwhile)
 
     monkeypatch.setattr(device, "burst", burst)
     before = signal.getsignal(signal.SIGTERM)
@@ -202,7 +202,7 @@ def test_a_terminated_run_keeps_what_it_has(
 
 
 def test_a_lost_device_ends_the_run(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def burst(launch: Any) -> list[float]:
+    def burst(launch: Any, meanwhile: Any) -> list[float]:
         device.lost = True
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -214,10 +214,10 @@ def test_a_lost_device_ends_the_run(device: bench_device.FakeGpu, monkeypatch: p
 
 
 def test_killed_results_are_whole(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def burst(launch: Any) -> list[float]:
+    def burst(launch: Any, meanwhile: Any) -> list[float]:
         if device.launches:
             raise KeyboardInterrupt
-        return bench_device.FakeGpu.burst(device, launch)
+        return bench_device.FakeGpu.burst(device, launch, meanwhile)
 
     monkeypatch.setattr(device, "burst", burst)
     done = call(*SMALL, "--dtype", "int8", "--peers", "none", "--json", tmp_path / "a.json")

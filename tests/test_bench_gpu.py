@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import slidesparse_nb as ss
 from tools.benchmark import gpu
 
 QUEUE_US = 5.0
@@ -124,6 +125,30 @@ def test_bursts_leave_launch_latency_out(monkeypatch: pytest.MonkeyPatch) -> Non
     runs = np.split(launches, np.flatnonzero(np.diff(launches) > 1e6 * gpu.IDLE_S) + 1)
     assert len(runs) == gpu.BURSTS + 1
     assert {len(run) for run in runs[1:]} == {1 + 20}  # one ahead of the clock, and 2 ms
+
+
+def test_results_are_checked_while_the_device_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first timed launch, and as part of the idleness; a check that takes longer only makes that longer."""
+    for takes, idle in ((15_000.0, 20_000.0), (45_000.0, 45_000.0)):
+        simulation, device = simulated(monkeypatch, lambda at: 100.0)
+        launched: list[int] = []
+
+        def check(simulation: Simulation = simulation, takes: float = takes, launched: list[int] = launched) -> None:
+            launched.append(len(simulation.starts))
+            simulation.host += takes
+
+        assert device.burst(simulation.launch, check) == [100.0] * gpu.BURSTS
+        assert launched == [2], "once, after the two launches that tell how many make a burst"
+        gaps = np.diff(simulation.starts)
+        np.testing.assert_allclose(gaps[gaps > 1000], [idle, *[1e6 * gpu.IDLE_S] * (gpu.BURSTS - 1)], atol=200)
+
+    def fails() -> None:
+        raise ss.VerificationError("wrong")
+
+    before = len(simulation.starts)
+    with pytest.raises(ss.VerificationError):
+        device.burst(simulation.launch, fails)
+    assert len(simulation.starts) == before + 2
 
 
 def test_a_long_launch_is_a_burst_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,9 +251,9 @@ def measure(
         if here:
             signal.signal(signal.SIGTERM, before)
         results.seconds = round(time.perf_counter() - began, 1)
-        keeper.save(0)
+        keeper.save(at_once=True)
         results.machine["after"] = device.state()
-        keeper.save(0)
+        keeper.save(at_once=True)
     return results, keeper.failed
 
 

@@ -93,12 +93,9 @@ def _figure(
         return results.peer_us(name, part, suite, layer, type, pattern, m, load)
 
     fp8 = results.peer_us("dense", part, suite, layer, "fp8", pattern, m, load) if (type, part) == ("int8", "gemm") else None
-    names = {layer} if load == "sustained" else {name for name, _, _ in layers}
-    cells = [
-        cell for cell in results.cells.values()
-        if (cell.contender, cell.part, cell.suite, cell.type, cell.pattern, cell.m, cell.load)
-        == (OURS, part, suite, type, pattern, m, load) and cell.layer in names
-    ]  # fmt: skip
+    names = [layer] if load == "sustained" else [name for name, _, _ in layers]
+    found = (results.cells.get((OURS, part, suite, name, type, pattern, m, load)) for name in names)
+    cells = [cell for cell in found if cell is not None]
     works = [work(part, KINDS[type], pattern, m, n, k) for _, n, k in layers]
     total = works[0]
     for other in works[1:]:

@@ -11,7 +11,7 @@ import ctypes
 import importlib
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,7 @@ import slidesparse_nb as ss
 from .selection import OURS, Group
 from .sensors import Means, Sensors
 from .summary import median
-
-Call = Callable[[], Any]
-Launch = Callable[[], None]
+from .trial import Call, Launch, Verdict, nothing
 
 IDLE_S = 0.02
 BURST_US = 2000.0
@@ -190,14 +188,21 @@ class Gpu:
 
     # ---- clocks --------------------------------------------------------------------------------------------------
 
-    def burst(self, launch: Launch) -> list[float]:
-        """Microseconds of one launch, several times over, each in a short run after idleness."""
+    def burst(self, launch: Launch, meanwhile: Verdict = nothing) -> list[float]:
+        """Microseconds of one launch, several times over, each in a short run after idleness.
+
+        Args:
+            meanwhile: called once, while the device is idle for the first time; what it raises ends the burst, untimed.
+        """
         launch()
         once = self._timed(launch, 1)
         count = max(1, round(BURST_US / max(once, 1.0)))
-        times = []
+        times: list[float] = []
         for _ in range(BURSTS):
-            time.sleep(IDLE_S)
+            began = time.perf_counter()
+            if not times:
+                meanwhile()
+            time.sleep(max(0.0, IDLE_S - (time.perf_counter() - began)))
             if count > 1:  # the device is busy while the others are queued: launch latency stays out of the time
                 launch()
             times.append(self._timed(launch, count))

@@ -12,6 +12,9 @@ import click
 
 from .results import Results
 
+SHARE = 0.05
+"""Of a run's time, what writing its file may take."""
+
 
 @dataclass
 class Keeper:
@@ -26,6 +29,7 @@ class Keeper:
     tell: Callable[[str], None]
     failed: OSError | None = None
     _saved: float = -math.inf
+    _took: float = 0.0
 
     def begin(self) -> None:
         """Write results that are still empty, which proves the path."""
@@ -35,8 +39,10 @@ class Keeper:
             except OSError as error:
                 raise click.UsageError(f"--json: {self.path} cannot be written ({error.strerror})") from None
 
-    def save(self, at_most_every: float = 0.2) -> None:
-        if self.path is None or time.perf_counter() - self._saved < at_most_every:
+    def save(self, at_once: bool = False) -> None:
+        """Write the file; unless `at_once`, only if the time for it, which grows with the results, is earned."""
+        began = time.perf_counter()
+        if self.path is None or not (at_once or began - self._saved >= max(0.2, self._took / SHARE)):
             return
         try:
             self.results.save(self.path)
@@ -49,3 +55,4 @@ class Keeper:
                 self.results.note(note)
                 self.tell(note)
         self._saved = time.perf_counter()
+        self._took = self._saved - began

@@ -12,7 +12,7 @@ import slidesparse_nb as ss
 
 from .check import COLUMNS, ROWS, check_packed, check_product, check_quantized, sample
 from .selection import Group, Kind, Linear
-from .trial import Call, Launch, Trial
+from .trial import Call, Launch, Trial, Verdict
 
 
 class Device(Protocol):
@@ -69,7 +69,7 @@ class Ours:
             w = self.device.normal(linear.n, linear.k, group.kind.activations)
             packed = ss.pack(w, group.pattern, group.kind.name, prune="magnitude")
             if not known:
-                self._check_packed(packed, w)
+                self._packed_verdict(packed, w)()
             known.append(packed)
         return known[:copies]
 
@@ -80,9 +80,9 @@ class Ours:
         values = values.view(packed.dtype.numpy)
         return ss.PackedWeight(values, meta, scale, packed.pattern, (len(rows), packed.k), packed.dtype)
 
-    def _check_packed(self, packed: ss.PackedWeight, w: Any) -> None:
+    def _packed_verdict(self, packed: ss.PackedWeight, w: Any) -> Verdict:
         rows = sample(packed.n, ROWS, self._random)
-        check_packed(self._rows(packed, rows), self.device.host(w, rows))
+        return partial(check_packed, self._rows(packed, rows), self.device.host(w, rows))
 
     def _pack(self, kind: Kind, pattern: str, linear: Linear) -> Trial:
         w = self.device.normal(linear.n, linear.k, kind.activations)
@@ -90,7 +90,7 @@ class Ours:
         def pack() -> ss.PackedWeight:
             return ss.pack(w, pattern, kind.name, prune="magnitude")
 
-        return Trial([pack], check=lambda: self._check_packed(pack(), w), on_host=True)
+        return Trial([pack], check=lambda: self._packed_verdict(pack(), w), on_host=True)
 
     # ---- activations ---------------------------------------------------------------------------------------------
 
@@ -98,13 +98,19 @@ class Ours:
         xs = [self.device.normal(m, p.k, kind.activations) for p in packed]
         calls = [partial(ss.quantize, x, p) for x, p in zip(xs, packed, strict=True)]
 
-        def check() -> None:
+        def check() -> Verdict:
             q, p = ss.quantize(xs[0], packed[0]), packed[0]
             rows = sample(m, ROWS, self._random)
             values = self.device.host(q.values, rows).view(p.dtype.numpy)
             scale = None if q.scale is None else self.device.host(q.scale, rows)
-            check_quantized(values, scale, self.device.host(xs[0], rows), p)
-            self._check(ss.matmul(q, p), xs[0], p)
+            tokens = self.device.host(xs[0], rows)
+            product = self._verdict(ss.matmul(q, p), xs[0], p)
+
+            def verdict() -> None:
+                check_quantized(values, scale, tokens, p)
+                product()
+
+            return verdict
 
         return Trial(calls, check=check)
 
@@ -120,18 +126,19 @@ class Ours:
             partial(ss.matmul, x, p, out=y, workspace=workspace) for x, p, y in zip(given, packed, ys, strict=True)
         ]
 
-        def check(i: int) -> None:
+        def check(i: int) -> Verdict:
             if missing := self.device.unwritten(ys[i]):
                 raise ss.VerificationError(f"{missing} results were not written")
-            self._check(ys[i], xs[i], packed[i])
+            return self._verdict(ys[i], xs[i], packed[i])
 
-        def first() -> None:
+        def first() -> Verdict:
             self.device.poison(ys[0])
             calls[0]()
-            check(0)
+            return check(0)
 
         return Trial(calls, check=first, poison=lambda: self.device.poison(ys[-1]), check_again=lambda: check(-1))
 
-    def _check(self, y: Any, x: Any, packed: ss.PackedWeight) -> None:
+    def _verdict(self, y: Any, x: Any, packed: ss.PackedWeight) -> Verdict:
         rows, columns = sample(x.shape[0], ROWS, self._random), sample(packed.n, COLUMNS, self._random)
-        check_product(self.device.host(y, rows, columns), self.device.host(x, rows), self._rows(packed, columns))
+        fetched = self.device.host(y, rows, columns), self.device.host(x, rows), self._rows(packed, columns)
+        return partial(check_product, *fetched)

@@ -13,7 +13,7 @@ from .gpu import Sustained
 from .results import Cell, Results
 from .selection import ALL, OURS, Group, Linear
 from .summary import median, spread
-from .trial import Call, Contender, Launch, copies
+from .trial import Call, Contender, Launch, Verdict, copies
 
 SUSTAINED_S = 2.5
 """Seconds that a group under sustained load takes: half a second of warming up, half a second timed, and operands."""
@@ -24,7 +24,7 @@ class Clock(Protocol):
 
     l2_bytes: int
 
-    def burst(self, launch: Launch) -> list[float]: ...
+    def burst(self, launch: Launch, meanwhile: Verdict) -> list[float]: ...
     def sustained(self, launch: Launch) -> Sustained: ...
     def host_us(self, call: Call) -> list[float]: ...
     def synchronize(self) -> None: ...
@@ -124,15 +124,16 @@ class Bench:
 
     def _burst(self, group: Group, contender: Contender, linear: Linear) -> Cell:
         trial = contender.trial(group, linear, copies([linear], group.kind, group.m, self.clock.l2_bytes))
-        trial.check()
+        verdict = trial.check()
         if trial.on_host:
+            verdict()
             times = self.clock.host_us(trial.calls[0])
         else:
             launch = contender.capture(trial.calls)
             trial.poison()
             self.clock.synchronize()  # another stream's work
-            times = [us / len(trial.calls) for us in self.clock.burst(launch)]
-        trial.check_again()
+            times = [us / len(trial.calls) for us in self.clock.burst(launch, verdict)]
+        trial.check_again()()
         for note in trial.notes:
             self.results.note(note)
         return self._timed(group, linear, times, calls=len(trial.calls), rows=trial.rows)
@@ -142,14 +143,14 @@ class Bench:
         count = copies(linears, group.kind, group.m, self.clock.l2_bytes)
         trials = [contender.trial(group, linear, count) for linear in linears]
         for trial in trials:
-            trial.check()
+            trial.check()()
         launch = contender.capture([trial.calls[i] for i in range(count) for trial in trials])
         for trial in trials:
             trial.poison()
         self.clock.synchronize()
         found = self.clock.sustained(launch)
         for trial in trials:
-            trial.check_again()
+            trial.check_again()()
         times, seen = [us / count for us in found.us], found.means
         mj = None if seen.watts is None else seen.watts * median(times) * 1e-3
         return self._timed(

@@ -11,6 +11,8 @@ from .selection import Group, Kind, Linear
 
 Call = Callable[[], Any]
 Launch = Callable[[], None]
+Verdict = Callable[[], None]
+"""Compares on the host what was fetched from the device, which it leaves alone; raises VerificationError if that is wrong."""
 
 CACHES = 5
 """Second-level caches that a graph's operands fill at least, so that every call finds its weights in memory, cold."""
@@ -18,8 +20,12 @@ CACHES = 5
 MOST_CALLS = 32
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """The verdict on what is not checked."""
+
+
+def _no_check() -> Verdict:
+    return nothing
 
 
 @dataclass
@@ -28,7 +34,8 @@ class Trial:
 
     Attributes:
         calls: each with weights, activations and output of its own.
-        check: raises VerificationError if what the first call computes is wrong; called before anything is timed.
+        check: makes the first call and fetches a sample of what it computes; called before anything is timed, and so is the
+            verdict that it returns.
         poison: fills what the graph will write last with NaN; called when it is captured, and before it runs.
         check_again: the same as `check`, of what the graph wrote last.
         rows: tokens that were really given, if not m.
@@ -37,9 +44,9 @@ class Trial:
     """
 
     calls: Sequence[Call]
-    check: Callable[[], None] = _nothing
-    poison: Callable[[], None] = _nothing
-    check_again: Callable[[], None] = _nothing
+    check: Callable[[], Verdict] = _no_check
+    poison: Callable[[], None] = nothing
+    check_again: Callable[[], Verdict] = _no_check
     rows: int | None = None
     notes: list[str] = field(default_factory=list)
     on_host: bool = False
