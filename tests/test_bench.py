@@ -226,6 +226,41 @@ def test_killed_results_are_whole(device: bench_device.FakeGpu, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_many_m_are_a_curve(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Measured coarsely first, both contenders at each; a row an m in the table; a picture of times; cliffs by name."""
+    capture = device.capture
+
+    def slow_at_17(calls: Any, slower: float = 1.0) -> Any:
+        tokens = next((call.keywords["out"].shape[0] for call in calls if getattr(call, "keywords", None)), 0)
+        return capture(calls, slower * (1.5 if tokens == 17 else 1.0))
+
+    monkeypatch.setattr(device, "capture", slow_at_17)
+    args = ("--shape", "40,64", "-m", "1-24,30-40:5", "--dtype", "int8,bf16")
+    done = call(*args, "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    assert done.exit_code == 0, done.output
+    results = load(tmp_path / "a.json")
+    tokens = [*range(1, 25), 30, 35, 40]
+    assert results.selection["m"] == tokens
+    measured = [cell.m for cell in results.cells.values() if cell.type == "int8" and cell.contender == "ours"]
+    assert measured[:5] == [1, 40, 14, 7, 20]
+    assert sorted(m for m in measured if m is not None) == tokens
+    cells = list(results.cells.values())
+    assert [cell.m for cell in cells[::2]] == [cell.m for cell in cells[1::2]], "dense and ours in turn"
+    lines = done.stdout.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("gemm, burst: 40 x 64; 24 of 27 m, -v shows all"))
+    assert [word.strip() for word in lines[head + 1].split("  ") if word][:2] == ["m", "INT8 6:8 us"]
+    assert len(lines[head + 2 : lines.index("", head)]) == 24
+    for label in ("INT8", "BF16"):
+        sentence = (
+            f"{label} 6:8 product, 40 x 64, in bursts: over 1.1 times as long as with more tokens: at m = 17 (1.50x m = 40)."
+        )
+        assert sentence in lines
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    every = call("--from", tmp_path / "a.json", "-v").stdout.splitlines()
+    head = every.index("gemm, burst: 40 x 64")
+    assert [int(line.split()[0]) for line in every[head + 2 : every.index("", head)]] == tokens
+
+
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +282,15 @@ def test_killed_results_are_whole(device: bench_device.FakeGpu, monkeypatch: pyt
         (("-m", "16", "--sustained", "32"), "m=32 is not among those of -m"),
         (("-m", "٣"), "must be a number of tokens"),
         (("-m", "9" * 5000), "must be a number of tokens"),
+        (("-m", "1-"), "'1-' must be a number of tokens, 1 to 1048576, or a range such as 1-64 or 64-1024:32"),
+        (("-m", "16,-64"), "'-64' must be a number of tokens"),
+        (("-m", "1-64:"), "'1-64:' must be a number of tokens"),
+        (("-m", "1-64:0"), "'1-64:0' must be a number of tokens"),
+        (("-m", "1-2-3"), "'1-2-3' must be a number of tokens"),
+        (("-m", "8:2"), "'8:2' must be a number of tokens"),
+        (("-m", "64-1"), "'64-1' must name the smaller number of tokens first"),
+        (("-m", "1-64:64"), "'1-64:64' has a step longer than the range; it must be at most 63"),
+        (("-m", "1-1048576"), "names 1048576 numbers of tokens, where 4096 are the most; give ranges a step"),
         (("--shape", "٣,64"), "must be outputs and inputs"),
         (("--budget", "0"), "0"),
         (("--budget", "nan"), "'nan' is no number of seconds"),

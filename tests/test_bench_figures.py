@@ -7,16 +7,44 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_device import call
 
 import slidesparse_nb as ss
+from tools.arguments import token_range
 from tools.benchmark import check, readme
 from tools.benchmark.figures import figures
 from tools.benchmark.floors import CEILINGS, floor_us, packed_bytes, work
 from tools.benchmark.results import Cell, Results, load
-from tools.benchmark.selection import ALL, FULL, KINDS, MODELS, PEERS, QUICK, Group, Linear, Preset, Selection, plan
+from tools.benchmark.selection import (
+    ALL,
+    FEW_TOKENS,
+    FULL,
+    KINDS,
+    MODELS,
+    PEERS,
+    QUICK,
+    Group,
+    Linear,
+    Preset,
+    Selection,
+    in_turn,
+    is_curve,
+    plan,
+)
 from tools.benchmark.sensors import Sample, means
-from tools.benchmark.summary import crossover, crossover_sentence, median, percentile, slope, spread
-from tools.benchmark.table import blanks, crossovers, number, sections
+from tools.benchmark.summary import (
+    Cliff,
+    cliffs,
+    cliffs_named,
+    crossover,
+    crossover_sentence,
+    median,
+    percentile,
+    slope,
+    spread,
+)
+from tools.benchmark.table import CURVE_ROWS, blanks, crossovers, number, sections
+from tools.benchmark.table import cliffs as cliff_sentences
 from tools.benchmark.trial import CACHES, MOST_CALLS, copies
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +95,12 @@ def test_power_is_the_energys_slope_if_it_moved() -> None:
             None,
             "faster than dense only at m = 1; slower at m = 64 (0.90x).",
         ),
+        (
+            {1: 0.9, 2: 0.85, 3: 0.91, 4: 0.8, 8: 1.2, 9: 1.2, 10: 1.1, 11: 1.1, 12: 0.97, 13: 0.97},
+            None,
+            "faster than dense only at m = 8 to 11; slower at m = 1 to 4 (0.80x to 0.91x), 12 (0.97x), 13 (0.97x).",
+        ),
+        (dict.fromkeys(range(8), 0.9), None, "slower than dense at every m measured: m = 0 to 7 (0.90x)."),
         ({16: 1.5}, 16, "faster than dense at m = 16 (1.50x), the only m measured."),
         ({16: 0.5}, None, "slower than dense at m = 16 (0.50x), the only m measured."),
     ],
@@ -74,6 +108,15 @@ def test_power_is_the_energys_slope_if_it_moved() -> None:
 def test_crossover(ratios: dict[int, float], first: int | None, says: str) -> None:
     assert crossover(ratios).first == first
     assert crossover_sentence("X", "dense", ratios) == f"X: {says}"
+
+
+def test_cliffs() -> None:
+    """What takes over a tenth longer than a larger m, which need not be the next."""
+    assert cliffs({}) == []
+    assert cliffs({1: 10.0, 2: 10.9, 4: 10.0, 8: 30.0}) == []
+    assert cliffs({1: 20.0, 2: 12.0, 4: 11.5, 8: 10.0, 16: 10.5}) == [Cliff(1, 8, 2.0), Cliff(2, 8, 1.2), Cliff(4, 8, 1.15)]
+    times = {**dict.fromkeys(range(1, 6), 15.0), 3: 18.0, 6: 10.0, 8: 14.0, 9: 12.0}
+    assert cliffs_named(cliffs(times), sorted(times)) == "m = 1 to 5 (up to 1.80x m = 6), 8 (1.17x m = 9)"
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -105,6 +148,28 @@ def test_the_plan_says_the_most_first() -> None:
     assert len(dense) == len(KINDS) * (len(FULL.tokens) + len(FULL.sustained))  # once, whatever the patterns
     assert {group.kind.key for group in groups if group.contender == "torch"} == {"fp8", "int8"}
     assert len(plan(preset(QUICK))) == 2 * 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("64", [64]), ("1-4", [1, 2, 3, 4]), ("64-1024:320", [64, 384, 704, 1024]), ("1-10:4", [1, 5, 9]), ("1 - 2", [1, 2])],
+)
+def test_ranges_of_tokens(text: str, tokens: list[int]) -> None:
+    assert list(token_range(text)) == tokens
+
+
+@pytest.mark.parametrize("count", [1, 2, FEW_TOKENS, FEW_TOKENS + 1, 70, 300])
+def test_a_curve_is_measured_coarsely_first(count: int) -> None:
+    tokens = [3 * i + 1 for i in range(count)][::-1]
+    order = in_turn(tokens)
+    assert sorted(order) == sorted(tokens)
+    if not is_curve(tokens):
+        assert order == tokens
+        return
+    for half in (len(order) // 4, len(order) // 2):  # of what is measured first, no gap is much wider than it must be
+        places = sorted((m - 1) // 3 for m in order[:half])
+        assert max(np.diff(places)) <= 2 * 2 * count / half
+        assert (places[0], places[-1]) == (0, count - 1)
 
 
 def test_graphs_are_cold_for_every_contender() -> None:
@@ -211,6 +276,52 @@ def test_sections_leave_empty_columns_out() -> None:
     ]
 
 
+def over_tokens(us: dict[int, float], layers: tuple[str, ...] = ("a", "b")) -> Results:
+    """made_up(), with ours at these m: of INT8 and BF16, dense twice as long, and layer b as long as at the largest m."""
+    results = made_up()
+    results.suites = {"model": [layer for layer in results.suites["model"] if layer[0] in layers]}
+    results.cells.clear()
+    for type in ("int8", "bf16"):
+        for m in in_turn(list(us)):
+            for layer, n, k in results.suites["model"]:
+                time = us[m] if layer == "a" else us[max(us)]
+                for contender, pattern, slower in (("dense", None, 2), ("ours", "6:8", 1)):
+                    results.add(Cell(contender, "gemm", "model", layer, n, k, type, pattern, m, "burst", us=slower * time))
+    return results
+
+
+def test_tables_of_curves() -> None:
+    us = {m: 10.0 + m for m in range(1, 61)}
+    results = over_tokens(us)
+    ((title, columns, rows),) = sections(results)
+    assert title == f"model, gemm, burst: sum of a (64, 256), b (128, 256); {CURVE_ROWS} of 60 m, -v shows all"
+    assert columns == ("m", "INT8 6:8 us", "x dense", "% of floor", "BF16 6:8 us", "x dense", "% of floor")
+    tokens = [int(row[0]) for row in rows]
+    assert (len(rows), tokens[0], tokens[-1], tokens) == (CURVE_ROWS, 1, 60, sorted(tokens))
+    assert rows[0][1:3] == ("81.0", "2.00x")
+    tables = list(sections(results, each=True))
+    titles = ["a (64, 256)", "b (128, 256)", "sum of a (64, 256), b (128, 256)"]
+    assert [title for title, _, _ in tables] == [f"model, gemm, burst: {what}" for what in titles]
+    assert all([int(row[0]) for row in rows] == list(us) for _, _, rows in tables)
+    results.add(Cell("ours", "gemm", "model", "a", 64, 256, "bf16", "6:8", 2, "burst", blank="wrong: by far", wrong=True))
+    assert next(sections(results, each=True))[2][1] == ("2", "12.0", "2.00x", "0%", "wrong", "", "")
+
+
+def test_cliffs_are_named_layer_by_layer() -> None:
+    us = {m: 10.0 + m for m in range(1, 20)}
+    assert list(cliff_sentences(over_tokens(us))) == [
+        f"{type} 6:8 product, model, in bursts: at no m over 1.1 times as long as with more tokens, in any layer."
+        for type in ("INT8", "BF16")
+    ]
+    us[4] = 40.0
+    sentence = "INT8 6:8 product, model, in bursts: over 1.1 times as long as with more tokens: a at m = 4 (2.67x m = 5)."
+    assert next(cliff_sentences(over_tokens(us))) == sentence
+    assert next(cliff_sentences(over_tokens(us, ("a",)))) == sentence.replace("a at", "at")
+    few = {1: 30.0, 2: 10.0}
+    assert next(cliff_sentences(over_tokens(few))).endswith("a at m = 1 (3.00x m = 2).")
+    assert not list(cliff_sentences(made_up()))
+
+
 @pytest.mark.parametrize(("value", "text"), [(None, ""), (0.123, "0.12"), (9.99, "9.99"), (41.23, "41.2"), (4123.4, "4123")])
 def test_number(value: float | None, text: str) -> None:
     assert number(value) == text
@@ -268,6 +379,13 @@ def test_published_results_can_be_read_and_were_right() -> None:
         assert {cell.contender for cell in results.cells.values()} <= {"ours", *PEERS}
 
 
+def test_published_tables_are_those_of_the_results() -> None:
+    """As many as there are."""
+    for path in sorted((ROOT / "docs" / "results").glob("*.txt")):
+        shown = call("--from", path.with_suffix(".json"), "-v")
+        assert path.read_text() == shown.stdout, f"run python tools/bench.py --from {path.with_suffix('.json')} -v > {path}"
+
+
 def test_readme_section_of_results(tmp_path: Path) -> None:
     text = readme.section(made_up())
     assert "| m | 16 | 4096 |" in text
@@ -294,6 +412,24 @@ def test_a_picture_needs_a_dense_peer(tmp_path: Path) -> None:
     with pytest.raises(ss.FormatError, match="no product with a dense peer"):
         picture.draw(alone, tmp_path / "b.png")
     assert picture.curves(made_up()) == ("model", {"fp8": {"6:8": {16: 1.2, 4096: pytest.approx(0.9)}}})
+
+
+@pytest.mark.parametrize("layers", [("a",), ("a", "b")])
+def test_the_picture_of_many_m_is_of_times(layers: tuple[str, ...]) -> None:
+    """A panel a type and layer, the sum first; dense, floor, ours, and rings around cliffs."""
+    from tools.benchmark import curve
+
+    us = {m: 10.0 + m for m in range(1, 20)} | {4: 40.0}
+    drawn = curve.times(over_tokens(us, layers), "model")
+    titles = [axes.get_title(loc="left") for axes in drawn.axes]
+    shapes = ["a (64, 256)", "b (128, 256)"][: len(layers)]
+    panels = [f"{type}: {what}" for type in ("INT8", "BF16") for what in ["sum of the layers"] * (len(layers) > 1) + shapes]
+    assert titles == panels
+    lines = drawn.axes[titles.index("INT8: a (64, 256)")].get_lines()
+    dense, floor, ours, ringed = ([*map(list, line.get_data())] for line in lines)
+    assert (dense[0], dense[1]) == (list(us), [2 * us[m] for m in us])
+    assert (floor[0], ours[0], ours[1]) == (list(us), list(us), list(us.values()))
+    assert ringed == [[4], [40.0]]
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What commands that time products take on their lines: lists with commas, shapes, tokens, seconds."""
+"""What commands that time products take on their lines: lists with commas, tokens and ranges of them, shapes, seconds."""
 
 from __future__ import annotations
 
@@ -43,11 +43,40 @@ def _is_number(text: str, most: int) -> bool:
     return text.isascii() and text.isdecimal() and len(text) < 20 and 1 <= int(text) <= most
 
 
-def token_count(text: str) -> int:
-    """A number of tokens; ValueError otherwise."""
-    if not _is_number(text, 1 << 20):
-        raise ValueError(f"{text!r} must be a number of tokens, 1 to {1 << 20}")
-    return int(text)
+MOST_TOKENS = 1 << 20
+MOST_COUNTS = 4096
+"""Numbers of tokens that a command may name."""
+
+
+def token_range(text: str) -> range:
+    """The numbers of tokens that 64, 1-64 or 64-1024:32 (64, 96, ... 1024) means; ValueError if it is none of these."""
+    first, dash, rest = text.partition("-")
+    last, colon, step = rest.partition(":")
+    numbers = [first, *[last] * bool(dash), *[step] * bool(colon)]
+    if not all(_is_number(number.strip(), MOST_TOKENS) for number in numbers):
+        raise ValueError(f"{text!r} must be a number of tokens, 1 to {MOST_TOKENS}, or a range such as 1-64 or 64-1024:32")
+    if not dash:
+        return range(int(first), int(first) + 1)
+    if int(first) >= int(last):
+        raise ValueError(f"{text!r} must name the smaller number of tokens first")
+    if colon and int(step) > int(last) - int(first):
+        raise ValueError(f"{text!r} has a step longer than the range; it must be at most {int(last) - int(first)}")
+    return range(int(first), int(last) + 1, int(step) if colon else 1)
+
+
+class Tokens(Listed):
+    """Numbers of tokens and ranges of them, with commas between; each number once, in the order in which they are named."""
+
+    def __init__(self) -> None:
+        super().__init__("M,M-M:STEP", token_range)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        named = super().convert(value, param, ctx)
+        if (count := sum(map(len, named))) > MOST_COUNTS:
+            self.fail(f"names {count} numbers of tokens, where {MOST_COUNTS} are the most; give ranges a step", param, ctx)
+        return tuple(dict.fromkeys(m for each in named for m in each))
 
 
 class Shape(click.ParamType):  # type: ignore[type-arg]

@@ -3,6 +3,7 @@
 python tools/bench.py --quick                         under a minute: 6:8 against dense, three types, three m
 python tools/bench.py --full --json run.json --plot run.png
 python tools/bench.py --model qwen2.5-7b --pattern 6:8 --dtype fp8 -m 16,1024 --part gemm --peers dense
+python tools/bench.py -m 1-64,72-256:8 --dtype fp8 --plot curve.png   time over m as a curve
 python tools/bench.py --from run.json --plot run.png  no GPU needed
 """
 
@@ -30,7 +31,7 @@ import click
 
 import slidesparse_nb as ss
 
-from .arguments import Listed, Seconds, Shape, one_of, token_count
+from .arguments import Listed, Seconds, Shape, Tokens, one_of
 from .benchmark import gpu, readme, table, torch_peers
 from .benchmark.floors import CEILINGS
 from .benchmark.keeper import Keeper
@@ -57,7 +58,12 @@ MEASURE = ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "pe
 @click.option("--model", type=Listed("names", one_of(MODELS)), help=f"Linear layers of {', '.join(MODELS)}.")
 @click.option("--square", is_flag=True, help="m = n = k: 1024 to 16384.")
 @click.option("--shape", type=Shape(), multiple=True, help="A layer of your own. Repeatable.")
-@click.option("-m", "tokens", type=Listed("M,M", token_count), help="Tokens: 1,16,64 ...")
+@click.option(
+    "-m",
+    "tokens",
+    type=Tokens(),
+    help="Tokens: 1,16,64; ranges, 1-64; with a step, 64-1024:32. Many give a curve, time over m.",
+)
 @click.option(
     "--pattern",
     type=Listed("patterns", lambda text: str(ss.Pattern.of(text))),
@@ -70,14 +76,16 @@ MEASURE = ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "pe
     type=Listed("names", one_of([*PEERS, "none"])),
     help="; ".join(f"{k}: {v}" for k, v in PEERS.items()) + "; or none.",
 )
-@click.option("--sustained", type=Listed("M,M", token_count), help="m of -m at which sustained load is measured, too.")
+@click.option("--sustained", type=Tokens(), help="m of -m at which sustained load is measured, too.")
 @click.option("--quick", is_flag=True, help="Under a minute; what --full measures is cut to the most telling.  [default]")
 @click.option("--full", is_flag=True, help="Under nine minutes: every part of 6:8, products of four patterns, all types.")
 @click.option("--budget", type=Seconds(min=1), help="Seconds after which nothing more is begun.")
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the results here, as they come."
 )
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the speed-ups over m, a PNG.")
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the speed-ups over m, of many m the times; a PNG."
+)
 @click.option("--from", "from_path", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Show earlier results.")
 @click.option(
     "--readme",
@@ -86,7 +94,7 @@ MEASURE = ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "pe
     help="Write README's section from these results.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
-@click.option("-v", "--verbose", count=True, help="Every layer by itself; -vv also where an error came from.")
+@click.option("-v", "--verbose", count=True, help="Every layer by itself, and every m; -vv also where an error came from.")
 @exits
 def bench(
     json_path: Path | None, plot: Path | None, from_path: Path | None, readme_path: Path | None, quiet: bool, verbose: int,
@@ -273,13 +281,13 @@ def peers(device: gpu.Gpu, selection: Selection, results: Results) -> dict[str, 
 
 
 def show(results: Results, *, each: bool) -> None:
-    """Tables, crossovers, notes and blanks on stdout."""
+    """Tables, crossovers, cliffs, notes and blanks on stdout."""
     say(table.machine_line(results))
     for title, columns, rows in table.sections(results, each=each):
         say("")
         say(title)
         print_table(columns, rows)
-    sentences = list(table.crossovers(results))
+    sentences = [*table.crossovers(results), *table.cliffs(results)]
     for heading, lines in (("", sentences), ("notes", results.notes), ("", list(table.blanks(results)))):
         if lines:
             say(heading)

@@ -25,7 +25,7 @@ import click
 
 import slidesparse_nb as ss
 
-from .arguments import Listed, Seconds, Shape, one_of, token_count
+from .arguments import Listed, Seconds, Shape, Tokens, one_of
 from .benchmark.selection import KINDS, MODELS
 from .terminal import EXIT_CODES, count, exits, print_json, print_table, say
 
@@ -53,8 +53,8 @@ Asked = tuple[int, int, int, str, str, str]
     "--dtype", "kinds", type=Listed("types", one_of(KINDS)), help=f"Of {', '.join(KINDS)}; likewise.  [default: int8]"
 )
 @click.option(
-    "-m", "tokens", type=Listed("M,M", token_count), default="1,16,64,256,1024", show_default=True,
-    help="Tokens. What is found for one m serves that m alone.",
+    "-m", "tokens", type=Tokens(), default="1,16,64,256,1024", show_default=True,
+    help="Tokens: 1,16,64; ranges, 1-64; with a step, 64-1024:32. What is found for one m serves that m alone.",
 )  # fmt: skip
 @click.option("--out", type=click.Choice(OUTS), help="Type of y.  [default: bfloat16; float16 for fp16]")
 @click.option("--seconds", type=Seconds(min=1), default=300, show_default=True, help="After which nothing more is begun.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,29 @@ OURS = "ours"
 ALL = "all"
 """In place of a layer: the suite's layers in turn."""
 
+FEW_TOKENS = 12
+"""So many m are a list; more are a curve: measured coarsely first, drawn as time over m, types side by side in tables."""
+
+
+def is_curve(tokens: Collection[int]) -> bool:
+    """Whether these m are so many that they are shown as a curve."""
+    return len(tokens) > FEW_TOKENS
+
+
+def in_turn(tokens: Sequence[int]) -> list[int]:
+    """The m in the order in which they are measured: few as they were named; of a curve both ends, then the middle of every
+    gap, and so on, so that a run that is cut short has a coarser curve of the whole range."""
+    if not is_curve(tokens):
+        return list(tokens)
+    ordered = sorted(tokens)
+    order, gaps = [0, len(ordered) - 1], [(0, len(ordered) - 1)]
+    for low, high in gaps:  # which grows meanwhile
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(middle)
+            gaps += [(low, middle), (middle, high)]
+    return [ordered[i] for i in order]
+
 
 @dataclass(frozen=True)
 class Group:
@@ -172,6 +195,7 @@ def plan(selection: Selection) -> list[Group]:
     For each suite the first pattern, then the others. Of each, products beside the dense peer; whole linears of the first type;
     products beside the 2:4 peer; then under sustained load, in the order in which its m were named (the first pattern's beside
     the 2:4 peer, too); then other types' linears, quantization, packing. A dense peer is measured once, whatever the patterns.
+    Types in the order named, each with all its m (`in_turn`), for which weights are made once.
     """
     seen: set[tuple[object, ...]] = set()
     ordered = []
@@ -186,7 +210,7 @@ def plan(selection: Selection) -> list[Group]:
 
 
 def _stages(selection: Selection, suite: Suite, patterns: Sequence[str]) -> Iterator[Group]:
-    tokens = suite.tokens or selection.tokens
+    tokens = in_turn(suite.tokens or selection.tokens)
     sustained = [m for m in selection.sustained if m in tokens]
     kinds = selection.kinds
     peers, first = selection.peers, patterns == selection.patterns[:1]

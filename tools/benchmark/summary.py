@@ -1,10 +1,10 @@
-"""Medians, spreads, ratios, and from which m on something is faster."""
+"""Medians, spreads, ratios, from which m on something is faster, and which m takes longer than a larger one."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -39,6 +39,29 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
     return (y1 - y0) / (x1 - x0)
 
 
+SHORT_RUN = 3
+"""Neighbouring m that are named one by one; of more, only the first and the last are."""
+
+
+def runs(picked: Collection[int], measured: Sequence[int]) -> Iterator[list[int]]:
+    """The m of `picked` that are neighbours in `measured`, which ascends, together."""
+    for is_picked, run in itertools.groupby(measured, lambda m: m in picked):
+        if is_picked:
+            yield list(run)
+
+
+def named(ratios: Mapping[int, float], measured: Sequence[int]) -> str:
+    """The m of `ratios`, each with its ratio: 1 (0.90x), 64 to 96 (0.91x to 0.99x)."""
+    parts = []
+    for run in runs(ratios, measured):
+        if len(run) > SHORT_RUN:
+            low, high = (f"{end(ratios[m] for m in run):.2f}x" for end in (min, max))
+            parts.append(f"{run[0]} to {run[-1]} ({low if low == high else f'{low} to {high}'})")
+        else:
+            parts += [f"{m} ({ratios[m]:.2f}x)" for m in run]
+    return ", ".join(parts)
+
+
 @dataclass(frozen=True)
 class Crossover:
     """From which number of tokens on something is faster than its peer.
@@ -70,10 +93,57 @@ def crossover_sentence(subject: str, peer: str, ratios: Mapping[int, float]) -> 
         return f"{subject}: {how} than {peer} at m = {m} ({ratios[m]:.2f}x), the only m measured."
     if not found.slower:
         return f"{subject}: faster than {peer} at every m measured, {found.measured[0]} to {found.measured[-1]}."
-    slower = ", ".join(f"{m} ({ratio:.2f}x)" for m, ratio in found.slower.items())
+    slower = named(found.slower, found.measured)
     if len(found.slower) == len(found.measured):
         return f"{subject}: slower than {peer} at every m measured: m = {slower}."
     if found.first is not None:
         return f"{subject}: faster than {peer} from m = {found.first} on; slower at m = {slower}."
-    faster = ", ".join(str(m) for m in found.measured if m not in found.slower)
-    return f"{subject}: faster than {peer} only at m = {faster}; slower at m = {slower}."
+    faster = [
+        f"{run[0]} to {run[-1]}" if len(run) > SHORT_RUN else ", ".join(map(str, run))
+        for run in runs(set(found.measured) - set(found.slower), found.measured)
+    ]
+    return f"{subject}: faster than {peer} only at m = {', '.join(faster)}; slower at m = {slower}."
+
+
+CLIFF = 1.1
+"""An m that takes over so many times as long as a larger one is a cliff: what serves more tokens would have served it."""
+
+
+@dataclass(frozen=True)
+class Cliff:
+    """An m that takes longer than a larger one.
+
+    Attributes:
+        larger: the larger m that takes least.
+        ratio: of their times.
+    """
+
+    m: int
+    larger: int
+    ratio: float
+
+
+def cliffs(times: Mapping[int, float]) -> list[Cliff]:
+    """Every m, ascending, that takes over CLIFF times as long as a larger one; of times by m."""
+    found: list[Cliff] = []
+    descending = sorted(times, reverse=True)
+    least = descending[0] if descending else 0
+    for m in descending:
+        if times[m] > CLIFF * times[least]:
+            found.append(Cliff(m, least, times[m] / times[least]))
+        if times[m] < times[least]:
+            least = m
+    return found[::-1]
+
+
+def cliffs_named(found: Sequence[Cliff], measured: Sequence[int]) -> str:
+    """In words: m = 40 (1.18x m = 48), 65 to 80 (up to 1.21x m = 96)."""
+    by_m = {cliff.m: cliff for cliff in found}
+    parts = []
+    for run in runs(by_m, measured):
+        if len(run) > SHORT_RUN:
+            worst = max((by_m[m] for m in run), key=lambda cliff: cliff.ratio)
+            parts.append(f"{run[0]} to {run[-1]} (up to {worst.ratio:.2f}x m = {worst.larger})")
+        else:
+            parts += [f"{m} ({by_m[m].ratio:.2f}x m = {by_m[m].larger})" for m in run]
+    return f"m = {', '.join(parts)}"

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from . import summary
 from .figures import Figure, figures
 from .results import Results
-from .selection import ALL, KINDS, PEERS
-from .summary import crossover_sentence
+from .selection import ALL, KINDS, PEERS, is_curve
 
 Rows = list[tuple[str, ...]]
+Column = tuple[str, Callable[[Figure], str]]
+
+CURVE_ROWS = 24
+"""Of a curve, rows that are shown unless all are asked for."""
+
+CURVE_COLUMNS = ("us", "+-", "x dense", "x cuSPARSELt", "x PyTorch", "% of floor")
+"""What a curve's table says of each type and pattern, side by side."""
 
 
 def machine_line(results: Results) -> str:
@@ -24,12 +31,24 @@ def machine_line(results: Results) -> str:
 
 
 def sections(results: Results, *, each: bool = False) -> Iterator[tuple[str, tuple[str, ...], Rows]]:
-    """Tables, as title, columns and rows: one for each part, suite and load; suites of one layer share theirs."""
+    """Tables, as title, columns and rows: one for each part, suite and load; suites of one layer share theirs.
+
+    Where there are many m, a row has one m, and the types and patterns side by side; each layer, and each suite of one, has a
+    table of its own. Without `each` some m are left out.
+    """
+    every = list(figures(results, each=each))
+    tokens: dict[tuple[str, str, str], set[int]] = {}
+    for figure in every:
+        tokens.setdefault((figure.part, figure.suite, figure.load), set()).add(figure.m or 0)
     grouped: dict[tuple[str, str, str], list[Figure]] = {}
-    for figure in figures(results, each=each):
-        suite = figure.suite if len(results.suites[figure.suite]) > 1 else ""
-        grouped.setdefault((figure.part, suite, figure.load), []).append(figure)
+    for figure in every:
+        own = len(results.suites[figure.suite]) > 1 or is_curve(tokens[figure.part, figure.suite, figure.load])
+        grouped.setdefault((figure.part, figure.suite if own else "", figure.load), []).append(figure)
     for (part, suite, load), found in grouped.items():
+        if suite and is_curve(tokens[part, suite, load]):
+            for layer in dict.fromkeys(figure.layer for figure in found):
+                yield _curve(results, [figure for figure in found if figure.layer == layer], every_m=each)
+            continue
         columns = _columns(found, part, load, each and bool(suite))
         if suite:
             title = f"{suite}, {part}, {load}: {_summed(results, suite, load, each)}"
@@ -37,6 +56,29 @@ def sections(results: Results, *, each: bool = False) -> Iterator[tuple[str, tup
             title = f"{part}, {load}"
             columns.insert(0, ("n x k" if "shape" in _layers(results, found) else "m x n x k", lambda f: f.suite))
         yield title, tuple(name for name, _ in columns), [tuple(cell(figure) for _, cell in columns) for figure in found]
+
+
+def _curve(results: Results, found: Sequence[Figure], *, every_m: bool) -> tuple[str, tuple[str, ...], Rows]:
+    """The table of one layer, or of the sum of all, over many m."""
+    part, suite, load, layer = found[0].part, found[0].suite, found[0].load, found[0].layer
+    tokens = sorted({figure.m for figure in found if figure.m is not None})
+    shown = tokens
+    if not every_m and len(tokens) > CURVE_ROWS:
+        shown = [tokens[round(i * (len(tokens) - 1) / (CURVE_ROWS - 1))] for i in range(CURVE_ROWS)]
+    heads, rows = ["m"], [[str(m)] for m in shown]
+    for type, pattern in dict.fromkeys((figure.type, figure.pattern) for figure in found):
+        of = {figure.m: figure for figure in found if (figure.type, figure.pattern) == (type, pattern)}
+        for name, cell in _columns(list(of.values()), part, load, False):
+            if name in CURVE_COLUMNS:
+                heads.append(f"{KINDS[type].label} {pattern} us" if name == "us" else name)
+                for row, m in zip(rows, shown, strict=True):
+                    row.append(cell(of[m]) if m in of else "")
+    shapes = {name: f"{name} ({n}, {k})" for name, n, k in results.suites[suite]}
+    what = _summed(results, suite, load, False) if layer == ALL else suite if len(shapes) == 1 else shapes[layer]
+    title = f"{suite}, {part}, {load}: {what}" if len(shapes) > 1 else f"{part}, {load}: {suite}"
+    if len(shown) < len(tokens):
+        title += f"; {len(shown)} of {len(tokens)} m, -v shows all"
+    return title, tuple(heads), [tuple(row) for row in rows]
 
 
 def _summed(results: Results, suite: str, load: str, each: bool) -> str:
@@ -49,8 +91,8 @@ def _layers(results: Results, found: Sequence[Figure]) -> set[str]:
     return {name for figure in found for name, _, _ in results.suites[figure.suite]}
 
 
-def _columns(found: Sequence[Figure], part: str, load: str, each: bool) -> list[tuple[str, Callable[[Figure], str]]]:
-    columns: list[tuple[str, Callable[[Figure], str]]] = [
+def _columns(found: Sequence[Figure], part: str, load: str, each: bool) -> list[Column]:
+    columns: list[Column] = [
         ("type", lambda f: f.label),
         ("pattern", lambda f: f.pattern),
     ]
@@ -123,8 +165,36 @@ def crossovers(results: Results) -> Iterator[str]:
             peer = "PyTorch's dynamic linear" if dynamic else "dense cuBLASLt"
             grouped.setdefault((figure.part, suite, figure.type, figure.pattern, peer), {})[figure.m] = ratio
     for (part, suite, type, pattern, peer), ratios in grouped.items():
-        what = "product" if part == "gemm" else "whole linear"
-        yield crossover_sentence(f"{KINDS[type].label} {pattern} {what}, {suite}, in bursts", peer, ratios)
+        yield summary.crossover_sentence(_subject(part, suite, type, pattern), peer, ratios)
+
+
+def cliffs(results: Results) -> Iterator[str]:
+    """In bursts, for each part, suite, type and pattern: the m that take longer than a larger one, layer by layer.
+
+    One sentence each where there are such m, or where so many m were measured that it says something that there are none.
+    """
+    grouped: dict[tuple[str, str, str, str], dict[str, dict[int, float]]] = {}
+    for figure in figures(results, each=True):
+        one_layer = figure.layer != ALL and figure.load == "burst" and figure.part in ("gemm", "linear")
+        if one_layer and figure.m is not None and figure.us is not None:
+            layers = grouped.setdefault((figure.part, figure.suite, figure.type, figure.pattern), {})
+            layers.setdefault(figure.layer, {})[figure.m] = figure.us
+    for of, layers in grouped.items():
+        subject, several = _subject(*of), len(results.suites[of[1]]) > 1
+        found = {layer: summary.cliffs(times) for layer, times in layers.items()}
+        told = [
+            f"{f'{layer} ' * several}at {summary.cliffs_named(found[layer], sorted(times))}"
+            for layer, times in layers.items()
+            if found[layer]
+        ]
+        if told:
+            yield f"{subject}: over {summary.CLIFF} times as long as with more tokens: {'; '.join(told)}."
+        elif any(is_curve(times) for times in layers.values()):
+            yield f"{subject}: at no m over {summary.CLIFF} times as long as with more tokens{', in any layer' * several}."
+
+
+def _subject(part: str, suite: str, type: str, pattern: str) -> str:
+    return f"{KINDS[type].label} {pattern} {'product' if part == 'gemm' else 'whole linear'}, {suite}, in bursts"
 
 
 def blanks(results: Results) -> Iterator[str]:
