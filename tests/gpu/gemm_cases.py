@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import time
+
 import cupy
 import numpy as np
 
 import slidesparse_nb as ss
 from slidesparse_nb import reference
 from slidesparse_nb.arch import for_capability, sm90
-from slidesparse_nb.dtypes import FLOAT8, INT8
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
 
 EXACT_ABOVE = 2.0**-23
 """Error of one addition in float32 that truncates, as tensor cores may."""
 
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """Relative error of rounding y to its type; for float16 also half its smallest subnormal."""
+
+
+def capability_here():
+    return divmod(int(cupy.cuda.Device().compute_capability), 10)
+
+
+def compile_ahead(family, configs):
+    """Compile the kernels of these configurations on all processors at once, as `slidesparse build` does it."""
+    from slidesparse_nb.building import compile_all
+    from slidesparse_nb.device import jit
+
+    arch = jit.architecture(capability_here()) + family.SUFFIX
+    jobs = {repr(sorted(c.defines().items())): (family.KERNEL, c.defines(), arch) for c in configs}
+    start = time.perf_counter()
+    compile_all(list(jobs.values()), jit.device_compiler())
+    print(f"\n{len(jobs)} kernels compiled ahead in {time.perf_counter() - start:.1f} s")
+
+
+def on_gpu(a):
+    """A NumPy array on the GPU; types that CuPy may not copy go as their bits."""
+    return cupy.asarray(a.view(f"u{a.itemsize}")).view(a.dtype)
+
+
+def host(a):
+    return a.view(f"u{a.itemsize}").get().view(a.dtype)
 
 
 def weight(rng, n, k, pattern, dtype, full=False):
@@ -56,27 +83,61 @@ def product(x, packed, bias=None):
     return acc, magnitude
 
 
-def check(y, x, packed, bias=None):
-    """Compare y, a NumPy array [m, n], with the exact product.
+def allowed(exact, magnitude, packed, y_dtype):
+    """How far y may be from the exact product, element by element [m, n], and all of it in the norm (None: not bounded).
 
-    int8: equal. float8 on Hopper's own instruction: its accumulator keeps 13 bits of fraction, so each instruction of 64 slid
-    columns is off by at most a few of their last places, 2^-10 of the sum of magnitudes, and half that in the norm, where
-    errors add up like a random walk. Others: at most ks products and as many additions, each off by at most 2^-23 of a partial
-    sum, which no order of them makes larger than the sum of magnitudes; three roundings by scales and bias; then that to the
-    type of y.
+    int8: not at all, once the exact product is rounded to the type of y. float8 on Hopper's own instruction: its accumulator
+    keeps 13 bits of fraction, so each instruction of 64 slid columns is off by at most a few of their last places, 2^-10 of
+    the sum of magnitudes, and half that in the norm, where errors add up like a random walk. Others: at most ks products and
+    as many additions, each off by at most 2^-23 of a partial sum, which no order of them makes larger than the sum of
+    magnitudes; three roundings by scales and bias; then that to the type of y.
     """
+    if packed.dtype is INT8:
+        return np.zeros_like(magnitude), None
+    overall = None
+    if packed.dtype is FLOAT8 and for_capability(capability_here()) is sm90:
+        steps = -(-packed.ks // 64)
+        bound = steps * sm90.FLOAT8_ERROR * magnitude
+        overall = sm90.FLOAT8_ERROR / 2 * steps**0.5 + ROUNDING[y_dtype.name]
+    else:
+        bound = (packed.ks + 4) * EXACT_ABOVE * magnitude
+    return bound + ROUNDING[y_dtype.name] * (np.abs(exact) + bound) + (2.0**-25 if y_dtype == np.float16 else 0), overall
+
+
+def check(y, x, packed, bias=None):
+    """Compare y, a NumPy array [m, n], with the exact product, as far as it is `allowed` to be from it."""
     exact, magnitude = product(x, packed, bias)
     if packed.dtype is INT8:
         with np.errstate(over="ignore"):
             np.testing.assert_array_equal(y, exact.astype(y.dtype))
         return
-    if packed.dtype is FLOAT8 and for_capability(divmod(int(cupy.cuda.Device().compute_capability), 10)) is sm90:
-        steps = -(-packed.ks // 64)
-        bound = steps * sm90.FLOAT8_ERROR * magnitude
-        overall = np.linalg.norm(y.astype(np.float64) - exact) / max(np.linalg.norm(exact), 1e-30)
-        assert overall <= sm90.FLOAT8_ERROR / 2 * steps**0.5 + ROUNDING[y.dtype.name], f"off by {overall:.3g} of the norm"
-    else:
-        bound = (packed.ks + 4) * EXACT_ABOVE * magnitude
-    bound = bound + ROUNDING[y.dtype.name] * (np.abs(exact) + bound) + (2.0**-25 if y.dtype == np.float16 else 0)
+    bound, overall = allowed(exact, magnitude, packed, y.dtype)
     error = np.abs(y.astype(np.float64) - exact)
+    if overall is not None:
+        off = np.linalg.norm(error) / max(np.linalg.norm(exact), 1e-30)
+        assert off <= overall, f"off by {off:.3g} of the norm"
     assert (error <= bound).all(), f"off by {error.max():.3g} where {bound[np.unravel_index(error.argmax(), error.shape)]:.3g}"
+
+
+class Wanted:
+    """The exact product of many tokens, on the GPU: what bfloat16 results of fewer tokens and outputs are compared with there.
+
+    Args:
+        exact, magnitude: `product` of all tokens with all of packed.
+    """
+
+    def __init__(self, exact, magnitude, packed):
+        bound, self.overall = allowed(exact, magnitude, packed, BFLOAT16.numpy)
+        if packed.dtype is INT8:
+            exact = exact.astype(BFLOAT16.numpy).astype(np.float64)
+        self.exact, self.bound = cupy.asarray(exact, np.float64), cupy.asarray(bound, np.float64)
+
+    def off(self, y):
+        """How many elements of y [m, n] are further off than allowed, and one more if all are in the norm: a CuPy scalar."""
+        m, n = y.shape
+        exact, bound = self.exact[:m, :n], self.bound[:m, :n]
+        error = cupy.abs((y.view(np.uint16).astype(np.uint32) << 16).view(np.float32) - exact)
+        off = (~(error <= bound)).sum()  # NaN is off
+        if self.overall is not None:
+            off += ~((error * error).sum() <= self.overall**2 * (exact * exact).sum())
+        return off

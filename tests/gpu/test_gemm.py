@@ -10,7 +10,7 @@ import time
 import cupy as cp
 import numpy as np
 import pytest
-from gemm_cases import check, tokens, weight
+from gemm_cases import capability_here, check, compile_ahead, host, on_gpu, tokens, weight
 
 import slidesparse_nb as ss
 from slidesparse_nb import reference
@@ -45,33 +45,12 @@ def family(request):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_ahead(family):
     """What the tests launch, compiled by all processors at once, as `slidesparse build` does it."""
-    from slidesparse_nb.building import compile_all
-    from slidesparse_nb.device import jit
-
     capability = capability_here()
     dtypes = family.supported_dtypes(capability)
     wanted = [(p, d, "bfloat16") for p in known_patterns() for d in dtypes]
     if family is sm80:  # of Hopper's many tiles, these types of y take few
         wanted += [(Pattern(6, 8), d, out) for d in dtypes for out in ("float32", "float16")]
-    arch = jit.architecture(capability) + family.SUFFIX
-    found = {c: (family.KERNEL, c.defines(), arch) for w in wanted for c in family.candidates(*w, capability)}
-    jobs = list({repr(sorted(job[1].items())): job for job in found.values()}.values())
-    start = time.perf_counter()
-    compile_all(jobs, jit.device_compiler())
-    print(f"\n{len(jobs)} kernels compiled ahead in {time.perf_counter() - start:.1f} s")
-
-
-def capability_here():
-    return divmod(int(cp.cuda.Device().compute_capability), 10)
-
-
-def on_gpu(a):
-    """A NumPy array on the GPU; types that CuPy may not copy go as their bits."""
-    return cp.asarray(a.view(f"u{a.itemsize}")).view(a.dtype)
-
-
-def host(a):
-    return a.view(f"u{a.itemsize}").get().view(a.dtype)
+    compile_ahead(family, [c for w in wanted for c in family.candidates(*w, capability)])
 
 
 def guarded(m, n, dtype, pitch=None):
