@@ -7,15 +7,17 @@ import errno
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_device
+import numpy as np
 import pytest
 from bench_device import call
 from click.testing import Result
 
 import slidesparse_nb as ss
-from tools.benchmark import gpu, ours, readme, results, torch_peers
+from tools.benchmark import gpu, keeper, ours, readme, results, torch_peers
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--shape", "70,96", "-m", "1,40", "--dtype", "int8")
@@ -66,6 +68,26 @@ def test_a_full_disk_does_not_cost_the_run(
     else:
         says(done, 1, f"error: --json: {tmp_path / 'a.json'} could not be written (No space left on device)")
         assert not results.load(tmp_path / "a.json").cells
+
+
+def test_writing_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Writing takes a second, of results that come ten times a second: written every 20 s, and in the end."""
+    now, written = 0.0, list[float]()
+
+    def write(path: Path, text: str) -> None:
+        nonlocal now
+        now += 1
+        written.append(now)
+
+    monkeypatch.setattr(results, "write_whole", write)
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(perf_counter=lambda: now))
+    kept = keeper.Keeper(results.Results("2000", {}, {}, {}), tmp_path / "a.json", print)
+    while now < 60:
+        kept.save()
+        now += 0.1
+    np.testing.assert_allclose(np.diff(written), 21, atol=0.2)
+    kept.save(at_once=True)
+    assert now - written[-1] == 0
 
 
 def test_what_is_no_number_of_jsons_is_never_written(

@@ -362,7 +362,7 @@ def test_an_interrupt_keeps_what_was_found(gpu: Any, tuner: Any, timing: Any) ->
 
 def test_time_that_is_up(gpu: Any, tuner: Any) -> None:
     tuner.monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=iter(range(0, 1000, 2)).__next__))
-    done = call("--shape", "300,512", "-m", "1,16,64", "--seconds", "3", "--json")
+    done = call("--shape", "300,512", "-m", "1,16-64:48", "--seconds", "3", "--json")
     assert done.exit_code == 0
     assert [one["m"] for one in json.loads(done.stdout)] == [1]
     assert done.stderr.endswith("time is up: 2 of 3 products were not begun\n")
