@@ -65,12 +65,28 @@ def test_everything_that_decides_is_in_the_name(cache: Path, compiled: list[str]
     folders.add(jit.build(SOURCE, DEFINES, ARCH).folder)
     texts = jit._included(SOURCE)
     assert {SOURCE, "common/types.cuh"} <= set(texts)
-    monkeypatch.setattr(jit, "_included", lambda source: texts | {"common/types.cuh": texts["common/types.cuh"] + "\n"})
+    changed = {**texts, "common/types.cuh": texts["common/types.cuh"] + "\n"}
+    monkeypatch.setattr(jit, "_included", lambda source: changed)
+    monkeypatch.setattr(jit, "_read", lambda source: changed)
     folders.add(jit.build(SOURCE, DEFINES, ARCH).folder)
     older = nvrtc.Nvrtc(nvrtc.load().path)
     older.version = (0, 0)
     folders.add(jit.build(SOURCE, DEFINES, ARCH, older).folder)
     assert len(folders) == len(compiled) == 6
+
+
+def test_sources_are_read_once_and_again_before_they_are_compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, read, files = jit.build(SOURCE, DEFINES, ARCH), jit._read, []
+    monkeypatch.setattr(jit, "_read", lambda source: files.append(source) or read(source))
+    assert jit.build(SOURCE, DEFINES, ARCH) == built
+    assert not files
+    jit.build(SOURCE, DEFINES | {"TO": 3}, ARCH)
+    assert files == [SOURCE]
+    monkeypatch.setattr(jit, "_read", lambda source: {**read(source), SOURCE: "another text"})
+    assert jit.build(SOURCE, DEFINES, ARCH) == built
+    with pytest.raises(UnsupportedError, match=r"^common/rows.cu: has changed since this process .*; start the process again$"):
+        jit.build(SOURCE, DEFINES | {"LIFT": 8}, ARCH)
+    assert not list(cache.glob(".building-*"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "no stamp", "no cubin", "empty"])
