@@ -61,6 +61,9 @@ FLOAT32 = np.dtype(np.float32)
 PACKED = (INT8, FLOAT8, BFLOAT16, FLOAT16)
 """The types a packed weight may have."""
 
+FLOATS = {FLOAT32: "float32", FLOAT16.numpy: "float16", BFLOAT16.numpy: "bfloat16"}
+"""The types of activations and results -> their names."""
+
 SAFETENSORS_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,

@@ -254,8 +254,8 @@ class QuantizedActivations:
         """The array that is there already: the image, or the values."""
         return self.values if self.image is None else self.image.data
 
-    def check(self, dtype: DType, values: Any, scale: Any) -> None:
-        """Check that these can be multiplied by weights of `dtype`; nothing is looked at but types and shapes.
+    def check(self, packed: PackedWeight, values: Any, scale: Any) -> None:
+        """Check that these can be multiplied by `packed`; nothing is looked at but types and shapes.
 
         Args:
             values: as the library that multiplies sees them; None if it takes the image.
@@ -264,6 +264,7 @@ class QuantizedActivations:
         Raises:
             OperandError: they are of another type, or shapes do not agree.
         """
+        dtype = packed.dtype
         if self.dtype != dtype:
             raise OperandError(
                 f"x: is quantized to {self.dtype}, but packed holds {dtype}; quantize it with quantize(x, packed)"
@@ -276,3 +277,5 @@ class QuantizedActivations:
                 raise OperandError(f"x.scale: {dtype} activations carry no scale; it must be None")
         elif getattr(scale, "shape", None) != (m, 1) or scale.dtype != FLOAT32 or not scale.flags.c_contiguous:
             raise OperandError(f"x.scale: must be a contiguous float32 array [{m}, 1], where x.values are")
+        if self.k != packed.k:
+            raise OperandError(f"x: k={self.k} must be {packed.k}, the k of packed (not padded: matmul does that)")

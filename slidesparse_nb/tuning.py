@@ -13,15 +13,14 @@ from . import packing
 from .arch import for_capability
 from .building import Job, compile_all
 from .device import jit, tuned
-from .dtypes import DType, packed_dtype
+from .dtypes import FLOATS, DType, packed_dtype
 from .errors import OperandError, UnsupportedError
+from .operands import float_dtype
 from .packed import size_problem
 from .pattern import Pattern
 
 LEAST_GAIN = 0.02
 """Of the time of the model's choice, what another way must save to be kept: less is not sure to be there tomorrow."""
-
-OUTS = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,7 @@ def _checked(
             raise OperandError(f"{name}: {value} must be 1 or more")
     if problem := size_problem(pattern, (n, k), stored):
         raise OperandError(f"product: {problem}")
-    if out not in OUTS:
-        raise OperandError(f"out: {out!r} must be one of {', '.join(OUTS)}")
-    return m, n, k, pattern, stored, out
+    return m, n, k, pattern, stored, FLOATS[float_dtype("out", out)]
 
 
 def _capability() -> tuple[int, int]:

@@ -441,7 +441,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
         ((0, 8, 8, "6:8", "int8", "float32"), "m: 0 must be 1 or more"),
         ((1, 8, 2**18, "2:4", "int8", "float32"), "product: k=262144 takes"),
         ((1, 8, 8, "6:8", "int4", "float32"), "int4"),
-        ((1, 8, 8, "6:8", "int8", "int8"), "out: 'int8' must be one of bfloat16, float16, float32"),
+        ((1, 8, 8, "6:8", "int8", "int8"), "out: int8 must be one of float32, float16, bfloat16"),
     ],
 )
 def test_products_that_cannot_be(asked: Any, message: str) -> None:
