@@ -13,8 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .errors import OperandError
-from .strict_json import shown
+from .errors import OperandError, shown
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import BFLOAT16, CODE_OF, FLOAT8, FLOAT16, FLOAT32, FLOATS, INT8, PACKED, DType, packed_dtype
-from .errors import OperandError
+from .errors import OperandError, shown
 from .packed import size_problem
 from .pattern import Pattern
-from .strict_json import shown
 
 Array = NDArray[Any]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from . import cpu, cpu_matmul
 from .dtypes import DType, packed_dtype
-from .errors import OperandError
+from .errors import OperandError, shown
 from .operands import (
     check_activations,
     check_bias,
@@ -23,7 +23,6 @@ from .operands import (
 )
 from .packed import PackedWeight, QuantizedActivations, require_packed
 from .pattern import Pattern
-from .strict_json import shown
 
 Array = NDArray[Any]
 

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from .dtypes import FLOAT32, INT8, DType
-from .errors import FormatError, OperandError
+from .errors import FormatError, OperandError, shown
 from .pattern import Pattern
-from .strict_json import shown
 
 ORDERED_NIBBLES = tuple(i0 | i1 << 2 for i1 in range(4) for i0 in range(i1))
 """The six legal index nibbles, first index below the second: 0x4, 0x8, 0x9, 0xC, 0xD, 0xE."""
