@@ -11,7 +11,7 @@ from typing import Any
 
 from . import packing
 from .arch import for_capability
-from .building import Job, compile_all
+from .building import compile_all, kernels_of
 from .device import jit, tuned
 from .dtypes import FLOATS, DType, packed_dtype
 from .errors import OperandError, UnsupportedError
@@ -140,7 +140,7 @@ def _tuned(
             track, of = timing.Track(packed, clock), (n, k, pattern, dtype)
         product = track.product(m, out)
         ways = product.likely()
-        jobs = _jobs(product, ways)
+        jobs = kernels_of((config for way in ways for config in way), product.capability)
         tell(f"{name}: {len(ways)} ways, of {len(jobs)} kernels")
         compile_all(jobs, jit.device_compiler())
         race = track.race(m, out, ways)
@@ -155,14 +155,6 @@ def _tuned(
         else:
             tuned.drop(product)
         yield found
-
-
-def _jobs(product: tuned.Product, ways: list[tuned.Way]) -> list[Job]:
-    """The kernels of these ways, each once."""
-    family = product.family
-    arch = jit.architecture(product.capability) + family.SUFFIX
-    kernels = {repr(config.defines()): config.defines() for way in ways for config in way}
-    return [(family.KERNEL, defines, arch) for defines in kernels.values()]
 
 
 def _words(way: tuned.Way) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Activations on the GPU as matrix kernels want them: quantized per token or rounded, lifted, laid out. Twin of `reference`.
 
     x [m, k] --> values [m, pitch], scale [m, 1]                            `quantize`: rows, lifted if a kernel wants that
-    x [m, k] --> image [stages, ceil(m / 8), 8, 128], scale [m, 1]          `image`: what sm_90's kernel loads (arch/sm90.py)
+    x [m, k] --> image [stages, ceil(m / 8), 8, 128], scale [m, 1]          `image`: for sm_90's kernel (arch/sm90_layout.py)
 
 One launch, a thread block a token; the kernels are in activation_kernels.py.
 """
