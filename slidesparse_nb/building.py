@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import env
-from .arch import as_multiplied, choose, for_capability, sm80
+from .arch import Config, as_multiplied, choose, for_capability, sm80
 from .device import jit, nvrtc
-from .dtypes import PACKED, DType, packed_dtype
+from .dtypes import FLOATS, PACKED, DType, packed_dtype
+from .operands import float_dtype
 from .pattern import Pattern, known_patterns
 
 ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
@@ -68,10 +69,11 @@ def build_kernels(
         workers: kernels compiled at a time; by default as many as there are processors.
 
     Raises:
+        OperandError: a type that is none of weights, or of y.
         UnsupportedError: there is no compiler, or it does not know an architecture.
         KernelError: a kernel does not compile.
     """
-    rows = [packed_dtype(d) for d in dtypes]
+    rows, out = [packed_dtype(d) for d in dtypes], FLOATS[float_dtype("out", out)]
     work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, rows, out))
     built = compile_all([job for job, _ in work], workers=workers)
     return [
@@ -110,17 +112,25 @@ def build_products(
         compiler: by default the one of the CUDA version that CuPy runs on.
 
     Raises:
+        OperandError: a type that is none of weights, or of y.
         UnsupportedError: there is no compiler, or it does not know the architecture.
         KernelError: a kernel does not compile.
     """
     family = for_capability(capability)
-    arch = jit.architecture(capability) + family.SUFFIX
-    jobs: dict[str, Job] = {}
+    configs: list[Config] = []
     for m, n, k, named, dtype, out in products:
         pattern, seen_k = as_multiplied(family, Pattern.of(named), k)
-        for config in choose(family, m, n, seen_k, pattern, packed_dtype(dtype), out, capability, processors):
-            jobs[repr(sorted(config.defines().items()))] = (family.KERNEL, config.defines(), arch)
-    return len(compile_all(list(jobs.values()), compiler or jit.device_compiler()))
+        y_type = FLOATS[float_dtype("out", out)]
+        configs += choose(family, m, n, seen_k, pattern, packed_dtype(dtype), y_type, capability, processors)
+    return len(compile_all(kernels_of(configs, capability), compiler or jit.device_compiler()))
+
+
+def kernels_of(configs: Iterable[Config], capability: tuple[int, int]) -> list[Job]:
+    """The matrix kernels that these launches take on a GPU of this compute capability, each once."""
+    family = for_capability(capability)
+    arch = jit.architecture(capability) + family.SUFFIX
+    kernels = {repr(defines): defines for defines in (config.defines() for config in configs)}
+    return [(family.KERNEL, defines, arch) for defines in kernels.values()]
 
 
 def compile_all(work: Sequence[Job], compiler: nvrtc.Nvrtc | None = None, workers: int | None = None) -> list[jit.Built]:

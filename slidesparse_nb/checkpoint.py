@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import CODE_OF, PACKED
-from .errors import FormatError, OperandError, UnsupportedError
+from .errors import FormatError, OperandError, UnsupportedError, shown
 from .model_folder import CONFIG, OTHER_WEIGHTS, choose_weights, companions, member, path_kind, read_index, read_json
 from .model_folder import index_bytes as index_bytes
 from .model_folder import shard_name as shard_name
@@ -29,7 +29,6 @@ from .packed_tensors import packed_names as packed_names
 from .packed_tensors import parse_metadata as parse_metadata
 from .packed_tensors import slidesparse_metadata as slidesparse_metadata
 from .safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
-from .strict_json import shown
 
 _OF_CODE = {dtype.safetensors: dtype for dtype in PACKED}
 

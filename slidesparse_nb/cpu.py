@@ -22,10 +22,9 @@ from numba.core import caching
 from numpy.typing import NDArray
 
 from .dtypes import BFLOAT16, FLOAT8, FLOAT16, DType, packed_dtype
-from .errors import OperandError
+from .errors import OperandError, shown
 from .pattern import Pattern
 from .reference import TINY
-from .strict_json import shown
 
 Array = NDArray[Any]
 F = TypeVar("F", bound=Callable[..., Any])

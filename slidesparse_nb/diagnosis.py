@@ -139,9 +139,12 @@ def _numba(capability: tuple[int, int]) -> str:
 
 
 def _nvrtc() -> str:
-    from .device import nvrtc
+    from .device import jit, nvrtc
 
-    found = nvrtc.load()
+    try:
+        found = jit.device_compiler()
+    except ImportError:  # without CuPy kernels are only compiled ahead
+        found = nvrtc.load()
     return f"CUDA {found.version[0]}.{found.version[1]}, {found.path}"
 
 

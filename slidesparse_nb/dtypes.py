@@ -13,8 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .errors import OperandError
-from .strict_json import shown
+from .errors import OperandError, shown
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,9 @@ FLOAT32 = np.dtype(np.float32)
 
 PACKED = (INT8, FLOAT8, BFLOAT16, FLOAT16)
 """The types a packed weight may have."""
+
+FLOATS = {FLOAT32: "float32", FLOAT16.numpy: "float16", BFLOAT16.numpy: "bfloat16"}
+"""The types of activations and results -> their names."""
 
 SAFETENSORS_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,

@@ -1,4 +1,6 @@
-"""Every error this library raises on purpose; each message is one sentence: operand, value, rule, way out."""
+"""Every error raised on purpose; each message is one sentence: operand, value, rule, way out. And how it shows values."""
+
+import reprlib
 
 
 class SlideSparseError(Exception):
@@ -32,3 +34,16 @@ class VerificationError(SlideSparseError):
 
 class UnsupportedError(SlideSparseError):
     """A valid input of a kind that this library does not handle (yet)."""
+
+
+class _Shortened(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to print thousands of digits."""
+        return super().repr_int(x, level) if x.bit_length() <= 1024 else f"<an integer of {x.bit_length()} bits>"
+
+
+_shortened = _Shortened()
+_shortened.maxstring = _shortened.maxother = 120
+_shortened.maxlist = _shortened.maxdict = 8
+shown = _shortened.repr
+"""repr, cut to a length that an error message can bear: a stranger's file chooses names and values."""

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from .errors import FormatError, UnsupportedError
+from .errors import FormatError, UnsupportedError, shown
 from .safetensors_file import open_regular
-from .strict_json import parse_json, shown
+from .strict_json import parse_json
 
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"

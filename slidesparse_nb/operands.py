@@ -1,4 +1,7 @@
-"""What may be packed: the checks of weights and their scales, one clear sentence for each way to be wrong."""
+"""What callers hand over, checked: weights to be packed and their scales; activations, bias and result of a product.
+
+One clear sentence for each way to be wrong. What is said of products holds of NumPy's arrays and of a GPU's.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import BFLOAT16, CODE_OF, FLOAT8, FLOAT16, FLOAT32, INT8, PACKED, DType, packed_dtype
-from .errors import OperandError
+from .dtypes import BFLOAT16, CODE_OF, FLOAT8, FLOAT16, FLOAT32, FLOATS, INT8, PACKED, DType, packed_dtype
+from .errors import OperandError, shown
 from .packed import size_problem
 from .pattern import Pattern
 
@@ -53,6 +56,9 @@ def real_numbers(name: str, a: object) -> Array:
 def is_real(dtype: np.dtype[Any]) -> bool:
     """Whether a type holds real numbers: floats, ml_dtypes' too, integers and bool."""
     return dtype.kind in "biuf" or (dtype.kind != "c" and dtype in CODE_OF)
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------
 
 
 def unpackable(dtype: np.dtype[Any], way: str = "") -> OperandError:
@@ -162,3 +168,70 @@ def require_no_overflow(q: Array, w: Array, first_row: int = 0) -> Array:
             f"w: {w[row, column]} at row {first_row + row}, column {column} overflows {q.dtype}; store it in another type"
         )
     return q
+
+
+# ---- products ----------------------------------------------------------------------------------------------------
+
+
+def check_activations(x: Any, k: int | None = None) -> None:
+    """Raise OperandError unless x is an array [..., k] of a type in `FLOATS`; with any k by default."""
+    if x.dtype not in FLOATS:
+        way = "; convert it first: x.astype(np.float32)" if x.dtype.kind in "fiu" else ""
+        raise OperandError(f"x: {x.dtype} must be one of {', '.join(FLOATS.values())}{way}")
+    if x.ndim == 0 or k not in (None, x.shape[-1]):
+        rule = "[..., k]" if k is None else f"[..., {k}], the k of packed (not padded: matmul does that)"
+        raise OperandError(f"x: shape {x.shape} must be {rule}")
+
+
+def check_bias(bias: Any, n: int) -> None:
+    """Raise OperandError unless `bias` is an array [n] of a type in `FLOATS`, or of float64."""
+    if bias.shape != (n,) or (bias.dtype not in FLOATS and bias.dtype != np.float64):
+        raise OperandError(f"bias: {bias.dtype} {bias.shape} must be a float type, of shape ({n},)")
+
+
+def float_dtype(name: str, value: Any) -> np.dtype[Any]:
+    """The type in `FLOATS` that `value` means: a NumPy dtype, what NumPy makes one of, or a `DType`.
+
+    Raises:
+        OperandError: it means another type, or none; `name` is what the message calls it.
+    """
+    try:  # of None, NumPy makes float64
+        dtype = None if value is None else value.numpy if isinstance(value, DType) else np.dtype(value)
+    except (TypeError, ValueError, SyntaxError):  # NumPy parses text with commas itself
+        dtype = None
+    if dtype not in FLOATS:
+        raise OperandError(f"{name}: {shown(value) if dtype is None else dtype} must be one of {', '.join(FLOATS.values())}")
+    return dtype
+
+
+def result_dtype(shape: tuple[int, ...], source: np.dtype[Any], out: Any, out_dtype: Any) -> np.dtype[Any]:
+    """The type of y: `out_dtype`, by default that of `out`, or else that of x.
+
+    Args:
+        shape: of y.
+        source: the type of x.
+        out: an array for y, which is checked; or None.
+
+    Raises:
+        OperandError: `out_dtype` or `out` is of no type that y may have, or `out` is not what y will be.
+    """
+    if out_dtype is not None:
+        dtype = float_dtype("out_dtype", out_dtype)
+    else:
+        dtype = source if out is None else float_dtype("out", out.dtype)
+    if out is not None and (out.shape != shape or out.dtype != dtype):
+        raise OperandError(f"out: {out.dtype} {out.shape} must be {dtype} {shape}")
+    return dtype
+
+
+def share_memory(a: Array, b: Array) -> bool:
+    """Whether a and b share an element; True too where that is too hard to tell. No element is looked at."""
+    try:
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def overlapping(name: str) -> OperandError:
+    """The error to raise where `out` shares memory with the operand `name`."""
+    return OperandError(f"out: shares memory with {name}; pass an array of its own")

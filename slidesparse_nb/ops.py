@@ -9,17 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import cpu, cpu_matmul
-from .dtypes import BFLOAT16, FLOAT16, FLOAT32, DType, packed_dtype
-from .errors import OperandError
-from .operands import on_gpu, require_unmasked
+from .dtypes import DType, packed_dtype
+from .errors import OperandError, shown
+from .operands import (
+    check_activations,
+    check_bias,
+    float_dtype,
+    on_gpu,
+    overlapping,
+    require_unmasked,
+    result_dtype,
+    share_memory,
+)
 from .packed import PackedWeight, QuantizedActivations, require_packed
 from .pattern import Pattern
-from .strict_json import shown
 
 Array = NDArray[Any]
-
-ACTIVATIONS = (FLOAT32, FLOAT16.numpy, BFLOAT16.numpy)
-"""The types of x, and of the result."""
 
 
 def matmul(
@@ -42,7 +47,7 @@ def matmul(
         x: [..., k] float32, float16 or bfloat16, any number of leading dimensions, none too; or `QuantizedActivations`.
         packed: weights of shape (n, k), on the machine of x: NumPy arrays for a NumPy x.
         bias: [n] of any float type, or None.
-        out: [..., n] array to write and return; it may not overlap x.
+        out: [..., n] array to write and return; it may overlap neither x nor bias nor workspace.
         out_dtype: float32, float16 or bfloat16; by default that of `out`, or else that of x.
         stream: on a GPU, the CuPy stream to work on, by default the current one; None for NumPy.
         workspace: on a GPU, `cupy.zeros(workspace_bytes(...), "uint8")`: with it and `out`, nothing is allocated, so that the
@@ -112,14 +117,10 @@ def quantize(x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dty
         wanted = packed_dtype(dtype)
     weights = packed if isinstance(packed, PackedWeight) else None
     if isinstance(x, np.ndarray):
-        lead, flat = _flat(_activations(x))
-        if weights is not None:
-            _same_k(flat.shape[1], weights)
-        if wanted.qmax is not None:
-            values, scale = cpu.quantize(cpu.to_float32(flat), wanted)
-            return QuantizedActivations(values, scale, lead, wanted, x.dtype)
-        values = flat.copy() if flat.dtype == wanted.numpy else cpu.round16(cpu.to_float32(flat), wanted)
-        return QuantizedActivations(values, None, lead, wanted, x.dtype)
+        check_activations(x, None if weights is None else weights.k)
+        lead, flat = _flat(x)
+        values, scale = _quantized(flat, wanted)
+        return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, wanted, x.dtype)
     if _on_gpu(x):
         quantized: QuantizedActivations = _gemm().quantize(x, pattern, wanted, weights)
         return quantized
@@ -153,28 +154,30 @@ def _matmul_numpy(
     if isinstance(x, QuantizedActivations):
         if not isinstance(x.scale, np.ndarray | None):
             raise OperandError(f"x.scale: {type(x.scale).__name__} must be a NumPy array, as x.values is")
-        x.check(packed.dtype, x.values, x.scale)
-        values, scale_x = x.values.view(packed.dtype.numpy), x.scale
-        lead, source = x.lead, _dtype("x.source", x.source)
+        x.check(packed, x.values, x.scale)
+        given, scale_x = x.values, x.scale
+        lead, source = x.lead, float_dtype("x.source", x.source)
+        values = x.values.view(packed.dtype.numpy)
     else:
-        lead, flat = _flat(_activations(x))
-        values, scale_x, source = flat, None, x.dtype
-    _same_k(values.shape[1], packed)
-    bias32 = _bias(bias, packed.n)
-    shape = (*lead, packed.n)
-    result = _result(shape, source, out, out_dtype)
-    if out is not None and _overlap(out, x.values if isinstance(x, QuantizedActivations) else x):
-        raise OperandError("out: shares memory with x; pass an array of its own")
+        check_activations(x, packed.k)
+        given, scale_x, source = x, None, x.dtype
+        lead, values = _flat(x)
+    if bias is not None:
+        check_bias(bias, packed.n)
+    result = _result((*lead, packed.n), source, out, out_dtype)
+    if out is not None:
+        for name, array in (("x", given), ("x.scale", scale_x), ("bias", bias)):
+            if array is not None and share_memory(out, array):
+                raise overlapping(name)
     if scale_x is None:
-        if packed.dtype.qmax is not None:
-            values, scale_x = cpu.quantize(cpu.to_float32(values), packed.dtype)
-        elif values.dtype != packed.dtype.numpy:
-            values = cpu.round16(cpu.to_float32(values), packed.dtype)
+        values, scale_x = _quantized(values, packed.dtype)
     flat_result = result.reshape(values.shape[0], packed.n) if result.flags.c_contiguous else None
     y = np.empty((values.shape[0], packed.n), result.dtype) if flat_result is None else flat_result
+    with np.errstate(over="ignore"):
+        bias32 = None if bias is None else bias.astype(np.float32)
     cpu_matmul.matmul(values, scale_x, packed, bias32, y)
     if flat_result is None:
-        result[...] = y.reshape(shape)
+        result[...] = y.reshape(result.shape)
     return result
 
 
@@ -185,61 +188,24 @@ def _no_array(name: str, value: object) -> OperandError:
     )
 
 
-def _activations(x: Array) -> Array:
-    if x.dtype not in ACTIVATIONS:
-        way = "; convert it first: x.astype(np.float32)" if x.dtype.kind in "fiu" else ""
-        raise OperandError(f"x: {x.dtype} must be one of {', '.join(t.name for t in ACTIVATIONS)}{way}")
-    if x.ndim == 0:
-        raise OperandError("x: has no dimensions; it must be [..., k]")
-    return np.asarray(x)
-
-
 def _flat(x: Array) -> tuple[tuple[int, ...], Array]:
     """Leading dimensions, and x as [m, k]."""
     lead = x.shape[:-1]
-    return lead, x.reshape(math.prod(lead), x.shape[-1])
+    return lead, np.asarray(x).reshape(math.prod(lead), x.shape[-1])
 
 
-def _same_k(k: int, packed: PackedWeight) -> None:
-    if k != packed.k:
-        raise OperandError(f"x: k={k} must be {packed.k}, the k of packed (not padded: matmul does that)")
-
-
-def _bias(bias: Array | None, n: int) -> Array | None:
-    if bias is None:
-        return None
-    if bias.shape != (n,) or bias.dtype not in (*ACTIVATIONS, np.dtype(np.float64)):
-        raise OperandError(f"bias: {bias.dtype} {bias.shape} must be a float type, of shape ({n},)")
-    with np.errstate(over="ignore"):
-        return bias.astype(np.float32)
+def _quantized(x: Array, dtype: DType) -> tuple[Array, Array | None]:
+    """x [m, k] of the weights' type: quantized, with its scales [m, 1]; or rounded, x itself if it is of that type."""
+    if dtype.qmax is not None:
+        return cpu.quantize(cpu.to_float32(x), dtype)
+    return x if x.dtype == dtype.numpy else cpu.round16(cpu.to_float32(x), dtype), None
 
 
 def _result(shape: tuple[int, ...], source: np.dtype[Any], out: Array | None, out_dtype: Any) -> Array:
     """`out`, checked, or a new array."""
-    dtype = source if out is None else out.dtype
-    if out_dtype is not None:
-        dtype = _dtype("out_dtype", out_dtype)
-    if dtype not in ACTIVATIONS:
-        raise OperandError(f"out_dtype: {dtype} must be one of {', '.join(t.name for t in ACTIVATIONS)}")
+    dtype = result_dtype(shape, source, out, out_dtype)
     if out is None:
         return np.empty(shape, dtype)
-    if out.shape != shape or out.dtype != dtype:
-        raise OperandError(f"out: {out.dtype} {out.shape} must be {dtype} {shape}")
     if not out.flags.writeable:
         raise OperandError("out: is read-only; pass a writable array")
     return out
-
-
-def _dtype(name: str, value: Any) -> np.dtype[Any]:
-    try:
-        return value.numpy if isinstance(value, DType) else np.dtype(value)
-    except (TypeError, ValueError, SyntaxError):  # NumPy parses text with commas itself
-        raise OperandError(f"{name}: {shown(value)} is not a dtype; pass float32, float16 or bfloat16") from None
-
-
-def _overlap(a: Array, b: Array) -> bool:
-    """Whether a and b share an element; True too where that is too hard to tell."""
-    try:
-        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from .dtypes import FLOAT32, INT8, DType
-from .errors import FormatError, OperandError
+from .errors import FormatError, OperandError, shown
 from .pattern import Pattern
-from .strict_json import shown
 
 ORDERED_NIBBLES = tuple(i0 | i1 << 2 for i1 in range(4) for i0 in range(i1))
 """The six legal index nibbles, first index below the second: 0x4, 0x8, 0x9, 0xC, 0xD, 0xE."""
@@ -191,7 +190,7 @@ def require_packed(packed: object) -> PackedWeight:
 
 @dataclass(frozen=True, eq=False)
 class ActivationImage:
-    """Activations as the kernel for compute capability 9.0 loads them: lifted, in stages, swizzled (arch/sm90.py, `image`).
+    """Activations as the kernel for compute capability 9.0 loads them: lifted, in stages, swizzled (arch/sm90_layout.py).
 
     Attributes:
         data: uint8 [stages, ceil(m / 8), 8, 128] on a GPU.
@@ -254,8 +253,8 @@ class QuantizedActivations:
         """The array that is there already: the image, or the values."""
         return self.values if self.image is None else self.image.data
 
-    def check(self, dtype: DType, values: Any, scale: Any) -> None:
-        """Check that these can be multiplied by weights of `dtype`; nothing is looked at but types and shapes.
+    def check(self, packed: PackedWeight, values: Any, scale: Any) -> None:
+        """Check that these can be multiplied by `packed`; nothing is looked at but types and shapes.
 
         Args:
             values: as the library that multiplies sees them; None if it takes the image.
@@ -264,6 +263,7 @@ class QuantizedActivations:
         Raises:
             OperandError: they are of another type, or shapes do not agree.
         """
+        dtype = packed.dtype
         if self.dtype != dtype:
             raise OperandError(
                 f"x: is quantized to {self.dtype}, but packed holds {dtype}; quantize it with quantize(x, packed)"
@@ -276,3 +276,5 @@ class QuantizedActivations:
                 raise OperandError(f"x.scale: {dtype} activations carry no scale; it must be None")
         elif getattr(scale, "shape", None) != (m, 1) or scale.dtype != FLOAT32 or not scale.flags.c_contiguous:
             raise OperandError(f"x.scale: must be a contiguous float32 array [{m}, 1], where x.values are")
+        if self.k != packed.k:
+            raise OperandError(f"x: k={self.k} must be {packed.k}, the k of packed (not padded: matmul does that)")

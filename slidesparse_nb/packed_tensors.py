@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .dtypes import PACKED, DType, packed_dtype
-from .errors import FormatError, OperandError
+from .errors import FormatError, OperandError, shown
 from .packed import PackedWeight
 from .pattern import Pattern
-from .strict_json import parse_json, shown
+from .strict_json import parse_json
 
 VERSION = 1
 """Of the packed format."""

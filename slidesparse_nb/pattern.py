@@ -16,8 +16,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import OperandError, PatternError
-from .strict_json import shown
+from .errors import OperandError, PatternError, shown
 
 LARGEST_GROUP = 4096
 """Columns of a group, at most: far above any use, and a stranger's file cannot ask for a row of 10^30 columns."""

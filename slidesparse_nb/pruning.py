@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import cpu
-from .errors import OperandError
+from .errors import OperandError, shown
 from .operands import real_numbers, require_unmasked
 from .pattern import Pattern
-from .strict_json import shown
 
 Array = NDArray[Any]
 

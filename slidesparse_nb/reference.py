@@ -270,7 +270,7 @@ def matmul(x: Array, packed: PackedWeight, bias: Array | None = None, out_dtype:
     windows = np.arange(index.shape[1])[:, None]
     acc = np.zeros((x.shape[0], packed.n), accumulator)
     with np.errstate(invalid="ignore", over="ignore"):
-        for row in range(packed.n):
+        for row in range(packed.n if packed.k else 0):  # of empty arrays, NumPy's einsum reads memory that is not theirs
             met = xs[:, windows, index[row]]  # [m, windows, 2]: the activations that this row's stored values meet
             acc[:, row] = np.einsum("mwi,wi->m", met, values[row])
         y = acc.astype(np.float32)

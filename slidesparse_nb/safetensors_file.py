@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import NUMPY_OF, SAFETENSORS_BITS
-from .errors import FormatError, OperandError, UnsupportedError
-from .strict_json import parse_json, shown, uncollected
+from .errors import FormatError, OperandError, UnsupportedError, shown
+from .strict_json import parse_json, uncollected
 
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit that other readers of the format set, too."""

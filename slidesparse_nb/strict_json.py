@@ -5,25 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from .errors import FormatError
-
-
-class _Shortened(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        """Python refuses to print thousands of digits."""
-        return super().repr_int(x, level) if x.bit_length() <= 1024 else f"<an integer of {x.bit_length()} bits>"
-
-
-_shortened = _Shortened()
-_shortened.maxstring = _shortened.maxother = 120
-_shortened.maxlist = _shortened.maxdict = 8
-shown = _shortened.repr
-"""repr, cut to a length that an error message can bear: a stranger's file chooses names and values."""
+from .errors import FormatError, shown
 
 
 def parse_json(data: bytes, where: object, *, strict: bool = True) -> dict[str, Any]:

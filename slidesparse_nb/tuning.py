@@ -11,17 +11,16 @@ from typing import Any
 
 from . import packing
 from .arch import for_capability
-from .building import Job, compile_all
+from .building import compile_all, kernels_of
 from .device import jit, tuned
-from .dtypes import DType, packed_dtype
+from .dtypes import FLOATS, DType, packed_dtype
 from .errors import OperandError, UnsupportedError
+from .operands import float_dtype
 from .packed import size_problem
 from .pattern import Pattern
 
 LEAST_GAIN = 0.02
 """Of the time of the model's choice, what another way must save to be kept: less is not sure to be there tomorrow."""
-
-OUTS = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,7 @@ def _checked(
             raise OperandError(f"{name}: {value} must be 1 or more")
     if problem := size_problem(pattern, (n, k), stored):
         raise OperandError(f"product: {problem}")
-    if out not in OUTS:
-        raise OperandError(f"out: {out!r} must be one of {', '.join(OUTS)}")
-    return m, n, k, pattern, stored, out
+    return m, n, k, pattern, stored, FLOATS[float_dtype("out", out)]
 
 
 def _capability() -> tuple[int, int]:
@@ -143,7 +140,7 @@ def _tuned(
             track, of = timing.Track(packed, clock), (n, k, pattern, dtype)
         product = track.product(m, out)
         ways = product.likely()
-        jobs = _jobs(product, ways)
+        jobs = kernels_of((config for way in ways for config in way), product.capability)
         tell(f"{name}: {len(ways)} ways, of {len(jobs)} kernels")
         compile_all(jobs, jit.device_compiler())
         race = track.race(m, out, ways)
@@ -158,14 +155,6 @@ def _tuned(
         else:
             tuned.drop(product)
         yield found
-
-
-def _jobs(product: tuned.Product, ways: list[tuned.Way]) -> list[Job]:
-    """The kernels of these ways, each once."""
-    family = product.family
-    arch = jit.architecture(product.capability) + family.SUFFIX
-    kernels = {repr(config.defines()): config.defines() for way in ways for config in way}
-    return [(family.KERNEL, defines, arch) for defines in kernels.values()]
 
 
 def _words(way: tuned.Way) -> tuple[str, ...]:

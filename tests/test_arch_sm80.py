@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -154,7 +154,7 @@ def test_layouts(pattern, bits):
 def test_bank_model_sees_conflicts():
     """A row of 128 bytes and no padding puts all eight tokens on the same banks."""
     layout = sm80.layout(Pattern(6, 8), 16)
-    bad = dataclasses.replace(layout, stride=128)
+    bad = replace(layout, stride=128)
     assert sm80_layout.bank_conflicts(bad) == 8 * 7
 
 
@@ -192,11 +192,11 @@ def test_every_candidate_fits_its_device(capability):
 
 def test_the_choice_is_the_cheapest_and_says_what_it_is():
     shape, device = (16, 3584, 18944), ((9, 0), 132)
-    chosen = sm80.choose(*shape, Pattern(6, 8), INT8, "bfloat16", *device)
-    assert all(
-        sm80.cost(chosen, *shape, *device) <= sm80.cost(c, *shape, *device)
-        for c in sm80.candidates(Pattern(6, 8), INT8, "bfloat16", (9, 0))
-    )
+    problem = (*shape, Pattern(6, 8), INT8, "bfloat16", *device)
+    chosen, every = sm80.choose(*problem), list(sm80.options(*problem))
+    assert chosen in every
+    assert sm80.cost(chosen, *shape, *device) == min(sm80.cost(config, *shape, *device) for config in every)
+    assert {replace(config, splits=1) for config in every} == set(sm80.candidates(*problem[3:7]))
     assert chosen.splits > 1  # 56 tiles at most for 132 processors
     assert chosen.part_bytes(16, 3584) == chosen.splits * chosen.tiles(16, 3584) * chosen.tile.m * chosen.tile.n * 4
     assert str(chosen) == (

@@ -18,6 +18,7 @@ from slidesparse_nb import building
 from slidesparse_nb.arch import sm80
 from slidesparse_nb.device import jit
 from slidesparse_nb.dtypes import FLOAT16, PACKED
+from slidesparse_nb.errors import OperandError
 from slidesparse_nb.pattern import Pattern, known_patterns
 from tools.cli import main
 
@@ -78,6 +79,13 @@ def test_a_kernel_that_spills_is_no_success(monkeypatch: pytest.MonkeyPatch) -> 
     assert CliRunner().invoke(main, ["build"]).exit_code == 1
     assert not building.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, 0).good
     assert building.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, None).good
+
+
+def test_types_that_y_cannot_have() -> None:
+    with pytest.raises(OperandError, match="out: int8 must be one of float32, float16, bfloat16"):
+        building.build_kernels(out="int8")
+    with pytest.raises(OperandError, match="out: 'bf16' must be one of"):
+        building.build_products([(1, 256, 512, "6:8", "fp8", "bf16")], (9, 0), 132)
 
 
 def test_products_are_built_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -514,7 +514,8 @@ def test_weights_of_one_shape_share_kernels(gpu: Any, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("m", "out_dtype", "message"), [(-1, "float32", "m: -1"), (4, "float64", "out_dtype: 'float64'"), (4, "foo", "'foo'")]
+    ("m", "out_dtype", "message"),
+    [(-1, "float32", "m: -1"), (4, "float64", "out_dtype: float64 must be"), (4, "foo", "out_dtype: 'foo' must")],
 )
 def test_workspaces_that_cannot_be(gpu: Any, m: int, out_dtype: str, message: str) -> None:
     with pytest.raises(OperandError, match=message):
@@ -546,6 +547,46 @@ def test_what_is_refused(gpu: Any) -> None:
             ops().matmul(wrong, packed)
         with pytest.raises(AttributeError, match="'QuantizedActivations' object has no attribute 'bits'"):
             _ = q.bits
+
+
+def test_out_has_memory_of_its_own(gpu: Any) -> None:
+    packed = weight(16, 16, INT8)
+    x = array(np.random.default_rng(8).standard_normal((4, 16)).astype(F32))
+    q = ops().quantize(x, packed)
+    memory = empty(4096 + ops().workspace_bytes(4, packed, F32), np.uint8)
+    memory[...] = 0
+
+    def place(first: int, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> Any:
+        """float32 in `memory`, from its byte `first` on."""
+        return np.ndarray(shape, F32, memory, first, strides).view(Array)
+
+    out, scale, workspace = place(64, (4, 16)), place(0, (4, 1)), memory[320:]  # out ends where the workspace begins
+    scale[...] = np.asarray(q.scale)
+    scaled = dataclasses.replace(q, scale=scale)
+    close(ops().matmul(scaled, packed, out=out, workspace=workspace), wanted(x, packed))
+    for name, given, operands in (
+        ("x", out, {}),
+        ("x", out[::-1], {}),
+        ("x.scale", scaled, {"out": place(8, (4, 16))}),
+        ("x.scale", scaled, {"out": place(12, (4, 16), (128, 4))}),
+        ("bias", x, {"bias": out[2]}),
+        ("bias", scaled, {"bias": place(316, (16,))}),
+        ("bias", x, {"bias": np.ndarray((16,), np.float64, memory, 256).view(Array)}),
+        ("workspace", x, {"workspace": memory[48:]}),
+        ("workspace", scaled, {"workspace": memory[304:]}),
+    ):
+        launched = len(gpu.launched)
+        with pytest.raises(OperandError, match=f"^out: shares memory with {name}; pass an array of its own$"):
+            ops().matmul(given, packed, **{"out": out, **operands})
+        assert len(gpu.launched) == launched
+
+
+def test_out_beside_other_operands_in_one_array(gpu: Any) -> None:
+    packed, both = weight(16, 16, INT8), array(np.random.default_rng(9).standard_normal((5, 32)).astype(F32))
+    x, y, bias = both[1:, :16], both[1:, 16:], both[0, 16:]
+    expected = wanted(x.copy(), packed, np.array(bias))
+    assert ops().matmul(x, packed, bias=bias, out=y) is y
+    close(y, expected)
 
 
 def test_the_stream_is_the_one_given(gpu: Any) -> None:

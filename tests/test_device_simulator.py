@@ -25,7 +25,7 @@ else:
     from slidesparse_nb import packing, reference
     from slidesparse_nb.arch import sm90
     from slidesparse_nb.device import activations, elements, numba_kernel, ptx, weights
-    from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
+    from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
     from slidesparse_nb.errors import OperandError, PatternError
     from slidesparse_nb.pattern import Pattern
 
@@ -80,7 +80,7 @@ else:
     @pytest.mark.parametrize("generation", [80, 89, 90])
     def test_every_generation(generation) -> None:
         for source in SOURCES:
-            x, name = at_address(awkward_rows(12, 32, source)), activations.SOURCES[source]
+            x, name = at_address(awkward_rows(12, 32, source)), FLOATS[source]
             launch = activations.plan(name, "float8_e4m3fn", 32, x.strides, True, generation, width=32)
             assert launch.variant.generation == generation
             values, scale = np.full((12, 32), 0x55, np.uint8), np.zeros((12, 1), np.float32)

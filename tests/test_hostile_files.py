@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from slidesparse_nb import reference
 from slidesparse_nb.checkpoint import Checkpoint, index_bytes, load, packed_arrays, read_packed, save, slidesparse_metadata
 from slidesparse_nb.dtypes import BFLOAT16, CODE_OF, FLOAT8, INT8, DType
-from slidesparse_nb.errors import FormatError, OperandError, UnsupportedError
+from slidesparse_nb.errors import FormatError, OperandError, UnsupportedError, shown
 from slidesparse_nb.packed import PackedWeight
 from slidesparse_nb.pattern import Pattern
 from slidesparse_nb.safetensors_file import SafetensorsFile, SafetensorsWriter
-from slidesparse_nb.strict_json import parse_json, shown
+from slidesparse_nb.strict_json import parse_json
 
 GOLDEN = (Path(__file__).parent / "golden" / "tiny.safetensors").read_bytes()
 

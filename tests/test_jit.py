@@ -6,13 +6,17 @@ import hashlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
-from slidesparse_nb import env
+from slidesparse_nb import diagnosis, env
 from slidesparse_nb.device import jit, nvrtc
 from slidesparse_nb.errors import UnsupportedError
+from tools.cli import main
 
 SOURCE, DEFINES, ARCH = "common/rows.cu", {"FROM": 4, "TO": 2, "LIFT": 0}, "sm_80"
 SOURCES = sorted(str(p.relative_to(jit.source_folder())) for p in jit.source_folder().rglob("*.cu"))
@@ -65,12 +69,28 @@ def test_everything_that_decides_is_in_the_name(cache: Path, compiled: list[str]
     folders.add(jit.build(SOURCE, DEFINES, ARCH).folder)
     texts = jit._included(SOURCE)
     assert {SOURCE, "common/types.cuh"} <= set(texts)
-    monkeypatch.setattr(jit, "_included", lambda source: texts | {"common/types.cuh": texts["common/types.cuh"] + "\n"})
+    changed = {**texts, "common/types.cuh": texts["common/types.cuh"] + "\n"}
+    monkeypatch.setattr(jit, "_included", lambda source: changed)
+    monkeypatch.setattr(jit, "_read", lambda source: changed)
     folders.add(jit.build(SOURCE, DEFINES, ARCH).folder)
     older = nvrtc.Nvrtc(nvrtc.load().path)
     older.version = (0, 0)
     folders.add(jit.build(SOURCE, DEFINES, ARCH, older).folder)
     assert len(folders) == len(compiled) == 6
+
+
+def test_sources_are_read_once_and_again_before_they_are_compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, read, files = jit.build(SOURCE, DEFINES, ARCH), jit._read, []
+    monkeypatch.setattr(jit, "_read", lambda source: files.append(source) or read(source))
+    assert jit.build(SOURCE, DEFINES, ARCH) == built
+    assert not files
+    jit.build(SOURCE, DEFINES | {"TO": 3}, ARCH)
+    assert files == [SOURCE]
+    monkeypatch.setattr(jit, "_read", lambda source: {**read(source), SOURCE: "another text"})
+    assert jit.build(SOURCE, DEFINES, ARCH) == built
+    with pytest.raises(UnsupportedError, match=r"^common/rows.cu: has changed since this process .*; start the process again$"):
+        jit.build(SOURCE, DEFINES | {"LIFT": 8}, ARCH)
+    assert not list(cache.glob(".building-*"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "no stamp", "no cubin", "empty"])
@@ -125,14 +145,48 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         jit.build(SOURCE, DEFINES, ARCH)
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvrtc, "candidates", lambda: ["/nowhere/libnvrtc.so.13"])
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[int, int]]]:
+    """Paths -> versions of the compilers that are found; to be filled."""
+    versions: dict[str, tuple[int, int]] = {}
+
+    def found(path: str) -> SimpleNamespace:
+        if path not in versions:
+            raise OSError(path)
+        return SimpleNamespace(path=path, version=versions[path])
+
+    monkeypatch.setattr(nvrtc, "candidates", lambda: ["/nowhere/libnvrtc.so.13", *versions])
+    monkeypatch.setattr(nvrtc, "Nvrtc", found)
     nvrtc.load.cache_clear()
-    try:
-        with pytest.raises(UnsupportedError, match=r"no libnvrtc.so was found; install slidesparse_nb\[cuda13\]"):
-            nvrtc.load()
-    finally:
-        nvrtc.load.cache_clear()
+    yield versions
+    nvrtc.load.cache_clear()
+
+
+def test_no_compiler(installed: dict[str, tuple[int, int]]) -> None:
+    with pytest.raises(UnsupportedError, match=r"no libnvrtc.so was found; install slidesparse_nb\[cuda13\]"):
+        nvrtc.load()
+
+
+def test_the_compiler_of_a_cuda_version(installed: dict[str, tuple[int, int]]) -> None:
+    installed |= {"old": (12, 4), "new": (13, 5), "right": (12, 9), "another": (12, 6)}
+    assert [nvrtc.load(major).path for major in (None, 12, 13, 14)] == ["new", "right", "new", "new"]
+
+
+def test_compilers_that_are_too_old(installed: dict[str, tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence, wherever one is asked for."""
+    installed |= {"/usr/lib/libnvrtc.so.12": (12, 4), "/older/libnvrtc.so.11": (11, 8)}
+    sentence = "nvrtc: /usr/lib/libnvrtc.so.12 is of CUDA 12.4, but the kernels need CUDA 12.5 or newer; pip install"
+    for major in (None, 12, 13):
+        with pytest.raises(UnsupportedError, match=f"^{sentence}"):
+            nvrtc.load(major)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    finding = next(finding for finding in diagnosis.diagnose() if finding.part == "NVRTC")
+    assert not finding.ok
+    assert finding.text.startswith(sentence)
+    done = CliRunner().invoke(main, ["build", "--arch", "sm_90", "--pattern", "6:8", "--dtype", "int8"])
+    assert done.exit_code == 5
+    assert done.stderr.startswith(f"error: {sentence}")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -15,7 +15,7 @@ pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip inst
 from slidesparse_nb.device import activations, numba_kernel, unpack_kernels, weight_kernels
 from slidesparse_nb.device.activations import Variant
 from slidesparse_nb.device.weight_kernels import Variant as Packing
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED, DType
 
 ARCHITECTURES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)]
 
@@ -42,7 +42,7 @@ NOTHING_FUSED = re.compile(r"\b(fma|mad)\.(rn|ftz)[^;]*f32|\.approx|\.ftz|div\.f
 
 
 @pytest.mark.parametrize("vectors", [*activations.VECTORS, 0])
-@pytest.mark.parametrize("source", sorted(activations.SOURCES.values()))
+@pytest.mark.parametrize("source", sorted(FLOATS.values()))
 @pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn"])
 def test_activations(source: str, stored: str, vectors: int) -> None:
     ptx = text(activations.kernel(Variant(source, stored, vectors, generation=90)), (9, 0))
@@ -56,7 +56,7 @@ def test_activations(source: str, stored: str, vectors: int) -> None:
     assert "redux.sync.max.u32" in ptx
 
 
-@pytest.mark.parametrize("source", [*sorted(activations.SOURCES.values()), "same"])
+@pytest.mark.parametrize("source", [*sorted(FLOATS.values()), "same"])
 @pytest.mark.parametrize("stored", [d.name for d in PACKED])
 def test_images(source: str, stored: str) -> None:
     """Whole vectors in, whole pieces out, and a few instructions a piece."""
@@ -136,7 +136,7 @@ def test_names_tell_kernels_apart() -> None:
     variants = [
         Variant(source, stored, vectors, windows, image, generation)
         for stored in ("int8", "float8_e4m3fn", "bfloat16")
-        for source in {*activations.SOURCES.values(), stored}
+        for source in {*FLOATS.values(), stored}
         for vectors in (0, *activations.VECTORS)
         for windows, image in ((0, False), (1, False), (3, False), (1, True), (3, True))
         for generation in (80, 89, 90)

@@ -279,9 +279,9 @@ X = np.ones((2, 21), np.float32)
         ),
         (X.astype(np.int8), {}, "x: int8 must be one of"),
         (X.astype(bool), {}, "x: bool must be one of float32, float16, bfloat16$"),
-        (np.ones((), np.float32), {}, "x: has no dimensions"),
-        (np.ones((2, 22), np.float32), {}, "x: k=22 must be 21, the k of packed"),
-        (np.ones(32, np.float32), {}, "x: k=32 must be 21"),
+        (np.ones((), np.float32), {}, r"x: shape \(\) must be \[..., 21\], the k of packed"),
+        (np.ones((2, 22), np.float32), {}, r"x: shape \(2, 22\) must be \[..., 21\], the k of packed \(not padded"),
+        (np.ones(32, np.float32), {}, r"x: shape \(32,\) must be \[..., 21\]"),
         (X, {"bias": [0.0] * 6}, "bias: list must be a NumPy array, as x is"),
         (X, {"bias": np.zeros(5, np.float32)}, r"bias: float32 \(5,\) must be a float type, of shape \(6,\)"),
         (X, {"bias": np.zeros((1, 6), np.float32)}, r"bias: float32 \(1, 6\)"),
@@ -290,11 +290,11 @@ X = np.ones((2, 21), np.float32)
         (X, {"out": np.zeros((2, 5), np.float32)}, r"out: float32 \(2, 5\) must be float32 \(2, 6\)"),
         (X, {"out": np.zeros((1, 2, 6), np.float32)}, r"out: float32 \(1, 2, 6\) must be"),
         (X, {"out": np.zeros((2, 6), np.float16), "out_dtype": "float32"}, r"out: float16 \(2, 6\) must be float32"),
-        (X, {"out": np.zeros((2, 6), np.float64)}, "out_dtype: float64 must be one of"),
+        (X, {"out": np.zeros((2, 6), np.float64)}, "out: float64 must be one of"),
         (X, {"out": np.broadcast_to(np.float32(0), (2, 6))}, "out: is read-only"),
         (X, {"out_dtype": "int8"}, "out_dtype: int8 must be one of"),
-        (X, {"out_dtype": "none"}, "out_dtype: 'none' is not a dtype"),
-        (X, {"out_dtype": "f4,,"}, "out_dtype: 'f4,,' is not a dtype"),
+        (X, {"out_dtype": "none"}, "out_dtype: 'none' must be one of float32, float16, bfloat16$"),
+        (X, {"out_dtype": "f4,,"}, "out_dtype: 'f4,,' must be one of"),
         (np.ma.array(X), {}, "x: is a masked array, and the mask would be lost"),
         (X, {"bias": np.ma.zeros(6, np.float32)}, "bias: is a masked array"),
         (X, {"out": np.ma.zeros((2, 6), np.float32)}, "out: is a masked array"),
@@ -314,6 +314,23 @@ def test_out_may_not_overlap_x() -> None:
     for out in (x, x[::-1]):
         with pytest.raises(OperandError, match="out: shares memory with x; pass an array of its own"):
             matmul(x, packed, out=out)
+
+
+def test_out_may_overlap_no_other_operand() -> None:
+    packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
+    memory = np.zeros(64, np.float32)
+    out, scale = memory[8:20].reshape(2, 6), memory[:2].reshape(2, 1)
+    x = replace(quantize(X, packed), scale=scale)
+    assert matmul(x, packed, bias=memory[2:8], out=out) is out
+    for name, operands in (
+        ("bias", {"bias": memory[3:9]}),
+        ("bias", {"bias": memory[6:30:4]}),
+        ("bias", {"bias": memory[8:20].view(np.float64)}),
+        ("x.scale", {"out": memory[1:13].reshape(2, 6)}),
+        ("x.scale", {"out": memory[1:61].reshape(2, 30)[:, ::5]}),
+    ):
+        with pytest.raises(OperandError, match=f"^out: shares memory with {name}; pass an array of its own$"):
+            matmul(x, packed, **{"out": out, **operands})
 
 
 def test_overlap_that_is_too_hard_to_tell_counts_as_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +372,7 @@ def test_quantized_activations_are_checked() -> None:
         ({"lead": None}, "x.lead: None must be a tuple of dimensions; make x with quantize"),
         ({"lead": (-1, -2)}, r"x.lead: \(-1, -2\) must be"),
         ({"lead": (2.0,)}, r"x.lead: \(2.0,\) must be"),
-        ({"source": "no such"}, "x.source: 'no such' is not a dtype"),
+        ({"source": "no such"}, "x.source: 'no such' must be one of float32, float16, bfloat16$"),
         ({"lead": [2]}, r"x.lead: \[2\] must be"),
         ({"lead": (3,)}, r"x.values: int8 \(2, 21\) must be int8 or its bits, \[3, k\]"),
         ({"values": x.values.astype(np.int16)}, "x.values: int16"),
@@ -380,7 +397,9 @@ def test_quantize_refuses() -> None:
         ((X.tolist(), packed), "x: list is not an array"),
         ((X.astype(np.float64), packed), "x: float64 must be one of"),
         ((np.ma.array(X), packed), "x: is a masked array"),
-        ((X[:, :20], packed), "x: k=20 must be 21"),
+        ((X[:, :20], packed), r"x: shape \(2, 20\) must be \[..., 21\]"),
+        ((X[0, 0], packed), "x: float32 is not an array"),
+        ((np.ones((), np.float32), "6:8", "int8"), r"x: shape \(\) must be \[..., k\]$"),
         ((X, packed, "fp8"), "dtype: float8_e4m3fn is not int8, the type of packed; leave it out"),
         ((X, "6:8"), "dtype: is missing; with a pattern"),
         ((X, "5:8", "int8"), "pattern: 5:8"),

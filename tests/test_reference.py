@@ -280,6 +280,24 @@ def test_infinity_meets_unused_slots() -> None:
     np.testing.assert_array_equal(y, [[np.nan, 7, np.inf]])
 
 
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_a_product_without_columns_is_the_bias(dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where einsum makes something of nothing, as NumPy's makes NaN where memory behind an empty array holds it."""
+    einsum = np.einsum
+
+    def careless(subscripts: str, *operands: np.ndarray) -> np.ndarray:
+        result = einsum(subscripts, *operands)
+        return result if operands[0].size else np.full_like(result, 77)
+
+    monkeypatch.setattr(np, "einsum", careless)
+    packed = reference.pack(np.zeros((3, 0), np.float32), Pattern(6, 8), dtype)
+    bias = np.array([1, 0, -2], np.float32)
+    for m in (0, 1, 5):
+        x = np.zeros((m, 0), np.float32)
+        np.testing.assert_array_equal(reference.matmul(x, packed), np.zeros((m, 3)))
+        np.testing.assert_array_equal(reference.matmul(x, packed, bias), np.broadcast_to(bias, (m, 3)))
+
+
 def test_tokens_that_are_not_finite_stay_so_when_quantized() -> None:
     packed = reference.pack(np.eye(4, dtype=np.float32), Pattern(2, 4), INT8)
     y = reference.matmul(np.array([[1, np.nan, 0, 0], [1, 0, 0, 0], [np.inf, 0, 0, 0]], np.float32), packed)

@@ -15,6 +15,7 @@ import models
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from lacking import LACKS, assert_refused, take_away
 from test_device_matmul import BF16, array, close, gpu, ops, wanted, weight
 
 import slidesparse_nb as ss
@@ -411,28 +412,10 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     assert call(*arguments).exit_code == 2
 
 
-def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    done = call("--shape", "64,64")
-    assert done.exit_code == 5
-    assert done.stderr.startswith("error: tune: times GPU kernels and needs CuPy, which cannot be imported")
-    assert done.stderr.count("\n") == 1
-    assert not done.stdout
-
-
-@pytest.mark.parametrize("reason", ["raises", "none"])
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
-    def count() -> int:
-        if reason == "raises":
-            raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
-        return 0
-
-    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=count)))
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    done = call("--shape", "64,64")
-    assert done.exit_code == 5
-    assert done.stderr.startswith("error: tune: needs an NVIDIA GPU, and none can be used (")
-    assert done.stderr.count("\n") == 1
+@pytest.mark.parametrize("part", LACKS)
+def test_machines_that_lack_a_part(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_away(part, monkeypatch)
+    assert_refused(call("--shape", "64,64"), "tune", part)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +424,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
         ((0, 8, 8, "6:8", "int8", "float32"), "m: 0 must be 1 or more"),
         ((1, 8, 2**18, "2:4", "int8", "float32"), "product: k=262144 takes"),
         ((1, 8, 8, "6:8", "int4", "float32"), "int4"),
-        ((1, 8, 8, "6:8", "int8", "int8"), "out: 'int8' must be one of bfloat16, float16, float32"),
+        ((1, 8, 8, "6:8", "int8", "int8"), "out: int8 must be one of float32, float16, bfloat16"),
     ],
 )
 def test_products_that_cannot_be(asked: Any, message: str) -> None:

@@ -51,12 +51,7 @@ def build(
         print_table(
             COLUMNS,
             [["-" if v is None else v for v in asdict(r).values()] for r in reports],
-            left=(
-                0,
-                1,
-                2,
-                3,
-            ),
+            left=(0, 1, 2, 3),
         )
     raise SystemExit(0 if all(r.good for r in reports) else 1)
 

@@ -9,7 +9,7 @@ typedef unsigned long long u64;
 
 #define INLINE __device__ __forceinline__
 
-// The element types, by the numbers that the host passes as -D options and arguments.
+// The element types, by the numbers that the host passes in #defines and arguments.
 #define TYPE_INT8 0
 #define TYPE_FLOAT8 1
 #define TYPE_BFLOAT16 2

@@ -1,6 +1,6 @@
 // y[m, n] = x[m, k] @ w[n, k].T with (2N-2):2N weights on the sparse tensor cores of sm_80 and later.
 //
-// Weights stand arranged in fragment order (arch/sm80.py, `arrange`); activations stand unslid, as they are, and are lifted
+// Weights stand arranged in fragment order (arch/sm80_layout.py, `arrange`); activations stand unslid, as they are, and are lifted
 // between shared memory and the instruction:
 //
 //   8-bit    a window is one register. At an even unit it is a word of x as loaded; at an odd unit, one byte permute of two.

@@ -6,7 +6,7 @@ Sparse warp-level instructions (`mma.sp`) run on every GPU since compute capabil
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, DType
@@ -14,7 +14,19 @@ from ..errors import UnsupportedError
 from ..pattern import Pattern
 from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout, restore
 
-__all__ = ["KERNEL", "LARGEST_GROUP", "Config", "Layout", "Tile", "arrange", "candidates", "choose", "layout", "restore"]
+__all__ = [
+    "KERNEL",
+    "LARGEST_GROUP",
+    "Config",
+    "Layout",
+    "Tile",
+    "arrange",
+    "candidates",
+    "choose",
+    "layout",
+    "options",
+    "restore",
+]
 
 KERNEL = "sm80/gemm.cu"
 SUFFIX = ""
@@ -88,6 +100,7 @@ EMULATED_TILES = (
     Tile(n=64, m=8, warps_n=4, warps_m=1, per_sm=2),
 )
 MOST_STAGES = 6
+MOST_SPLITS = 16
 
 
 @dataclass(frozen=True)
@@ -241,14 +254,21 @@ def cost(config: Config, m: int, n: int, k: int, capability: tuple[int, int], sm
     return total
 
 
+def options(
+    m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int], sms: int
+) -> Iterator[Config]:
+    """Every launch that may pay for y [m, n] = x [m, k] @ w.T on a device of `sms` multiprocessors: k whole, and split.
+
+    A split leaves each part two blocks of k, and is left out where one part fewer gives every multiprocessor two blocks.
+    """
+    for config in candidates(pattern, dtype, out, capability):
+        for splits in range(1, min(MOST_SPLITS, max(1, config.layout.blocks(k) // 2)) + 1):
+            if splits == 1 or config.tiles(m, n) * (splits - 1) < 2 * sms:
+                yield replace(config, splits=splits)
+
+
 @lru_cache(maxsize=4096)
 def choose(m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int], sms: int) -> Config:
-    """The cheapest configuration for y [m, n] = x [m, k] @ w.T on a device of `sms` multiprocessors."""
-    blocks = layout(pattern, dtype.bits).blocks(k)
-    options = [
-        Config(c.dtype, c.out, c.layout, c.tile, c.stages, splits)
-        for c in candidates(pattern, dtype, out, capability)
-        for splits in range(1, min(16, max(1, blocks // 2)) + 1)
-        if splits == 1 or c.tiles(m, n) * (splits - 1) < 2 * sms
-    ]
-    return min(options, key=lambda c: cost(c, m, n, k, capability, sms))
+    """The cheapest of `options`."""
+    every = options(m, n, k, pattern, dtype, out, capability, sms)
+    return min(every, key=lambda config: cost(config, m, n, k, capability, sms))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import packing
-from ..checkpoint import Checkpoint, packed_entries, read_packed
+from ..checkpoint import Checkpoint, packed_names, read_packed
 from ..cpu import violations
 from ..errors import FormatError, UnsupportedError, VerificationError
 from ..packed import PackedWeight
@@ -22,7 +22,7 @@ from .job import source_scale
 from .layout import row_ranges
 from .options import UNIT_BYTES, Progress, Run
 from .proof import prove_copies
-from .selection import SOURCE_CODES, Selection, select
+from .selection import QUANTIZED_CODES, SOURCE_CODES, Selection, select
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Progress | Non
         facts = Facts(str(path), len(checkpoint.files), len(sizes), sum(sizes.values()))
         counted: set[str] = set()
         for name, packed in read_packed(checkpoint).items():
-            counted |= {f"{name}.weight_{part}" for part in ("packed", "meta", "scale", "shape")}
+            counted.update(packed_names(name, packed))
             facts.modules.append(
                 ModuleFacts(
                     name,
@@ -182,9 +182,8 @@ def _each_block(written: Checkpoint, name: str, weight: PackedWeight, check: Cal
             check(cut(weight, slice(first, last)), first, last)
         except (FormatError, VerificationError) as error:
             raise type(error)(f"{name}: {error}") from None
-    for part in ("packed", "meta", "scale"):
-        if f"{name}.weight_{part}" in written.tensors:
-            written.release(f"{name}.weight_{part}")
+    for tensor in packed_names(name, weight):
+        written.release(tensor)
 
 
 def _against(
@@ -195,7 +194,7 @@ def _against(
     for name, weight in packed.items():
         if f"{name}.weight" not in dense.tensors or dense.tensors[f"{name}.weight"][0].shape != weight.shape:
             raise VerificationError(f"{name}: the source has no weight of shape {list(weight.shape)} of that name")
-    scheme = "auto" if any(code in ("I8", "F8_E4M3") for code in _codes(dense)) else dtype.scheme
+    scheme = "auto" if any(code in QUANTIZED_CODES for code in _codes(dense)) else dtype.scheme
     modules = {m.name: m for m in select(dense, scheme=scheme, targets=tuple(packed)).modules}
     for name, weight in packed.items():
         if name not in modules:
@@ -221,7 +220,7 @@ def _against(
         result.weights += weight.n * weight.k
         add(weight.nbytes)
     replaced = [name for module in modules.values() for name in module.replaced]
-    made = [entry[0] for name, w in packed.items() for entry in packed_entries(name, w.pattern, w.dtype, w.shape)]
+    made = [tensor for name, weight in packed.items() for tensor in packed_names(name, weight)]
     result.copies = prove_copies(written, dense, replaced, made, lambda _: None)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, index_bytes, shard_name, shard_plan
+from ..dtypes import DType
+from ..model_folder import CONFIG, INDEX_SUFFIX
 from ..safetensors_file import header_bytes, tensor_bytes
 
 DEFAULT_SHARD = 5 * 10**9
@@ -93,6 +95,19 @@ class Layout:
         return all(_same_header(s, out / s.name) for s in self.shards) and all((out / name).exists() for name, _ in self.files)
 
 
+def dense_entries(name: str, dtype: DType, shape: tuple[int, int]) -> tuple[Entry, ...]:
+    """The tensors of a module in dense format: the weight under its own name and, for 8 bits, one scale a row."""
+    weight = (f"{name}.weight", dtype.safetensors, shape)
+    return (weight,) if dtype.qmax is None else (weight, (f"{name}.weight_scale", "F32", (shape[0], 1)))
+
+
+def dense_pieces(name: str, q: Any, scale: Any, first: int) -> Iterator[Piece]:
+    """Rows from `first` on of those tensors."""
+    yield f"{name}.weight", first * q.shape[1] * q.itemsize, q
+    if scale is not None:
+        yield f"{name}.weight_scale", first * 4, scale
+
+
 def row_ranges(rows: int, row_bytes: int, unit_bytes: int) -> Iterator[tuple[int, int]]:
     """Cut rows into ranges of about `unit_bytes`, at least one row each; a weight without rows is one empty range."""
     step = max(1, unit_bytes // max(1, row_bytes))
@@ -128,10 +143,10 @@ def output_layout(
     if len(shards) > 1:
         homes = {entry[0]: shard.name for shard in shards for entry in shard.entries}
         total = sum(item.nbytes for item in items)
-        files.append(("model.safetensors.index.json", partial(_write_bytes, index_bytes(homes, total))))
+        files.append((f"model{INDEX_SUFFIX}", partial(_write_bytes, index_bytes(homes, total))))
     if config is not None:
         text = json.dumps(config, indent=2) + "\n"
-        files.append(("config.json", partial(_write_bytes, text.encode())))
+        files.append((CONFIG, partial(_write_bytes, text.encode())))
     return Layout(shards, files)
 
 

@@ -97,7 +97,7 @@ class Staging:
         strangers += [self.journal] if os.path.lexists(self.journal) and not ours else []
         for path in strangers:
             if os.path.lexists(path):
-                raise OperandError(f"out: {path} stands in the way and is not an unfinished run of this tool; move it first")
+                raise _stranger(path)
 
     def _take_over(self, fingerprint: str, keep: set[str], resume: bool) -> None:
         """Continue what the journal tells of, or start anew."""
@@ -174,6 +174,11 @@ def _places(out: Path) -> tuple[Path, Path, Path]:
     return tuple(out.with_name(out.name + end) for end in (".partial", ".journal", ".replaced"))  # type: ignore[return-value]
 
 
+def _stranger(path: Path) -> OperandError:
+    """The error to raise where something of the user's has the name of a side file."""
+    return OperandError(f"out: {path} stands in the way and is not an unfinished run of this tool; move it first")
+
+
 def _lock(journal: Path, flags: int, out: Path) -> Any:
     """The journal, open for appending and locked.
 
@@ -205,10 +210,10 @@ def _read_journal(file: Any, path: Path) -> tuple[str | None, dict[str, Done]]:
     if not lines:
         if text and b"slidesparse" not in text:
             file.write(text)  # somebody else's, without a line's end
-            raise OperandError(f"out: {path} stands in the way and is not an unfinished run of this tool; move it first")
+            raise _stranger(path)
         return None, {}
     if lines[0].get("slidesparse") != 1 or not isinstance(lines[0].get("fingerprint"), str):
-        raise OperandError(f"out: {path} stands in the way and is not an unfinished run of this tool; move it first")
+        raise _stranger(path)
     done = {}
     for record in lines[1:]:
         unit, spans, crc = record.get("unit"), record.get("spans"), record.get("crc")

@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .. import __version__, packing
-from ..checkpoint import Checkpoint, packed_entries, read_packed
+from ..checkpoint import Checkpoint, packed_names, read_packed
 from ..errors import UnsupportedError, VerificationError
 from ..packed import PackedWeight
 from ..verification import cut
 from .config import ignored_modules, output_config, output_metadata
 from .job import all_items, carry_out, new_report, output_target
-from .layout import Item, Piece, output_layout, row_ranges
+from .layout import Item, Piece, dense_entries, dense_pieces, output_layout, row_ranges
 from .options import UNIT_BYTES, Report, Run
 from .proof import prove_copies
 from .selection import Module
-from .to_packed import dense_entries, dense_pieces
 
 
 def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str], run: Run | None = None) -> Report:
@@ -74,8 +73,7 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
 
 
 def _module(name: str, packed: PackedWeight) -> Module:
-    parts = tuple(entry[0] for entry in packed_entries(name, packed.pattern, packed.dtype, packed.shape))
-    return Module(name, packed.shape, packed.dtype.safetensors, packed.dtype, None, parts)
+    return Module(name, packed.shape, packed.dtype.safetensors, packed.dtype, None, tuple(packed_names(name, packed)))
 
 
 def _extent(packed: PackedWeight) -> tuple[int, int]:

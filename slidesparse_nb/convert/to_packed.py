@@ -23,7 +23,7 @@ from ..packing import violations_hint
 from ..verification import cut
 from .config import output_config, output_metadata
 from .job import all_items, carry_out, extent, new_report, output_target, release_rows, source_scale
-from .layout import Entry, Item, Piece, output_layout, row_ranges
+from .layout import Item, Piece, dense_entries, dense_pieces, output_layout, row_ranges
 from .options import UNIT_BYTES, Options, Report, Run
 from .proof import prove_copies
 from .selection import Module, Selection, select
@@ -306,16 +306,3 @@ class _Maker:
             )
         except VerificationError as error:
             raise VerificationError(f"{module.weight}: {error}") from None
-
-
-def dense_entries(name: str, dtype: DType, shape: tuple[int, int]) -> tuple[Entry, ...]:
-    """The tensors of a module in dense format: the weight under its own name and, for 8 bits, one scale a row."""
-    weight = (f"{name}.weight", dtype.safetensors, shape)
-    return (weight,) if dtype.qmax is None else (weight, (f"{name}.weight_scale", "F32", (shape[0], 1)))
-
-
-def dense_pieces(name: str, q: Any, scale: Any, first: int) -> Iterator[Piece]:
-    """Rows from `first` on of those tensors."""
-    yield f"{name}.weight", first * q.shape[1] * q.itemsize, q
-    if scale is not None:
-        yield f"{name}.weight_scale", first * 4, scale

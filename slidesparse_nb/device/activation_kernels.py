@@ -88,7 +88,7 @@ class Variant:
         stored: "int8" or "float8_e4m3fn"; for images also "bfloat16" or "float16".
         vectors: 16-byte loads a thread makes, of rows of up to 1024 times as many; 0: element by element, any row.
         windows: of the pattern, if values are lifted; else 0.
-        image: lifted values are laid out as arch/sm90.py has it, in stages, swizzled; else in rows.
+        image: lifted values are laid out as arch/sm90_layout.py has it, in stages, swizzled; else in rows.
         generation: which instructions it may use: 80; 89: conversion to float8; 90: packed maxima, and it is launched before
             the grid before it is complete, for which it waits.
     """

@@ -1,7 +1,7 @@
 """Activations on the GPU as matrix kernels want them: quantized per token or rounded, lifted, laid out. Twin of `reference`.
 
     x [m, k] --> values [m, pitch], scale [m, 1]                            `quantize`: rows, lifted if a kernel wants that
-    x [m, k] --> image [stages, ceil(m / 8), 8, 128], scale [m, 1]          `image`: what sm_90's kernel loads (arch/sm90.py)
+    x [m, k] --> image [stages, ceil(m / 8), 8, 128], scale [m, 1]          `image`: for sm_90's kernel (arch/sm90_layout.py)
 
 One launch, a thread block a token; the kernels are in activation_kernels.py.
 """
@@ -17,14 +17,11 @@ import numpy as np
 
 from ..arch import sm90
 from ..arch.sm90_layout import STAGE
-from ..dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8, DType, packed_dtype
+from ..dtypes import FLOAT8, FLOATS, INT8, DType, packed_dtype
 from ..errors import OperandError
 from ..pattern import Pattern
 from .activation_kernels import Variant, kernel
 from .numba_kernel import SIMULATED, Kernel, arrays, current_device
-
-SOURCES = {BFLOAT16.numpy: "bfloat16", FLOAT16.numpy: "float16", FLOAT32: "float32"}
-"""Types of x."""
 
 PITCH = 16
 """Bytes that a row of values is padded to by default, with zeros."""
@@ -144,8 +141,8 @@ def image(
 
 
 def _source(x: Any, source: np.dtype[Any] | None) -> str:
-    """The name of x's type; OperandError if it is none of SOURCES, or x no matrix."""
-    name = SOURCES.get(x.dtype if source is None else source)
+    """The name of x's type; OperandError if it is none of FLOATS, or x no matrix."""
+    name = FLOATS.get(x.dtype if source is None else source)
     if name is None or (source is not None and x.dtype.itemsize != source.itemsize):
         raise OperandError(f"x: {x.dtype} cannot be quantized; it must be bfloat16, float16 or float32")
     if x.ndim != 2:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import cupy
 import numpy as np
 
-from ..dtypes import BFLOAT16, FLOAT16, FLOAT32
 from ..errors import OperandError
-
-FLOATS = {FLOAT32: "float32", FLOAT16.numpy: "float16", BFLOAT16.numpy: "bfloat16"}
-"""Types of x, bias and y -> the names that kernels are told."""
+from ..operands import overlapping, share_memory
 
 
 def as_cupy(name: str, value: Any) -> Any:
@@ -42,8 +41,26 @@ def as_stream(stream: Any) -> Any:
     return cupy.cuda.ExternalStream(address)
 
 
-def float_name(name: str, array: Any) -> str:
-    """ "float32", "float16" or "bfloat16"; OperandError for another type."""
-    if (known := FLOATS.get(array.dtype)) is None:
-        raise OperandError(f"{name}: {array.dtype} must be one of {', '.join(FLOATS.values())}; convert it first")
-    return known
+def require_own_memory(out: Any, others: Iterable[tuple[str, Any]]) -> None:
+    """Raise OperandError if `out` shares an element with one of the named arrays, or None, on its device."""
+    first, last = _span(out)
+    for name, other in others:
+        if other is not None:
+            start, end = _span(other)
+            if start < last and first < end and share_memory(_addresses(out), _addresses(other)):
+                raise overlapping(name)
+
+
+def _span(a: Any) -> tuple[int, int]:
+    """Addresses of an array's first byte, and of the one after its last."""
+    first = a.data.ptr
+    if a.flags.c_contiguous:
+        return first, first + a.nbytes
+    steps = [(n - 1) * step for n, step in zip(a.shape, a.strides, strict=True)]
+    return first + sum(step for step in steps if step < 0), first + sum(step for step in steps if step > 0) + a.itemsize
+
+
+def _addresses(a: Any) -> Any:
+    """A NumPy array that stands where `a` does, for NumPy to compare places: what is there is not the host's to read."""
+    place = {"version": 3, "data": (a.data.ptr, True), "shape": a.shape, "strides": a.strides, "typestr": f"|V{a.itemsize}"}
+    return np.asarray(SimpleNamespace(__array_interface__=place))

@@ -18,12 +18,13 @@ import cupy
 import numpy as np
 
 from ..arch import for_capability, sm90
-from ..dtypes import CUDA_CODES, INT8, DType
+from ..dtypes import CUDA_CODES, FLOATS, INT8, DType
 from ..errors import OperandError
+from ..operands import check_activations, check_bias, float_dtype, result_dtype
 from ..packed import ActivationImage, PackedWeight, QuantizedActivations
 from ..pattern import Pattern
 from . import activations
-from .arrays import FLOATS, as_cupy, as_stream, float_name
+from .arrays import as_cupy, as_stream, require_own_memory
 from .plans import COUNTERS, DeviceWeight, Plan, device_facts, rows_feed, to_device
 
 __all__ = ["DeviceWeight", "Plan", "matmul", "quantize", "rows_of_image", "to_device", "workspace_bytes"]
@@ -39,9 +40,9 @@ def workspace_bytes(m: int, packed: PackedWeight, out_dtype: Any) -> int:
     """Bytes of a workspace with which `matmul` of m tokens allocates nothing. Make it with cupy.zeros."""
     if m < 0:
         raise OperandError(f"m: {m} must be a number of tokens, 0 or more")
-    name = _out_type(out_dtype)[1]
+    dtype = float_dtype("out_dtype", out_dtype)
     weight = to_device(packed)
-    return weight.plan(m, name).bytes if m and packed.n else 4 * COUNTERS
+    return weight.plan(m, FLOATS[dtype]).bytes if m and packed.n else 4 * COUNTERS
 
 
 def matmul(
@@ -76,27 +77,24 @@ def matmul(
     scale_x = feed = None
     ready = False  # x is the operand
     if quantized:
-        lead, source = given.lead, given.source
+        lead, source = given.lead, float_dtype("x.source", given.source)
         ready = given.image is not None and weight.family is sm90 and given.image.pattern == packed.pattern
         if not ready and given.image is not None:
             x = rows_of_image(given.image, given.m, given.dtype)  # for this call, and in its stream: not kept
         scale_x = None if given.scale is None else as_cupy("x.scale", given.scale)
-        given.check(packed.dtype, None if ready else x, scale_x)
-        if given.k != k:
-            raise OperandError(f"x: k={given.k} must be {k}, the k of packed (not padded: matmul does that)")
+        given.check(packed, None if ready else x, scale_x)
         m = given.m
     else:
-        if x.ndim == 0 or x.shape[-1] != k:
-            raise OperandError(f"x: shape {x.shape} must be [..., {k}], the k of packed (not padded: matmul does that)")
+        check_activations(x, k)
         lead, source = x.shape[:-1], x.dtype
-        if source not in FLOATS:
-            float_name("x", x)
         if x.ndim != 2:
             x = x.reshape(math.prod(lead), k)
         m = x.shape[0]
     y, name = _result((*lead, n), source, out, out_dtype)
+    bias = None if bias is None else as_cupy("bias", bias)
+    workspace = None if workspace is None else as_cupy("workspace", workspace)
     if out is not None:
-        _no_overlap(y, x)
+        require_own_memory(y, (("x", x), ("x.scale", scale_x), ("bias", bias), ("workspace", workspace)))
     bias_type, bias = (0, None) if bias is None else _bias(bias, n)
     if m == 0 or n == 0:
         return y if out is None else out
@@ -159,9 +157,7 @@ def quantize(x: Any, pattern: Pattern, dtype: DType, packed: PackedWeight | None
         packed: weights that it will be multiplied by, if they are known.
     """
     x = as_cupy("x", x)
-    float_name("x", x)
-    if x.ndim == 0 or (packed is not None and x.shape[-1] != packed.k):
-        raise OperandError(f"x: shape {x.shape} must be [..., {'k' if packed is None else packed.k}]")
+    check_activations(x, None if packed is None else packed.k)
     ordinal = x.data.device_id
     if ordinal != cupy.cuda.runtime.getDevice():
         with cupy.cuda.Device(ordinal):
@@ -179,7 +175,7 @@ def quantize(x: Any, pattern: Pattern, dtype: DType, packed: PackedWeight | None
     pitch = -(-2 * k // 16) * 16
     values = cupy.empty((m, pitch // 2), dtype.raw)
     if m and k:
-        feed = rows_feed(ordinal, flat, float_name("x", x), dtype, pitch, 0)
+        feed = rows_feed(ordinal, flat, FLOATS[source], dtype, pitch, 0)
         feed(cupy.cuda.get_current_stream().ptr, flat.data.ptr, values.data.ptr, 0)
     return QuantizedActivations(values[:, :k], None, lead, dtype, source)
 
@@ -201,35 +197,11 @@ def _check_image(data: Any, plan: Plan) -> None:
         raise OperandError(f"x.image: {data.dtype} {data.shape} {rule}")
 
 
-def _out_type(out_dtype: Any) -> tuple[np.dtype[Any], str]:
-    """The type that `out_dtype` means, and its name."""
-    try:
-        dtype = getattr(out_dtype, "numpy", None) or np.dtype(out_dtype)
-    except TypeError:
-        dtype = None
-    if dtype not in FLOATS:
-        shown = dtype if isinstance(out_dtype, type) and dtype else repr(out_dtype)
-        raise OperandError(f"out_dtype: {shown} must be one of {', '.join(FLOATS.values())}")
-    return dtype, FLOATS[dtype]
-
-
-def _result(shape: tuple[int, ...], source: Any, out: Any, out_dtype: Any) -> tuple[Any, str]:
-    """`out` as a CuPy array, or a new one; and the name of its type."""
-    if out is None:
-        dtype, name = _out_type(source if out_dtype is None else out_dtype)
-        return cupy.empty(shape, dtype), name
-    y = as_cupy("out", out)
-    name = float_name("out", y)
-    if y.shape != shape or (out_dtype is not None and (getattr(out_dtype, "numpy", None) or np.dtype(out_dtype)) != y.dtype):
-        raise OperandError(f"out: {y.dtype} {y.shape} must be {out_dtype or y.dtype} {shape}")
-    return y, name
-
-
-def _no_overlap(y: Any, x: Any) -> None:
-    """Raise OperandError if y and x, both without gaps, share memory."""
-    apart = x.data.ptr + x.nbytes <= y.data.ptr or y.data.ptr + y.nbytes <= x.data.ptr
-    if not apart and y.flags.c_contiguous and x.flags.c_contiguous:
-        raise OperandError("out: shares memory with x; pass an array of its own")
+def _result(shape: tuple[int, ...], source: np.dtype[Any], out: Any, out_dtype: Any) -> tuple[Any, str]:
+    """`out` as a CuPy array, checked, or a new one; and the name of its type."""
+    y = None if out is None else as_cupy("out", out)
+    dtype = result_dtype(shape, source, y, out_dtype)
+    return cupy.empty(shape, dtype) if y is None else y, FLOATS[dtype]
 
 
 def _rows(y: Any, m: int, n: int) -> Any:
@@ -241,17 +213,14 @@ def _rows(y: Any, m: int, n: int) -> Any:
 
 def _bias(bias: Any, n: int) -> tuple[int, Any]:
     """The code of its type, and the bias as the kernel reads it."""
-    bias = as_cupy("bias", bias)
+    check_bias(bias, n)
     if bias.dtype == np.float64:
         bias = bias.astype(np.float32)
-    if bias.shape != (n,) or bias.dtype not in FLOATS:
-        raise OperandError(f"bias: {bias.dtype} {bias.shape} must be a float type, of shape ({n},)")
     return CUDA_CODES[FLOATS[bias.dtype]], bias if bias.flags.c_contiguous else cupy.ascontiguousarray(bias)
 
 
 def _check_workspace(workspace: Any, plan: Plan) -> int:
     """Its address."""
-    workspace = as_cupy("workspace", workspace)
     if workspace.nbytes < plan.bytes or workspace.data.ptr % 16 or not workspace.flags.c_contiguous:
         raise OperandError(f"workspace: {workspace.nbytes} bytes must be at least {plan.bytes}, contiguous and 16-byte aligned")
     return int(workspace.data.ptr)

@@ -93,7 +93,7 @@ def build(source: str, defines: Mapping[str, int | str], arch: str, compiler: nv
 
     Raises:
         KernelError: it does not compile.
-        UnsupportedError: there is no compiler, or it does not know the architecture.
+        UnsupportedError: there is no compiler, or it does not know the architecture; or the sources have changed meanwhile.
     """
     compiler = compiler or nvrtc.load()
     number = int(re.sub(r"\D", "", arch))
@@ -104,12 +104,15 @@ def build(source: str, defines: Mapping[str, int | str], arch: str, compiler: nv
         )
     text = generated(source, defines)
     options = [f"-arch={arch}", *OPTIONS]
-    parts = [text, *_included(source).values(), *options, repr(compiler.version)]
+    texts = _included(source)
+    parts = [text, *texts.values(), *options, repr(compiler.version)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     name = f"{Path(source).with_suffix('').as_posix().replace('/', '-')}-{arch}-{key}"
     folder = env.cache_dir() / name
 
     def make() -> tuple[bytes, str, Mapping[str, str]]:
+        if _read(source) != texts:  # the compiler would read what the key does not say, for launches that know the old kernel
+            raise UnsupportedError(f"{source}: has changed since this process first read it; start the process again")
         try:
             cubin, log = compiler.compile(text, str(folder / "kernel.cu"), [*options, f"-I{source_folder()}"])
         except nvrtc.CompileError as error:
@@ -123,7 +126,7 @@ def build(source: str, defines: Mapping[str, int | str], arch: str, compiler: nv
     return kept(name, make)
 
 
-def _included(source: str) -> dict[str, str]:
+def _read(source: str) -> Mapping[str, str]:
     """A file under cuda_src and everything it includes, by path."""
     texts: dict[str, str] = {}
     left = [source]
@@ -132,6 +135,12 @@ def _included(source: str) -> dict[str, str]:
             texts[name] = (source_folder() / name).read_text()
             left += re.findall(r'^\s*#include "([^"]+)"', texts[name], re.MULTILINE)
     return dict(sorted(texts.items()))
+
+
+@functools.cache
+def _included(source: str) -> Mapping[str, str]:
+    """The same, as it was when this process first asked: a server looks up many kernels of one source."""
+    return _read(source)
 
 
 @functools.cache

@@ -14,6 +14,9 @@ from pathlib import Path
 from .. import env
 from ..errors import UnsupportedError
 
+OLDEST = (12, 5)
+"""The first CUDA whose compiler knows `mma.sp::ordered_metadata`, the portable kernel's instruction."""
+
 
 class CompileError(Exception):
     """The compiler's log."""
@@ -91,17 +94,27 @@ def load(major: int | None = None) -> Nvrtc:
     """The first NVRTC found, of CUDA `major` if there is one: a driver may not load what a later compiler made.
 
     Raises:
-        UnsupportedError: there is none.
+        UnsupportedError: there is none, or none of CUDA 12.5 or newer.
     """
     loaded: list[Nvrtc] = []
+    older: Nvrtc | None = None
     for path in candidates():
         try:
             library = Nvrtc(path)
         except OSError:
             continue
-        if major is None or library.version[0] == major:
+        if library.version < OLDEST:
+            older = older or library
+        elif major is None or library.version[0] == major:
             return library
-        loaded.append(library)
+        else:
+            loaded.append(library)
     if loaded:
         return loaded[0]
+    if older:
+        found, wanted = (f"CUDA {a}.{b}" for a, b in (older.version, OLDEST))
+        raise UnsupportedError(
+            f"nvrtc: {older.path} is of {found}, but the kernels need {wanted} or newer; pip install --upgrade"
+            " nvidia-cuda-nvrtc-cu12, or install slidesparse_nb[cuda13]"
+        )
     raise UnsupportedError("nvrtc: no libnvrtc.so was found; install slidesparse_nb[cuda13] or slidesparse_nb[cuda12]")

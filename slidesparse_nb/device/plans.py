@@ -16,11 +16,10 @@ import cupy
 
 from .. import env
 from ..arch import Config, as_multiplied, for_capability, sm90
-from ..dtypes import CUDA_CODES, DType
+from ..dtypes import CUDA_CODES, FLOATS, DType
 from ..errors import UnsupportedError
 from ..packed import PackedWeight
 from . import activations, jit
-from .arrays import float_name
 from .launch import Launcher
 from .tuned import Product
 
@@ -205,7 +204,7 @@ class Plan:
     def _new_feed(self, x: Any, quantized: bool) -> Feed | None:
         weight, k = self.weight, x.shape[1]
         dtype, pattern = weight.packed.dtype, weight.packed.pattern
-        held_as = dtype.name if quantized else float_name("x", x)
+        held_as = dtype.name if quantized else FLOATS[x.dtype]
         generation, aligned = activations.generation(weight.ordinal), activations.aligned(x)
         if self.image:
             return self._numba_feed(activations.plan(held_as, dtype.name, k, x.strides, aligned, generation, pattern))

@@ -19,10 +19,9 @@ from typing import Any, Protocol
 import cupy
 import numpy as np
 
-from ..dtypes import BFLOAT16, INT8
+from ..dtypes import BFLOAT16, FLOATS, INT8
 from ..packed import PackedWeight
 from . import gemm
-from .arrays import FLOATS
 from .plans import Plan, to_device
 from .tuned import Product, Way
 

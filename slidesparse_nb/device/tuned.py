@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -78,11 +78,8 @@ class Product:
                     yield sm90.cost(way, problem), way
             return
         m, n, k = self.m, self.n, self.k
-        for config in sm80.candidates(self.pattern, self.dtype, self.out, self.capability):
-            for splits in range(1, min(16, max(1, config.layout.blocks(k) // 2)) + 1):
-                if splits == 1 or config.tiles(m, n) * (splits - 1) < 2 * self.sms:
-                    split = replace(config, splits=splits)
-                    yield sm80.cost(split, m, n, k, self.capability, self.sms), (split,)
+        for config in sm80.options(m, n, k, self.pattern, self.dtype, self.out, self.capability, self.sms):
+            yield sm80.cost(config, m, n, k, self.capability, self.sms), (config,)
 
     def likely(self) -> list[Way]:
         """The ways that are worth timing, the model's choice first."""

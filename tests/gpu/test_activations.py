@@ -11,7 +11,7 @@ import pytest
 from device_cases import SOURCES, awkward_rows, bits, imaged, quantized, same
 
 from slidesparse_nb.arch import sm90
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8, PACKED
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOATS, INT8, PACKED
 from slidesparse_nb.pattern import Pattern
 
 pytestmark = pytest.mark.gpu
@@ -88,7 +88,7 @@ def test_every_generation_of_instructions(activations, source, generation) -> No
     rng = np.random.default_rng(5)
     x = np.exp2(rng.uniform(-14, 0, (64, 4096))).astype(np.float32) * rng.choice([-1, 1], (64, 4096))
     x = np.concatenate([x.astype(source), awkward_rows(12, 4096, source)])
-    name = activations.SOURCES[source]
+    name = FLOATS[source]
     launch = activations.plan(name, FLOAT8.name, 4096, x.strides, True, generation, width=4096)
     assert launch.variant.generation == generation
     out, scale = cp.empty((76, 4096), cp.uint8), cp.empty((76, 1), cp.float32)
@@ -335,7 +335,7 @@ def seconds(launches) -> float:
 
 def measure(activations, m, k, source, dtype, pattern=None, image=False) -> tuple[float, float]:
     """GB/s, read and written, of one launch and of a copy that moves as many bytes."""
-    name = activations.SOURCES[source]
+    name = FLOATS[source]
     if image:
         shape: tuple[int, ...] = (sm90.image_bytes(m, k, pattern, dtype),)
         launch = activations.plan(name, dtype.name, k, (k * source.itemsize, source.itemsize), True, 90, pattern)
