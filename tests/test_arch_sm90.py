@@ -209,3 +209,16 @@ def test_hopper_has_kernels_of_its_own_unless_portable_ones_are_asked_for(monkey
 
 def test_all_types_are_supported() -> None:
     assert sm90.supported_dtypes(HOPPER) == (INT8, FLOAT8, BFLOAT16, FLOAT16)
+
+
+def test_a_tile_that_loads_itself_has_stages_and_strips_enough() -> None:
+    tile = next(tile for tile in sm90.TILES if tile.loads_itself)
+    assert (tile.tokens, tile.n) == (256, 192)
+    for n, k, possible in ((192, 3584, True), (193, 3584, True), (129, 3584, True), (128, 3584, False), (192, 170, False)):
+        problem = sm90.Problem.of(4096, n, k, Pattern(6, 8), FLOAT8, "bfloat16", 132)
+        assert bool(list(sm90.options(tile, problem))) == possible, (n, k)
+
+
+def test_many_tokens_take_the_tile_that_copies_least() -> None:
+    chosen = sm90.choose(16384, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", HOPPER, 132)
+    assert [config.tile.n for config in chosen] == [192]

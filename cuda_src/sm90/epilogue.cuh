@@ -38,8 +38,8 @@ template <int Type, int Tokens> struct Rows {
 
 // Writes the 64 outputs from n0 of the Tokens tokens from m0.
 //   Scaled: 8-bit types, acc * token scale * channel scale. Whole: all lie inside y, whose rows are 16-byte aligned.
-// A chunk leaves shared memory while the next one is converted.
-template <int Type, int Tokens, bool Scaled, bool Biased, bool Whole, class Accumulator>
+//   Lean: with few registers. Otherwise a chunk leaves shared memory while the next one is converted.
+template <int Type, int Tokens, bool Lean, bool Scaled, bool Biased, bool Whole, class Accumulator>
 INLINE void write_rows(const Accumulator (&acc)[Tokens / 2], const TokenScales<Tokens>& token, const float (&channel)[2],
                        const float (&offset)[2], typename Output<Type>::Storage* __restrict__ y, i64 y_pitch, bool aligned, int m0, int n0,
                        int m, int n, u8* staging, int thread, int barrier) {
@@ -105,7 +105,7 @@ INLINE void write_rows(const Accumulator (&acc)[Tokens / 2], const TokenScales<T
                 }
             }
         }
-        if (chunk > 0) store_rows(chunk - 1);
+        if (!Lean && chunk > 0) store_rows(chunk - 1);
         warpgroup_sync(barrier);
 #pragma unroll
         for (int pass = 0; pass < PASSES; pass++) {
@@ -113,7 +113,8 @@ INLINE void write_rows(const Accumulator (&acc)[Tokens / 2], const TokenScales<T
             if (R::CHUNK * R::PIECES < 128 && row >= R::CHUNK) continue;
             rows[pass] = *(const uint4*)(buffer + row * (16 * R::PIECES) + (to_piece ^ row % 8) * 16);
         }
+        if (Lean) store_rows(chunk);
     }
-    store_rows(R::CHUNKS - 1);
+    if (!Lean) store_rows(R::CHUNKS - 1);
     if (R::CHUNKS % 2) warpgroup_sync(barrier);  // the next tile starts with the buffer that was read last
 }

@@ -6,17 +6,19 @@
 //   producer   one thread: global --cp.async.bulk--> ring of STAGES stages, 128 slid bytes along k each
 //   consumers  WARPGROUPS warpgroups, a strip each: wait full --> 2 wgmma a stage --> release the stages before
 //
-// A unit does one tile after another. With CUT == 1 it is a block. Otherwise it is a cluster that has one tile: its blocks cut k into
-// equal parts and add them up, in order, through each other's shared memory. That is for what whole tiles leave processors idle: few
-// tokens, and the last, half-empty round of many.
+// Three warpgroups of 256 tokens leave no registers for a producer (SELF): whichever consumer warp is the last to have read a stage asks
+// for the next one in its place.
 //
-// The next kernel of the stream may start at once (griddepcontrol). What this one needs of those before it, x and its scales, waits
-// until they are complete, while the ring already fills with weights.
+// A unit does one tile after another. With CUT == 1 it is a block. Otherwise it is a cluster that has one tile: its blocks cut k into
+// equal parts and send them to each other's shared memory, where they are added up in order. That is for what whole tiles leave
+// processors idle: few tokens, and the last, half-empty round of many.
+//
+// The next kernel of the stream may start when this one has asked for nearly all of its bytes (griddepcontrol). What that one needs of
+// those before it, x and its scales, waits until they are complete, while its ring already fills with weights.
 #include "common/types.cuh"
 #include "sm90/epilogue.cuh"
 #include "sm90/index.cuh"
 #include "sm90/ptx.cuh"
-#include "sm90/smem.cuh"
 #include "sm90/wgmma.cuh"
 
 #ifndef DTYPE
@@ -50,32 +52,44 @@
 constexpr bool WIDE = DTYPE == TYPE_BFLOAT16 || DTYPE == TYPE_FLOAT16;
 typedef Index<WINDOWS, WIDE> IndexT;
 constexpr int VALUE_BYTES = 4096, INDEX_BYTES = IndexT::BYTES;  // of one strip and stage
+constexpr bool SELF = WARPGROUPS == 3;
 // Where accumulators need more than an equal share of the 65536 registers, setmaxnreg takes them from the producer, which must then be a
 // whole warpgroup.
-constexpr bool UNEQUAL = TOKENS > 128;
-constexpr int THREADS = 128 * WARPGROUPS + (UNEQUAL ? 128 : 32);
+constexpr bool UNEQUAL = TOKENS > 128 && !SELF;
+constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + (SELF ? 0 : UNEQUAL ? 128 : 32);
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 // Whether a tile starts with D = A * B; with small accumulators ptxas would then wait after each instruction.
 constexpr bool FRESH = TOKENS > 64;
 // Sums that the stages of a step go to in turn, so that small instructions need not wait for each other.
 constexpr int CHAINS = BATCH;
+// What a kernel asks memory for all at once delays everything else that is asked for, even what the second-level cache holds. So the next
+// kernel starts when this one has so many stages left to ask for; and until all before it is complete, it asks for part of its ring.
+constexpr int LATE = 4, FILL = TOKENS > 64 ? STAGES : WARPGROUPS == 1 ? 9 : 6;
 // As many blocks of a cluster as a power of two allows share out the tokens when they add up, and write them.
 constexpr int POWER = CUT >= 8 ? 8 : CUT >= 4 ? 4 : CUT >= 2 ? 2 : 1;
 constexpr int SHARES = POWER < TOKENS / 8 ? POWER : TOKENS / 8, SHARE = TOKENS / SHARES;
-constexpr int PORTION = CUT == 1 ? TOKENS : SHARE > 64 ? SHARE / 2 : SHARE;  // tokens that a block adds up and writes at a time
-
-
-typedef Stage<TOKENS, WARPGROUPS, VALUE_BYTES, INDEX_BYTES> StageT;
+constexpr int PORTION = SELF ? 64 : CUT == 1 ? TOKENS : SHARE > 64 ? SHARE / 2 : SHARE;  // tokens that a block writes at a time
 typedef Rows<OUT, PORTION> RowsT;
-typedef SharedMemory<STAGES, StageT, WARPGROUPS, RowsT::BYTES, IndexT::CODES> Shared;
-constexpr u32 VALUES_AT = TOKENS * 128, INDEX_AT = VALUES_AT + WARPGROUPS * VALUE_BYTES;  // of a stage
-constexpr u32 STAGING_AT = STAGES * sizeof(StageT), FULL_AT = STAGING_AT + WARPGROUPS * 2 * RowsT::BYTES, EMPTY_AT = FULL_AT + 8 * STAGES;
+
+// Shared memory: a ring of stages; rows of y on their way out (epilogue.cuh); barriers; nibbles of every code (index.cuh); and, of a
+// cluster, two barriers and the parts that come in. A stage is
+//   slid activations [TOKENS][128]; 128-byte swizzle: byte b of row r at b ^ (r % 8) * 16
+//   kept weights [WARPGROUPS][64][64]; 64-byte swizzle: byte b of row r at b ^ (r / 2 % 4) * 16
+//   codes, or index words in the order of threads [WARPGROUPS][INDEX_BYTES]
+constexpr u32 VALUES_AT = TOKENS * 128, INDEX_AT = VALUES_AT + WARPGROUPS * VALUE_BYTES;
+constexpr u32 STAGE_BYTES = (INDEX_AT + WARPGROUPS * INDEX_BYTES + 1023) / 1024 * 1024;  // swizzled tiles start on whole patterns
+constexpr u32 STAGING_AT = STAGES * STAGE_BYTES, STAGING_BYTES = 2 * RowsT::BYTES;  // of a warpgroup
+constexpr u32 FULL_AT = STAGING_AT + WARPGROUPS * STAGING_BYTES, EMPTY_AT = FULL_AT + 8 * STAGES;
 constexpr u32 TABLE_AT = EMPTY_AT + 8 * STAGES;
-static_assert(TABLE_AT + 4 * IndexT::CODES <= sizeof(Shared) && sizeof(Shared) <= 232448, "shared memory of a block");
-static_assert(sizeof(StageT) % 1024 == 0, "swizzled tiles start on whole patterns");
+constexpr u32 PARTS = CUT == 1 ? 0 : 4 * CUT * SHARE * 64 * WARPGROUPS;  // bytes
+constexpr bool APART = PARTS <= 16384;  // parts have memory of their own; else they replace the stages, once those are read
+constexpr u32 COME_AT = (TABLE_AT + 4 * IndexT::CODES + 15) / 16 * 16, READY_AT = COME_AT + 8;  // barriers: parts are there; may be sent
+constexpr u32 PARTS_AT = APART ? READY_AT + 8 : 0;
+static_assert(COME_AT + (CUT == 1 ? 0 : 16 + (APART ? PARTS : 0)) <= 232448, "shared memory of a block");
 static_assert(SHARE * SHARES == TOKENS && SHARE % PORTION == 0 && PORTION % 8 == 0, "portions of whole groups of tokens");
-static_assert(CUT == 1 || 4 * TOKENS * 64 * WARPGROUPS <= STAGING_AT, "parts take the place of the stages");
+static_assert(APART || PARTS <= STAGING_AT, "parts take the place of the stages");
 static_assert(STAGES > 2 * BATCH, "the producer must have a slot to fill");
+static_assert(!SELF || (CUT == 1 && BATCH == 1 && TOKENS > 64), "tiles that load their stages by themselves");
 
 #if DTYPE == TYPE_INT8
 typedef int Accumulator;
@@ -109,45 +123,60 @@ struct Piece {
         const int tiles_n = (p.last_strip - p.first_strip + WARPGROUPS - 1) / WARPGROUPS, tiles_m = (p.m + TOKENS - 1) / TOKENS;
         const int band = tile / (BAND * tiles_m), inside = tile % (BAND * tiles_m), width = min(tiles_n - BAND * band, BAND);
         strip = p.first_strip + (BAND * band + inside % width) * WARPGROUPS, tile_m = inside / width;
+        if (SELF) strip = min(strip, p.last_strip - WARPGROUPS);  // strips are padded to pairs: the last two tiles may share some
     }
 };
 
 // A launch may be followed by another one that does the rest of the tiles.
 enum Order { ALONE, BEFORE_REST, REST };
 
-// ---- producer ------------------------------------------------------------------------------------------------------------------
-// The copies of all stages, in order, as slots become empty.
-INLINE void load(const Problem& p, i64 begin, Order order, u32 shared, const u8* __restrict__ x, const u8* __restrict__ values,
-                 const u8* __restrict__ index) {
-    const int strips = (p.n + 127) / 128 * 2, rows = (p.m + 7) / 8 * 8;
+// ---- copies --------------------------------------------------------------------------------------------------------------------
+struct Operands {
+    const u8 *x, *values, *index;
+    u32 shared;
+    int rows, strips;
+
+    INLINE Operands(const Problem& p, const u8* x, const u8* values, const u8* index, u32 shared)
+        : x(x), values(values), index(index), shared(shared), rows((p.m + 7) / 8 * 8), strips((p.n + 127) / 128 * 2) {}
+    INLINE u32 full(int slot) const { return shared + FULL_AT + 8 * slot; }
+    INLINE u32 x_bytes(const Piece& piece) const { return min(rows - piece.tile_m * TOKENS, TOKENS) * 128; }
+
+    // Announces a whole stage, and asks for its weights.
+    INLINE void weights(const Piece& piece, int stage, int slot) const {
+        mbarrier_arrive_expect_tx(full(slot), x_bytes(piece) + WARPGROUPS * (VALUE_BYTES + INDEX_BYTES));
+        const u32 to = shared + slot * STAGE_BYTES;
+        const i64 strip = (i64)stage * strips + piece.strip;
+        cp_async_bulk(to + VALUES_AT, values + strip * VALUE_BYTES, WARPGROUPS * VALUE_BYTES, full(slot));
+        cp_async_bulk(to + INDEX_AT, index + strip * INDEX_BYTES, WARPGROUPS * INDEX_BYTES, full(slot));
+    }
+    INLINE void activations(const Piece& piece, int stage, int slot) const {
+        const i64 row = (i64)stage * rows + piece.tile_m * TOKENS;
+        cp_async_bulk(shared + slot * STAGE_BYTES, x + row * 128, x_bytes(piece), full(slot));
+    }
+};
+
+// The producer: the copies of all stages, in order, as slots become empty.
+INLINE void load(const Problem& p, i64 begin, Order order, const Operands& operands) {
     int slot = 0;
-    u32 parity = 1;     // of a phase that is complete before the first
-    int ahead = -1;     // stages whose weights are under way
+    u32 parity = 1;  // of a phase that is complete before the first
+    int ahead = -1;  // stages whose weights are under way
     for (Piece piece(p, begin); piece.tile < p.end; piece.next(p)) {
-        const int row = piece.tile_m * TOKENS, at = piece.first * BATCH;
-        const u32 x_bytes = min(rows - row, TOKENS) * 128;
-        const u8* from_x = x + ((i64)at * rows + row) * 128;
-        i64 strip = (i64)at * strips + piece.strip;
-        auto weights_to = [&](int slot) {
-            const u32 full = shared + FULL_AT + 8 * slot;
-            mbarrier_arrive_expect_tx(full, x_bytes + WARPGROUPS * (VALUE_BYTES + INDEX_BYTES));
-            const u32 to = shared + slot * sizeof(StageT);
-            cp_async_bulk(to + VALUES_AT, values + strip * VALUE_BYTES, WARPGROUPS * VALUE_BYTES, full);
-            cp_async_bulk(to + INDEX_AT, index + strip * INDEX_BYTES, WARPGROUPS * INDEX_BYTES, full);
-            strip += strips;
-        };
-        int count = (piece.last - piece.first) * BATCH;
+        const int first = piece.first * BATCH, last = piece.last * BATCH;
         if (ahead < 0) {
-            ahead = min(count, STAGES);
-            for (int s = 0; s < ahead; s++) weights_to(s);
+            ahead = min(last - first, FILL < STAGES ? FILL : STAGES);
+#pragma unroll 1
+            for (int s = 0; s < ahead; s++) operands.weights(piece, first + s, s);
             if (order != REST) griddepcontrol_wait();
-            if (order == BEFORE_REST) griddepcontrol_launch_dependents();
+            if (order == BEFORE_REST) griddepcontrol_launch_dependents();  // blocks of the rest take the places of those that are done
         }
-        for (; count > 0; count--, from_x += (i64)rows * 128) {
-            mbarrier_wait(shared + EMPTY_AT + 8 * slot, parity);
+        const bool ends = order != BEFORE_REST && piece.tile + gridDim.x / CUT >= p.end;
+#pragma unroll 1
+        for (int stage = first; stage < last; stage++) {
+            mbarrier_wait(operands.shared + EMPTY_AT + 8 * slot, parity);
+            if (ends && stage == max(first, last - 1 - LATE)) griddepcontrol_launch_dependents();
             if (ahead > 0) ahead--;
-            else weights_to(slot);
-            cp_async_bulk(shared + slot * sizeof(StageT), from_x, x_bytes, shared + FULL_AT + 8 * slot);
+            else operands.weights(piece, stage, slot);
+            operands.activations(piece, stage, slot);
             if (++slot == STAGES) slot = 0, parity ^= 1;
         }
     }
@@ -177,21 +206,27 @@ extern "C" __global__ void
     extern __shared__ __align__(1024) u8 raw[];
     const u32 shared = kept(shared_address(raw));
     if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; s++)
-            mbarrier_init(shared + FULL_AT + 8 * s, 1), mbarrier_init(shared + EMPTY_AT + 8 * s, 4 * WARPGROUPS);
+        for (int s = 0; s < STAGES; s++) {
+            mbarrier_init(shared + FULL_AT + 8 * s, 1);
+            if (SELF) st_shared(shared + EMPTY_AT + 8 * s, 0);  // counts warps
+            else mbarrier_init(shared + EMPTY_AT + 8 * s, CONSUMERS / 32);
+        }
+        if (CUT > 1) {
+            mbarrier_init(shared + COME_AT, 1), mbarrier_init(shared + READY_AT, SHARES);
+            mbarrier_arrive_expect_tx(shared + COME_AT, PARTS);
+        }
         fence_mbarrier_init();
     }
     __syncthreads();
-    if (order != BEFORE_REST) griddepcontrol_launch_dependents();
+    if (CUT > 1) cluster_arrive_relaxed();  // its barriers are there
 
     const int m = (int)m_, n = (int)n_;
     const Problem p = {m, n, (int)stages, (int)first_strip, (int)last_strip, (int)end};
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
-    if (warpgroup == WARPGROUPS) {
+    const Operands operands(p, x, values, index, shared);
+    if (!SELF && warpgroup == WARPGROUPS) {
         if (UNEQUAL) setmaxnreg_dec<PRODUCER_REGISTERS>();
-        if (threadIdx.x % 128 == 0) load(p, begin, (Order)order, shared, x, values, index);
-        __syncwarp();
-        if (CUT > 1) cluster_sync(), cluster_sync();  // as the consumers do
+        if (threadIdx.x % 128 == 0) load(p, begin, (Order)order, operands);
         return;
     }
 
@@ -200,34 +235,58 @@ extern "C" __global__ void
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, g = lane / 4;
     const u32 table = shared + TABLE_AT;
     if (WINDOWS) {
-        IndexT::fill(table, threadIdx.x, 128 * WARPGROUPS);
-        threads_sync<128 * WARPGROUPS>(1 + WARPGROUPS);
+        IndexT::fill(table, threadIdx.x, CONSUMERS);
+        threads_sync<CONSUMERS>(1 + WARPGROUPS);
     }
     if (order != REST) griddepcontrol_wait();
     const bool aligned = ((u64)y | (u64)(y_pitch * sizeof(RowsT::Out))) % 16 == 0;
-    u8* const staging = ((Shared*)raw)->staging[warpgroup][0];
+    u8* const staging = raw + STAGING_AT + warpgroup * STAGING_BYTES;
     const u32 my_values = VALUES_AT + warpgroup * VALUE_BYTES;
     IndexT index_of(table, INDEX_AT + warpgroup * INDEX_BYTES, thread);
     int slot = 0, oldest = 0;  // of the stages that are not released
     u32 parity = 0;
-    auto release = [&] {
-        if (lane == 0) mbarrier_arrive(shared + EMPTY_AT + 8 * oldest);
+
+    Piece piece(p, begin), after = piece;  // this tile, and the next
+    if (SELF) {
+        griddepcontrol_launch_dependents();
+        if (threadIdx.x == 0)
+            for (int s = 0; s < STAGES; s++) operands.weights(piece, s, s), operands.activations(piece, s, s);
+        __syncwarp();
+    }
+    // This warp has read the oldest stage, number `stage` of the tile.
+    auto release = [&](int stage) {
+        const u32 empty = shared + EMPTY_AT + 8 * oldest;
+        if (SELF) {
+            if (lane == 0 && atom_inc_shared(empty, CONSUMERS / 32 - 1) == CONSUMERS / 32 - 1) {
+                const int next = stage + STAGES;
+                if (next < p.stages) operands.weights(piece, next, oldest), operands.activations(piece, next, oldest);
+                else if (after.tile < p.end)
+                    operands.weights(after, next - p.stages, oldest), operands.activations(after, next - p.stages, oldest);
+            }
+            __syncwarp();
+        } else if (lane == 0) mbarrier_arrive(empty);
         oldest = oldest + 1 == STAGES ? 0 : oldest + 1;
     };
 
-    Piece piece(p, begin);
 #pragma unroll 1
     while (piece.tile < p.end) {
         const int m0 = piece.tile_m * TOKENS, n0 = (piece.strip + warpgroup) * 64;
+        if (CUT == 1) after.next(p);
 
-        // what the epilogue needs, asked for now
-        TokenScales<TOKENS> token;
-        float channel[2] = {1, 1};
-        if (!WIDE) {
-            if (CUT == 1) token.load(scale_x, m0, m, lane);
+        // what the epilogue needs, asked for now unless registers are short
+        const int share = CUT == 1 ? 0 : cluster_rank() * SHARE;  // the first of the tokens that this block adds up and writes
+        TokenScales<PORTION> token;
+        float channel[2] = {1, 1}, offset[2] = {};
+        auto ask = [&] {
+            if (!WIDE) token.load(scale_x, m0 + share, m, lane);
 #pragma unroll
-            for (int h = 0; h < 2; h++) channel[h] = scale_w[min(n0 + 16 * warp + g + 8 * h, n - 1)];
-        }
+            for (int h = 0; h < 2; h++) {
+                const int output = min(n0 + 16 * warp + g + 8 * h, n - 1);
+                if (!WIDE) channel[h] = scale_w[output];
+                if (bias) offset[h] = load_float(bias, output, bias_type);
+            }
+        };
+        if (!SELF) ask();
 
         Accumulator acc[CHAINS][TOKENS / 2];
         if (!FRESH)
@@ -241,8 +300,8 @@ extern "C" __global__ void
             u32 stage[BATCH];
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
-                stage[j] = shared + slot * (u32)sizeof(StageT);
-                mbarrier_wait(shared + FULL_AT + 8 * slot, parity);
+                stage[j] = shared + slot * STAGE_BYTES;
+                mbarrier_wait(operands.full(slot), parity);
                 index_of.read(stage[j], index[j]);
                 if (++slot == STAGES) slot = 0, parity ^= 1;
             }
@@ -257,7 +316,7 @@ extern "C" __global__ void
             wgmma_wait_group<1>();  // those before are read
             if (s > first)
 #pragma unroll
-                for (int j = 0; j < BATCH; j++) release();
+                for (int j = 0; j < BATCH; j++) release(s - 1);
         };
 #pragma unroll 1
         while (true) {
@@ -266,63 +325,72 @@ extern "C" __global__ void
             step(e[1]);
             if (++s == last) break;
         }
-        if (CUT == 1) piece.next(p);
         wgmma_wait_group<0>();
 #pragma unroll
-        for (int j = 0; j < BATCH; j++) release();
+        for (int j = 0; j < BATCH; j++) release(last - 1);
+        if (SELF) ask();
 #pragma unroll
         for (int c = 1; c < CHAINS; c++)
 #pragma unroll
             for (int v = 0; v < TOKENS / 2; v++) acc[0][v] += acc[c][v];
 
         // scales, bias, rounding, and out
-        auto finish = [&](const auto& total, const auto& token, int m0) {
-            constexpr int COUNT = sizeof(total) / sizeof(Accumulator) * 2;  // tokens
-            float offset[2] = {};
-            if (bias)
-#pragma unroll
-                for (int h = 0; h < 2; h++) offset[h] = load_float(bias, min(n0 + 16 * warp + g + 8 * h, n - 1), bias_type);
+        auto finish = [&](const Accumulator (&total)[PORTION / 2], int m0) {
             auto write = [&](auto biased, auto whole) {
-                write_rows<OUT, COUNT, !WIDE, decltype(biased)::value, decltype(whole)::value>(
+                write_rows<OUT, PORTION, SELF, !WIDE, decltype(biased)::value, decltype(whole)::value>(
                     total, token, channel, offset, y, y_pitch, aligned, m0, n0, m, n, staging, thread, 1 + warpgroup);
             };
-            const bool whole = aligned && m0 + COUNT <= m && n0 + 64 <= n;
+            const bool whole = aligned && m0 + PORTION <= m && n0 + 64 <= n;
             if (bias) whole ? write(Flag<true>(), Flag<true>()) : write(Flag<true>(), Flag<false>());
             else whole ? write(Flag<false>(), Flag<true>()) : write(Flag<false>(), Flag<false>());
         };
-        if constexpr (CUT == 1) finish(acc[0], token, m0);
-        else {
-            // Parts, 16 bytes of a thread at [warpgroup][group of tokens][thread], take the place of the stages, once those are read.
-            threads_sync<128 * WARPGROUPS>(1 + WARPGROUPS);
-            constexpr u32 GROUP = 128 * 16;
-            const u32 mine = shared + warpgroup * (TOKENS / 8 * GROUP) + thread * 16;
+        if constexpr (CUT == 1) {
 #pragma unroll
-            for (int v = 0; v < TOKENS / 2; v += 4)
-                st_shared(mine + v / 4 * GROUP, as_bits(acc[0][v]), as_bits(acc[0][v + 1]), as_bits(acc[0][v + 2]), as_bits(acc[0][v + 3]));
-            cluster_sync();
-            const u32 rank = cluster_rank();
-            if (rank >= SHARES) cluster_arrive();
-            else
+            for (int at = 0; at < TOKENS; at += PORTION) {
+                TokenScales<PORTION> later;
+                if (!WIDE && at + PORTION < TOKENS) later.load(scale_x, m0 + at + PORTION, m, lane);
+                finish((const Accumulator (&)[PORTION / 2])acc[0][at / 2], m0 + at);
+                if (!WIDE && at + PORTION < TOKENS) token = later;
+            }
+            piece = after;
+        } else {
+            // Parts go to the blocks that add them up: 16 bytes of a thread at [from][warpgroup][group of tokens][thread]. Stores that
+            // count on the receiver's barrier; cluster barriers would wait for all memory, behind what the next kernel reads ahead.
+            constexpr u32 GROUP = 128 * 16, FROM = WARPGROUPS * (SHARE / 8) * GROUP;
+            const u32 rank = cluster_rank(), parts = shared + PARTS_AT + warpgroup * (SHARE / 8) * GROUP + thread * 16;
+            cluster_wait();  // all blocks have started
+            if (!APART) {
+                threads_sync<CONSUMERS>(1 + WARPGROUPS);
+                if (rank < SHARES && threadIdx.x < CUT) mbarrier_arrive_cluster(mapa(shared + READY_AT, threadIdx.x));
+                mbarrier_wait(shared + READY_AT, 0);
+            }
+#pragma unroll
+            for (u32 to = 0; to < SHARES; to++) {
+                const u32 there = mapa(parts, to) + rank * FROM, come = mapa(shared + COME_AT, to);
+#pragma unroll
+                for (int v = to * SHARE / 2; v < (to + 1) * SHARE / 2; v += 4)
+                    st_async(there + (v - to * SHARE / 2) / 4 * GROUP, come, as_bits(acc[0][v]), as_bits(acc[0][v + 1]),
+                             as_bits(acc[0][v + 2]), as_bits(acc[0][v + 3]));
+            }
+            if (rank < SHARES) {
+                mbarrier_wait(shared + COME_AT, 0);
 #pragma unroll 1
-                for (int at = rank * SHARE, end = at + SHARE; at < end; at += PORTION) {
-                    TokenScales<PORTION> token;
-                    if (!WIDE) token.load(scale_x, m0 + at, m, lane);
+                for (int at = 0; at < SHARE; at += PORTION) {
+                    if (!WIDE && at > 0) token.load(scale_x, m0 + share + at, m, lane);
                     Accumulator sum[PORTION / 2];
 #pragma unroll
                     for (u32 r = 0; r < CUT; r++) {
-                        const u32 part = mapa(mine, r) + at / 8 * GROUP;
 #pragma unroll
                         for (int v = 0; v < PORTION / 2; v += 4) {
-                            const uint4 add = ld_shared_cluster(part + v / 4 * GROUP);
+                            const uint4 add = ld_shared4(parts + r * FROM + (at / 8 + v / 4) * GROUP);
                             const u32 bits[4] = {add.x, add.y, add.z, add.w};
 #pragma unroll
                             for (int c = 0; c < 4; c++) sum[v + c] = r == 0 ? from_bits(bits[c]) : sum[v + c] + from_bits(bits[c]);
                         }
                     }
-                    if (at + PORTION == end) cluster_arrive();  // has read what it needs: before y is written, which would take a while
-                    finish(sum, token, m0 + at);
+                    finish(sum, m0 + share + at);
                 }
-            cluster_wait();  // nobody reads this block's part any more
+            }
             break;
         }
     }

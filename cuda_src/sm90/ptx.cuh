@@ -43,6 +43,19 @@ INLINE uint2 ld_shared2(u32 address) {
     return v;
 }
 
+INLINE uint4 ld_shared4(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    return v;
+}
+
+// ---- "atom": the old value; one more, or 0 after `last`
+INLINE u32 atom_inc_shared(u32 address, u32 last) {
+    u32 v;
+    asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;" : "=r"(v) : "r"(address), "r"(last) : "memory");
+    return v;
+}
+
 // ---- "Data Movement: stmatrix": four 8 x 8 matrices of 16-bit elements, transposed; lane l gives the row of matrix l / 8 -------
 INLINE void stmatrix_x4_trans(u32 to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
@@ -56,22 +69,22 @@ INLINE void stmatrix_x2_trans(u32 to, u32 a, u32 b) {
 template <int COUNT> INLINE void threads_sync(int id) { asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(COUNT) : "memory"); }
 INLINE void warpgroup_sync(int id) { threads_sync<128>(id); }
 
-// ---- "mapa", "ld.shared::cluster": the same place in the shared memory of another block of this cluster -----------------------
+// ---- "mapa": the same place in the shared memory of another block of this cluster; "st.async": 16 bytes there, counted by a barrier there
 INLINE u32 mapa(u32 address, u32 rank) {
     u32 there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
 }
-
-// ---- "barrier.cluster": all threads of all blocks of a cluster; not .aligned, since warps may come diverged from an epilogue -----
-INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-INLINE void cluster_sync() { cluster_arrive(), cluster_wait(); }
-INLINE uint4 ld_shared_cluster(u32 address) {
-    uint4 v;
-    asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-    return v;
+INLINE void st_async(u32 to, u32 b, u32 x, u32 y, u32 z, u32 w) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];"
+                 ::"r"(to), "r"(x), "r"(y), "r"(z), "r"(w), "r"(b) : "memory");
 }
+// A barrier of another block. Not .release.cluster, which waits for all memory: nothing but reads, which are done, comes before.
+INLINE void mbarrier_arrive_cluster(u32 b) { asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(b) : "memory"); }
+
+// ---- "barrier.cluster": all threads of all blocks of a cluster; relaxed: orders nothing but what fence_mbarrier_init does ----------
+INLINE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 INLINE u32 cluster_rank() {
     u32 r;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));

@@ -37,6 +37,8 @@ SHARED_MEMORY = 232448
 """Bytes that a thread block may have. CUDA C++ Programming Guide, "Compute Capabilities"."""
 
 MOST_STAGES = 24
+PARTS_APART = 16384
+"""Up to so many bytes of parts of a cluster have memory of their own."""
 
 FLOAT8_ERROR = 2.0**-10
 """Error of one float8 instruction (64 slid columns), relative to the sum of magnitudes: its accumulator keeps 13 bits of
@@ -75,40 +77,51 @@ class Tile:
         """Outputs of a thread block."""
         return 64 * self.warpgroups
 
+    @property
+    def loads_itself(self) -> bool:
+        """Whether accumulators leave no registers for a producer."""
+        return self.warpgroups == 3
+
     def __str__(self) -> str:
         return f"{self.tokens} tokens x {self.n} outputs"
 
 
 TILES = (
+    Tile(256, 3, 565, 4200, ()),
     Tile(256, 2, 422, 665, (2, 3, 4)),
-    Tile(192, 2, 256, 837, (2, 3)),
+    Tile(192, 2, 256, 1600, (2, 3)),
     Tile(160, 2, 194, 1215, (2,)),
-    Tile(128, 2, 193, 930, (2, 3, 4, 8)),
-    Tile(128, 1, 203, 235, (2,)),
-    Tile(96, 2, 103, 941, (2,)),
-    Tile(96, 1, 161, 0, (2,)),
-    Tile(64, 2, 218, 1612, (2, 3, 4, 8)),
-    Tile(64, 1, 154, 0, (2,)),
-    Tile(32, 2, 174, 1601, (2, 4, 8)),
-    Tile(32, 1, 112, 26, (2,)),
-    Tile(16, 2, 155, 1320, (2, 4, 8)),
-    Tile(16, 1, 89, 456, (2,)),
-    Tile(8, 2, 157, 925, (2, 4, 8)),
-    Tile(8, 1, 91, 20, (2,)),
+    Tile(128, 2, 141, 2824, (2, 3, 4, 8)),
+    Tile(128, 1, 215, 531, (2,)),
+    Tile(96, 2, 120, 1776, (2,)),
+    Tile(96, 1, 145, 0, (2,)),
+    Tile(64, 2, 162, 1291, (2, 3, 4, 8)),
+    Tile(64, 1, 180, 0, (2,)),
+    Tile(32, 2, 193, 1136, (2, 4, 8)),
+    Tile(32, 1, 86, 1098, (2,)),
+    Tile(16, 2, 138, 0, (2, 4, 8)),
+    Tile(16, 1, 18, 1806, (2,)),
+    Tile(8, 2, 147, 0, (2, 4, 8)),
+    Tile(8, 1, 90, 0, (2,)),
 )
-LAUNCH_NS = 3200
+LAUNCH_NS = 838
 """What a product takes beside its work."""
-CUT_NS, CUT_NS_A_TOKEN = 1000, 12.0
+CUT_NS_A_BLOCK, CUT_NS_A_TOKEN = 136, 24.0
 """What adding up in a cluster adds."""
+RING_NS = 750
+"""How long a stage takes to come: a ring of s stages feeds one in so long / s at best."""
 CLUSTERS_FIT = 0.9
 """Of the multiprocessors, how many clusters of three and more blocks find free: a cluster keeps to one group of them."""
-READ_BYTES_A_NS = 3340
+READ_BYTES_A_NS = 3230
 """What the memory gives: fitted, too."""
-OVERLAP = 0.12
+OVERLAP = 0.29
 """Of the shorter of computing and reading, how much shows."""
 CODED_TOKENS = 64
 """Tiles of up to so many tokens read codes: they wait for memory, larger ones for the tensor cores, whose shared memory
 decoding would take (docs/hopper.md)."""
+LONG_TOKENS, CAPPED = 8192, 1.08
+"""From so many tokens on, products take long enough for the board's power limit to decide, and tiles that copy more for an
+operation are slower by so much."""
 MIXED_ROUNDS = 4
 """Whole rounds after which the shape of the rest's tiles matters no more."""
 ALONE, BEFORE_REST, REST = 0, 1, 2
@@ -154,19 +167,28 @@ class Config:
 
     @property
     def threads(self) -> int:
-        """Consumers, and a producer: a warp, or a warpgroup if it must give registers away."""
-        return 128 * self.tile.warpgroups + (128 if self.tile.tokens > 128 else 32)
+        """Consumers, and a producer: a warp, or a warpgroup if it must give registers away; or none."""
+        consumers = 128 * self.tile.warpgroups
+        if self.tile.loads_itself:
+            return consumers
+        return consumers + (128 if self.tile.tokens > 128 else 32)
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: stages, rows on their way to y, barriers, nibbles of codes (smem.cuh)."""
+        """Dynamic shared memory: stages, rows on their way to y, barriers, nibbles of codes, parts of a cluster (gemm.cu)."""
         used = self.stages * (stage_bytes(self.tile, self.dtype, self.windows > 0) + 16)
-        used += staging_bytes(self.tile, self.out, self.cut) + table_bytes(self.windows)
+        used += staging_bytes(self.tile, self.out, self.cut) + table_bytes(self.windows) + parts_bytes(self.tile, self.cut)
         return -(-used // 1024) * 1024
 
     def tiles(self, m: int) -> int:
         """All tiles of m tokens and the strips."""
         return -(-m // self.tile.tokens) * -(-(self.strips[1] - self.strips[0]) // self.tile.warpgroups)
+
+    def possible(self, along_k: int) -> bool:
+        """Whether so many stages are enough: a step for every block of a cluster; what loads itself fills its ring at once."""
+        if self.tile.loads_itself:
+            return along_k >= self.stages and self.strips[1] - self.strips[0] >= self.tile.warpgroups
+        return along_k >= 2 * self.cut
 
     def grid(self) -> tuple[int, int, int]:
         return self.blocks, 1, 1
@@ -198,12 +220,17 @@ def stage_bytes(tile: Tile, dtype: DType, codes: bool) -> int:
     return -(-(tile.tokens * STAGE + tile.warpgroups * (VALUE_BYTES + index_bytes(dtype, codes))) // 1024) * 1024
 
 
+def _share(tile: Tile, cut: int) -> int:
+    """Tokens that a block of a cluster adds up: as many blocks share them out as a power of two allows."""
+    return tile.tokens // min(1 << cut.bit_length() - 1, tile.tokens // 8)
+
+
 def staging_bytes(tile: Tile, out: str, cut: int) -> int:
     """Shared memory of rows on their way to y: two chunks of tokens a warpgroup (epilogue.cuh)."""
     size = 4 if out == "float32" else 2
     portion = tile.tokens
-    if cut > 1:  # blocks of a cluster share out the tokens, as many as a power of two allows
-        portion //= min(1 << cut.bit_length() - 1, tile.tokens // 8)
+    if cut > 1:
+        portion = _share(tile, cut)
         portion //= 2 if portion > 64 else 1
     chunk = 32 if portion % 32 == 0 and size == 2 else 16 if portion % 16 == 0 else 8
     return 2 * tile.warpgroups * chunk * 64 * size
@@ -214,9 +241,18 @@ def table_bytes(windows: int) -> int:
     return 2 * (2 * windows + 2) * (2 * windows + 1) if windows else 0
 
 
+def parts_bytes(tile: Tile, cut: int) -> int:
+    """Shared memory of a cluster's barriers, and of the parts that a block adds up, unless they take the place of stages."""
+    if cut == 1:
+        return 0
+    parts = 4 * cut * _share(tile, cut) * tile.n
+    return 32 + (parts if parts <= PARTS_APART else 0)
+
+
 def _stages_that_fit(config: Config) -> int:
     room = (SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
     room -= staging_bytes(config.tile, config.out, config.cut) + table_bytes(config.windows)
+    room -= parts_bytes(config.tile, config.cut)
     return room // (stage_bytes(config.tile, config.dtype, config.windows > 0) + 16)
 
 
@@ -232,7 +268,7 @@ def residents(tile: Tile, cut: int) -> tuple[int, ...]:
     """How many thread blocks a multiprocessor may be shared by."""
     if tile.warpgroups == 1 or (tile.tokens <= 32 and cut > 1):
         return (2,)
-    return (1, 2) if tile.tokens <= 64 else (1,)
+    return (1, 2) if tile.tokens <= 32 else (1,)
 
 
 def candidates(pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
@@ -274,7 +310,7 @@ class Problem:
     def at_once(self, config: Config, tiles: int) -> bool:
         """Whether all blocks of a cut kernel that computes so many tiles are at work together."""
         fit = CLUSTERS_FIT if config.cut > 2 else 1
-        return self.along_k >= 2 * config.cut and tiles * config.cut <= self.sms * config.resident * fit
+        return config.possible(self.along_k) and tiles * config.cut <= self.sms * config.resident * fit
 
 
 def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
@@ -283,6 +319,8 @@ def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
     Whole tiles; k cut; whole rounds of tiles, and the rest with k cut, or in tiles of fewer tokens.
     """
     m, sms = problem.m, problem.sms
+    if not problem.configured(tile, 1, 1).possible(problem.along_k):
+        return
     for cut in tile.cuts:
         for resident in residents(tile, cut):
             parted = problem.configured(tile, cut, resident)
@@ -325,10 +363,13 @@ def cost(launches: tuple[Config, ...], problem: Problem) -> float:
     for config in launches:
         tile, together = config.tile, min(config.resident, max(1.0, config.blocks / problem.sms))  # blocks a processor
         rounds = -(-(config.end - config.begin) * config.cut // config.blocks)
-        each = -(-problem.along_k // config.cut) * tile.stage_ns * together + tile.tile_ns
+        stage = max(tile.stage_ns * together, RING_NS / config.stages)
+        if problem.m >= LONG_TOKENS and not tile.loads_itself:
+            stage *= CAPPED
+        each = -(-problem.along_k // config.cut) * stage + tile.tile_ns
         compute += rounds * each
         if config.cut > 1:
-            compute += CUT_NS + CUT_NS_A_TOKEN * tile.tokens
+            compute += CUT_NS_A_BLOCK * config.cut + CUT_NS_A_TOKEN * tile.tokens
         strip = VALUE_BYTES + index_bytes(config.dtype, config.windows > 0)
         read += (config.end - config.begin) * problem.along_k * tile.warpgroups * strip / READ_BYTES_A_NS
     return LAUNCH_NS + max(compute, read) + OVERLAP * min(compute, read)

@@ -155,7 +155,7 @@ class Plan:
         weight, m, n = self.weight, self.m, self.weight.packed.n
         pattern, dtype = weight.packed.pattern, weight.packed.dtype
         if isinstance(config, sm90.Config):
-            if sm90.stages(weight.pattern, weight.k, dtype) < 2 * config.cut:  # a block without a step would never end
+            if not config.possible(sm90.stages(weight.pattern, weight.k, dtype)):
                 raise AssertionError(config)
             grid, parameters = config.grid(), 17
             programmatic = m <= PROGRAMMATIC_TOKENS or config.order == sm90.REST

@@ -213,6 +213,8 @@ def shared_out(config, m, n, stages, sms):
         return [(config,)]
     config = replace(config, strips=(0, -(-n // 64)))
     tiles = config.tiles(m)
+    if config.tile.loads_itself and stages < config.stages:
+        return []
     if config.cut > 1:
         return [(replace(config, end=tiles, blocks=tiles * config.cut),)] if stages >= 2 * config.cut else []
     return [(replace(config, end=tiles, blocks=blocks),) for blocks in dict.fromkeys((min(tiles, sms), min(tiles, 5), tiles))]
