@@ -14,6 +14,7 @@ import bench_device
 import numpy as np
 import pytest
 from bench_device import call
+from lacking import LACKS, assert_refused, take_away
 
 import slidesparse_nb as ss
 from tools.benchmark import gpu, ours, run, selection
@@ -33,28 +34,10 @@ SMALL = ("--shape", "70,96", "--shape", "33,40", "-m", "1,40", "--pattern", "6:8
 # ---- machines that lack things ---------------------------------------------------------------------------------------
 
 
-def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    done = call("--quick")
-    assert done.exit_code == 5
-    assert done.stderr.startswith("error: bench: times GPU kernels and needs CuPy, which cannot be imported")
-    assert done.stderr.count("\n") == 1
-    assert not done.stdout
-
-
-@pytest.mark.parametrize("reason", ["raises", "none"])
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
-    def count() -> int:
-        if reason == "raises":
-            raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
-        return 0
-
-    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=count)))
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    done = call("--quick")
-    assert done.exit_code == 5
-    assert done.stderr.startswith("error: bench: needs an NVIDIA GPU, and none can be used (")
-    assert done.stderr.count("\n") == 1
+@pytest.mark.parametrize("part", LACKS)
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    take_away(part, monkeypatch)
+    assert_refused(call("--quick"), "bench", part)
 
 
 def test_without_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
