@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from lacking import LACKS, assert_refused, take_away
-from test_device_matmul import BF16, array, close, gpu, ops, wanted, weight
+from numpy_gpu import BF16, array, close, gpu, ops, wanted, weight
 
 import slidesparse_nb as ss
 from slidesparse_nb import tuning
@@ -27,7 +27,7 @@ from slidesparse_nb.errors import OperandError, UnsupportedError
 from slidesparse_nb.pattern import Pattern
 from tools.cli import main
 
-__all__ = ["gpu"]  # the fixture: CuPy, played by NumPy
+__all__ = ["gpu"]  # the fixture
 
 P = Pattern(6, 8)
 HOPPER: Any = (sm90, (9, 0), 132, "NVIDIA H200")

@@ -1,0 +1,358 @@
+"""A GPU for tests of host code: CuPy is played by NumPy, and launches by the twins of their kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slidesparse_nb import reference
+from slidesparse_nb.arch import sm90
+from slidesparse_nb.dtypes import BFLOAT16, CUDA_CODES, FLOAT16, DType, packed_dtype
+from slidesparse_nb.packed import PackedWeight
+from slidesparse_nb.pattern import Pattern
+
+pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
+
+P = Pattern(6, 8)
+BF16, F16, F32 = BFLOAT16.numpy, FLOAT16.numpy, np.dtype(np.float32)
+NAMED = {code: name for name, code in CUDA_CODES.items()}
+FLOATS = {"float32": F32, "float16": F16, "bfloat16": BF16}
+
+
+# ---- CuPy, played by NumPy -------------------------------------------------------------------------------------------
+
+
+class Array(np.ndarray):
+    """What cupy.ndarray is to the code under test."""
+
+    __module__ = "cupy"
+
+    @property
+    def data(self) -> Any:  # type: ignore[override]
+        return SimpleNamespace(ptr=self.ctypes.data, device_id=0)
+
+
+def array(a: Any, dtype: Any = None) -> Any:
+    """A copy on "the GPU", 16-byte aligned."""
+    a = np.asarray(a, dtype)
+    out = empty(a.shape, a.dtype)
+    out[...] = a
+    return out
+
+
+def empty(shape: Any, dtype: Any = np.float32) -> Any:
+    dtype = np.dtype(dtype)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.full(size + 512, 0xA5, np.uint8)
+    start = -memory.ctypes.data % 512
+    return memory[start : start + size].view(dtype).reshape(shape).view(Array)
+
+
+def at(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Any:
+    """Memory at an address."""
+    dtype = np.dtype(dtype)
+    if not np.prod(shape):
+        return np.zeros(shape, dtype)
+    strides = strides or np.empty(shape, np.void(dtype.itemsize).dtype).strides
+    low = sum(min(0, (n - 1) * s) for n, s in zip(shape, strides, strict=True))
+    high = sum(max(0, (n - 1) * s) for n, s in zip(shape, strides, strict=True)) + dtype.itemsize
+    raw = np.frombuffer((ctypes.c_char * (high - low)).from_address(address + low), np.uint8)
+    return np.ndarray(shape, dtype, raw, -low, strides)
+
+
+class OfNumPy(type):
+    """isinstance(a, NotOnGpu): a NumPy array, and none that plays CuPy's."""
+
+    def __instancecheck__(cls, a: object) -> bool:
+        return isinstance(a, np.ndarray) and not isinstance(a, Array)
+
+
+class NotOnGpu(metaclass=OfNumPy):
+    pass
+
+
+class NumPy:
+    """NumPy as ops.py sees it here."""
+
+    ndarray = NotOnGpu
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+class Gpu:
+    """Launches, and memory that was taken."""
+
+    def __init__(self) -> None:
+        self.launched: list[str] = []
+        self.allocated = 0
+        self.streams = [7]
+
+    def allocate(self, size: int) -> Any:
+        self.allocated += 1
+        memory = empty(size, np.uint8)
+        return SimpleNamespace(ptr=memory.ctypes.data, memory=memory)
+
+    def module(self) -> Any:
+        cupy: Any = ModuleType("cupy")
+
+        class Stream:
+            def __init__(self, ptr: int) -> None:
+                self.ptr = ptr
+
+            def __enter__(self) -> None:
+                gpu.streams.append(self.ptr)
+
+            def __exit__(self, *_: object) -> None:
+                gpu.streams.pop()
+
+            def synchronize(self) -> None:
+                pass
+
+        gpu = self
+
+        def counted(shape: Any, dtype: Any = np.float32) -> Any:
+            gpu.allocated += 1
+            return empty(shape, dtype)
+
+        def zeros(shape: Any, dtype: Any = np.float32) -> Any:
+            out = counted(shape, dtype)
+            out.view(np.uint8)[...] = 0
+            return out
+
+        cupy.ndarray, cupy.empty, cupy.zeros = Array, counted, zeros
+        cupy.asarray = lambda a, dtype=None: a if isinstance(a, Array) else array(a, dtype)
+
+        def numpys(name: str) -> Any:
+            """A function of NumPy's whose results are "on the GPU"."""
+
+            def function(*arguments: Any, **options: Any) -> Any:
+                result = getattr(np, name)(*arguments, **options)
+                return array(result) if isinstance(result, np.ndarray) else result
+
+            return function
+
+        for name in ("ascontiguousarray", "full", "concatenate", "stack", "where", "arange"):
+            setattr(cupy, name, numpys(name))
+        cupy.from_dlpack = None
+        runtime = SimpleNamespace(
+            getDevice=lambda: 0,
+            getDeviceProperties=lambda _: {
+                "major": 9,
+                "minor": 0,
+                "multiProcessorCount": 132,
+                "name": b"NumPy in CuPy's place",
+            },
+        )
+        cupy.cuda = SimpleNamespace(
+            runtime=runtime,
+            Stream=Stream,
+            ExternalStream=Stream,
+            get_current_stream=lambda: Stream(gpu.streams[-1]),
+            alloc=gpu.allocate,
+        )
+        cupy.cuda.Device = type(
+            "Device",
+            (contextlib.nullcontext,),
+            {"compute_capability": "90", "__init__": lambda self, _=0: contextlib.nullcontext.__init__(self)},
+        )
+        return cupy
+
+
+class Activations:
+    """The kernel of a variant of activation_kernels.py."""
+
+    def __init__(self, gpu: Gpu, kernel: Any) -> None:
+        self.gpu, self.kernel = gpu, kernel
+        words = kernel.name.split("_")
+        self.any = words[1] == "any"
+        rest = kernel.name.split("_", 2)[2]
+        names = [*FLOATS, "int8", "float8_e4m3fn"]
+        self.source = next(n for n in names if rest.startswith(n))
+        rest = rest[len(self.source) + 1 :]
+        self.stored = packed_dtype(next(n for n in names if rest.startswith(n)))
+        form = rest[len(self.stored.name) + 1 :]
+        self.image = "image" in form
+
+    def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
+        assert programmatic
+        assert stream == self.gpu.streams[-1]
+        x, out, scale, m, ld, *rest = arguments
+        assert grid == ((m + 7) // 8 * 8 if self.image else m, 1, 1)
+        held = FLOATS.get(self.source, self.stored.numpy)
+        if self.any:
+            stride, k, pitch, _ = rest
+            strides, row_bytes = (ld * held.itemsize, stride * held.itemsize), 4 * pitch
+        else:
+            filled, _, pitch, *_ = rest
+            k, strides = filled * 16 // held.itemsize, (16 * ld, held.itemsize)
+            row_bytes = pitch * 16 * self.stored.bits // 8 // held.itemsize
+        values = at(x, (m, k), held, strides)
+        made = None
+        with np.errstate(invalid="ignore", over="ignore"):
+            if self.source != self.stored.name:
+                if self.stored.qmax is None:
+                    values = values.astype(self.stored.numpy)
+                else:
+                    values, made = reference.quantize(values, self.stored)
+        if made is not None:
+            at(scale, (m, 1), F32)[...] = made
+        if self.image:
+            picture = sm90.image(values, P)
+            assert pitch == 64 * ((m + 7) // 8)
+            at(out, picture.shape, np.uint8)[...] = picture
+        else:
+            rows = at(out, (m, row_bytes), np.uint8)
+            rows[...] = 0
+            rows[:, :k] = values.view(np.uint8)
+        self.gpu.launched.append(f"{'image' if self.image else 'rows'} {self.source} {self.stored}")
+
+
+class Rows:
+    """common/rows.cu."""
+
+    def __init__(self, gpu: Gpu, held_as: str, stored: str) -> None:
+        self.gpu, self.stored = gpu, packed_dtype(stored)
+        self.held = FLOATS.get(held_as, self.stored.numpy)
+
+    def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
+        assert not programmatic
+        assert min(grid) > 0
+        x, row_step, step, k, out, columns = arguments
+        size = self.held.itemsize
+        rows = at(out, (grid[0], columns), self.stored.numpy)
+        rows[...] = 0
+        rows[:, :k] = at(x, (grid[0], k), self.held, (row_step * size, step * size)).astype(self.stored.numpy)
+        self.gpu.launched.append(f"copy {self.held} {self.stored}")
+
+
+class Gemm:
+    """sm90/gemm.cu or sm80/gemm.cu: operands back to values, then the exact product."""
+
+    def __init__(self, gpu: Gpu, plan: Any, config: Any) -> None:
+        self.gpu, self.plan, self.config = gpu, plan, config
+        self.weight: PackedWeight = plan.weight.packed
+
+    def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
+        assert stream == self.gpu.streams[-1]
+        weight, plan = self.weight, self.plan
+        dtype, k = weight.dtype, weight.k
+        if plan.image:
+            operand, *rest = arguments
+        else:
+            operand, pitch, x_bytes, *rest = arguments
+            assert x_bytes == k * dtype.bits // 8
+        arranged, scale_x, scale_w, bias, bias_type, y, y_pitch, m, n, *own = rest
+        assert arranged == plan.weight.operand
+        assert (m, n) == (plan.m, weight.n)
+        if plan.image:
+            index, count, *mine = own
+            assert index == plan.weight.index(self.config.windows > 0)
+            assert mine == [*self.config.strips, self.config.begin, self.config.end, self.config.order]
+            made = at(operand, (count, (m + 7) // 8, 8, 128), np.uint8)
+            q = sm90.image_rows(made, m, k, P, dtype).view(dtype.numpy)
+        else:
+            assert operand % 16 == pitch % 16 == 0
+            q = at(operand, (m, k), dtype.numpy, (pitch, dtype.bits // 8))
+            _, parts, counters = own
+        if plan.part_bytes:
+            at(parts, (plan.part_bytes,), np.uint8)[...] = 0x77
+            assert not at(counters, (self.config.counters(m, n),), np.uint32).any()
+        with np.errstate(invalid="ignore", over="ignore"):
+            acc = q.astype(np.float64) @ reference.unpack(weight).astype(np.float64).T
+            value = acc.astype(np.float32)
+            if dtype.qmax is not None:
+                value = value * at(scale_x, (m, 1), F32) * at(scale_w, (n,), F32)
+            if bias:
+                value = value + at(bias, (n,), FLOATS[NAMED[bias_type]]).astype(np.float32)
+            out = FLOATS[plan.out]
+            at(y, (m, n), out, (y_pitch * out.itemsize, out.itemsize))[...] = value.astype(out)
+        self.gpu.launched.append("gemm")
+
+
+@pytest.fixture(params=["own", "portable"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The device modules, imported afresh over a CuPy of NumPy arrays."""
+    monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(request.param == "portable")))
+    made = Gpu()
+    cupy = made.module()
+    names = [name for name in sys.modules if name.startswith("slidesparse_nb.device")]
+    kept = {name: sys.modules.pop(name) for name in names}
+    parent = importlib.import_module("slidesparse_nb")
+    before = parent.__dict__.get("device")
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    try:
+        gemm: Any = importlib.import_module("slidesparse_nb.device.gemm")
+        plans: Any = importlib.import_module("slidesparse_nb.device.plans")
+        kernels: Any = importlib.import_module("slidesparse_nb.device.numba_kernel")
+        built = SimpleNamespace(folder=sys.prefix, registers=1)
+        raw = SimpleNamespace(kernel=SimpleNamespace(ptr=1), max_dynamic_shared_size_bytes=0)
+        plans.jit = SimpleNamespace(
+            architecture=plans.jit.architecture,
+            build=lambda *_: built,
+            load=lambda *_: raw,
+            device_compiler=lambda: None,
+        )
+        plans.Launcher = lambda function, parameters: SimpleNamespace(parameters=parameters)
+        plans._rows_kernel = lambda ordinal, held_as, stored, lift: Rows(made, held_as, stored)
+        kernels.Kernel.on = lambda kernel, device, shared=0: Activations(made, kernel)
+        new_plan = plans.Plan.__init__
+
+        def init(plan: Any, *arguments: Any) -> None:
+            new_plan(plan, *arguments)
+            plan.launches = tuple(
+                dataclasses.replace(launch, run=checked(launch.run.parameters, Gemm(made, plan, config)))
+                for launch, config in zip(plan.launches, plan.configs, strict=True)
+            )
+
+        def checked(parameters: int, run: Any) -> Any:
+            def launch(*given: Any) -> None:
+                assert len(given) == 5 + parameters
+                run(*given)
+
+            return launch
+
+        plans.Plan.__init__ = init
+        monkeypatch.setattr(ops(), "np", NumPy())
+        made.gemm = gemm
+        made.own = request.param == "own"
+        yield made
+    finally:
+        for name in [name for name in sys.modules if name.startswith("slidesparse_nb.device")]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+        if before is not None:
+            parent.__dict__["device"] = before
+
+
+# ---- operands, and what is wanted of them ------------------------------------------------------------------------------
+
+
+def weight(n: int, k: int, dtype: DType, pattern: Pattern = P, seed: int = 0) -> PackedWeight:
+    w = np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
+    return reference.pack(reference.prune(w, pattern), pattern, dtype)
+
+
+def wanted(x: Any, packed: PackedWeight, bias: Any = None, out: Any = None) -> Any:
+    with np.errstate(all="ignore"):
+        return reference.matmul(np.asarray(x), packed, bias, x.dtype if out is None else out)
+
+
+def close(y: Any, expected: Any) -> None:
+    assert y.dtype == expected.dtype
+    np.testing.assert_allclose(
+        np.asarray(y, np.float32), np.asarray(expected, np.float32), rtol=2.0**-6, atol=2.0**-6, equal_nan=True
+    )
+
+
+def ops() -> Any:
+    return importlib.import_module("slidesparse_nb.ops")
