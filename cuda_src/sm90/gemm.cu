@@ -58,8 +58,8 @@ constexpr bool SELF = WARPGROUPS == 3;
 constexpr bool UNEQUAL = TOKENS > 128 && !SELF;
 constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + (SELF ? 0 : UNEQUAL ? 128 : 32);
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-// Whether a tile starts with D = A * B; with small accumulators ptxas would then wait after each instruction.
-constexpr bool FRESH = TOKENS > 64;
+// Whether a tile starts with D = A * B; with small accumulators, and before CUDA 12.9, ptxas would then wait after each instruction.
+constexpr bool FRESH = TOKENS > 64 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1209;
 // Sums that the stages of a step go to in turn, so that small instructions need not wait for each other.
 constexpr int CHAINS = BATCH;
 // What a kernel asks memory for all at once delays everything else that is asked for, even what the second-level cache holds. So the next
@@ -248,7 +248,7 @@ extern "C" __global__ void
 
     Piece piece(p, begin), after = piece;  // this tile, and the next
     if (SELF) {
-        griddepcontrol_launch_dependents();
+        if (order == BEFORE_REST) griddepcontrol_launch_dependents();
         if (threadIdx.x == 0)
             for (int s = 0; s < STAGES; s++) operands.weights(piece, s, s), operands.activations(piece, s, s);
         __syncwarp();
@@ -347,10 +347,12 @@ extern "C" __global__ void
         if constexpr (CUT == 1) {
 #pragma unroll
             for (int at = 0; at < TOKENS; at += PORTION) {
+                const bool more = !WIDE && at + PORTION < TOKENS, early = OUT != TYPE_FLOAT32;  // which leaves no registers
                 TokenScales<PORTION> later;
-                if (!WIDE && at + PORTION < TOKENS) later.load(scale_x, m0 + at + PORTION, m, lane);
+                if (more && early) later.load(scale_x, m0 + at + PORTION, m, lane);
                 finish((const Accumulator (&)[PORTION / 2])acc[0][at / 2], m0 + at);
-                if (!WIDE && at + PORTION < TOKENS) token = later;
+                if (more && !early) later.load(scale_x, m0 + at + PORTION, m, lane);
+                if (more) token = later;
             }
             piece = after;
         } else {
@@ -362,7 +364,7 @@ extern "C" __global__ void
             if (!APART) {
                 threads_sync<CONSUMERS>(1 + WARPGROUPS);
                 if (rank < SHARES && threadIdx.x < CUT) mbarrier_arrive_cluster(mapa(shared + READY_AT, threadIdx.x));
-                mbarrier_wait(shared + READY_AT, 0);
+                mbarrier_wait_cluster(shared + READY_AT, 0);
             }
 #pragma unroll
             for (u32 to = 0; to < SHARES; to++) {
@@ -373,7 +375,7 @@ extern "C" __global__ void
                              as_bits(acc[0][v + 2]), as_bits(acc[0][v + 3]));
             }
             if (rank < SHARES) {
-                mbarrier_wait(shared + COME_AT, 0);
+                mbarrier_wait_cluster(shared + COME_AT, 0);
 #pragma unroll 1
                 for (int at = 0; at < SHARE; at += PORTION) {
                     if (!WIDE && at > 0) token.load(scale_x, m0 + share + at, m, lane);

@@ -21,6 +21,12 @@ INLINE void mbarrier_wait(u32 b, u32 parity) {
         "{.reg .pred done; retry: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @done bra end; bra retry; end: }"
         ::"r"(b), "r"(parity) : "memory");
 }
+// The same of a barrier that other blocks of the cluster arrive on, or send to.
+INLINE void mbarrier_wait_cluster(u32 b, u32 parity) {
+    asm volatile(
+        "{.reg .pred done; retry: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; @done bra end; bra retry; end: }"
+        ::"r"(b), "r"(parity) : "memory");
+}
 INLINE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // ---- "Data Movement: cp.async.bulk": contiguous bytes, a multiple of 16, global to shared; completes on an mbarrier -----------

@@ -339,9 +339,8 @@ def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
             if problem.at_once(parted, tiles - full):
                 yield before, replace(parted, blocks=(tiles - full) * cut, order=REST)
         tiles_m = -(-m // tile.tokens)
-        columns = full // sms * (sms // math.gcd(sms, tiles_m))  # of tiles; they make whole rounds
-        while columns * tiles_m > full:
-            columns -= sms // math.gcd(sms, tiles_m)
+        step = sms // math.gcd(sms, tiles_m)  # so many columns of tiles make whole rounds
+        columns = full // tiles_m // step * step
         if not columns or full > MIXED_ROUNDS * sms:
             continue
         split = columns * tile.warpgroups

@@ -117,7 +117,7 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         config = dataclasses.replace(config, strips=(0, 5))
         tiles = config.tiles(m)
         alone = dataclasses.replace(config, end=tiles, blocks=min(3, tiles) if config.cut == 1 else tiles * config.cut)
-        whole = sm90.configured(config.tile, 1, packed.pattern, dtype, "bfloat16")
+        whole = sm90.configured(config.tile, 1, packed.pattern, dtype, config.out)
         before = dataclasses.replace(whole, strips=(0, 5), end=tiles // 2, blocks=1, order=sm90.BEFORE_REST)
         after = dataclasses.replace(
             config, begin=tiles // 2, end=tiles, blocks=(tiles - tiles // 2) * config.cut, order=sm90.REST
@@ -130,17 +130,24 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         every = [(alone,), (before, after), (dataclasses.replace(left, end=left.tiles(m)), right)]
         return every if config.cut > 1 else [*every, (dataclasses.replace(alone, blocks=tiles),)]
 
-    for config in family.candidates(packed.pattern, dtype, "bfloat16", device.capability):
-        each = config.tile.m if family is sm80 else config.tile.tokens
-        m = each + each // 2 + 1
-        for launches in ways(config, m):
-            x = tokens(rng, m, k, BF16)
-            device.plans[m, "bfloat16"] = gemm.Plan(device, m, "bfloat16", launches)
-            y, surroundings = guarded(m, 273, BF16, pitch=280)
-            ss.matmul(on_gpu(x), packed, out=y)
-            check(host(cp.ascontiguousarray(y)), x, packed)
-            surroundings()
-            del device.plans[m, "bfloat16"]
+    def candidates(out):
+        """Of other types than bfloat16, those whose epilogues differ most."""
+        every = family.candidates(packed.pattern, dtype, out, device.capability)
+        return [c for c in every if out == "bfloat16" or (family is sm90 and (c.tile.loads_itself or c.cut == 3))]
+
+    for out, y_type in (("bfloat16", BF16), ("float16", F16), ("float32", F32)):
+        bias = None if y_type == BF16 else rng.standard_normal(273).astype(np.float32)
+        for config in candidates(out):
+            each = config.tile.m if family is sm80 else config.tile.tokens
+            m = each + each // 2 + 1
+            for launches in ways(config, m):
+                x = tokens(rng, m, k, BF16)
+                device.plans[m, out] = gemm.Plan(device, m, out, launches)
+                y, surroundings = guarded(m, 273, y_type, pitch=280)
+                ss.matmul(on_gpu(x), packed, bias=None if bias is None else on_gpu(bias), out=y)
+                check(host(cp.ascontiguousarray(y)), x, packed, bias)
+                surroundings()
+                del device.plans[m, out]
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
