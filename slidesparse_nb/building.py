@@ -34,6 +34,7 @@ class Report:
         registers, spills, stack: of a thread: registers; bytes stored and loaded for want of them; bytes of stack.
         shared: bytes of dynamic shared memory a thread block.
         sparse: sparse matrix instructions in the machine code; None without a disassembler.
+        serialized: the compiler lets every one of them wait for the one before.
     """
 
     arch: str
@@ -45,11 +46,12 @@ class Report:
     stack: int
     shared: int
     sparse: int | None
+    serialized: bool = False
 
     @property
     def good(self) -> bool:
-        """No spills, and sparse tensor cores at work."""
-        return not self.spills and not self.stack and self.sparse != 0
+        """No spills, and sparse tensor cores at work, one instruction while another is under way."""
+        return not self.spills and not self.stack and self.sparse != 0 and not self.serialized
 
 
 def build_kernels(
@@ -77,7 +79,7 @@ def build_kernels(
     work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, rows, out))
     built = compile_all([job for job, _ in work], workers=workers)
     return [
-        Report(*told[:4], b.registers, b.spills, b.stack, told[4], sparse_instructions(b))
+        Report(*told[:4], b.registers, b.spills, b.stack, told[4], sparse_instructions(b), b.serialized)
         for b, (_, told) in zip(built, work, strict=True)
     ]
 

@@ -65,7 +65,9 @@ def test_command(tmp_path: Path) -> None:
     assert len(lines) == 1 + count
     assert all(line.startswith("sm_86  6:8") for line in lines[1:])
     told = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).output)
-    assert {"arch", "pattern", "dtype", "config", "registers", "spills", "stack", "shared", "sparse"} == set(told[0])
+    assert {"arch", "pattern", "dtype", "config", "registers", "spills", "stack", "shared", "sparse", "serialized"} == set(
+        told[0]
+    )
     assert all(report["sparse"] > 0 and report["shared"] <= 99 << 10 for report in told)
     assert CliRunner().invoke(main, ["build", "--arch", "hopper"]).exit_code == 2
     assert CliRunner().invoke(main, ["build", "--arch", "sm_70"]).exit_code == 5
@@ -79,6 +81,13 @@ def test_a_kernel_that_spills_is_no_success(monkeypatch: pytest.MonkeyPatch) -> 
     assert CliRunner().invoke(main, ["build"]).exit_code == 1
     assert not building.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, 0).good
     assert building.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, None).good
+    assert not building.Report("sm_90", "6:8", "int8", "", 100, 0, 0, 0, 96, serialized=True).good
+
+
+def test_instructions_that_wait_for_each_other_are_found() -> None:
+    log = "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    assert jit.Built(Path(), log).serialized
+    assert not jit.Built(Path(), "ptxas info    : Used 168 registers").serialized
 
 
 def test_types_that_y_cannot_have() -> None:

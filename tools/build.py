@@ -19,7 +19,7 @@ import slidesparse_nb as ss
 
 from .terminal import exits, print_json, print_table
 
-COLUMNS = ("arch", "pattern", "dtype", "configuration", "registers", "spilled B", "stack B", "shared B", "sparse MMA")
+COLUMNS = ("arch", "pattern", "dtype", "configuration", "registers", "spilled B", "stack B", "shared B", "sparse MMA", "serial")
 
 
 def _capability(text: str) -> tuple[int, int]:
@@ -28,7 +28,14 @@ def _capability(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-@click.command(epilog="Exit codes: 0 done; 1 a kernel spills or holds no sparse instruction; 2 wrong usage; 5 unsupported.")
+def _told(value: Any) -> Any:
+    return "-" if value is None else ("no", "yes")[value] if isinstance(value, bool) else value
+
+
+@click.command(
+    epilog="Exit codes: 0 done; 1 a kernel spills, holds no sparse instruction, or lets each wait for the last; 2 wrong usage; "
+    "5 unsupported."
+)
 @click.option(
     "--arch", "archs", multiple=True, metavar="sm_90", help="Architecture; may be repeated. Default: sm_80 to sm_120."
 )
@@ -50,7 +57,7 @@ def build(
     else:
         print_table(
             COLUMNS,
-            [["-" if v is None else v for v in asdict(r).values()] for r in reports],
+            [[_told(v) for v in asdict(r).values()] for r in reports],
             left=(0, 1, 2, 3),
         )
     raise SystemExit(0 if all(r.good for r in reports) else 1)

@@ -67,6 +67,11 @@ class Built:
         """Bytes of stack a thread."""
         return self._number(r"(\d+) bytes stack frame")
 
+    @property
+    def serialized(self) -> bool:
+        """Whether the compiler makes every wgmma instruction wait for the one before (its message C7510 to C7519)."""
+        return "wgmma.mma_async instructions are serialized" in self.log
+
 
 @functools.cache
 def source_folder() -> Path:
