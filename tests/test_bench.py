@@ -281,7 +281,7 @@ def test_many_m_are_a_curve(device: bench_device.FakeGpu, monkeypatch: pytest.Mo
         (("--json", "/nowhere/a.json"), "no folder that can be written"),
         (("--plot", "/nowhere/a.png"), "no folder that can be written"),
         (("--from", "/nowhere/a.json"), "does not exist"),
-        (("--from", __file__, "--quick"), "--from goes with --plot and -v only"),
+        (("--from", __file__, "--quick"), "--from measures nothing, and goes with --plot and -v only"),
         (("--readme", __file__, "--from", __file__), "--readme stands alone"),
     ],
 )

@@ -192,3 +192,12 @@ def test_memory_stays_below_the_limit_and_does_not_grow_with_the_checkpoint(tmp_
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 2**29 + w.nbytes
+
+
+def test_what_an_extra_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("tools.demo")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = CliRunner().invoke(main, ["demo", "--help"])
+    assert done.exit_code == 2
+    assert "demo: needs matplotlib, which is not installed; pip install 'slidesparse_nb[demo]'" in done.stderr

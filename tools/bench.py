@@ -107,7 +107,8 @@ def bench(
     named = [name for name in MEASURE if asked[name]]
     if readme_path is not None or from_path is not None:
         if named or json_path or (readme_path and (from_path or plot or quiet or verbose)):
-            raise click.UsageError("--readme stands alone; --from goes with --plot and -v only")
+            rule = "--readme stands alone" if readme_path else "--from measures nothing, and goes with --plot and -v only"
+            raise click.UsageError(rule)
         if readme_path is not None:
             _write_readme(readme_path)
             return

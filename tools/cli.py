@@ -28,7 +28,12 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(f".{name}", package), name)
+        try:
+            command = getattr(importlib.import_module(f".{name}", package), name)
+        except ModuleNotFoundError as error:  # what only an extra brings
+            raise click.UsageError(
+                f"{name}: needs {error.name}, which is not installed; pip install 'slidesparse_nb[{name}]'"
+            ) from None
         assert isinstance(command, click.Command)
         return command
 

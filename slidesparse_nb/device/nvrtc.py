@@ -32,6 +32,8 @@ class Nvrtc:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        for part in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")) if "/" in path else ():
+            ctypes.CDLL(str(part))  # which some versions do not find beside themselves
         self._library = ctypes.CDLL(path)
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._check("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))

@@ -100,10 +100,11 @@ def _figure(
     total = works[0]
     for other in works[1:]:
         total = total + other
+    us = results.us(OURS, part, suite, layer, type, pattern, m, load)
+    spreads = [cell.spread for cell in cells if cell.spread is not None]
     return Figure(
         part, suite, type, pattern, m, load, layer,
-        us=results.us(OURS, part, suite, layer, type, pattern, m, load),
-        spread=max((cell.spread for cell in cells if cell.spread is not None), default=None),
+        us=us, spread=None if us is None else max(spreads, default=None),
         dense=peer("dense"), cusparselt=peer("cusparselt"), torch=peer("torch"),
         dense_fp8=fp8,
         floor=floor_us(results, part, type, pattern, layers, m, load),

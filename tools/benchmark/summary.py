@@ -96,13 +96,13 @@ def crossover_sentence(subject: str, peer: str, ratios: Mapping[int, float]) -> 
     slower = named(found.slower, found.measured)
     if len(found.slower) == len(found.measured):
         return f"{subject}: slower than {peer} at every m measured: m = {slower}."
-    if found.first is not None:
+    faster = set(found.measured) - set(found.slower)
+    if found.first is not None and found.first == min(faster):
         return f"{subject}: faster than {peer} from m = {found.first} on; slower at m = {slower}."
-    faster = [
-        f"{run[0]} to {run[-1]}" if len(run) > SHORT_RUN else ", ".join(map(str, run))
-        for run in runs(set(found.measured) - set(found.slower), found.measured)
+    where = [
+        f"{run[0]} to {run[-1]}" if len(run) > SHORT_RUN else ", ".join(map(str, run)) for run in runs(faster, found.measured)
     ]
-    return f"{subject}: faster than {peer} only at m = {', '.join(faster)}; slower at m = {slower}."
+    return f"{subject}: faster than {peer} only at m = {', '.join(where)}; slower at m = {slower}."
 
 
 CLIFF = 1.1
