@@ -296,7 +296,7 @@ def show(results: Results, *, each: bool) -> None:
             say(line)
     seconds = f"{results.seconds:.0f} s" + ("" if results.complete else "; not everything was measured")
     say("")
-    say(f"took {seconds}; below a crossover see docs/benchmarks.md")
+    say(f"took {seconds}; where dense is faster see docs/benchmarks.md")
 
 
 def _write_readme(path: Path) -> None:

@@ -13,7 +13,7 @@
 // equal parts and send them to each other's shared memory, where they are added up in order. That is for what whole tiles leave
 // processors idle: few tokens, and the last, half-empty round of many.
 //
-// The next kernel of the stream may start when this one has asked for nearly all of its bytes (griddepcontrol). What that one needs of
+// The next kernel of the stream may start near the end of this one (griddepcontrol; see LATE). What that one needs of
 // those before it, x and its scales, waits until they are complete, while its ring already fills with weights.
 #include "common/types.cuh"
 #include "sm90/epilogue.cuh"
