@@ -1,11 +1,13 @@
-"""What the GPU tests of matmul share: weights, activations, the exact product, and how far from it a result may be."""
+"""What GPU tests of matmul share: kernels of both families, operands, the exact product, how far from it a result may be."""
 
 from __future__ import annotations
 
+import os
 import time
 
 import cupy
 import numpy as np
+import pytest
 
 import slidesparse_nb as ss
 from slidesparse_nb import reference
@@ -23,15 +25,29 @@ def capability_here():
     return divmod(int(cupy.cuda.Device().compute_capability), 10)
 
 
-def compile_ahead(family, configs):
+@pytest.fixture(scope="module")
+def gemm():
+    from slidesparse_nb.device import gemm
+
+    return gemm
+
+
+@pytest.fixture(scope="module", autouse=True, params=["own", "portable"])
+def family(request):
+    """Every test runs on the kernels that the device gets, and on the portable ones."""
+    os.environ["SLIDESPARSE_PORTABLE"] = str(int(request.param == "portable"))
+    yield for_capability(capability_here())
+    del os.environ["SLIDESPARSE_PORTABLE"]
+
+
+def compile_ahead(configs):
     """Compile the kernels of these configurations on all processors at once, as `slidesparse build` does it."""
-    from slidesparse_nb.building import compile_all
+    from slidesparse_nb.building import compile_all, kernels_of
     from slidesparse_nb.device import jit
 
-    arch = jit.architecture(capability_here()) + family.SUFFIX
-    jobs = {repr(sorted(c.defines().items())): (family.KERNEL, c.defines(), arch) for c in configs}
+    jobs = kernels_of(configs, capability_here())
     start = time.perf_counter()
-    compile_all(list(jobs.values()), jit.device_compiler())
+    compile_all(jobs, jit.device_compiler())
     print(f"\n{len(jobs)} kernels compiled ahead in {time.perf_counter() - start:.1f} s")
 
 

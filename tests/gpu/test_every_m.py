@@ -7,19 +7,19 @@ what is wrong with them is counted there and looked at once.
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import replace
 
 import cupy as cp
 import numpy as np
 import pytest
-from gemm_cases import Wanted, capability_here, compile_ahead, on_gpu, product, tokens, weight
+from gemm_cases import Wanted, capability_here, compile_ahead, family, gemm, on_gpu, product, tokens, weight
 
 import slidesparse_nb as ss
-from slidesparse_nb.arch import for_capability, sm80, sm90
+from slidesparse_nb.arch import sm80, sm90
 from slidesparse_nb.dtypes import BFLOAT16, INT8, PACKED
 from slidesparse_nb.pattern import Pattern
 
+__all__ = ["family", "gemm"]  # the fixtures
 pytestmark = pytest.mark.gpu
 
 BF16, OUT = BFLOAT16.numpy, "bfloat16"
@@ -36,21 +36,6 @@ SOME_M = (1, 7, 16, 33, 64, 100, 129, 256, 300)
 RUNS = 50
 
 
-@pytest.fixture(scope="module")
-def gemm():
-    from slidesparse_nb.device import gemm
-
-    return gemm
-
-
-@pytest.fixture(scope="module", autouse=True, params=["own", "portable"])
-def family(request):
-    """Every test runs on the kernels that the device gets, and on the portable ones."""
-    os.environ["SLIDESPARSE_PORTABLE"] = str(int(request.param == "portable"))
-    yield for_capability(capability_here())
-    del os.environ["SLIDESPARSE_PORTABLE"]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def compiled_ahead(family):
     """Every kernel of the pattern, so that no m waits for one."""
@@ -58,7 +43,7 @@ def compiled_ahead(family):
     every = [c for dtype in family.supported_dtypes(capability) for c in family.candidates(P, dtype, OUT, capability)]
     if family is sm90:  # weights of 16 bits have no codes where groups are not full
         every += [c.with_words() for c in every if c.dtype.bits == 16]
-    compile_ahead(family, every)
+    compile_ahead(every)
 
 
 class Tally:

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
 import time
 
 import cupy as cp
 import numpy as np
 import pytest
-from gemm_cases import capability_here, check, compile_ahead, host, on_gpu, tokens, weight
+from gemm_cases import capability_here, check, compile_ahead, family, gemm, host, on_gpu, tokens, weight
 
 import slidesparse_nb as ss
 from slidesparse_nb import reference
-from slidesparse_nb.arch import for_capability, sm80, sm90
+from slidesparse_nb.arch import sm80, sm90
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
 from slidesparse_nb.errors import OperandError
 from slidesparse_nb.pattern import Pattern, known_patterns
 
+__all__ = ["family", "gemm"]  # the fixtures
 pytestmark = pytest.mark.gpu
 
 BF16, F16, F32 = BFLOAT16.numpy, FLOAT16.numpy, np.dtype(np.float32)
 SHAPES = [(1, 1, 1), (1, 16, 64), (3, 17, 131), (8, 128, 512), (33, 130, 257), (131, 259, 1031), (70, 512, 3072)]
 GUARD = 4096
 """Bytes before and after an output, which must stay as they were."""
-
-
-@pytest.fixture(scope="module")
-def gemm():
-    from slidesparse_nb.device import gemm
-
-    return gemm
-
-
-@pytest.fixture(scope="module", autouse=True, params=["own", "portable"])
-def family(request):
-    """Every test runs on the kernels that the device gets, and on the portable ones."""
-    os.environ["SLIDESPARSE_PORTABLE"] = str(int(request.param == "portable"))
-    yield for_capability(capability_here())
-    del os.environ["SLIDESPARSE_PORTABLE"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +35,7 @@ def compiled_ahead(family):
     wanted = [(p, d, "bfloat16") for p in known_patterns() for d in dtypes]
     if family is sm80:  # of Hopper's many tiles, these types of y take few
         wanted += [(Pattern(6, 8), d, out) for d in dtypes for out in ("float32", "float16")]
-    compile_ahead(family, [c for w in wanted for c in family.candidates(*w, capability)])
+    compile_ahead([c for w in wanted for c in family.candidates(*w, capability)])
 
 
 def guarded(m, n, dtype, pitch=None):
