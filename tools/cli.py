@@ -21,6 +21,10 @@ COMMANDS = {
 }
 
 
+EXTRAS = ("demo",)
+"""Commands that need what only an extra of their name brings."""
+
+
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -30,7 +34,9 @@ class _Commands(click.Group):
             return None
         try:
             command = getattr(importlib.import_module(f".{name}", package), name)
-        except ModuleNotFoundError as error:  # what only an extra brings
+        except ModuleNotFoundError as error:
+            if name not in EXTRAS:
+                raise
             raise click.UsageError(
                 f"{name}: needs {error.name}, which is not installed; pip install 'slidesparse_nb[{name}]'"
             ) from None
