@@ -10,7 +10,7 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from . import style
-from .figures import Figure, figures
+from .figures import Figure, figures, layer_names
 from .results import Results
 from .selection import ALL, KINDS
 from .summary import CLIFF, cliffs
@@ -35,7 +35,7 @@ def times(results: Results, suite: str) -> Picture:
     picture.subplots_adjust(
         left=0.65 / wide, right=1 - 0.12 / wide, top=1 - (HEAD + 0.1) / high, bottom=0.5 / high, wspace=0.2, hspace=0.45
     )
-    shapes = {name: f"{name} ({n}, {k})" for name, n, k in results.suites[suite]} | {ALL: "sum of the layers"}
+    shapes = layer_names(results, suite) | {ALL: "sum of the layers"}
     for row, type in zip(panels, types, strict=True):
         for axes, layer in zip(row, layers, strict=True):
             _panel(axes, [f for f in found if (f.type, f.layer) == (type, layer)], colours)

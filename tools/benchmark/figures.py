@@ -67,6 +67,11 @@ class Figure:
         return None if not self.us or self.floor is None else self.floor / self.us
 
 
+def layer_names(results: Results, suite: str) -> dict[str, str]:
+    """Of a suite's layers, what a reader calls each: qkv -> qkv (4608, 3584)."""
+    return {name: f"{name} ({n}, {k})" for name, n, k in results.suites[suite]}
+
+
 def figures(results: Results, *, each: bool = False) -> Iterator[Figure]:
     """In the order measured: the suites' totals, after each layer by itself if `each`."""
     for part, suite, type, pattern, m, load in results.ours():

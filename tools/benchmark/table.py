@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from . import summary
-from .figures import Figure, figures
+from .figures import Figure, figures, layer_names
 from .results import Results
 from .selection import ALL, KINDS, PEERS, is_curve
 
@@ -73,7 +73,7 @@ def _curve(results: Results, found: Sequence[Figure], *, every_m: bool) -> tuple
                 heads.append(f"{KINDS[type].label} {pattern} us" if name == "us" else name)
                 for row, m in zip(rows, shown, strict=True):
                     row.append(cell(of[m]) if m in of else "")
-    shapes = {name: f"{name} ({n}, {k})" for name, n, k in results.suites[suite]}
+    shapes = layer_names(results, suite)
     what = _summed(results, suite, load, False) if layer == ALL else suite if len(shapes) == 1 else shapes[layer]
     title = f"{suite}, {part}, {load}: {what}" if len(shapes) > 1 else f"{part}, {load}: {suite}"
     if len(shown) < len(tokens):
@@ -82,8 +82,7 @@ def _curve(results: Results, found: Sequence[Figure], *, every_m: bool) -> tuple
 
 
 def _summed(results: Results, suite: str, load: str, each: bool) -> str:
-    layers = results.suites[suite]
-    shapes = ", ".join(f"{name} ({n}, {k})" for name, n, k in layers)
+    shapes = ", ".join(layer_names(results, suite).values())
     return f"{'the layers in turn' if load == 'sustained' else 'each, and the sum' if each else 'sum'} of {shapes}"
 
 
