@@ -41,13 +41,18 @@ def family(request):
 
 
 def compile_ahead(configs):
-    """Compile the kernels of these configurations on all processors at once, as `slidesparse build` does it."""
+    """Compile the kernels of these configurations on all processors at once, as `slidesparse build` does it.
+
+    Processes of pytest-xdist share them out: each starts at another one, and what is there by then is not compiled again.
+    """
     from slidesparse_nb.building import compile_all, kernels_of
     from slidesparse_nb.device import jit
 
     jobs = kernels_of(configs, capability_here())
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    here = len(jobs) * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) // processes
     start = time.perf_counter()
-    compile_all(jobs, jit.device_compiler())
+    compile_all(jobs[here:] + jobs[:here], jit.device_compiler(), -(-(os.cpu_count() or 1) // processes))
     print(f"\n{len(jobs)} kernels compiled ahead in {time.perf_counter() - start:.1f} s")
 
 
