@@ -41,9 +41,6 @@
 #ifndef BLOCKS
 #define BLOCKS 1  // on a processor at a time, of this kernel or this and the next
 #endif
-#ifndef BAND
-#define BAND 16
-#endif
 // Stages of a step, which a warpgroup multiplies at once while the step before is under way: small instructions are bound by latency.
 #ifndef BATCH
 #define BATCH (TOKENS > 64 ? 1 : 2)
@@ -60,6 +57,9 @@ constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + (SELF ? 0 : UN
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 // Whether a tile starts with D = A * B; with small accumulators, and before CUDA 12.9, ptxas would then wait after each instruction.
 constexpr bool FRESH = TOKENS > 64 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1209;
+// Whether the second-level cache shall evict activations last: of many tokens, they are read again for every band of tiles, between
+// weights and y, which stream through.
+constexpr bool KEPT = TOKENS == 256 && !SELF;
 // Sums that the stages of a step go to in turn, so that small instructions need not wait for each other.
 constexpr int CHAINS = BATCH;
 // What a kernel asks memory for all at once delays everything else that is asked for, even what the second-level cache holds. So the next
@@ -106,9 +106,10 @@ struct Problem {
     int m, n, stages;
     int first_strip, last_strip;  // of weights, that this launch computes; one past the last
     int end;                      // of the tiles of this launch
+    int band;                     // tiles of n that run together with all tiles of m
 };
 
-// A tile, and this block's part of k: steps first ... last - 1. Tiles run in bands of BAND tiles of n, so that blocks at work together
+// A tile, and this block's part of k: steps first ... last - 1. Tiles run in bands of so many tiles of n, so that blocks at work together
 // share weights and activations in the L2 cache.
 struct Piece {
     int tile, strip, tile_m, first, last;
@@ -121,8 +122,8 @@ struct Piece {
     INLINE void next(const Problem& p) { tile += gridDim.x / CUT, place(p); }
     INLINE void place(const Problem& p) {
         const int tiles_n = (p.last_strip - p.first_strip + WARPGROUPS - 1) / WARPGROUPS, tiles_m = (p.m + TOKENS - 1) / TOKENS;
-        const int band = tile / (BAND * tiles_m), inside = tile % (BAND * tiles_m), width = min(tiles_n - BAND * band, BAND);
-        strip = p.first_strip + (BAND * band + inside % width) * WARPGROUPS, tile_m = inside / width;
+        const int before = tile / (p.band * tiles_m) * p.band, inside = tile - before * tiles_m, width = min(tiles_n - before, p.band);
+        strip = p.first_strip + (before + inside % width) * WARPGROUPS, tile_m = inside / width;
         if (SELF) strip = min(strip, p.last_strip - WARPGROUPS);  // strips are padded to pairs: the last two tiles may share some
     }
 };
@@ -151,7 +152,9 @@ struct Operands {
     }
     INLINE void activations(const Piece& piece, int stage, int slot) const {
         const i64 row = (i64)stage * rows + piece.tile_m * TOKENS;
-        cp_async_bulk(shared + slot * STAGE_BYTES, x + row * 128, x_bytes(piece), full(slot));
+        const u32 to = shared + slot * STAGE_BYTES;
+        if (KEPT) cp_async_bulk_kept(to, x + row * 128, x_bytes(piece), full(slot));
+        else cp_async_bulk(to, x + row * 128, x_bytes(piece), full(slot));
     }
 };
 
@@ -201,7 +204,8 @@ extern "C" __global__ void
         i64 stages,                         // even
         i64 first_strip, i64 last_strip,    // whose outputs this launch computes
         i64 begin, i64 end,                 // tiles of them
-        i64 order)                          // of this launch
+        i64 order,                          // of this launch
+        i64 band)
 {
     extern __shared__ __align__(1024) u8 raw[];
     const u32 shared = kept(shared_address(raw));
@@ -221,7 +225,7 @@ extern "C" __global__ void
     if (CUT > 1) cluster_arrive_relaxed();  // its barriers are there
 
     const int m = (int)m_, n = (int)n_;
-    const Problem p = {m, n, (int)stages, (int)first_strip, (int)last_strip, (int)end};
+    const Problem p = {m, n, (int)stages, (int)first_strip, (int)last_strip, (int)end, (int)band};
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
     const Operands operands(p, x, values, index, shared);
     if (!SELF && warpgroup == WARPGROUPS) {

@@ -34,6 +34,13 @@ INLINE void cp_async_bulk(u32 to, const void* from, u32 bytes, u32 b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(b) : "memory");
 }
+// The same, of bytes that the L2 cache shall evict last ("createpolicy").
+INLINE void cp_async_bulk_kept(u32 to, const void* from, u32 bytes, u32 b) {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(b), "l"(policy) : "memory");
+}
 INLINE u32 ld_shared(u32 address) {
     u32 v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");

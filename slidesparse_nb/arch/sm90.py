@@ -136,13 +136,13 @@ class Config:
         dtype, out: type of weights and activations; name of the type of y.
         tile: and how many `stages` of it are under way.
         windows: of the pattern, whose masks are read as codes; 0: index words are read.
-        band: tiles of n that run together with all tiles of m.
         cut: thread blocks of a cluster that share a tile, each with an equal part of k.
         resident: thread blocks that fit on a multiprocessor: with 2, those of the next launch start beside these.
         strips: the first strip of weights that this launch may compute, and the one after the last.
         begin, end: the tiles of these strips that it computes.
         blocks: thread blocks.
         order: ALONE; or BEFORE_REST and REST, of two launches that share out the tiles.
+        band: tiles of n that run together with all tiles of m.
     """
 
     dtype: DType
@@ -150,7 +150,6 @@ class Config:
     tile: Tile
     stages: int
     windows: int
-    band: int
     cut: int = 1
     resident: int = 1
     strips: tuple[int, int] = (0, 0)
@@ -158,6 +157,7 @@ class Config:
     end: int = 0
     blocks: int = 0
     order: int = ALONE
+    band: int = 16
 
     def __str__(self) -> str:
         cut = f", k cut in {self.cut}" if self.cut > 1 else ""
@@ -202,7 +202,6 @@ class Config:
             "WARPGROUPS": self.tile.warpgroups,
             "STAGES": self.stages,
             "WINDOWS": self.windows,
-            "BAND": self.band,
             "CUT": self.cut,
             "BLOCKS": self.resident,
         }  # fmt: skip
@@ -259,8 +258,7 @@ def _stages_that_fit(config: Config) -> int:
 def configured(tile: Tile, cut: int, pattern: Pattern, dtype: DType, out: str, resident: int = 0) -> Config:
     """The kernel of a tile, with as many stages as fit; `resident` is the first of `residents` by default."""
     windows = pattern.windows if coded(pattern) and tile.tokens <= CODED_TOKENS else 0
-    band = 8 if tile.tokens == 256 else 16
-    config = Config(dtype, out, tile, 0, windows, band, cut, resident or residents(tile, cut)[0])
+    config = Config(dtype, out, tile, 0, windows, cut, resident or residents(tile, cut)[0])
     return replace(config, stages=min(MOST_STAGES, _stages_that_fit(config)))
 
 
@@ -305,7 +303,8 @@ class Problem:
     def configured(self, tile: Tile, cut: int, resident: int, first: int = 0) -> Config:
         """The kernel of a tile, for all strips from `first` on."""
         config = configured(tile, cut, self.pattern, self.dtype, self.out, resident)
-        return replace(config, strips=(first, -(-self.n // 64)))
+        band = 8 if tile.tokens == 256 and self.m <= 2048 else 16
+        return replace(config, strips=(first, -(-self.n // 64)), band=band)
 
     def at_once(self, config: Config, tiles: int) -> bool:
         """Whether all blocks of a cut kernel that computes so many tiles are at work together."""

@@ -157,7 +157,7 @@ class Plan:
         if isinstance(config, sm90.Config):
             if not config.possible(sm90.stages(weight.pattern, weight.k, dtype)):
                 raise AssertionError(config)
-            grid, parameters = config.grid(), 17
+            grid, parameters = config.grid(), 18
             programmatic = m <= PROGRAMMATIC_TOKENS or config.order == sm90.REST
             arguments: tuple[int, ...] = (
                 weight.index(config.windows > 0),
@@ -166,6 +166,7 @@ class Plan:
                 config.begin,
                 config.end,
                 config.order,
+                config.band,
             )
         else:
             if config.counters(m, n) > COUNTERS:
