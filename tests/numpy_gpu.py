@@ -257,7 +257,7 @@ class Gemm:
         if plan.image:
             index, count, *mine = own
             assert index == plan.weight.index(self.config.windows > 0)
-            assert mine == [*self.config.strips, self.config.begin, self.config.end, self.config.order]
+            assert mine == [*self.config.strips, self.config.begin, self.config.end, self.config.order, self.config.band]
             made = at(operand, (count, (m + 7) // 8, 8, 128), np.uint8)
             q = sm90.image_rows(made, m, k, P, dtype).view(dtype.numpy)
         else:
