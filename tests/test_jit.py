@@ -125,12 +125,14 @@ def test_an_error_of_the_compiler_is_shown_with_its_source(cache: Path) -> None:
     with pytest.raises(jit.KernelError) as caught:
         jit.build(SOURCE, {"FROM": "nonsense"}, ARCH)
     message = str(caught.value)
-    assert message.startswith("common/rows.cu: does not compile for sm_80; its text is in ")
-    assert 'identifier "nonsense" is undefined' in message
-    path = re.search(r"its text is in (\S+);", message)
+    assert message.startswith("common/rows.cu: does not compile for sm_80: ")
+    assert 'identifier "nonsense" is undefined; its text is in ' in message
+    assert "\n" not in message  # which a terminal would show as an escape
+    path = re.search(r"its text is in (\S+), more in (\S+)$", message)
     assert path
     assert Path(path[1]).read_text().startswith("#define FROM nonsense\n")
-    assert [p.name for p in cache.iterdir()] == [Path(path[1]).name]
+    assert "typedef Element<FROM>" in Path(path[2]).read_text()  # the line that it is about
+    assert {p.name for p in cache.iterdir()} == {Path(path[1]).name, Path(path[2]).name}
 
 
 def test_an_architecture_that_the_compiler_does_not_know(cache: Path) -> None:

@@ -29,7 +29,7 @@ OPTIONS = ("-std=c++17", "-default-device", "-lineinfo", "-Xptxas=-v")
 
 
 class KernelError(SlideSparseError):
-    """A kernel does not compile; the message holds the compiler's log and the path of the source."""
+    """A kernel does not compile; the message holds the compiler's first error and the paths of the source and of the log."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,11 @@ def build(source: str, defines: Mapping[str, int | str], arch: str, compiler: nv
         except nvrtc.CompileError as error:
             failed = folder.with_name(f"{name}.failed.cu")
             failed.write_text(text)
+            said = failed.with_suffix(".log")
+            said.write_text(f"{error}\n")
+            first = next((line for line in str(error).splitlines() if "error" in line), str(error).partition("\n")[0])
             raise KernelError(
-                f"{source}: does not compile for {arch}; its text is in {failed}; the compiler says:\n{error}"
+                f"{source}: does not compile for {arch}: {first}; its text is in {failed}, more in {said}"
             ) from None
         return cubin, log, {"kernel.cu": text}
 
