@@ -182,8 +182,7 @@ def select(
     for name, (code, shape) in tensors.items():
         if len(shape) == 3 and "expert" in name:
             selection.bad[name] = (
-                f"{name}: stacked experts {list(shape)} are not supported yet; unstack them into one weight an expert, or leave"
-                " them dense with --skip-bad"
+                f"{name}: stacked experts {list(shape)} are not supported yet; unstack them into one weight an expert"
             )
         if not name.endswith(".weight") or len(shape) != 2:
             continue
@@ -201,9 +200,7 @@ def select(
             selection.left_dense[module] = f"not quantized in the source ({code})"
         elif code not in SOURCE_CODES:
             wanted = ", ".join(SOURCE_CODES)
-            selection.bad[module] = (
-                f"{name}: {code} weights cannot be packed; convert them to one of {wanted}, or use --skip-bad"
-            )
+            selection.bad[module] = f"{name}: {code} weights cannot be packed; convert them to one of {wanted}"
         else:
             _add(selection, module, code, (shape[0], shape[1]), checkpoint, scheme)
     for module in [m.name for m in selection.modules]:

@@ -114,10 +114,13 @@ def _left_behind(checkpoint: Checkpoint, single: bool) -> list[str]:
     return [f"not copied, since they hold the unpacked weights in other formats: {names}"] if names and not single else []
 
 
+_SKIP = "or leave such modules dense with --skip-bad"
+
+
 def _settle_bad(checkpoint: Checkpoint, selection: Selection, options: Options, run: Run) -> dict[str, str]:
     """Fail on modules that cannot be packed or, with `skip_bad`, leave them dense: name -> why."""
     if selection.bad and not options.skip_bad:
-        raise UnsupportedError(next(iter(selection.bad.values())))
+        raise UnsupportedError(f"{next(iter(selection.bad.values()))}, {_SKIP}")
     skipped = dict(selection.bad)
     for name, reason in skipped.items():
         selection.drop(name, reason)
@@ -196,7 +199,8 @@ class _Maker:
         return PatternError(
             f"{module.weight}: row {row}, group {group} (columns {column} to {min(column + pattern.group, k) - 1}) has more"
             f" than {pattern.nnz} non-zeros; {count} of {groups} groups ({100 * count / groups:.3g} %) break"
-            f" {pattern.described}; prune with --prune magnitude, or leave such modules dense with --skip-bad"
+            f" {pattern.described}; prune with --prune magnitude"
+            + f", {_SKIP}" * (not self.options.skip_bad)
             + (f"; {hint}" if hint else ""),
             row=row,
             group=group,
