@@ -134,6 +134,8 @@ def test_the_budget_ends_the_run_cleanly(device: bench_device.FakeGpu, monkeypat
     assert 0 < len(blanks) < len(results.cells)
     assert set(blanks) == {"not measured: the budget of 60 s was spent"}
     assert "not everything was measured" in done.stdout
+    assert "  not measured" not in done.stdout  # no row for each, but a count
+    assert "  not measured" in call("--from", tmp_path / "a.json", "-v").stdout
 
 
 def test_searches_leave_time_for_sustained_load(

@@ -12,6 +12,8 @@ from .selection import ALL, KINDS, PEERS, is_curve
 Rows = list[tuple[str, ...]]
 Column = tuple[str, Callable[[Figure], str]]
 
+UNMEASURED = "not measured"
+
 CURVE_ROWS = 24
 """Of a curve, rows that are shown unless all are asked for."""
 
@@ -33,10 +35,11 @@ def machine_line(results: Results) -> str:
 def sections(results: Results, *, each: bool = False) -> Iterator[tuple[str, tuple[str, ...], Rows]]:
     """Tables, as title, columns and rows: one for each part, suite and load; suites of one layer share theirs.
 
-    Where there are many m, a row has one m, and the types and patterns side by side; each layer, and each suite of one, has a
-    table of its own. Without `each` some m are left out.
+    Without `each`, what there was no time for has no row (`blanks` counts it). Where there are many m, a row has one m, and the
+    types and patterns side by side; each layer, and each suite of one, has a table of its own. Without `each` some m are left
+    out.
     """
-    every = list(figures(results, each=each))
+    every = [figure for figure in figures(results, each=each) if each or short(figure.blank) != UNMEASURED]
     tokens: dict[tuple[str, str, str], set[int]] = {}
     for figure in every:
         tokens.setdefault((figure.part, figure.suite, figure.load), set()).add(figure.m or 0)
