@@ -208,7 +208,7 @@ def test_skip_bad_leaves_the_module_and_its_fused_sibling_dense(tmp_path: Path) 
     parts["model.layers.1.self_attn.o_proj.weight"] = bad
     parts["model.layers.1.mlp.experts.gate_up_proj"] = np.ones((2, 8, 8), models.BF16)
     source = models.folder(tmp_path / "in", parts)
-    with pytest.raises(ss.UnsupportedError, match="or leave such modules dense with --skip-bad$"):
+    with pytest.raises(ss.UnsupportedError, match=r"or leave such modules dense with --skip-bad$"):
         ss.pack_checkpoint(source, tmp_path / "out", options(), FAST)
     report = ss.pack_checkpoint(source, tmp_path / "out", options(skip_bad=True), FAST)
     assert not any("--skip-bad" in reason for reason in report.skipped.values())

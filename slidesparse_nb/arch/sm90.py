@@ -87,14 +87,14 @@ class Tile:
 
 
 TILES = (
-    Tile(256, 3, 565, 4200, ()),
-    Tile(256, 2, 422, 665, (2, 3, 4)),
-    Tile(192, 2, 256, 1600, (2, 3)),
-    Tile(160, 2, 194, 1215, (2,)),
-    Tile(128, 2, 141, 2824, (2, 3, 4, 8)),
-    Tile(128, 1, 215, 531, (2,)),
-    Tile(96, 2, 120, 1776, (2,)),
-    Tile(96, 1, 145, 0, (2,)),
+    Tile(256, 3, 482, 4236, ()),
+    Tile(256, 2, 316, 4723, (2, 3, 4)),
+    Tile(192, 2, 263, 2450, (2, 3)),
+    Tile(160, 2, 218, 3183, (2,)),
+    Tile(128, 2, 213, 1282, (2, 3, 4, 8)),
+    Tile(128, 1, 228, 1041, (2,)),
+    Tile(96, 2, 173, 1683, (2,)),
+    Tile(96, 1, 154, 1645, (2,)),
     Tile(64, 2, 162, 1291, (2, 3, 4, 8)),
     Tile(64, 1, 180, 0, (2,)),
     Tile(32, 2, 193, 1136, (2, 4, 8)),
@@ -114,11 +114,16 @@ CLUSTERS_FIT = 0.9
 """Of the multiprocessors, how many clusters of three and more blocks find free: a cluster keeps to one group of them."""
 READ_BYTES_A_NS = 3230
 """What the memory gives: fitted, too."""
+AGAIN_BYTES_A_NS = 6740
+"""What the L2 cache gives, of weights that tiles of other tokens read, too."""
 OVERLAP = 0.29
 """Of the shorter of computing and reading, how much shows."""
 CODED_TOKENS = 64
 """Tiles of up to so many tokens read codes: they wait for memory, larger ones for the tensor cores, whose shared memory
 decoding would take (docs/hopper.md)."""
+CODED_M = 128
+"""More tokens take none of these tiles: larger ones were faster wherever both were measured, and a weight that only those use
+keeps its index once."""
 LONG_TOKENS, CAPPED = 8192, 1.08
 """From so many tokens on, products take long enough for the board's power limit to decide, and tiles that copy more for an
 operation are slower by so much."""
@@ -130,7 +135,7 @@ ALONE, BEFORE_REST, REST = 0, 1, 2
 
 @dataclass(frozen=True)
 class Config:
-    """One launch of the kernel.
+    """One launch of the kernel; or, where there are no `blocks`, the kernel alone.
 
     Attributes:
         dtype, out: type of weights and activations; name of the type of y.
@@ -161,9 +166,11 @@ class Config:
 
     def __str__(self) -> str:
         cut = f", k cut in {self.cut}" if self.cut > 1 else ""
+        kernel = f"{self.tile}{cut}, {self.stages} stages, {self.resident} on a multiprocessor"
+        if not self.blocks:
+            return kernel
         first, last = (64 * s for s in self.strips)
-        where = f"tiles {self.begin} to {self.end} of outputs {first} to {last}"
-        return f"{self.tile}{cut}, {self.stages} stages, {where}, on {self.blocks} blocks"
+        return f"{kernel}, tiles {self.begin} to {self.end} of outputs {first} to {last}, on {self.blocks} blocks"
 
     @property
     def threads(self) -> int:
@@ -300,6 +307,10 @@ class Problem:
     def of(cls, m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, sms: int) -> Problem:
         return cls(m, n, stages(pattern, k, dtype), pattern, dtype, out, sms)
 
+    def takes(self, tile: Tile) -> bool:
+        """Whether so many tokens may be computed by this tile."""
+        return self.m <= CODED_M or tile.tokens > CODED_TOKENS
+
     def configured(self, tile: Tile, cut: int, resident: int, first: int = 0) -> Config:
         """The kernel of a tile, for all strips from `first` on."""
         config = configured(tile, cut, self.pattern, self.dtype, self.out, resident)
@@ -318,7 +329,7 @@ def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
     Whole tiles; k cut; whole rounds of tiles, and the rest with k cut, or in tiles of fewer tokens.
     """
     m, sms = problem.m, problem.sms
-    if not problem.configured(tile, 1, 1).possible(problem.along_k):
+    if not problem.takes(tile) or not problem.configured(tile, 1, 1).possible(problem.along_k):
         return
     for cut in tile.cuts:
         for resident in residents(tile, cut):
@@ -347,7 +358,7 @@ def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
             continue
         before = replace(whole, strips=(0, split), end=columns * tiles_m, blocks=min(sms, columns * tiles_m), order=BEFORE_REST)
         for other in TILES:
-            if other.tokens < tile.tokens:
+            if other.tokens < tile.tokens and problem.takes(other):
                 for cut in (1, *other.cuts):
                     rest = problem.configured(other, cut, residents(other, cut)[-1], split)
                     blocks = rest.tiles(m) * cut
@@ -369,7 +380,9 @@ def cost(launches: tuple[Config, ...], problem: Problem) -> float:
         if config.cut > 1:
             compute += CUT_NS_A_BLOCK * config.cut + CUT_NS_A_TOKEN * tile.tokens
         strip = VALUE_BYTES + index_bytes(config.dtype, config.windows > 0)
-        read += (config.end - config.begin) * problem.along_k * tile.warpgroups * strip / READ_BYTES_A_NS
+        weights = (config.end - config.begin) * problem.along_k * tile.warpgroups * strip
+        once = 1 / -(-problem.m // tile.tokens)
+        read += weights * (once / READ_BYTES_A_NS + (1 - once) / AGAIN_BYTES_A_NS)
     return LAUNCH_NS + max(compute, read) + OVERLAP * min(compute, read)
 
 
