@@ -273,7 +273,7 @@ def test_a_warm_call_costs_little_python(gpu: Any, monkeypatch: pytest.MonkeyPat
     launcher = importlib.import_module("slidesparse_nb.device.launch").Launcher
     nothing = ctypes.CDLL(None).getppid
     nothing.restype = None
-    run = launcher(SimpleNamespace(ptr=1), 17 if gpu.own else 15, nothing)
+    run = launcher(SimpleNamespace(ptr=1), 18 if gpu.own else 15, nothing)
     monkeypatch.setattr(plan, "launches", tuple(dataclasses.replace(launch, run=run) for launch in plan.launches))
     monkeypatch.setattr(
         gpu.gemm.activations.Kernel, "on", lambda k, *_: launcher(SimpleNamespace(ptr=1), len(k.parameters), nothing)
