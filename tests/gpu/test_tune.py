@@ -25,6 +25,7 @@ MOST = 6
 def family(request, tmp_path, monkeypatch):
     """Results in a folder of their own; kernels stay in the cache. Few ways, so that few kernels are compiled."""
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(request.param == "portable")))
+    monkeypatch.delenv("SLIDESPARSE_TUNED", raising=False)
     monkeypatch.setattr(tuned, "folder", lambda: tmp_path / "tuned")
     monkeypatch.setattr(tuned, "MOST_WAYS", MOST)
     tuned.found.cache_clear()
