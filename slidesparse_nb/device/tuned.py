@@ -105,7 +105,8 @@ def described(config: Config) -> str:
     values: dict[str, object] = dict(config.defines())
     if isinstance(config, sm90.Config):
         (first, last), begin, end = config.strips, config.begin, config.end
-        values |= {"strips": f"{first}-{last}", "tiles": f"{begin}-{end}", "blocks": config.blocks, "order": config.order}
+        values |= {"strips": f"{first}-{last}", "tiles": f"{begin}-{end}", "band": config.band}
+        values |= {"blocks": config.blocks, "order": config.order}
     else:
         values["splits"] = config.splits
     return " ".join(f"{name}={value}" for name, value in values.items())
