@@ -127,6 +127,8 @@ keeps its index once."""
 LONG_TOKENS, CAPPED = 8192, 1.08
 """From so many tokens on, products take long enough for the board's power limit to decide, and tiles that copy more for an
 operation are slower by so much."""
+BAND, NARROW_BAND, NARROW_TOKENS = 16, 8, 2048
+"""Tiles of n that run together with all tiles of m; with tiles of 256 tokens fewer, up to so many tokens (docs/hopper.md)."""
 MIXED_ROUNDS = 4
 """Whole rounds after which the shape of the rest's tiles matters no more."""
 ALONE, BEFORE_REST, REST = 0, 1, 2
@@ -162,7 +164,7 @@ class Config:
     end: int = 0
     blocks: int = 0
     order: int = ALONE
-    band: int = 16
+    band: int = BAND
 
     def __str__(self) -> str:
         cut = f", k cut in {self.cut}" if self.cut > 1 else ""
@@ -314,7 +316,7 @@ class Problem:
     def configured(self, tile: Tile, cut: int, resident: int, first: int = 0) -> Config:
         """The kernel of a tile, for all strips from `first` on."""
         config = configured(tile, cut, self.pattern, self.dtype, self.out, resident)
-        band = 8 if tile.tokens == 256 and self.m <= 2048 else 16
+        band = NARROW_BAND if tile.tokens == 256 and self.m <= NARROW_TOKENS else BAND
         return replace(config, strips=(first, -(-self.n // 64)), band=band)
 
     def at_once(self, config: Config, tiles: int) -> bool:

@@ -28,6 +28,9 @@ from .options import UNIT_BYTES, Options, Report, Run
 from .proof import prove_copies
 from .selection import Module, Selection, select
 
+_SKIP = "or leave such modules dense with --skip-bad"
+"""Advice that follows why a module cannot be packed, where `skip_bad` is not given."""
+
 
 def pack_checkpoint(
     source: str | os.PathLike[str],
@@ -112,9 +115,6 @@ def _label(options: Options, dtype: DType) -> str:
 def _left_behind(checkpoint: Checkpoint, single: bool) -> list[str]:
     names = ", ".join(str(name) for name in checkpoint.left_behind)
     return [f"not copied, since they hold the unpacked weights in other formats: {names}"] if names and not single else []
-
-
-_SKIP = "or leave such modules dense with --skip-bad"
 
 
 def _settle_bad(checkpoint: Checkpoint, selection: Selection, options: Options, run: Run) -> dict[str, str]:

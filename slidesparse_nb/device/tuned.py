@@ -105,8 +105,10 @@ def described(config: Config) -> str:
     values: dict[str, object] = dict(config.defines())
     if isinstance(config, sm90.Config):
         (first, last), begin, end = config.strips, config.begin, config.end
-        values |= {"strips": f"{first}-{last}", "tiles": f"{begin}-{end}", "band": config.band}
-        values |= {"blocks": config.blocks, "order": config.order}
+        values |= {
+            "strips": f"{first}-{last}", "tiles": f"{begin}-{end}", "band": config.band, "blocks": config.blocks,
+            "order": config.order,
+        }  # fmt: skip
     else:
         values["splits"] = config.splits
     return " ".join(f"{name}={value}" for name, value in values.items())

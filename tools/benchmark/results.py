@@ -18,6 +18,9 @@ from .selection import ALL, OURS
 
 SCHEMA = 1
 
+UNMEASURED = "not measured"
+"""How a blank begins that was never tried; why not follows a colon."""
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import slidesparse_nb as ss
 
 from .gpu import Sustained
-from .results import Cell, Results
+from .results import UNMEASURED, Cell, Results
 from .selection import ALL, OURS, Group, Linear
 from .summary import median, spread
 from .trial import Call, Contender, Launch, Verdict, copies
@@ -84,7 +84,7 @@ class Bench:
 
     def _stop(self, left: list[Group], reason: str) -> None:
         for group in left:
-            self._blank(group, f"not measured: {reason}")
+            self._blank(group, f"{UNMEASURED}: {reason}")
         self.results.note(f"{len(left)} groups were not measured: {reason}")
         self.say(f"{reason}: {len(left)} groups are left unmeasured")
 
@@ -100,7 +100,7 @@ class Bench:
         cells: list[Cell] = []
         for linear in group.suite.linears:
             if cells and time.perf_counter() - self.began > until:
-                cells.append(self._cell(group, linear, blank="not measured: its time was spent"))
+                cells.append(self._cell(group, linear, blank=f"{UNMEASURED}: its time was spent"))
                 self.results.add(cells[-1])
             else:
                 cells.append(self._recorded(group, contender, linear, self._burst))

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from . import summary
 from .figures import Figure, figures, layer_names
-from .results import Results
+from .results import UNMEASURED, Results
 from .selection import ALL, KINDS, PEERS, is_curve
 
 Rows = list[tuple[str, ...]]
 Column = tuple[str, Callable[[Figure], str]]
-
-UNMEASURED = "not measured"
 
 CURVE_ROWS = 24
 """Of a curve, rows that are shown unless all are asked for."""
@@ -35,9 +33,8 @@ def machine_line(results: Results) -> str:
 def sections(results: Results, *, each: bool = False) -> Iterator[tuple[str, tuple[str, ...], Rows]]:
     """Tables, as title, columns and rows: one for each part, suite and load; suites of one layer share theirs.
 
-    Without `each`, what there was no time for has no row (`blanks` counts it). Where there are many m, a row has one m, and the
-    types and patterns side by side; each layer, and each suite of one, has a table of its own. Without `each` some m are left
-    out.
+    Where there are many m, a row has one m, and the types and patterns side by side; each layer, and each suite of one, has a
+    table of its own. Without `each` some of many m are left out, and what was never tried has no row: `blanks` counts it.
     """
     every = [figure for figure in figures(results, each=each) if each or short(figure.blank) != UNMEASURED]
     tokens: dict[tuple[str, str, str], set[int]] = {}
