@@ -87,14 +87,14 @@ class Tile:
 
 
 TILES = (
-    Tile(256, 3, 482, 4236, ()),
-    Tile(256, 2, 316, 4723, (2, 3, 4)),
-    Tile(192, 2, 263, 2450, (2, 3)),
-    Tile(160, 2, 218, 3183, (2,)),
-    Tile(128, 2, 213, 1282, (2, 3, 4, 8)),
-    Tile(128, 1, 228, 1041, (2,)),
-    Tile(96, 2, 173, 1683, (2,)),
-    Tile(96, 1, 154, 1645, (2,)),
+    Tile(256, 3, 490, 4026, ()),
+    Tile(256, 2, 329, 4498, (2, 3, 4)),
+    Tile(192, 2, 266, 2628, (2, 3)),
+    Tile(160, 2, 230, 2583, (2,)),
+    Tile(128, 2, 213, 1378, (2, 3, 4, 8)),
+    Tile(128, 1, 228, 1024, (2,)),
+    Tile(96, 2, 192, 936, (2,)),
+    Tile(96, 1, 170, 693, (2,)),
     Tile(64, 2, 162, 1291, (2, 3, 4, 8)),
     Tile(64, 1, 180, 0, (2,)),
     Tile(32, 2, 193, 1136, (2, 4, 8)),
@@ -114,16 +114,16 @@ CLUSTERS_FIT = 0.9
 """Of the multiprocessors, how many clusters of three and more blocks find free: a cluster keeps to one group of them."""
 READ_BYTES_A_NS = 3230
 """What the memory gives: fitted, too."""
-AGAIN_BYTES_A_NS = 6740
+AGAIN_BYTES_A_NS = 6750
 """What the L2 cache gives, of weights that tiles of other tokens read, too."""
 OVERLAP = 0.29
 """Of the shorter of computing and reading, how much shows."""
-CODED_TOKENS = 64
-"""Tiles of up to so many tokens read codes: they wait for memory, larger ones for the tensor cores, whose shared memory
-decoding would take (docs/hopper.md)."""
-CODED_M = 128
-"""More tokens take none of these tiles: larger ones were faster wherever both were measured, and a weight that only those use
-keeps its index once."""
+SMALL_TOKENS, SMALL_M = 64, 128
+"""Tiles of up to so many tokens are small: they read codes. More tokens take none of them: larger ones were faster wherever
+both were measured."""
+CODED_TOKENS = {8: 256, 16: 128}
+"""Of a type's bits: tiles of up to so many tokens read codes, too, where one takes all tokens, and all waits for weights from
+memory. Where several read the same weights, all but one from the L2 cache, decoding takes longer (docs/hopper.md)."""
 LONG_TOKENS, CAPPED = 8192, 1.08
 """From so many tokens on, products take long enough for the board's power limit to decide, and tiles that copy more for an
 operation are slower by so much."""
@@ -168,7 +168,8 @@ class Config:
 
     def __str__(self) -> str:
         cut = f", k cut in {self.cut}" if self.cut > 1 else ""
-        kernel = f"{self.tile}{cut}, {self.stages} stages, {self.resident} on a multiprocessor"
+        codes = " with codes" if self.windows else ""
+        kernel = f"{self.tile}{cut}, {self.stages} stages{codes}, {self.resident} on a multiprocessor"
         if not self.blocks:
             return kernel
         first, last = (64 * s for s in self.strips)
@@ -264,9 +265,13 @@ def _stages_that_fit(config: Config) -> int:
     return room // (stage_bytes(config.tile, config.dtype, config.windows > 0) + 16)
 
 
-def configured(tile: Tile, cut: int, pattern: Pattern, dtype: DType, out: str, resident: int = 0) -> Config:
-    """The kernel of a tile, with as many stages as fit; `resident` is the first of `residents` by default."""
-    windows = pattern.windows if coded(pattern) and tile.tokens <= CODED_TOKENS else 0
+def configured(tile: Tile, cut: int, pattern: Pattern, dtype: DType, out: str, codes: bool, resident: int = 0) -> Config:
+    """The kernel of a tile, with as many stages as fit; `resident` is the first of `residents` by default.
+
+    Args:
+        codes: read codes, if masks of this pattern have them.
+    """
+    windows = pattern.windows if codes and coded(pattern) else 0
     config = Config(dtype, out, tile, 0, windows, cut, resident or residents(tile, cut)[0])
     return replace(config, stages=min(MOST_STAGES, _stages_that_fit(config)))
 
@@ -283,7 +288,20 @@ def candidates(pattern: Pattern, dtype: DType, out: str, capability: tuple[int, 
     for tile in TILES:
         for cut in (1, *tile.cuts):
             for resident in residents(tile, cut):
-                yield configured(tile, cut, pattern, dtype, out, resident)
+                for codes in _forms(tile, pattern, dtype):
+                    yield configured(tile, cut, pattern, dtype, out, codes, resident)
+
+
+def _forms(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, ...]:
+    """Whether a tile reads codes: sometimes, always or never."""
+    if not coded(pattern) or not decodes(tile, dtype):
+        return (False,)
+    return (True,) if tile.tokens <= SMALL_TOKENS else (True, False)
+
+
+def decodes(tile: Tile, dtype: DType) -> bool:
+    """Whether a tile ever reads codes: what loads its stages itself has no registers left to decode them with."""
+    return tile.tokens <= CODED_TOKENS[dtype.bits] and not tile.loads_itself
 
 
 # ---- choice ----------------------------------------------------------------------------------------------------------
@@ -311,11 +329,15 @@ class Problem:
 
     def takes(self, tile: Tile) -> bool:
         """Whether so many tokens may be computed by this tile."""
-        return self.m <= CODED_M or tile.tokens > CODED_TOKENS
+        return self.m <= SMALL_M or tile.tokens > SMALL_TOKENS
+
+    def codes(self, tile: Tile) -> bool:
+        """Whether this tile reads codes."""
+        return decodes(tile, self.dtype) and (tile.tokens <= SMALL_TOKENS or self.m <= tile.tokens)
 
     def configured(self, tile: Tile, cut: int, resident: int, first: int = 0) -> Config:
         """The kernel of a tile, for all strips from `first` on."""
-        config = configured(tile, cut, self.pattern, self.dtype, self.out, resident)
+        config = configured(tile, cut, self.pattern, self.dtype, self.out, self.codes(tile), resident)
         band = NARROW_BAND if tile.tokens == 256 and self.m <= NARROW_TOKENS else BAND
         return replace(config, strips=(first, -(-self.n // 64)), band=band)
 

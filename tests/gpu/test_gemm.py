@@ -102,7 +102,7 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         config = dataclasses.replace(config, strips=(0, 5))
         tiles = config.tiles(m)
         alone = dataclasses.replace(config, end=tiles, blocks=min(3, tiles) if config.cut == 1 else tiles * config.cut)
-        whole = sm90.configured(config.tile, 1, packed.pattern, dtype, config.out)
+        whole = sm90.configured(config.tile, 1, packed.pattern, dtype, config.out, config.windows > 0)
         before = dataclasses.replace(whole, strips=(0, 5), end=tiles // 2, blocks=1, order=sm90.BEFORE_REST)
         after = dataclasses.replace(
             config, begin=tiles // 2, end=tiles, blocks=(tiles - tiles // 2) * config.cut, order=sm90.REST
