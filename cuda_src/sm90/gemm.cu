@@ -6,8 +6,8 @@
 //   producer   one thread: global --cp.async.bulk--> ring of STAGES stages, 128 slid bytes along k each
 //   consumers  WARPGROUPS warpgroups, a strip each: wait full --> 2 wgmma a stage --> release the stages before
 //
-// Three warpgroups of 256 tokens leave no registers for a producer (SELF): whichever consumer warp is the last to have read a stage asks
-// for the next one in its place.
+// Three warpgroups of more than 192 tokens leave no registers for a producer (SELF): whichever consumer warp is the last to have read a
+// stage asks for the next one in its place.
 //
 // A unit does one tile after another. With CUT == 1 it is a block. Otherwise it is a cluster that has one tile: its blocks cut k into
 // equal parts and send them to each other's shared memory, where they are added up in order. That is for what whole tiles leave
@@ -49,12 +49,12 @@
 constexpr bool WIDE = DTYPE == TYPE_BFLOAT16 || DTYPE == TYPE_FLOAT16;
 typedef Index<WINDOWS, WIDE> IndexT;
 constexpr int VALUE_BYTES = 4096, INDEX_BYTES = IndexT::BYTES;  // of one strip and stage
-constexpr bool SELF = WARPGROUPS == 3;
+constexpr bool SELF = WARPGROUPS == 3 && TOKENS > 192;
 // Where accumulators need more than an equal share of the 65536 registers, setmaxnreg takes them from the producer, which must then be a
-// whole warpgroup.
-constexpr bool UNEQUAL = TOKENS > 128 && !SELF;
+// whole warpgroup. ptxas has instructions keep to the equal share, 128 with four warpgroups: 192 tokens are the most that fit.
+constexpr bool UNEQUAL = !SELF && (TOKENS > 128 || WARPGROUPS == 3);
 constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + (SELF ? 0 : UNEQUAL ? 128 : 32);
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 40, CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : 232;
 // Whether a tile starts with D = A * B; with small accumulators, and before CUDA 12.9, ptxas would then wait after each instruction.
 constexpr bool FRESH = TOKENS > 64 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1209;
 // Whether the second-level cache shall evict activations last: of many tokens, they are read again for every band of tiles, between
@@ -68,7 +68,8 @@ constexpr int LATE = 4, FILL = TOKENS > 64 ? STAGES : WARPGROUPS == 1 ? 9 : 6;
 // As many blocks of a cluster as a power of two allows share out the tokens when they add up, and write them.
 constexpr int POWER = CUT >= 8 ? 8 : CUT >= 4 ? 4 : CUT >= 2 ? 2 : 1;
 constexpr int SHARES = POWER < TOKENS / 8 ? POWER : TOKENS / 8, SHARE = TOKENS / SHARES;
-constexpr int PORTION = SELF ? 64 : CUT == 1 ? TOKENS : SHARE > 64 ? SHARE / 2 : SHARE;  // tokens that a block writes at a time
+constexpr bool LEAN = SELF && TOKENS == 256;  // no registers for the epilogue, either
+constexpr int PORTION = LEAN ? 64 : CUT == 1 ? TOKENS : SHARE > 64 ? SHARE / 2 : SHARE;  // tokens that a block writes at a time
 typedef Rows<OUT, PORTION> RowsT;
 
 // Shared memory: a ring of stages; rows of y on their way out (epilogue.cuh); barriers; nibbles of every code (index.cuh); and, of a
@@ -124,7 +125,7 @@ struct Piece {
         const int tiles_n = (p.last_strip - p.first_strip + WARPGROUPS - 1) / WARPGROUPS, tiles_m = (p.m + TOKENS - 1) / TOKENS;
         const int before = tile / (p.band * tiles_m) * p.band, inside = tile - before * tiles_m, width = min(tiles_n - before, p.band);
         strip = p.first_strip + (before + inside % width) * WARPGROUPS, tile_m = inside / width;
-        if (SELF) strip = min(strip, p.last_strip - WARPGROUPS);  // strips are padded to pairs: the last two tiles may share some
+        if (WARPGROUPS == 3) strip = min(strip, p.last_strip - WARPGROUPS);  // strips are padded to pairs: the last two tiles may share some
     }
 };
 
@@ -341,7 +342,7 @@ extern "C" __global__ void
         // scales, bias, rounding, and out
         auto finish = [&](const Accumulator (&total)[PORTION / 2], int m0) {
             auto write = [&](auto biased, auto whole) {
-                write_rows<OUT, PORTION, SELF, !WIDE, decltype(biased)::value, decltype(whole)::value>(
+                write_rows<OUT, PORTION, LEAN, !WIDE, decltype(biased)::value, decltype(whole)::value>(
                     total, token, channel, offset, y, y_pitch, aligned, m0, n0, m, n, staging, thread, 1 + warpgroup);
             };
             const bool whole = aligned && m0 + PORTION <= m && n0 + 64 <= n;

@@ -80,21 +80,26 @@ class Tile:
     @property
     def loads_itself(self) -> bool:
         """Whether accumulators leave no registers for a producer."""
-        return self.warpgroups == 3
+        return self.warpgroups == 3 and self.tokens > 192
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens x {self.n} outputs"
 
 
 TILES = (
-    Tile(256, 3, 490, 4026, ()),
-    Tile(256, 2, 329, 4498, (2, 3, 4)),
-    Tile(192, 2, 266, 2628, (2, 3)),
-    Tile(160, 2, 230, 2583, (2,)),
-    Tile(128, 2, 213, 1378, (2, 3, 4, 8)),
-    Tile(128, 1, 228, 1024, (2,)),
-    Tile(96, 2, 192, 936, (2,)),
-    Tile(96, 1, 170, 693, (2,)),
+    Tile(256, 3, 478, 5211, ()),
+    Tile(224, 3, 397, 6169, ()),
+    Tile(208, 3, 397, 4216, ()),
+    Tile(192, 3, 377, 3369, ()),
+    Tile(160, 3, 285, 3647, ()),
+    Tile(128, 3, 251, 3557, ()),
+    Tile(256, 2, 328, 4741, (2, 3, 4)),
+    Tile(192, 2, 269, 2633, (2, 3)),
+    Tile(160, 2, 246, 2113, (2,)),
+    Tile(128, 2, 217, 1436, (2, 3, 4, 8)),
+    Tile(128, 1, 216, 1644, (2,)),
+    Tile(96, 2, 191, 1137, (2,)),
+    Tile(96, 1, 153, 1900, (2,)),
     Tile(64, 2, 162, 1291, (2, 3, 4, 8)),
     Tile(64, 1, 180, 0, (2,)),
     Tile(32, 2, 193, 1136, (2, 4, 8)),
@@ -114,7 +119,7 @@ CLUSTERS_FIT = 0.9
 """Of the multiprocessors, how many clusters of three and more blocks find free: a cluster keeps to one group of them."""
 READ_BYTES_A_NS = 3230
 """What the memory gives: fitted, too."""
-AGAIN_BYTES_A_NS = 6750
+AGAIN_BYTES_A_NS = 6740
 """What the L2 cache gives, of weights that tiles of other tokens read, too."""
 OVERLAP = 0.29
 """Of the shorter of computing and reading, how much shows."""
@@ -124,9 +129,9 @@ both were measured."""
 CODED_TOKENS = {8: 256, 16: 128}
 """Of a type's bits: tiles of up to so many tokens read codes, too, where one takes all tokens, and all waits for weights from
 memory. Where several read the same weights, all but one from the L2 cache, decoding takes longer (docs/hopper.md)."""
-LONG_TOKENS, CAPPED = 8192, 1.08
-"""From so many tokens on, products take long enough for the board's power limit to decide, and tiles that copy more for an
-operation are slower by so much."""
+LARGEST, LONG_TOKENS, CAPPED = TILES[0], 8192, 1.08
+"""From so many tokens on, products take long enough for the board's power limit to decide, and other tiles than the largest,
+which copy more for an operation, are slower by so much."""
 BAND, NARROW_BAND, NARROW_TOKENS = 16, 8, 2048
 """Tiles of n that run together with all tiles of m; with tiles of 256 tokens fewer, up to so many tokens (docs/hopper.md)."""
 MIXED_ROUNDS = 4
@@ -181,7 +186,7 @@ class Config:
         consumers = 128 * self.tile.warpgroups
         if self.tile.loads_itself:
             return consumers
-        return consumers + (128 if self.tile.tokens > 128 else 32)
+        return consumers + (128 if self.tile.tokens > 128 or self.tile.warpgroups == 3 else 32)
 
     @property
     def shared_bytes(self) -> int:
@@ -195,10 +200,10 @@ class Config:
         return -(-m // self.tile.tokens) * -(-(self.strips[1] - self.strips[0]) // self.tile.warpgroups)
 
     def possible(self, along_k: int) -> bool:
-        """Whether so many stages are enough: a step for every block of a cluster; what loads itself fills its ring at once."""
-        if self.tile.loads_itself:
-            return along_k >= self.stages and self.strips[1] - self.strips[0] >= self.tile.warpgroups
-        return along_k >= 2 * self.cut
+        """Whether there are strips enough, and stages: two a block of a cluster; what loads itself fills its ring at once."""
+        if self.tile.warpgroups == 3 and self.strips[1] - self.strips[0] < 3:  # strips are padded to pairs
+            return False
+        return along_k >= (self.stages if self.tile.loads_itself else 2 * self.cut)
 
     def grid(self) -> tuple[int, int, int]:
         return self.blocks, 1, 1
@@ -300,8 +305,8 @@ def _forms(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, ...]:
 
 
 def decodes(tile: Tile, dtype: DType) -> bool:
-    """Whether a tile ever reads codes: what loads its stages itself has no registers left to decode them with."""
-    return tile.tokens <= CODED_TOKENS[dtype.bits] and not tile.loads_itself
+    """Whether a tile ever reads codes: three warpgroups have no registers left to decode them with."""
+    return tile.tokens <= CODED_TOKENS[dtype.bits] and tile.warpgroups < 3
 
 
 # ---- choice ----------------------------------------------------------------------------------------------------------
@@ -386,6 +391,8 @@ def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
                 for cut in (1, *other.cuts):
                     rest = problem.configured(other, cut, residents(other, cut)[-1], split)
                     blocks = rest.tiles(m) * cut
+                    if not rest.possible(problem.along_k):
+                        continue
                     if (cut == 1 and blocks <= sms * rest.resident) or (cut > 1 and problem.at_once(rest, rest.tiles(m))):
                         yield before, replace(rest, end=rest.tiles(m), blocks=blocks, order=REST)
 
@@ -397,7 +404,7 @@ def cost(launches: tuple[Config, ...], problem: Problem) -> float:
         tile, together = config.tile, min(config.resident, max(1.0, config.blocks / problem.sms))  # blocks a processor
         rounds = -(-(config.end - config.begin) * config.cut // config.blocks)
         stage = max(tile.stage_ns * together, RING_NS / config.stages)
-        if problem.m >= LONG_TOKENS and not tile.loads_itself:
+        if problem.m >= LONG_TOKENS and tile != LARGEST:
             stage *= CAPPED
         each = -(-problem.along_k // config.cut) * stage + tile.tile_ns
         compute += rounds * each

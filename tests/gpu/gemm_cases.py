@@ -25,6 +25,10 @@ def capability_here():
     return divmod(int(cupy.cuda.Device().compute_capability), 10)
 
 
+def sms_here():
+    return cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["multiProcessorCount"]
+
+
 @pytest.fixture(scope="module")
 def gemm():
     from slidesparse_nb.device import gemm
@@ -126,8 +130,12 @@ def allowed(exact, magnitude, packed, y_dtype):
 
 
 def check(y, x, packed, bias=None):
-    """Compare y, a NumPy array [m, n], with the exact product, as far as it is `allowed` to be from it."""
-    exact, magnitude = product(x, packed, bias)
+    """Compare y, a NumPy array [m, n], with the exact product."""
+    compare(y, *product(x, packed, bias), packed)
+
+
+def compare(y, exact, magnitude, packed):
+    """The same, of a `product` that is there: y is as far from it as `allowed`."""
     if packed.dtype is INT8:
         with np.errstate(over="ignore"):
             np.testing.assert_array_equal(y, exact.astype(y.dtype))

@@ -12,7 +12,7 @@ from dataclasses import replace
 import cupy as cp
 import numpy as np
 import pytest
-from gemm_cases import Wanted, capability_here, compile_ahead, family, gemm, on_gpu, product, tokens, weight
+from gemm_cases import Wanted, capability_here, compile_ahead, family, gemm, on_gpu, product, sms_here, tokens, weight
 
 import slidesparse_nb as ss
 from slidesparse_nb.arch import sm80, sm90
@@ -209,7 +209,7 @@ def shared_out(config, m, n, stages, sms):
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
 def test_as_many_tiles_as_processors_and_few_stages(gemm, family, dtype, stages):
     """1 tile, one less than processors, as many, one more; with one row of tiles and two, of 1 token, or full."""
-    sms = cp.cuda.runtime.getDeviceProperties(cp.cuda.runtime.getDevice())["multiProcessorCount"]
+    sms = sms_here()
     configs = list(family.candidates(P, dtype, OUT, capability_here()))
     widest, tallest = (max(size) for size in zip(*map(size_of, configs), strict=True))
     packed, x, exact, magnitude = made(dtype, widest * (sms + 1), few_stages(stages, dtype), tallest + 1, True)

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import threading
 import time
 
 import cupy as cp
 import numpy as np
 import pytest
-from gemm_cases import capability_here, check, compile_ahead, family, gemm, host, on_gpu, tokens, weight
+from gemm_cases import (
+    capability_here,
+    check,
+    compare,
+    compile_ahead,
+    family,
+    gemm,
+    host,
+    on_gpu,
+    product,
+    sms_here,
+    tokens,
+    weight,
+)
 
 import slidesparse_nb as ss
 from slidesparse_nb import reference
-from slidesparse_nb.arch import sm80, sm90
+from slidesparse_nb.arch import as_multiplied, choose, sm80, sm90
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
 from slidesparse_nb.errors import OperandError
 from slidesparse_nb.pattern import Pattern, known_patterns
@@ -23,6 +38,8 @@ pytestmark = pytest.mark.gpu
 
 BF16, F16, F32 = BFLOAT16.numpy, FLOAT16.numpy, np.dtype(np.float32)
 SHAPES = [(1, 1, 1), (1, 16, 64), (3, 17, 131), (8, 128, 512), (33, 130, 257), (131, 259, 1031), (70, 512, 3072)]
+TILED = ["2:4", "4:6", "6:8", "14:16"]
+"""Patterns of which every kernel is tested."""
 GUARD = 4096
 """Bytes before and after an output, which must stay as they were."""
 
@@ -32,10 +49,14 @@ def compiled_ahead(family):
     """What the tests launch, compiled by all processors at once, as `slidesparse build` does it."""
     capability = capability_here()
     dtypes = family.supported_dtypes(capability)
-    wanted = [(p, d, "bfloat16") for p in known_patterns() for d in dtypes]
+    wanted = [(Pattern.of(p), d, "bfloat16") for p in TILED for d in dtypes]
     if family is sm80:  # of Hopper's many tiles, these types of y take few
         wanted += [(Pattern(6, 8), d, out) for d in dtypes for out in ("float32", "float16")]
-    compile_ahead([c for w in wanted for c in family.candidates(*w, capability)])
+    configs = [c for w in wanted for c in family.candidates(*w, capability)]
+    for p, d, (m, n, k) in itertools.product(known_patterns(), dtypes, SHAPES):
+        pattern, seen_k = as_multiplied(family, p, k)
+        configs += choose(family, m, n, seen_k, pattern, d, "bfloat16", capability, sms_here())
+    compile_ahead(configs)
 
 
 def guarded(m, n, dtype, pitch=None):
@@ -87,7 +108,7 @@ def test_types_of_x_and_y(dtype, source, out):
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
-@pytest.mark.parametrize("pattern", ["2:4", "4:6", "6:8", "14:16"])
+@pytest.mark.parametrize("pattern", TILED)
 def test_every_tile_and_split(gemm, family, pattern, dtype):
     rng = np.random.default_rng(6)
     k = 2100  # eight blocks of a cluster have a step each, whatever the type
@@ -107,7 +128,7 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         after = dataclasses.replace(
             config, begin=tiles // 2, end=tiles, blocks=(tiles - tiles // 2) * config.cut, order=sm90.REST
         )
-        if config.tile.loads_itself:  # of three strips at least
+        if config.tile.warpgroups == 3:  # of three strips at least
             return [(alone,), (before, after)]
         left = dataclasses.replace(whole, strips=(0, 2), blocks=1, order=sm90.BEFORE_REST)
         right = dataclasses.replace(config, strips=(2, 5), order=sm90.REST)
@@ -120,17 +141,24 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         every = family.candidates(packed.pattern, dtype, out, device.capability)
         return [c for c in every if out == "bfloat16" or (family is sm90 and (c.tile.loads_itself or c.cut == 3))]
 
+    bias = rng.standard_normal(273).astype(np.float32)
+
+    @functools.cache
+    def operands(m, biased):
+        """x and bias on the GPU, and what comes of them."""
+        x = tokens(rng, m, k, BF16)
+        return on_gpu(x), on_gpu(bias) if biased else None, product(x, packed, bias if biased else None)
+
     for out, y_type in (("bfloat16", BF16), ("float16", F16), ("float32", F32)):
-        bias = None if y_type == BF16 else rng.standard_normal(273).astype(np.float32)
         for config in candidates(out):
             each = config.tile.m if family is sm80 else config.tile.tokens
             m = each + each // 2 + 1
+            x, given, exact = operands(m, y_type != BF16)
             for launches in ways(config, m):
-                x = tokens(rng, m, k, BF16)
                 device.plans[m, out] = gemm.Plan(device, m, out, launches)
                 y, surroundings = guarded(m, 273, y_type, pitch=280)
-                ss.matmul(on_gpu(x), packed, bias=None if bias is None else on_gpu(bias), out=y)
-                check(host(cp.ascontiguousarray(y)), x, packed, bias)
+                ss.matmul(x, packed, bias=given, out=y)
+                compare(host(cp.ascontiguousarray(y)), *exact, packed)
                 surroundings()
                 del device.plans[m, out]
 
