@@ -55,7 +55,7 @@ def test_the_fastest_is_kept_and_used(dtype, monkeypatch):
     assert found.kept
     assert 0 < found.best_us < 0.98 * found.model_us
     rng = np.random.default_rng(3)
-    packed, x = weight(rng, N, K, "6:8", dtype), tokens(rng, M, K, BFLOAT16.numpy)
+    packed, x = weight(rng, N, K, "6:8", dtype, full=True), tokens(rng, M, K, BFLOAT16.numpy)  # 16-bit, too, it has codes
     y, used = multiply(packed, x)
     assert tuple(map(str, used)) == found.best
     check(y, x, packed)
