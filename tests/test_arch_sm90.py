@@ -211,12 +211,27 @@ def test_all_types_are_supported() -> None:
     assert sm90.supported_dtypes(HOPPER) == (INT8, FLOAT8, BFLOAT16, FLOAT16)
 
 
-def test_a_tile_that_loads_itself_has_stages_and_strips_enough() -> None:
-    tile = next(tile for tile in sm90.TILES if tile.loads_itself)
-    assert (tile.tokens, tile.n) == (256, 192)
-    for n, k, possible in ((192, 3584, True), (193, 3584, True), (129, 3584, True), (128, 3584, False), (192, 160, False)):
+@pytest.mark.parametrize("tile", [tile for tile in sm90.TILES if tile.warpgroups == 3], ids=str)
+def test_three_warpgroups_have_strips_enough_and_what_loads_itself_stages(tile: sm90.Tile) -> None:
+    assert tile.loads_itself == (tile.tokens > 192)
+    short = not tile.loads_itself  # 160 columns of 6:8 are two stages
+    for n, k, possible in ((192, 3584, True), (193, 3584, True), (129, 3584, True), (128, 3584, False), (192, 160, short)):
         problem = sm90.Problem.of(4096, n, k, Pattern(6, 8), FLOAT8, "bfloat16", 132)
         assert bool(list(sm90.options(tile, problem))) == possible, (n, k)
+
+
+def test_larger_tiles_read_codes_where_one_takes_all_tokens() -> None:
+    cases = [
+        (100, 64, 2, FLOAT8, True),  # small: always
+        (128, 128, 2, FLOAT8, True), (129, 128, 2, FLOAT8, False), (256, 256, 2, FLOAT8, True), (100, 256, 3, FLOAT8, False),
+        (128, 128, 2, BFLOAT16, True), (100, 160, 2, BFLOAT16, False), (256, 256, 2, INT8, True),
+    ]  # fmt: skip
+    for m, tokens, warpgroups, dtype, codes in cases:
+        tile = next(tile for tile in sm90.TILES if (tile.tokens, tile.warpgroups) == (tokens, warpgroups))
+        for pattern in (Pattern(6, 8), Pattern(2, 4)):
+            problem = sm90.Problem.of(m, 4608, 3584, pattern, dtype, "bfloat16", 132)
+            read = {launches[0].windows for launches in sm90.options(tile, problem)}
+            assert read == {pattern.windows if codes and pattern.group > 4 else 0}, (m, tile, dtype, pattern)
 
 
 def test_many_tokens_take_the_tile_that_copies_least() -> None:
