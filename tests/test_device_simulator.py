@@ -5,15 +5,13 @@ The simulator is chosen when Numba is imported, so this file runs itself once mo
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
-from simulator import run_in_simulator
+from simulator import SIMULATED, run_in_simulator
 
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
-if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
+if not SIMULATED:
 
     @pytest.mark.slow
     def test_the_kernels_in_the_simulator() -> None:
