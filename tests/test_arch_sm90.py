@@ -139,7 +139,7 @@ def test_candidates_fit(dtype: DType, out: str) -> None:
 QWEN = [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)]
 """(n, k) of the linear layers of Qwen2.5-7B, as engines fuse them."""
 
-SHAPES = [*QWEN, (130, 70), (1, 1), (8448, 512), (64, 100000)]
+SHAPES = [*QWEN, (130, 70), (1, 1), (8448, 512), (64, 100000), (8500, 300)]
 
 
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 200, 256, 300, 1024, 4096, 65536])
@@ -166,6 +166,7 @@ def test_every_way_of_sharing_out_covers_every_tile_and_step(m: int, shape: tupl
         for config in launches:
             tiles = config.end - config.begin
             assert tiles > 0
+            assert config.possible(problem.along_k)
             if config.cut > 1:
                 assert config.blocks == tiles * config.cut <= 132 * config.resident
                 assert problem.along_k // 2 >= config.cut  # every block has a step, of two stages at most
@@ -232,6 +233,18 @@ def test_larger_tiles_read_codes_where_one_takes_all_tokens() -> None:
             problem = sm90.Problem.of(m, 4608, 3584, pattern, dtype, "bfloat16", 132)
             read = {launches[0].windows for launches in sm90.options(tile, problem)}
             assert read == {pattern.windows if codes and pattern.group > 4 else 0}, (m, tile, dtype, pattern)
+
+
+def test_small_tiles_are_for_few_tokens_and_bands_narrow_for_not_too_many() -> None:
+    def ways(m: int) -> list[sm90.Config]:
+        problem = sm90.Problem.of(m, 4608, 3584, Pattern(6, 8), FLOAT8, "bfloat16", 132)
+        return [config for tile in sm90.TILES for way in sm90.options(tile, problem) for config in way]
+
+    assert min(config.tile.tokens for config in ways(sm90.SMALL_M)) <= sm90.SMALL_TOKENS
+    assert min(config.tile.tokens for config in ways(sm90.SMALL_M + 1)) > sm90.SMALL_TOKENS
+    for m, band in ((sm90.NARROW_TOKENS, sm90.NARROW_BAND), (sm90.NARROW_TOKENS + 1, sm90.BAND)):
+        assert {config.band for config in ways(m) if config.tile.tokens == 256} == {band}
+        assert {config.band for config in ways(m) if config.tile.tokens < 256} == {sm90.BAND}
 
 
 def test_many_tokens_take_the_tile_that_copies_least() -> None:

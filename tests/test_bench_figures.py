@@ -265,6 +265,16 @@ def test_a_missing_layer_leaves_no_sum() -> None:
     assert len(results.wrong) == 1
 
 
+def test_a_row_stays_as_long_as_one_layer_was_tried() -> None:
+    results = made_up()
+    for layer, n, rows in (("a", 64, 2), ("b", 128, 1)):
+        blank = "not measured: its time was spent"
+        results.add(Cell("ours", "gemm", "model", layer, n, 256, "fp8", "6:8", 16, "burst", blank=blank))
+        (_, columns, found), *_ = sections(results)
+        assert len(found) == rows
+        assert [row[columns.index("us")] for row in found][: rows - 1] == ["not measured"] * (rows - 1)
+
+
 def test_sections_leave_empty_columns_out() -> None:
     ((title, columns, rows),) = sections(made_up())
     assert title == "model, gemm, burst: sum of a (64, 256), b (128, 256)"

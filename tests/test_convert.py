@@ -210,6 +210,9 @@ def test_skip_bad_leaves_the_module_and_its_fused_sibling_dense(tmp_path: Path) 
     source = models.folder(tmp_path / "in", parts)
     with pytest.raises(ss.UnsupportedError, match=r"or leave such modules dense with --skip-bad$"):
         ss.pack_checkpoint(source, tmp_path / "out", options(), FAST)
+    finite = {name: part for name, part in parts.items() if "experts" not in name and "up_proj" not in name}
+    with pytest.raises(ss.UnsupportedError, match=r"finite.*or leave such modules dense with --skip-bad$"):
+        ss.pack_checkpoint(models.folder(tmp_path / "nan", finite), tmp_path / "out", options(), FAST)
     report = ss.pack_checkpoint(source, tmp_path / "out", options(skip_bad=True), FAST)
     assert not any("--skip-bad" in reason for reason in report.skipped.values())
     assert set(report.skipped) == {

@@ -135,6 +135,28 @@ def test_an_error_of_the_compiler_is_shown_with_its_source(cache: Path) -> None:
     assert {p.name for p in cache.iterdir()} == {Path(path[1]).name, Path(path[2]).name}
 
 
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        ("k.cu(3): warning #177-D: unused\nk.cu(9): error: no\n1 error detected", "k.cu(9): error: no"),
+        ("/errors/k.cu(3): warning #177-D: unused\nk.cu(9): error #20-D: no", "k.cu(9): error #20-D: no"),
+        ("k.cu(3): warning #177-D: unused\nptxas fatal   : Unresolved extern", "ptxas fatal   : Unresolved extern"),
+        ("/errors/k.cu(3): warning #1: w\nptxas ptx input, line 29; error   : No", "ptx input, line 29; error   : No"),
+        ("out of luck", "out of luck"),
+        ("", "for sm_80: ; its text"),
+    ],
+)  # fmt: skip
+def test_the_first_error_is_told_and_no_warning(cache: Path, monkeypatch: pytest.MonkeyPatch, log: str, told: str) -> None:
+    def fails(*_: object) -> None:
+        raise nvrtc.CompileError(log)
+
+    monkeypatch.setattr(nvrtc.Nvrtc, "compile", fails)
+    with pytest.raises(jit.KernelError) as caught:
+        jit.build(SOURCE, {"FROM": "nonsense"}, ARCH)
+    assert told in str(caught.value)
+    assert "177" not in str(caught.value)
+
+
 def test_an_architecture_that_the_compiler_does_not_know(cache: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"does not compile for sm_35; install a newer one$"):
         jit.build(SOURCE, DEFINES, "sm_35")

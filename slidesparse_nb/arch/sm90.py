@@ -124,8 +124,8 @@ AGAIN_BYTES_A_NS = 6810
 OVERLAP = 0.29
 """Of the shorter of computing and reading, how much shows."""
 SMALL_TOKENS, SMALL_M = 64, 128
-"""Tiles of up to so many tokens are small: they read codes. More tokens take none of them: larger ones were faster wherever
-both were measured."""
+"""Tiles of up to so many tokens are small: they read codes. Products of more than so many tokens take none of them: larger
+ones were faster wherever both were measured."""
 CODED_TOKENS = {8: 256, 16: 128}
 """Of a type's bits: tiles of up to so many tokens read codes, too, where one takes all tokens, and all waits for weights from
 memory. Where several read the same weights, all but one from the L2 cache, decoding takes longer (docs/hopper.md)."""
@@ -305,7 +305,8 @@ def _forms(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, ...]:
 
 
 def decodes(tile: Tile, dtype: DType) -> bool:
-    """Whether a tile ever reads codes: three warpgroups have no registers left to decode them with."""
+    """Whether a tile ever reads codes. With three warpgroups none does: of 256 tokens it would spill, and where one tile takes
+    all tokens two warpgroups are as fast."""
     return tile.tokens <= CODED_TOKENS[dtype.bits] and tile.warpgroups < 3
 
 

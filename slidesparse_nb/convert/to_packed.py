@@ -171,7 +171,8 @@ class _Maker:
                 first_row=first,
             )
         except OperandError as error:
-            raise UnsupportedError(f"{module.weight}: {error}") from None
+            advice = "" if self.options.skip_bad else f", {_SKIP}"
+            raise UnsupportedError(f"{module.weight}: {error}{advice}") from None
 
     def seed(self, module: Module) -> int:
         """Every module draws its own random numbers, whatever the order of work."""

@@ -125,7 +125,8 @@ def build(source: str, defines: Mapping[str, int | str], arch: str, compiler: nv
             failed.write_text(text)
             said = failed.with_suffix(".log")
             said.write_text(f"{error}\n")
-            first = next((line for line in str(error).splitlines() if "error" in line), str(error).partition("\n")[0])
+            lines = str(error).splitlines() or [""]
+            first = next((line for line in lines if re.search(r"\b(error|fatal)( #[\w-]+)?\s*:", line)), lines[0]).strip()
             raise KernelError(
                 f"{source}: does not compile for {arch}: {first}; its text is in {failed}, more in {said}"
             ) from None

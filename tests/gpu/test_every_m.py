@@ -205,7 +205,7 @@ def shared_out(config, m, n, stages, sms):
     return [(replace(config, end=tiles, blocks=blocks),) for blocks in dict.fromkeys((min(tiles, sms), min(tiles, 5), tiles))]
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
 def test_as_many_tiles_as_processors_and_few_stages(gemm, family, dtype, stages):
     """1 tile, one less than processors, as many, one more; with one row of tiles and two, of 1 token, or full."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .floors import Work, floor_us, work
-from .results import Cell, Results
+from .results import UNMEASURED, Cell, Results
 from .selection import ALL, KINDS, OURS
 
 
@@ -24,6 +24,7 @@ class Figure:
         weights: n k, of all layers.
         cell: of ours, under sustained load: clock, power, energy.
         blank: why there is no time.
+        tried: any of the layers was, whatever came of it.
     """
 
     part: str
@@ -44,6 +45,7 @@ class Figure:
     weights: int
     cell: Cell | None
     blank: str | None
+    tried: bool
 
     @property
     def label(self) -> str:
@@ -117,4 +119,5 @@ def _figure(
         weights=sum(n * k for _, n, k in layers),
         cell=cells[0] if load == "sustained" and cells else None,
         blank=next((cell.blank for cell in cells if cell.blank), None),
+        tried=any(not (cell.blank or "").startswith(UNMEASURED) for cell in cells),
     )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from . import summary
 from .figures import Figure, figures, layer_names
-from .results import UNMEASURED, Results
+from .results import Results
 from .selection import ALL, KINDS, PEERS, is_curve
 
 Rows = list[tuple[str, ...]]
@@ -36,7 +36,7 @@ def sections(results: Results, *, each: bool = False) -> Iterator[tuple[str, tup
     Where there are many m, a row has one m, and the types and patterns side by side; each layer, and each suite of one, has a
     table of its own. Without `each` some of many m are left out, and what was never tried has no row: `blanks` counts it.
     """
-    every = [figure for figure in figures(results, each=each) if each or short(figure.blank) != UNMEASURED]
+    every = [figure for figure in figures(results, each=each) if each or figure.tried]
     tokens: dict[tuple[str, str, str], set[int]] = {}
     for figure in every:
         tokens.setdefault((figure.part, figure.suite, figure.load), set()).add(figure.m or 0)
