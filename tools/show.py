@@ -86,9 +86,9 @@ def _proof_text(proof: ss.Verification) -> str:
     if proof.against_source:
         how = f" ({'by' if proof.by_magnitude else 'not by'} magnitude)" if proof.pruned else ""
         text += (
-            f"; every stored weight is its source's: {proof.pruned:,} of the source were pruned{how}, {proof.rounded:,} were"
+            f"; every stored weight is its source's: {proof.pruned:,} of the source were pruned{how}, {proof.rounded:,} round to"
         )
-        text += f" too small for the type; {count(proof.copies, 'other tensor')} equal byte for byte"
+        text += f" zero, pruned or not; {count(proof.copies, 'other tensor')} equal byte for byte"
     return text
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import slidesparse_nb as ss
 
 from .figures import Figure, figures
-from .results import Results, write_whole
+from .results import UNMEASURED, Results, write_whole
 from .selection import KINDS
 from .table import crossovers, machine_line, number
 
@@ -16,6 +16,10 @@ BEGIN = "<!-- benchmarks: written by `python tools/bench.py --readme docs/result
 END = "<!-- end of benchmarks -->"
 PUBLISHED = "docs/results/h100.json"
 PATTERN = "6:8"
+
+
+NAMES = {"dense": "dense", "cusparselt": "cuSPARSELt", "torch": "PyTorch"}
+"""Of the peers, as the tables' heads have them."""
 
 
 def section(results: Results | None) -> str:
@@ -42,12 +46,30 @@ def _lines(results: Results) -> Iterator[str]:
     yield f"![Speed-up over dense cuBLASLt by m]({PUBLISHED.removesuffix('.json')}.png)"
     yield ""
     yield f"{machine_line(results)}. Everything measured: [{PUBLISHED}]({PUBLISHED})."
+    yield from _padded(results)
     if not results.complete:
-        yield "This run was cut short: what is missing above was not measured."
+        shown = (c for c in results.cells.values() if c.pattern in (None, PATTERN) and c.part in ("gemm", "linear"))
+        missing = any((c.blank or "").startswith(UNMEASURED) for c in shown)
+        what = ": what is missing above was not measured." if missing else " after all that is above."
+        yield f"This run was cut short{what}"
     sentences = [s for s in crossovers(results) if f" {PATTERN} " in s]
     if sentences:
         yield ""
         yield from (f"- {sentence}" for sentence in sentences)
+
+
+def _padded(results: Results) -> Iterator[str]:
+    """Who was timed with more tokens than m, since it takes no fewer."""
+    padded: dict[tuple[str, str, int], set[int]] = {}
+    for c in results.cells.values():
+        if c.rows and c.m and c.rows > c.m and c.pattern in (None, PATTERN):
+            padded.setdefault((c.contender, c.type, c.rows), set()).add(c.m)
+    if padded:
+        each = (
+            f"{NAMES[contender]} {KINDS[type].label} {rows} at m = {', '.join(map(str, sorted(tokens)))}"
+            for (contender, type, rows), tokens in padded.items()
+        )
+        yield f"Timed with more tokens than m, since they take no fewer: {'; '.join(each)}."
 
 
 def _table(found: list[Figure]) -> Iterator[str]:

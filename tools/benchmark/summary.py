@@ -58,8 +58,13 @@ def named(ratios: Mapping[int, float], measured: Sequence[int]) -> str:
             low, high = (f"{end(ratios[m] for m in run):.2f}x" for end in (min, max))
             parts.append(f"{run[0]} to {run[-1]} ({low if low == high else f'{low} to {high}'})")
         else:
-            parts += [f"{m} ({ratios[m]:.2f}x)" for m in run]
+            parts += [f"{m} ({_below(ratios[m])})" for m in run]
     return ", ".join(parts)
+
+
+def _below(ratio: float) -> str:
+    """A ratio of 1 or less, not as 1.00x unless it is."""
+    return f"{ratio:.2f}x" if ratio == 1 or ratio < 0.995 else f"{ratio:.3f}x"
 
 
 @dataclass(frozen=True)
