@@ -85,10 +85,8 @@ def _proof_text(proof: ss.Verification) -> str:
     text = f"verified: {count(proof.modules, 'module')}, {proof.weights:,} weights in canonical form"
     if proof.against_source:
         how = f" ({'by' if proof.by_magnitude else 'not by'} magnitude)" if proof.pruned else ""
-        text += (
-            f"; every stored weight is its source's: {proof.pruned:,} of the source were pruned{how}, {proof.rounded:,} round to"
-        )
-        text += f" zero, pruned or not; {count(proof.copies, 'other tensor')} equal byte for byte"
+        text += f"; every stored weight is its source's: {proof.pruned:,} of the source were pruned{how},"
+        text += f" {proof.rounded:,} round to zero, pruned or not; {count(proof.copies, 'other tensor')} equal byte for byte"
     return text
 
 
