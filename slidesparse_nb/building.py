@@ -25,6 +25,9 @@ ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 Job = tuple[str, Mapping[str, "int | str"], str]
 """Source under cuda_src, defines, architecture."""
 
+Asked = tuple[int, int, int, "Pattern | str", "DType | str", str]
+"""A product: m, n, k, pattern, dtype of the weights, name of the type of y."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -100,7 +103,7 @@ def _jobs(
 
 
 def build_products(
-    products: Iterable[tuple[int, int, int, Pattern | str, DType | str, str]],
+    products: Iterable[Asked],
     capability: tuple[int, int],
     processors: int,
     compiler: nvrtc.Nvrtc | None = None,
@@ -118,13 +121,19 @@ def build_products(
         UnsupportedError: there is no compiler, or it does not know the architecture.
         KernelError: a kernel does not compile.
     """
+    configs = launches_of(products, capability, processors)
+    return len(compile_all(kernels_of(configs, capability), compiler or jit.device_compiler()))
+
+
+def launches_of(products: Iterable[Asked], capability: tuple[int, int], processors: int) -> list[Config]:
+    """The launches that compute these products, of every one in turn; arguments and errors are those of `build_products`."""
     family = for_capability(capability)
     configs: list[Config] = []
     for m, n, k, named, dtype, out in products:
         pattern, seen_k = as_multiplied(family, Pattern.of(named), k)
         y_type = FLOATS[float_dtype("out", out)]
         configs += choose(family, m, n, seen_k, pattern, packed_dtype(dtype), y_type, capability, processors)
-    return len(compile_all(kernels_of(configs, capability), compiler or jit.device_compiler()))
+    return configs
 
 
 def kernels_of(configs: Iterable[Config], capability: tuple[int, int]) -> list[Job]:

@@ -348,7 +348,7 @@ class Problem:
         return replace(config, strips=(first, -(-self.n // 64)), band=band)
 
     def at_once(self, config: Config, tiles: int) -> bool:
-        """Whether all blocks of a cut kernel that computes so many tiles are at work together."""
+        """Whether so many tiles, each with a block or a cluster of its own, are all at work together."""
         fit = CLUSTERS_FIT if config.cut > 2 else 1
         return config.possible(self.along_k) and tiles * config.cut <= self.sms * config.resident * fit
 
@@ -391,11 +391,8 @@ def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
             if other.tokens < tile.tokens and problem.takes(other):
                 for cut in (1, *other.cuts):
                     rest = problem.configured(other, cut, residents(other, cut)[-1], split)
-                    blocks = rest.tiles(m) * cut
-                    if not rest.possible(problem.along_k):
-                        continue
-                    if (cut == 1 and blocks <= sms * rest.resident) or (cut > 1 and problem.at_once(rest, rest.tiles(m))):
-                        yield before, replace(rest, end=rest.tiles(m), blocks=blocks, order=REST)
+                    if problem.at_once(rest, rest.tiles(m)):
+                        yield before, replace(rest, end=rest.tiles(m), blocks=rest.tiles(m) * cut, order=REST)
 
 
 def cost(launches: tuple[Config, ...], problem: Problem) -> float:

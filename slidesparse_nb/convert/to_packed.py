@@ -156,6 +156,11 @@ class _Maker:
     checkpoint: Checkpoint
     options: Options
 
+    @property
+    def advice(self) -> str:
+        """What follows why a module cannot be packed."""
+        return "" if self.options.skip_bad else f", {_SKIP}"
+
     # ---- rows
 
     def stored_rows(self, module: Module, first: int, last: int) -> tuple[Any, Any]:
@@ -171,8 +176,7 @@ class _Maker:
                 first_row=first,
             )
         except OperandError as error:
-            advice = "" if self.options.skip_bad else f", {_SKIP}"
-            raise UnsupportedError(f"{module.weight}: {error}{advice}") from None
+            raise UnsupportedError(f"{module.weight}: {error}{self.advice}") from None
 
     def seed(self, module: Module) -> int:
         """Every module draws its own random numbers, whatever the order of work."""
@@ -200,9 +204,7 @@ class _Maker:
         return PatternError(
             f"{module.weight}: row {row}, group {group} (columns {column} to {min(column + pattern.group, k) - 1}) has more"
             f" than {pattern.nnz} non-zeros; {count} of {groups} groups ({100 * count / groups:.3g} %) break"
-            f" {pattern.described}; prune with --prune magnitude"
-            + f", {_SKIP}" * (not self.options.skip_bad)
-            + (f"; {hint}" if hint else ""),
+            f" {pattern.described}; prune with --prune magnitude" + self.advice + (f"; {hint}" if hint else ""),
             row=row,
             group=group,
             count=count,

@@ -28,7 +28,8 @@ from gemm_cases import (
 
 import slidesparse_nb as ss
 from slidesparse_nb import reference
-from slidesparse_nb.arch import as_multiplied, choose, sm80, sm90
+from slidesparse_nb.arch import sm80, sm90
+from slidesparse_nb.building import launches_of
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
 from slidesparse_nb.errors import OperandError
 from slidesparse_nb.pattern import Pattern, known_patterns
@@ -53,10 +54,8 @@ def compiled_ahead(family):
     if family is sm80:  # of Hopper's many tiles, these types of y take few
         wanted += [(Pattern(6, 8), d, out) for d in dtypes for out in ("float32", "float16")]
     configs = [c for w in wanted for c in family.candidates(*w, capability)]
-    for p, d, (m, n, k) in itertools.product(known_patterns(), dtypes, SHAPES):
-        pattern, seen_k = as_multiplied(family, p, k)
-        configs += choose(family, m, n, seen_k, pattern, d, "bfloat16", capability, sms_here())
-    compile_ahead(configs)
+    products = [(*shape, p, d, "bfloat16") for p, d, shape in itertools.product(known_patterns(), dtypes, SHAPES)]
+    compile_ahead(configs + launches_of(products, capability, sms_here()))
 
 
 def guarded(m, n, dtype, pitch=None):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .floors import Work, floor_us, work
-from .results import UNMEASURED, Cell, Results
+from .results import Cell, Results
 from .selection import ALL, KINDS, OURS
 
 
@@ -119,5 +119,5 @@ def _figure(
         weights=sum(n * k for _, n, k in layers),
         cell=cells[0] if load == "sustained" and cells else None,
         blank=next((cell.blank for cell in cells if cell.blank), None),
-        tried=any(not (cell.blank or "").startswith(UNMEASURED) for cell in cells),
+        tried=any(not cell.untried for cell in cells),
     )  # fmt: skip

@@ -8,14 +8,14 @@ from pathlib import Path
 import slidesparse_nb as ss
 
 from .figures import Figure, figures
-from .results import UNMEASURED, Results, write_whole
+from .results import Cell, Results, write_whole
 from .selection import KINDS
 from .table import crossovers, machine_line, number
 
 BEGIN = "<!-- benchmarks: written by `python tools/bench.py --readme docs/results/h100.json` -->"
 END = "<!-- end of benchmarks -->"
 PUBLISHED = "docs/results/h100.json"
-PATTERN = "6:8"
+PATTERN, PARTS = "6:8", ("gemm", "linear")
 
 
 NAMES = {"dense": "dense", "cusparselt": "cuSPARSELt", "torch": "PyTorch"}
@@ -30,7 +30,7 @@ def section(results: Results | None) -> str:
 
 
 def _lines(results: Results) -> Iterator[str]:
-    kept = [f for f in figures(results) if f.pattern == PATTERN and f.part in ("gemm", "linear") and f.m is not None]
+    kept = [f for f in figures(results) if f.pattern == PATTERN and f.part in PARTS and f.m is not None]
     for part, suite in dict.fromkeys((f.part, f.suite) for f in kept):
         here = [f for f in kept if (f.part, f.suite) == (part, suite)]
         layers = ", ".join(f"({n}, {k})" for _, n, k in results.suites[suite])
@@ -46,10 +46,10 @@ def _lines(results: Results) -> Iterator[str]:
     yield f"![Speed-up over dense cuBLASLt by m]({PUBLISHED.removesuffix('.json')}.png)"
     yield ""
     yield f"{machine_line(results)}. Everything measured: [{PUBLISHED}]({PUBLISHED})."
-    yield from _padded(results)
+    shown = [c for c in results.cells.values() if c.pattern in (None, PATTERN) and c.part in PARTS]
+    yield from _padded(shown)
     if not results.complete:
-        shown = (c for c in results.cells.values() if c.pattern in (None, PATTERN) and c.part in ("gemm", "linear"))
-        missing = any((c.blank or "").startswith(UNMEASURED) for c in shown)
+        missing = any(c.untried for c in shown)
         what = ": what is missing above was not measured." if missing else " after all that is above."
         yield f"This run was cut short{what}"
     sentences = [s for s in crossovers(results) if f" {PATTERN} " in s]
@@ -58,11 +58,11 @@ def _lines(results: Results) -> Iterator[str]:
         yield from (f"- {sentence}" for sentence in sentences)
 
 
-def _padded(results: Results) -> Iterator[str]:
+def _padded(cells: list[Cell]) -> Iterator[str]:
     """Who was timed with more tokens than m, since it takes no fewer."""
     padded: dict[tuple[str, str, int], set[int]] = {}
-    for c in results.cells.values():
-        if c.rows and c.m and c.rows > c.m and c.pattern in (None, PATTERN):
+    for c in cells:
+        if c.rows and c.m and c.rows > c.m:
             padded.setdefault((c.contender, c.type, c.rows), set()).add(c.m)
     if padded:
         each = (

@@ -62,6 +62,11 @@ class Cell:
     wrong: bool = False
 
     @property
+    def untried(self) -> bool:
+        """There was no time for it."""
+        return (self.blank or "").startswith(UNMEASURED)
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What was measured; two cells of a run never agree in it."""
         return (self.contender, self.part, self.suite, self.layer, self.type, self.pattern, self.m, self.load)
