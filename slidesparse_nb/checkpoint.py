@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 
 from .dtypes import CODE_OF, PACKED
 from .errors import FormatError, OperandError, UnsupportedError, shown
-from .model_folder import CONFIG, OTHER_WEIGHTS, choose_weights, companions, member, path_kind, read_index, read_json
+from .model_folder import (
+    CONFIG,
+    INDEX_SUFFIX,
+    OTHER_WEIGHTS,
+    choose_weights,
+    companions,
+    member,
+    path_kind,
+    read_index,
+    read_json,
+)
 from .model_folder import index_bytes as index_bytes
 from .model_folder import shard_name as shard_name
 from .model_folder import shard_plan as shard_plan
@@ -106,9 +116,9 @@ class Checkpoint:
         return self.files[0].metadata
 
     @cached_property
-    def _other_files(self) -> tuple[list[str], list[str]]:
+    def _other_files(self) -> tuple[list[str], dict[str, str]]:
         weights = {file.path.name for file in self.files} | {self._index or ""}
-        return ([], []) if self.root is None else companions(self.root, weights)
+        return ([], {}) if self.root is None else companions(self.root, weights, self.tensors)
 
     @property
     def companions(self) -> list[str]:
@@ -120,9 +130,18 @@ class Checkpoint:
         return self._other_files[0]
 
     @property
-    def left_behind(self) -> list[str]:
-        """Files of the folder that are weights in another format, or of another file of weights."""
+    def left_behind(self) -> dict[str, str]:
+        """Files and folders that are not to be copied, with the reason: other copies of the weights, a trainer's state."""
         return self._other_files[1]
+
+    @property
+    def stem(self) -> str:
+        """How loaders look up the weights: "model", or for some folders "consolidated", "diffusion_pytorch_model"."""
+        if self.root is None:
+            return "model"
+        if self._index is not None and self._index.endswith(INDEX_SUFFIX):
+            return self._index.removesuffix(INDEX_SUFFIX)
+        return self.files[0].path.name.removesuffix(".safetensors")
 
     def file_of(self, name: str) -> SafetensorsFile:
         """The file that holds a tensor.

@@ -3,7 +3,7 @@
     config.json                        the architecture
     model.safetensors                  all weights, or
     model.safetensors.index.json       {"weight_map": {tensor: shard}} and its shards model-00001-of-00002.safetensors ...
-    tokenizer.json, 1_Pooling/ ...     companions: whatever else the model needs
+    tokenizer.json, 1_Pooling/ ...     companions: whatever else the model needs; copies of the weights are none
 
 A folder may come from a stranger. A link in it is followed only to a place inside it, or, in a hub cache
 (models--ORG--NAME/snapshots/REVISION), to the cache's own `blobs` beside the snapshots, where the files lie in truth.
@@ -13,21 +13,40 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from .errors import FormatError, UnsupportedError, shown
-from .safetensors_file import open_regular
+from .safetensors_file import SafetensorsFile, open_regular
 from .strict_json import parse_json
 
 CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 OTHER_WEIGHTS = (
-    ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".ot", ".tflite",
+    ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".gguf", ".ggml", ".ot", ".tflite",
 )  # fmt: skip
 """How files of weights in other formats end."""
+
+COPIES = re.compile(
+    r"(pytorch_model|model|tf_model|flax_model|rust_model|openvino_model|consolidated|ggml-model|diffusion_pytorch_model|"
+    r"(encoder|decoder|decoder_with_past)_model)[^/]*",
+    re.IGNORECASE,
+)
+"""Names under which tools store a whole model; another file of weights is a part of the model that nothing stands in for."""
+ALWAYS_COPIES = (".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".tflite")
+"""Formats that hold a whole model, whatever the file's name."""
+TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.(bin|pt|pth|pkl|safetensors)")
+"""A trainer's own state, which no model needs."""
+UNPACKED_FOLDERS = re.compile(
+    r"original|metal|onnx|openvino|coreml|gguf|flax|tf|tflite|\.?cache|runs|(checkpoint|global_step)-?\d+"
+)
+"""Subfolders that hold the whole model once more, in another format or from another step of its training."""
+PART = re.compile(r"(?P<stem>.*?)[-_.]?(?P<i>\d+)[-_.]of[-_.](?P<n>\d+)(?P<rest>.*)\.safetensors")
+"""The name of one of several shards."""
+UNFINISHED = re.compile(r".*\.safetensors\.(incomplete|part|partial|aria2|crdownload|download|tmp)|.*\.safetensors~")
 
 _LARGEST_JSON = 100_000_000  # bytes; an index of the largest known models takes a few MB
 _Key = TypeVar("_Key")
@@ -96,12 +115,22 @@ def choose_weights(root: Path) -> str:
     """The name of the folder's index, or of its only file of weights.
 
     Raises:
-        FormatError: there is none, or more than one.
+        FormatError: there is none, or more than one, or only some of the shards are there.
         UnsupportedError: the weights are there, but in another format.
     """
     names = sorted(name for name in _listed(root) if not name.startswith("."))
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     files = [name for name in names if name.endswith(".safetensors")]
+    if unfinished := [name for name in names if UNFINISHED.fullmatch(name)]:
+        raise FormatError(f"{root}: {shown(unfinished[0])} is a download that did not finish; finish it, or remove the file")
+    choice = _chosen(root, names, indexes, files)
+    used = set(read_index(member(root, choice)).values()) if choice in indexes else {choice}
+    _refuse_incomplete(root, choice, used, files)
+    return choice
+
+
+def _chosen(root: Path, names: list[str], indexes: list[str], files: list[str]) -> str:
+    """The index, or the file, that a loader would take."""
     for choice in ("model" + INDEX_SUFFIX, "model.safetensors"):
         if choice in indexes + files:
             indexed = read_index(member(root, choice)).values() if choice in indexes else [choice]
@@ -116,6 +145,37 @@ def choose_weights(root: Path) -> str:
     if other := [name for name in names if name.lower().endswith(OTHER_WEIGHTS)]:
         raise UnsupportedError(f"{root}: holds weights only as {other[0]}; convert them to .safetensors first")
     raise FormatError(f"{root}: holds no .safetensors file")
+
+
+def _refuse_incomplete(root: Path, choice: str, used: Iterable[str], files: list[str]) -> None:
+    """Refuse shards i of n without the others, in what is used, and shards in the folder that the index does not name.
+
+    Raises:
+        FormatError: the model is not whole; names what is missing.
+    """
+    used = set(used)
+    for name in sorted(used):
+        if (part := PART.fullmatch(name)) is None:
+            continue
+        n, width = int(part["n"]), len(part["i"])
+        start, end = name[: part.start("i")], name[part.end("i") :]
+        first = 0 if f"{start}{0:0{width}d}{end}" in used else 1
+        wanted = [f"{start}{i:0{width}d}{end}" for i in range(first, min(n, 10_000) + first)]
+        if missing := [other for other in wanted if other not in used]:
+            there = sum(other in files for other in missing)
+            raise FormatError(
+                f"{root}: {shown(name)} is one of {n} shards, and {choice if choice != name else 'the folder'} lacks"
+                f" {', '.join(map(shown, missing[:3]))}{' ...' * (len(missing) > 3)}; finish the download"
+                + (f" (of the index: {there} of these are in the folder)" if there else "")
+                + f", or name {shown(name)} itself to take it alone"
+            )
+    spare = [name for name in files if name not in used and PART.fullmatch(name)]
+    stems = {PART.fullmatch(name)["stem"] for name in used if PART.fullmatch(name)}  # type: ignore[index]
+    for name in spare:
+        if choice.endswith(INDEX_SUFFIX) and PART.fullmatch(name)["stem"] in stems:  # type: ignore[index]
+            raise FormatError(
+                f"{root}: {shown(name)} is in the folder, but {choice} does not name it; download the index again, or remove it"
+            )
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -136,12 +196,14 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def companions(root: Path, weights: set[str]) -> tuple[list[str], list[str]]:
-    """The other files of a folder: (those to copy along, weights of another format that stay behind), "/"-separated.
+def companions(root: Path, weights: set[str], tensors: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """The other files of a folder: those to copy along, and those that are not copied with the reason; "/"-separated.
 
-    Hidden files and folders, config.json and `weights` are in neither. In a folder's own subfolders .safetensors files, and a
-    pytorch_model.bin that no model.safetensors stands in for, are parts of the model (a sentence encoder's 2_Dense) and go
-    along.
+    Hidden files and folders, config.json and `weights` are in neither. What stays behind is a copy of the model: in another
+    format, by its name, in a subfolder for copies, or with the same tensors; or a trainer's state.
+
+    Args:
+        weights: names of the model's own files. tensors: names of the model's tensors.
 
     Raises:
         FormatError: a file to copy is no regular file, or a link that leads out of the folder.
@@ -150,23 +212,78 @@ def companions(root: Path, weights: set[str]) -> tuple[list[str], list[str]]:
     def refuse(error: OSError) -> NoReturn:
         raise FormatError(f"{root}: folder {shown(error.filename)} cannot be read: {error.strerror}") from error
 
-    along, behind = [], []
+    along: list[str] = []
+    behind: dict[str, str] = {}
+    parts = _folders_of_the_model(root)
     for folder, subfolders, files in os.walk(root, onerror=refuse):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         place = Path(folder).relative_to(root)
         for name in subfolders:
             if os.path.islink(os.path.join(folder, name)):
                 raise FormatError(f"{root}: {shown(str(place / name))} is a link to a folder; put the folder itself there")
+        for name in list(subfolders):
+            path = (place / name).as_posix()
+            if UNPACKED_FOLDERS.fullmatch(name.lower()) and path not in parts:
+                behind[f"{path}/"] = "the model once more, not packed"
+                subfolders.remove(name)
         for file in sorted(name for name in files if not name.startswith(".")):
             path = (place / file).as_posix()
             if path == CONFIG or path in weights:
                 continue
-            if _other_weights(file, files, top=folder == os.fspath(root)):
-                behind.append(path)
+            if (why := _why_behind(root, path, files, tensors, part=place.as_posix() in parts)) is not None:
+                behind[path] = why
             else:
                 member(root, path)
                 along.append(path)
     return along, behind
+
+
+def _folders_of_the_model(root: Path) -> set[str]:
+    """Subfolders that the model's own list names as parts: of a sentence encoder (modules.json) or a pipeline of diffusers."""
+    found: set[str] = set()
+    for name in ("modules.json", "model_index.json"):
+        try:
+            listed = json.loads((root / name).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(listed, list):
+            found |= {str(entry["path"]) for entry in listed if isinstance(entry, dict) and entry.get("path")}
+        elif isinstance(listed, dict):
+            found |= {str(key) for key in listed if not str(key).startswith("_")}
+    return found
+
+
+def _why_behind(root: Path, path: str, siblings: list[str], tensors: Collection[str], *, part: bool) -> str | None:
+    """Why a file is not copied; None if it is. `part`: its folder is one that the model's own list names."""
+    file = path.rpartition("/")[2]
+    name = file.lower().removesuffix(".index.json")
+    top = path == file
+    if TRAINING.fullmatch(name):
+        return "the state of a training run"
+    if name.endswith(".safetensors"):
+        if not top and part:
+            return None
+        if top and file.endswith(".index.json"):
+            return "the index of another copy of the weights"
+        if top and COPIES.fullmatch(name):
+            return "another copy of the weights, not packed"
+        return _same_tensors(root, path, tensors)
+    if not name.endswith(OTHER_WEIGHTS):
+        return None
+    if name.endswith(ALWAYS_COPIES):
+        return "the weights in another format"
+    stands_in = top or any(other.endswith(".safetensors") for other in siblings)
+    return "the weights in another format" if COPIES.fullmatch(name) and stands_in else None
+
+
+def _same_tensors(root: Path, path: str, tensors: Collection[str]) -> str | None:
+    """Why a file of tensors is a copy of the model: it has tensors of the same names."""
+    try:
+        with SafetensorsFile(member(root, path)) as file:
+            same = sum(name in tensors for name in file.tensors)
+            return "another copy of the weights, not packed" if 2 * same > len(file.tensors) else None
+    except FormatError:
+        return None  # an index, or no such file after all: it goes along as it is
 
 
 def _listed(folder: Path) -> list[str]:
@@ -174,13 +291,6 @@ def _listed(folder: Path) -> list[str]:
         return os.listdir(folder)
     except OSError as error:
         raise FormatError(f"{folder}: cannot be read: {error.strerror}") from error
-
-
-def _other_weights(file: str, siblings: list[str], *, top: bool) -> bool:
-    name = file.lower().removesuffix(".index.json")
-    if not top and (name.endswith(".safetensors") or (name == "pytorch_model.bin" and "model.safetensors" not in siblings)):
-        return False
-    return name.endswith((".safetensors", *OTHER_WEIGHTS))
 
 
 # ---- shards ------------------------------------------------------------------------------------------------------

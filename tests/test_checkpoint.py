@@ -67,7 +67,7 @@ def shards(root: Path, *files: dict[str, Any]) -> dict[str, str]:
     """Write each dict as a shard, and the index."""
     weight_map = {}
     for i, tensors in enumerate(files):
-        name = shard_name(i, len(files) + 1)  # a name with numbers, even for one
+        name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         save(root / name, tensors)
         weight_map |= dict.fromkeys(SafetensorsFile(root / name).tensors, name)
     (root / "model.safetensors.index.json").write_bytes(index_bytes(weight_map, 0))
@@ -314,22 +314,35 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path, monk
 def test_a_folder_with_one_file(tmp_path: Path) -> None:
     save(tmp_path / "model.safetensors", {"fc": packed_weight(2, 16), "x": np.ones(2)})
     write(tmp_path / "config.json", '{"hidden_size": 16, "limit": Infinity}')  # as Python writes it, and models have it
-    save(tmp_path / "consolidated.safetensors", {"y": np.ones(1)})
     (tmp_path / "2_Dense").mkdir()
     save(tmp_path / "2_Dense" / "model.safetensors", {"z": np.ones(1)})
     copied = ["README.md", "tokenizer.json", "1_Pooling/config.json", "2_Dense/config.json", "3_Dense/pytorch_model.bin"]
-    left = ["pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "onnx/model.onnx", "tf_model.h5"]
-    left += ["2_Dense/pytorch_model.bin", "openvino/openvino_model.bin", "other.safetensors.index.json", "A.GGUF"]
+    copied += ["spk_dict.pt", "campplus.onnx"]
+    other = [
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "flax_model.msgpack",
+        "tf_model.h5",
+        "2_Dense/pytorch_model.bin",
+    ]
+    left = {**dict.fromkeys([*other, "A.GGUF", "model.onnx.data"], "the weights in another format")}
+    left |= dict.fromkeys(["onnx/", "original/", "checkpoint-500/"], "the model once more, not packed")
+    left |= dict.fromkeys(["training_args.bin", "optimizer.pt"], "the state of a training run")
+    left |= {"other.safetensors.index.json": "the index of another copy of the weights"}
+    left |= dict.fromkeys(["consolidated.safetensors", "ema.safetensors"], "another copy of the weights, not packed")
     hidden = [".gitattributes", ".cache/x", ".git/config", "1_Pooling/.hidden"]
-    for name in copied + left + hidden:
-        write(tmp_path / name)
+    for name in [*copied, *left, *hidden]:
+        write(tmp_path / (f"{name}x" if name.endswith("/") else name))
+    save(tmp_path / "mtp.safetensors", {"mtp": np.ones(1)})
+    save(tmp_path / "ema.safetensors", {"x": np.ones(2)})
     with Checkpoint.open(tmp_path) as checkpoint:
         assert checkpoint.root == tmp_path
         assert not checkpoint.is_single_file
         assert [file.path for file in checkpoint.files] == [tmp_path / "model.safetensors"]
         assert checkpoint.config == {"hidden_size": 16, "limit": float("inf")}
-        assert sorted(checkpoint.companions) == sorted([*copied, "2_Dense/model.safetensors"])
-        assert sorted(checkpoint.left_behind) == sorted([*left, "consolidated.safetensors"])
+        assert sorted(checkpoint.companions) == sorted([*copied, "2_Dense/model.safetensors", "mtp.safetensors"])
+        assert checkpoint.left_behind == left
+        assert checkpoint.stem == "model"
         assert checkpoint.metadata["format"] == "pt"
         assert checkpoint.array("x").tolist() == [1, 1]
         assert checkpoint.raw("x").nbytes == 16
@@ -346,7 +359,7 @@ def test_a_file_alone(tmp_path: Path) -> None:
     write(tmp_path / "config.json", "{}")
     with Checkpoint.open(tmp_path / "model.safetensors") as checkpoint:
         assert checkpoint.is_single_file
-        assert (checkpoint.root, checkpoint.config, checkpoint.companions, checkpoint.left_behind) == (None, None, [], [])
+        assert (checkpoint.root, checkpoint.config, checkpoint.companions, checkpoint.left_behind) == (None, None, [], {})
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -357,11 +370,11 @@ def test_shards(tmp_path: Path) -> None:
         assert same_all(load(path), one | two)
         with Checkpoint.open(path) as checkpoint:
             assert [file.path.name for file in checkpoint.files] == [
-                "model-00001-of-00003.safetensors",
-                "model-00002-of-00003.safetensors",
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors",
             ]
             assert checkpoint.companions == ["tokenizer.json"]
-            assert checkpoint.left_behind == []
+            assert checkpoint.left_behind == {}
             assert checkpoint.config is None
             assert checkpoint.root == tmp_path
             assert not checkpoint.is_single_file
@@ -412,7 +425,7 @@ def test_the_hub_cache(tmp_path: Path) -> None:
             assert checkpoint.config == {"a": 1}
             assert checkpoint.companions == ["1_Pooling/config.json"]
         assert same_all(load(path), one)
-    assert same_all(load(snapshot / "model-00001-of-00002.safetensors"), one)
+    assert same_all(load(snapshot / "model-00001-of-00001.safetensors"), one)
     (tmp_path / "latest").symlink_to(snapshot)
     assert same_all(load(tmp_path / "latest"), one)
 

@@ -109,10 +109,10 @@ def pack(
     elif not quiet:
         _print(done, options.pattern, verbose)
     if done.refused:
-        first = next(iter(done.refused.values()))
-        raise ss.PatternError(
-            f"{len(done.refused)} of {count(len(done.modules), 'module')} would be refused, the first: {first}"
-        )
+        first = done.refused[next(iter(done.unsupported or done.refused))]
+        kind = ss.UnsupportedError if done.unsupported else ss.PatternError
+        total = len({*done.refused, *(m.name for m in done.modules)})
+        raise kind(f"{len(done.refused)} of {count(total, 'module')} would be refused, the first: {first}")
 
 
 def _check_report(report: Path, source: Path, overwrite: bool) -> None:
@@ -152,6 +152,8 @@ def _print(done: ss.Report, pattern: ss.Pattern, verbose: int) -> None:
         print_table(("module", "n x k", "type", "source", "output", "bits/weight"), rows)
         for name, reason in done.left_dense.items():
             say(f"{name}: left dense ({reason})")
+        for name, reason in done.refused.items():
+            say(f"{name}: refused ({reason})")
     for reason in done.skipped.values():
         say(f"skipped: {reason}")
     for note in done.notes:
@@ -164,14 +166,19 @@ def _print(done: ss.Report, pattern: ss.Pattern, verbose: int) -> None:
     )
     if done.format == "packed":
         say(f"k grows {done.expansion:.3g}x when slid; ideal speed-up over dense {done.ideal_speedup:.3g}x")
+    copied = f" and {size_text(done.copied_bytes)} of other files" * bool(done.copied_bytes)
+    if verbose or done.dry_run:
+        parts = {"packed": done.packed_bytes, "left dense": done.dense_bytes, "refused": done.refused_bytes}
+        sums = [f"{size_text(size)} {name}" for name, size in parts.items() if size or name != "refused"]
+        say(f"of {size_text(done.source_bytes)}: {', '.join(sums)}, {size_text(done.other_bytes)} norms, biases and the like")
     if done.dry_run:
-        say(f"dry run: would write {size_text(done.output_bytes)} to {done.output}")
+        say(f"dry run: would write {size_text(done.output_bytes)}{copied} to {done.output}")
     elif done.already_complete:
         say(f"{done.output} is complete already, and proved so")
     else:
         proof = f"verified in {done.verify_seconds:.1f} s" if done.verified else "not verified"
         rate = "" if done.resumed else f" ({done.weights_per_second / 1e6:.3g} million weights a second)"
-        say(f"wrote {size_text(done.output_bytes)} to {done.output} in {done.seconds:.1f} s{rate}; {proof}")
+        say(f"wrote {size_text(done.output_bytes)}{copied} to {done.output} in {done.seconds:.1f} s{rate}; {proof}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..checkpoint import Checkpoint, slidesparse_metadata
 from ..dtypes import DType
+from ..errors import UnsupportedError, shown
 from ..packed_tensors import TOOL, VERSION
 from ..pattern import Pattern
+from . import kinds
+from .selection import QUANTIZED_CODES, QUANTIZED_PARTS, scale_problem
+from .source import Source, without_statements
 
 DENSE_MARK = "slidesparse_dense"
 """Metadata key of files in dense format; its value is that of "slidesparse" in packed ones."""
@@ -27,21 +32,27 @@ def is_ours(checkpoint: Checkpoint) -> bool:
 
 
 def output_config(
-    source: Checkpoint, format: str, pattern: Pattern, dtype: DType, ignored: Sequence[str]
+    source: Checkpoint, said: Source, format: str, pattern: Pattern, dtype: DType, packed: Collection[str]
 ) -> dict[str, Any] | None:
-    """The output's config.json; None if the source has none.
+    """The output's config.json; None if the source has none. Nothing that the source's config says of quantization is kept.
 
     Packed: `quantization_config` describes the packed weights. Dense: it is what compressed-tensors writes for 8-bit weights,
     so that stock engines load it, and a top-level "slidesparse" key names the pattern. Never a key "sparsity_config": engines
-    refuse it.
+    refuse it. A module that stays quantized as it was has a config group, and everything else is in `ignore`: what is stored
+    unquantized, an output head that loaders make out of the embedding, and the names that the source ignored.
 
     Args:
-        ignored: names of linear layers that are not packed.
+        said: what the source says of itself.
+        packed: names of the modules that are packed.
+
+    Raises:
+        UnsupportedError: a module stays quantized in a way that the output's config cannot describe.
     """
+    kept = _kept_quantized(source, said, format, dtype, packed)
     if source.config is None:
         return None
-    config = {key: value for key, value in source.config.items() if key not in ("quantization_config", "compression_config")}
-    config.pop("slidesparse", None)
+    config = without_statements(source.config)
+    ignored = _ignored(source, said, {*packed, *kept})
     facts = {
         "version": VERSION,
         "pattern": {"nnz": pattern.nnz, "group": pattern.group},
@@ -55,30 +66,129 @@ def output_config(
             "pattern": facts["pattern"],
             "weights": _weights(dtype),
             "input_activations": _activations(dtype),
-            "ignore": list(ignored),
+            "ignore": ignored,
             "k_slice_unit": facts["k_slice_unit"],
         }
         return config
     if dtype.qmax is not None:
         name = "int-quantized" if dtype.name == "int8" else "float-quantized"
-        group = {"targets": ["Linear"], "weights": _weights(dtype), "input_activations": _activations(dtype), "format": name}
+        main = {**_scheme(_weights(dtype), _activations(dtype)), "format": name, "targets": ["Linear"]}
+        groups: list[dict[str, Any]] = []
+        for module, scheme in kept.items():
+            group = next((g for g in (main, *groups) if _scheme(g["weights"], g["input_activations"]) == scheme), None)
+            if group is None:
+                groups.append(group := {**scheme, "format": name, "targets": []})
+            if group is not main or kinds.not_linear(module, ()) is not None:  # engines do not count a head among "Linear"
+                group["targets"] += [module, *kinds.fused_names(module)] if group is not main else [module]
+        groups.append(main)  # after those that name modules: a name goes before a class, and loaders warn otherwise
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",
             "format": name,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {**group, "output_activations": None}},
-            "ignore": list(ignored),
-            "kv_cache_scheme": None,
+            "config_groups": {f"group_{i}": {**group, "output_activations": None} for i, group in enumerate(groups)},
+            "ignore": ignored,
+            "kv_cache_scheme": said.kv_cache_scheme,
         }
-    config["slidesparse"] = {**facts, "dtype": dtype.name, "ignore": list(ignored), "tool": TOOL}
+    config["slidesparse"] = {**facts, "dtype": dtype.name, "ignore": ignored, "tool": TOOL}
     return config
 
 
-def ignored_modules(config: Mapping[str, Any] | None) -> list[str]:
-    """The linear layers that a packed checkpoint's config.json says are not packed."""
-    quantization = (config or {}).get("quantization_config")
-    ignored = quantization.get("ignore", []) if isinstance(quantization, Mapping) else []
-    return [str(name) for name in ignored] if isinstance(ignored, list) else []
+def _scheme(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"weights": dict(weights), "input_activations": None if inputs is None else dict(inputs)}
+
+
+def _kept_quantized(
+    source: Checkpoint, said: Source, format: str, dtype: DType, packed: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """The modules that stay in 8 bits with their scales, each with the scheme that describes it.
+
+    Raises:
+        UnsupportedError: the output's config cannot describe one.
+    """
+    kept = {}
+    for name, (info, _) in source.tensors.items():
+        module = name.removesuffix(".weight")
+        if module == name or module in packed or info.code not in QUANTIZED_CODES or len(info.shape) != 2:
+            continue
+        scales = [part for part in ("weight_scale", "weight_scale_inv") if f"{module}.{part}" in source.tensors]
+        if not scales:
+            continue  # a table of small integers
+        role = kinds.not_linear(module, info.shape)
+        problem = f"{role} in 8 bits" if role is not None and "head" not in role else scale_problem(source, module, info)
+        code = dtype.safetensors if format == "dense" and dtype.qmax is not None else None
+        if problem is None and info.code == code and said.ignores(module) is None:
+            kept[module] = _kept_scheme(source, said, module, dtype)
+            continue
+        what = problem or ("a packed checkpoint has no other quantized layers" if format == "packed" else None)
+        raise UnsupportedError(
+            f"{shown(name)}: would stay {info.code} with {shown(f'{module}.{scales[0]}')}, which the output's config cannot"
+            f" describe ({what or f'its weights are {dtype}'}); pack it too, or dequantize it first"
+            + ", or use --format dense"
+            * (format == "packed" and problem is None and info.code == dtype.safetensors)
+        )
+    return kept
+
+
+def _kept_scheme(source: Checkpoint, said: Source, module: str, dtype: DType) -> dict[str, Any]:
+    """How a module that stays as it was is quantized, by its scales (weights) and the source's config (activations)."""
+    scale = source.tensors[f"{module}.weight_scale"][0]
+    strategy = "channel" if scale.shape and scale.shape[0] == source.tensors[f"{module}.weight"][0].shape[0] > 1 else "tensor"
+    inputs = (said.group_of(module) or {}).get("input_activations") or {}
+    static = f"{module}.input_scale" in source.tensors
+    found = {key: inputs[key] for key in ("strategy", "dynamic") if key in inputs}
+    return _scheme(
+        {**_weights(dtype), "strategy": strategy},
+        {**(_activations(dtype) or {}), **({"strategy": "tensor", "dynamic": False} if static else {}), **found},
+    )
+
+
+LEFT_TO_LOADERS = {
+    "gpt_neox": "embed_out", "whisper": "proj_out", "bert": "cls.predictions.decoder", "roberta": "lm_head.decoder",
+    "xlm-roberta": "lm_head.decoder", "camembert": "lm_head.decoder", "distilbert": "vocab_projector",
+}  # fmt: skip
+"""Model type -> name of the output head, where it is not lm_head."""
+
+
+def _ignored(source: Checkpoint, said: Source, quantized: set[str]) -> list[str]:
+    """Names for `ignore`: matrices that are stored unquantized, heads without a tensor, and the source's own names."""
+    names = set(said.ignore)
+    renamed = len(said.model_types) > 1 or any(name.split(".")[0] in BARE for name in source.tensors)
+    for name, (info, _) in source.tensors.items():
+        module = name.removesuffix(".weight")
+        parent, _, last = name.rpartition(".")
+        if len(info.shape) >= 2 and not {module, parent} & quantized and last not in QUANTIZED_PARTS:
+            names.add(module)
+            if module == name and kinds.stacked(name, info.shape, {}):
+                names.add(parent)  # experts: engines know the module by its parent's name
+            if renamed:
+                names.add(_anywhere(module))
+    architectures = (source.config or {}).get("architectures")
+    listed = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    headless = bool(listed) and all(name.endswith("Model") and "LMHead" not in name for name in listed)
+    if said.vocabularies and not headless:
+        for head in {LEFT_TO_LOADERS.get(kind, "lm_head") for kind in said.model_types.values()} or {"lm_head"}:
+            if not any(module == head or module.endswith(f".{head}") for module in (*names, *quantized)):
+                names.add(head)
+                if renamed:
+                    names.add(_anywhere(head))
+    return sorted(name for name in names if not _covers(name, quantized))
+
+
+BARE = {"layers", "blocks", "h", "encoder", "decoder", "embeddings", "embed_tokens", "visual", "language_model"}
+"""First parts of tensor names that loaders put behind others, as in model.layers."""
+
+
+def _anywhere(module: str) -> str:
+    """A regular expression for a module whose name loaders may begin otherwise, and for its like in other layers."""
+    parts = module.removeprefix("model.").removeprefix("language_model.").split(".")
+    return "re:(.*[.])?" + "[.]".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts) + "$"
+
+
+def _covers(name: str, quantized: Collection[str]) -> bool:
+    """Whether an entry of `ignore` matches a module that is quantized in the output."""
+    if name.startswith("re:"):
+        return any(re.match(name[3:], module) for module in quantized)
+    return name in quantized
 
 
 def _weights(dtype: DType) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,17 +20,19 @@ from ..pattern import known_patterns
 from ..reference import Array
 from ..verification import cut, quantized
 from .job import source_scale
+from .kinds import not_linear
 from .layout import row_ranges
 from .options import UNIT_BYTES, Progress, Run
 from .proof import prove_copies
-from .selection import QUANTIZED_CODES, SOURCE_CODES, Selection, select
+from .selection import QUANTIZED_CODES, QUANTIZED_PARTS, SOURCE_CODES, Selection, select
 
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """One two-dimensional weight.
+    """One matrix: a packed module, a dense weight X.weight under its module's name X, or another tensor under its own.
 
     Attributes:
+        n, k: its rows and columns; of a stack of matrices, the rows of all of them.
         packed: the pattern it is packed in; None for a dense weight.
         satisfies: known patterns that a dense weight's zeros already obey, the sparsest first.
         zeros: share of weights that are zero, 0 to 1; None for a packed weight.
@@ -85,42 +88,51 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Progress | Non
                     str(packed.pattern),
                 )
             )
-        selection = _selection(checkpoint, facts)
-        dense = {m.name: "" for m in selection.modules} | selection.left_dense | selection.bad
-        dense = {name: why for name, why in dense.items() if f"{name}.weight" in checkpoint.tensors}
-        add = Run(progress=progress).counter("reading", sum(sizes[f"{name}.weight"] for name in dense))
+        dense = _dense_matrices(checkpoint, facts, counted)
+        add = Run(progress=progress).counter("reading", sum(sizes[_tensor(checkpoint, name)] for name in dense))
         for name, why in dense.items():
             facts.modules.append(_dense_facts(checkpoint, name, why))
-            counted.add(f"{name}.weight")
-            add(sizes[f"{name}.weight"])
+            counted.add(_tensor(checkpoint, name))
+            add(sizes[_tensor(checkpoint, name)])
         facts.other_tensors = len(sizes.keys() - counted)
         facts.other_bytes = sum(size for name, size in sizes.items() if name not in counted)
         return facts
 
 
-def _selection(checkpoint: Checkpoint, facts: Facts) -> Selection:
-    """What could be packed; nothing, with a note, where the checkpoint as a whole could not."""
-    if any(name.endswith(".weight_packed") for name in checkpoint.tensors):
-        return Selection()
-    try:
-        return select(checkpoint)
-    except UnsupportedError as error:
-        facts.notes.append(str(error))
-        return Selection()
+def _dense_matrices(checkpoint: Checkpoint, facts: Facts, counted: set[str]) -> dict[str, str]:
+    """Every tensor of two or more dimensions that is not packed, by module or tensor name: why it would stay dense, or ""."""
+    selection, rest = Selection(), ""
+    if not facts.modules:
+        try:
+            selection = select(checkpoint)
+        except UnsupportedError as error:  # then no module could be packed
+            facts.notes.append(str(error))
+            rest = "see the note"
+    found = {m.name: "" for m in selection.modules} | selection.left_dense | selection.bad
+    for name, (info, _) in checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        if len(info.shape) >= 2 and not {name, module} & {*found, *counted} and name.rpartition(".")[2] not in QUANTIZED_PARTS:
+            found[module] = (len(info.shape) == 2 and not_linear(module, info.shape)) or rest
+    return found
+
+
+def _tensor(checkpoint: Checkpoint, name: str) -> str:
+    """The tensor of a module, or that of this name."""
+    return f"{name}.weight" if f"{name}.weight" in checkpoint.tensors else name
 
 
 def _dense_facts(checkpoint: Checkpoint, name: str, reason: str) -> ModuleFacts:
-    info = checkpoint.tensors[f"{name}.weight"][0]
-    n, k = info.shape[0], info.shape[1] if len(info.shape) == 2 else 0
+    info = checkpoint.tensors[_tensor(checkpoint, name)][0]
+    n, k = math.prod(info.shape[:-1]), info.shape[-1]
     patterns = known_patterns()
     zeros = 0
-    if len(info.shape) == 2 and info.nbytes and info.code in SOURCE_CODES:
+    readable = n * k > 0 and info.code in SOURCE_CODES and len(info.shape) == 2
+    if readable:
         for first, last in row_ranges(n, info.nbytes // max(1, n), UNIT_BYTES):
             w = checkpoint.array(info.name)[first:last]
             zeros += w.size - int(np.count_nonzero(w))
             patterns = [p for p in patterns if not len(violations(w, p))] if zeros else []
             checkpoint.release(info.name)
-    readable = n * k > 0 and info.code in SOURCE_CODES
     satisfies = tuple(str(p) for p in patterns) if readable else ()
     bits = 8 * info.nbytes / max(1, n * k)
     return ModuleFacts(name, n, k, info.code, info.nbytes, bits, None, satisfies, zeros / (n * k) if readable else None, reason)

@@ -135,7 +135,9 @@ def output_layout(
     if single is not None:
         return Layout([Shard(single, tuple(items), metadata)], [])
     plan = shard_plan([(i, item.nbytes) for i, item in enumerate(items)], max_shard_size or DEFAULT_SHARD)
-    shards = [Shard(shard_name(i, len(plan)), tuple(items[i] for i in held), metadata) for i, held in enumerate(plan)]
+    shards = [
+        Shard(shard_name(i, len(plan), source.stem), tuple(items[i] for i in held), metadata) for i, held in enumerate(plan)
+    ]
     files: list[tuple[str, Callable[[Path], Any]]] = []
     for relative in source.companions:
         assert source.root is not None
@@ -143,7 +145,7 @@ def output_layout(
     if len(shards) > 1:
         homes = {entry[0]: shard.name for shard in shards for entry in shard.entries}
         total = sum(item.nbytes for item in items)
-        files.append((f"model{INDEX_SUFFIX}", partial(_write_bytes, index_bytes(homes, total))))
+        files.append((f"{source.stem}{INDEX_SUFFIX}", partial(_write_bytes, index_bytes(homes, total))))
     if config is not None:
         text = json.dumps(config, indent=2) + "\n"
         files.append((CONFIG, partial(_write_bytes, text.encode())))

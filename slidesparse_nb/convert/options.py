@@ -129,7 +129,11 @@ class Report:
 
     Attributes:
         left_dense: modules that are not packed by choice, and why. skipped: those that could not be, with `skip_bad`.
-        refused: those that a real run would fail on (of a dry run).
+        refused: those that a real run would fail on (of a dry run); unsupported: of these, the ones of a kind that cannot be
+            packed, whatever their weights are.
+        packed_bytes, dense_bytes, refused_bytes, other_bytes: where the source's bytes are: in tensors that are packed, in
+            matrices that stay dense, in refused ones, and in the rest (norms, biases ...). Their sum is source_bytes.
+        copied_bytes: the files that go along (tokenizer ...).
         already_complete: `out` held the result before. resumed: an earlier run had done part of the work.
     """
 
@@ -151,6 +155,12 @@ class Report:
     output_bytes: int
     dry_run: bool = False
     refused: dict[str, str] = field(default_factory=dict)
+    unsupported: list[str] = field(default_factory=list)
+    packed_bytes: int = 0
+    dense_bytes: int = 0
+    other_bytes: int = 0
+    refused_bytes: int = 0
+    copied_bytes: int = 0
     already_complete: bool = False
     resumed: bool = False
     verified: bool = False

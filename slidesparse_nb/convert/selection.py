@@ -1,57 +1,33 @@
 """Which tensors of a checkpoint are linear layers to be packed, of what type, and why the others are not.
 
-The decisions are names, types and shapes; no weight is read. Parts that serving engines fuse into one
-matrix (q/k/v, gate/up) are decided together: all are packed or none.
+The decisions are names, types and shapes; no weight is read. Parts that serving engines fuse into one matrix (q/k/v, gate/up)
+are decided together: all are packed or none. Every tensor of two or more dimensions is packed, left dense or bad.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from .. import dtypes
 from ..checkpoint import Checkpoint
 from ..dtypes import DType
-from ..errors import OperandError, UnsupportedError
+from ..errors import OperandError, UnsupportedError, shown
 from ..pattern import Pattern
-
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q", "k", "v"),
-    ("wq", "wk", "wv"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
-"""Sibling layers that engines run as one matrix product."""
-
-EMBEDDINGS = {"wte", "wpe", "shared", "emb", "relative_attention_bias"}
-HEADS = {
-    "lm_head",
-    "score",
-    "head",
-    "qa_outputs",
-    "embed_out",
-    "vocab_projector",
-    "vocab_transform",
-    "output_layer",
-    "output_projection",
-}
-HEAD_PARTS = {"lm_head", "cls", "v_head"}
-ROUTERS = {"router", "gate", "wg", "shared_expert_gate"}
-NORM = re.compile(r"(.*norm|ln_?\d*|.*_ln|ln_f)", re.IGNORECASE)
-"""Names of modules with a two-dimensional weight that stay as they are, unless --targets names them exactly."""
-
-TRANSPOSED = {"gpt2": "Conv1D", "openai-gpt": "Conv1D", "imagegpt": "Conv1D"}
-"""Model types whose layers store w as [k, n]: packing would group the wrong axis."""
+from ..safetensors_file import TensorInfo
+from . import kinds
+from .source import Source, read_source
 
 SOURCE_CODES = ("F32", "F16", "BF16", "F8_E4M3", "I8")
 QUANTIZED_CODES = ("F8_E4M3", "I8")
+FLOAT_CODES = ("F32", "F16", "BF16", "F64")
+
+PARTS = {"weight", "bias", "k_scale", "v_scale", "q_scale", "output_scale"}
+"""Tensors X.* of a linear layer X that packing leaves as they are, beside its weight; the last four belong to a KV cache."""
+QUANTIZED_PARTS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
+"""Tensors of an 8-bit layer that packing replaces."""
 
 
 @dataclass(frozen=True)
@@ -81,29 +57,34 @@ class Module:
 
 @dataclass
 class Selection:
-    """What to pack, and for every other candidate the reason why not."""
+    """What to pack, and for every other matrix the reason why not; names are modules X of `X.weight`, or whole tensor names.
+
+    Attributes:
+        modules: to be packed.
+        left_dense: copied as they are by choice, and why.
+        bad: those that ought to be packed but cannot be, and why: an error, or skipped if the user says so.
+        notes: what a user should know.
+        source: what the checkpoint says of itself.
+    """
 
     modules: list[Module] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     bad: dict[str, str] = field(default_factory=dict)
-    """Modules that ought to be packed but cannot be: an error, or skipped if the user says so."""
     notes: list[str] = field(default_factory=list)
+    source: Source = field(default_factory=Source)
 
     def drop(self, name: str, reason: str) -> None:
-        """Leave one more module dense, and with it the parts that an engine fuses with it."""
-        gone = {name: reason}
-        for sibling in fused_with(name):
-            gone[sibling] = f"fused by engines with {name}, which stays dense"
-        present = {m.name for m in self.modules}
-        self.left_dense.update({n: r for n, r in gone.items() if n in present or n == name})
-        self.modules = [m for m in self.modules if m.name not in gone]
+        """Leave one more module dense, and with it the modules that an engine fuses with it."""
+        self.left_dense[name] = reason
+        self.keep_fused_together()
 
-
-def fused_with(name: str) -> list[str]:
-    """Names of the modules that engines fuse with this one."""
-    parent, _, last = name.rpartition(".")
-    prefix = f"{parent}." if parent else ""
-    return [prefix + part for parts in FUSED if last in parts for part in parts if part != last]
+    def keep_fused_together(self) -> None:
+        """Leave modules dense that engines fuse with one that is not packed."""
+        apart = {key: name for name in (*self.left_dense, *self.bad) if (key := kinds.fused_key(name)) is not None}
+        for module in self.modules:
+            if (sibling := apart.get(kinds.fused_key(module.name) or "")) is not None:
+                self.left_dense.setdefault(module.name, f"fused by engines with {shown(sibling)}, which stays dense")
+        self.modules = [m for m in self.modules if m.name not in self.left_dense]
 
 
 Matcher = Callable[[str], "str | None"]
@@ -162,109 +143,162 @@ def select(
         OperandError: an unknown scheme, or a target that matches nothing.
         UnsupportedError: the checkpoint as a whole is of a kind that cannot be packed.
     """
-    tensors = {name: (info.code, info.shape) for name, (info, _) in checkpoint.tensors.items()}
-    selection = Selection()
-    _refuse_config(checkpoint.config or {}, tensors, selection)
-    quantized = any(code in QUANTIZED_CODES and name.endswith(".weight") for name, (code, _) in tensors.items())
-    vocabulary = (checkpoint.config or {}).get("vocab_size")
-    candidates = {name[:-7]: shape for name, (_, shape) in tensors.items() if name.endswith(".weight") and len(shape) == 2}
+    source = read_source(checkpoint)
+    selection = Selection(notes=list(source.notes), source=source)
+    tensors = {name: info for name, (info, _) in checkpoint.tensors.items()}
+    shapes = {name: info.shape for name, info in tensors.items()}
+    candidates = {name[:-7]: info for name, info in tensors.items() if name.endswith(".weight") and len(info.shape) == 2}
+    roles = {name: kinds.not_linear(name, info.shape, source.vocabularies) for name, info in candidates.items()}
     targeted, astray = matcher(targets, "targets", candidates)
     if astray:
-        example = next(
-            (name for name, shape in candidates.items() if not _kind(name, shape, vocabulary)), "layers.0.mlp.up_proj"
-        )
+        example = next((name for name, role in roles.items() if role is None), "layers.0.mlp.up_proj")
         raise OperandError(
-            f"targets: {astray[0]!r} matches no two-dimensional weight; names look like {example!r} (exact, a glob such as"
-            " '*_proj', or 're:...'; they are names of modules, not of classes)"
+            f"targets: {shown(astray[0])} matches no two-dimensional weight; names look like {shown(example)} (exact, a glob"
+            " such as '*_proj', or 're:...'; they are names of modules, not of classes)"
         )
-    ignored, astray = matcher(ignore, "ignore", candidates)
-    selection.notes += [f"--ignore {text!r} matches nothing here" for text in astray]
-    for name, (code, shape) in tensors.items():
-        if len(shape) == 3 and "expert" in name:
-            selection.bad[name] = (
-                f"{name}: stacked experts {list(shape)} are not supported yet; unstack them into one weight an expert"
-            )
-        if not name.endswith(".weight") or len(shape) != 2:
-            continue
+    ignored, astray = matcher(ignore, "ignore", [*candidates, *(name for name in tensors if len(shapes[name]) > 2)])
+    selection.notes += [f"--ignore {shown(text)} matches nothing here" for text in astray]
+    wanted: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
         module = name.removesuffix(".weight")
-        kind = _kind(module, shape, vocabulary)
-        if (by := ignored(module)) is not None:
-            selection.left_dense[module] = f"ignored by {by!r}"
+        if module not in candidates or name == module:
+            _other(selection, info, shapes, ignored)
+        elif (by := ignored(module)) is not None:
+            selection.left_dense[module] = f"ignored by {shown(by)}"
         elif targets and targeted(module) is None:
             selection.left_dense[module] = "not among the targets"
-        elif kind is not None and module not in targets and name not in targets:
-            selection.left_dense[module] = kind
-        elif pattern is not None and shape[1] < pattern.group:
+        elif roles[module] is not None and module not in targets and name not in targets:
+            selection.left_dense[module] = roles[module] or ""
+        elif pattern is not None and info.shape[1] < pattern.group:
             selection.left_dense[module] = f"narrower than a group of {pattern}"
-        elif quantized and code not in QUANTIZED_CODES:
-            selection.left_dense[module] = f"not quantized in the source ({code})"
-        elif code not in SOURCE_CODES:
-            wanted = ", ".join(SOURCE_CODES)
-            selection.bad[module] = f"{name}: {code} weights cannot be packed; convert them to one of {wanted}"
         else:
-            _add(selection, module, code, (shape[0], shape[1]), checkpoint, scheme)
-    for module in [m.name for m in selection.modules]:
-        for sibling in fused_with(module):
-            if sibling in selection.left_dense or sibling in selection.bad:
-                selection.left_dense[module] = f"fused by engines with {sibling}, which stays dense"
-    selection.modules = [m for m in selection.modules if m.name not in selection.left_dense]
+            wanted[module] = info
+    _refuse_unmerged(selection, tensors, ignored)
+    eight = {name for name, info in wanted.items() if info.code in QUANTIZED_CODES and f"{name}.weight_scale" in tensors}
+    quantized = source.quantized or 2 * len(eight) > len(wanted)
+    children = _children(tensors, wanted)
+    for module, info in wanted.items():
+        if quantized and info.code in FLOAT_CODES and f"{module}.weight_scale" not in tensors:
+            selection.left_dense[module] = f"not quantized in the source ({info.code})"
+        elif module in eight and not quantized:
+            selection.bad[module] = (
+                f"{shown(info.name)}: is {info.code} with a scale among unquantized weights, and no config says so; dequantize"
+                " it"
+            )
+        elif (entry := source.ignores(module)) is not None and info.code in QUANTIZED_CODES:
+            selection.bad[module] = (
+                f"{shown(info.name)}: is {info.code}, but the source's config ignores it ({shown(entry)}), so loaders would"
+                " read it without its scale; mend that config"
+            )
+        elif (why := _misfit(module, info, children.get(module, []), shapes)) is not None:
+            selection.bad[module] = why
+        else:
+            _add(selection, module, info, checkpoint, scheme)
+    selection.keep_fused_together()
     _one_type(selection)
     return selection
 
 
-def _kind(module: str, shape: tuple[int, ...], vocabulary: object) -> str | None:
-    """What a two-dimensional weight is, if it is no linear layer to be packed; by its name, and by the vocabulary's size."""
-    if isinstance(vocabulary, int) and vocabulary >= 1000 and shape[0] == vocabulary:
-        return "as large as the vocabulary"
-    *parents, last = module.split(".")
-    if 0 in shape:
-        return "empty"
-    if "embed" in last or last in EMBEDDINGS or last.endswith("_emb"):
-        return "an embedding"
-    if last in HEADS or last.endswith("classifier") or module in ("output", "proj_out"):
-        return "an output head"
-    if any(part in HEAD_PARTS or part.endswith("classifier") for part in parents):
-        return "part of an output head"
-    if last in ROUTERS or "router" in parents:
-        return "a router"
-    return "a norm" if len(last) < 200 and NORM.fullmatch(last) else None
+def _other(selection: Selection, info: TensorInfo, shapes: kinds.Shapes, ignored: Matcher) -> None:
+    """Account for a tensor that is no `X.weight` of two dimensions: experts are bad, other matrices are left dense."""
+    name, shape = info.name, list(info.shape)
+    if len(shape) < 2 or (len(shape) == 2 and name.rpartition(".")[2] in QUANTIZED_PARTS):
+        return
+    if (by := ignored(name) or ignored(name.removesuffix(".weight"))) is not None:
+        selection.left_dense[name] = f"ignored by {shown(by)}"
+    elif info.code in (*SOURCE_CODES, "F64") and kinds.stacked(name, info.shape, shapes):
+        selection.bad[name] = (
+            f"{shown(name)}: stacked experts {shape} are not supported yet; unstack them into one weight an expert"
+        )
+    elif len(shape) == 2:
+        selection.left_dense[name] = "not named .weight"
+    else:
+        selection.left_dense[name] = f"of {len(shape)} dimensions"
 
 
-def _add(selection: Selection, name: str, code: str, shape: tuple[int, int], checkpoint: Checkpoint, scheme: str) -> None:
+def _refuse_unmerged(selection: Selection, tensors: dict[str, TensorInfo], ignored: Matcher) -> None:
+    """Refuse adapters beside the weights that they change, unless the user ignores them by name."""
+    for name, info in tensors.items():
+        if kinds.is_adapter(name) and ignored(name.removesuffix(".weight")) is None and len(info.shape) >= 2:
+            raise UnsupportedError(
+                f"{shown(name)}: an adapter that is not merged into the weights beside it; merge it first (in peft:"
+                " merge_and_unload), or keep it dense with --ignore '*lora*'"
+            )
+
+
+def _children(tensors: Iterable[str], modules: Iterable[str]) -> dict[str, list[str]]:
+    """Of every module X, the tensors whose names begin with X and a dot."""
+    found: dict[str, list[str]] = {name: [] for name in modules}
+    for name in tensors:
+        at = name.rfind(".")
+        while at > 0:
+            if (parent := name[:at]) in found:
+                found[parent].append(name)
+            at = name.rfind(".", 0, at)
+    return found
+
+
+def _misfit(module: str, info: TensorInfo, children: list[str], shapes: kinds.Shapes) -> str | None:
+    """Why a module is no plain linear layer: it has other tensors, or a bias that does not fit."""
+    if info.code not in SOURCE_CODES:
+        return f"{shown(info.name)}: {info.code} weights cannot be packed; convert them to one of {', '.join(SOURCE_CODES)}"
+    known = PARTS | ({*QUANTIZED_PARTS, "weight_scale_inv"} if info.code in QUANTIZED_CODES else set())
+    for name in children:
+        part = name[len(module) + 1 :]
+        if part == "weight_scale" and info.code not in QUANTIZED_CODES:
+            return (
+                f"{shown(name)}: a scale beside {info.code} values (a quantization that was calibrated and not applied); finish"
+                " it, or remove the scale"
+            )
+        if part not in known:
+            return f"{shown(name)}: belongs to the layer of {shown(info.name)}, and packing does not know what it does there"
+    bias = shapes.get(f"{module}.bias")
+    if bias is not None and bias != info.shape[:1]:
+        return (
+            f"{shown(f'{module}.bias')}: {list(bias)} does not fit {shown(info.name)} {list(info.shape)}, one value an output"
+        )
+    return None
+
+
+def _add(selection: Selection, name: str, info: TensorInfo, checkpoint: Checkpoint, scheme: str) -> None:
     """Append one module, or say in `selection.bad` why it cannot be packed."""
-    tensors = checkpoint.tensors
+    tensors, code = checkpoint.tensors, info.code
+    shape = (info.shape[0], info.shape[1])
     source = {"F32": dtypes.BFLOAT16}.get(code) or next(t for t in dtypes.PACKED if t.safetensors == code)
     dtype = source if scheme == "auto" else dtypes.packed_dtype(scheme)
-    parts = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point") if code in QUANTIZED_CODES else ()
+    parts = QUANTIZED_PARTS if code in QUANTIZED_CODES else ()
     companions = tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in tensors)
     scale = None
     if code in QUANTIZED_CODES:
         scale = f"{name}.weight_scale"
-        if f"{name}.weight_scale_inv" in tensors:
-            selection.bad[name] = f"{name}.weight_scale_inv: block-wise scales are not supported; requantize per channel"
-            return
-        if scale not in tensors:
-            selection.bad[name] = (
-                f"{name}.weight: {code} values without {scale}; only per-channel or per-tensor scales can be packed"
-            )
-            return
-        found = tensors[scale][0]
-        rows = found.shape
-        if found.code not in ("F32", "F16", "BF16") or rows not in ((), (1,), (1, 1), (shape[0],), (shape[0], 1)):
-            selection.bad[name] = (
-                f"{scale}: {found.code} {list(rows)} is neither per channel [{shape[0]}, 1] nor per tensor [1];"
-                " requantize per channel"
-            )
-            return
-        if (zero := f"{name}.weight_zero_point") in companions and checkpoint.array(zero).any():
-            selection.bad[name] = f"{zero}: a zero point other than 0 cannot be packed; requantize symmetrically"
+        if (why := scale_problem(checkpoint, name, info)) is not None:
+            selection.bad[name] = why
             return
         if dtype is not source:
             raise UnsupportedError(
-                f"{name}.weight: already quantized to {source}; it cannot become {dtype}: use --scheme auto, or start from the"
-                " unquantized model"
+                f"{shown(info.name)}: already quantized to {source}; it cannot become {dtype}: use --scheme auto, or start from"
+                " the unquantized model"
             )
-    selection.modules.append(Module(name, shape, code, dtype, scale, (f"{name}.weight", *companions)))
+    selection.modules.append(Module(name, shape, code, dtype, scale, (info.name, *companions)))
+
+
+def scale_problem(checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | None:
+    """Why the scales of an 8-bit module [n, k] are not one a row or one for all; None if they are."""
+    tensors, rows, scale = checkpoint.tensors, info.shape[0], f"{name}.weight_scale"
+    if f"{name}.weight_scale_inv" in tensors:
+        return f"{shown(f'{name}.weight_scale_inv')}: block-wise scales are not supported; requantize per channel"
+    if scale not in tensors:
+        return f"{shown(info.name)}: {info.code} values without {shown(scale)}; only scales per channel or tensor can be packed"
+    found = tensors[scale][0]
+    if found.code not in ("F32", "F16", "BF16") or found.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+        return (
+            f"{shown(scale)}: {found.code} {list(found.shape)} is neither per channel [{rows}, 1] nor per tensor [1];"
+            " requantize per channel"
+        )
+    zero = f"{name}.weight_zero_point"
+    if zero in tensors and checkpoint.array(zero).any():
+        return f"{shown(zero)}: a zero point other than 0 cannot be packed; requantize symmetrically"
+    return None
 
 
 def _one_type(selection: Selection) -> None:
@@ -280,58 +314,3 @@ def _one_type(selection: Selection) -> None:
         selection.notes.append(
             "static activation scales (input_scale) are dropped: activations are quantized per token at run time"
         )
-
-
-def _refuse_config(config: Mapping[str, Any], tensors: Mapping[str, Any], selection: Selection) -> None:
-    """Refuse a checkpoint whose config.json or tensor names say that it cannot be packed at all."""
-    stray = next((name for name in tensors if name.endswith((".weight_meta", ".weight_shape"))), None)
-    if stray is not None and not any(name.endswith(".weight_packed") for name in tensors):
-        raise UnsupportedError(f"{stray}: a packed checkpoint could not be told from one of another tool; rename this tensor")
-    if any(name.endswith(".weight_packed") for name in tensors):
-        mine = any(name.endswith(".weight_meta") for name in tensors)
-        what = (
-            "is packed already; `slidesparse show --unpack OUT` writes it back dense"
-            if mine
-            else "holds another tool's packed weights"
-        )
-        raise UnsupportedError(f"this checkpoint {what}")
-    model_type = str(config.get("model_type", ""))
-    if model_type in TRANSPOSED:
-        raise UnsupportedError(
-            f"model_type {model_type!r} stores its {TRANSPOSED[model_type]} weights as [k, n]; transpose them to [n, k] first"
-        )
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if not quantization:
-        return
-    if not isinstance(quantization, Mapping):
-        raise UnsupportedError("config.json: quantization_config is not an object")
-    method = quantization.get("quant_method")
-    if method != "compressed-tensors":
-        raise UnsupportedError(
-            f"config.json: quant_method {method!r} is not supported; only compressed-tensors FP8 and INT8 W8A8 checkpoints, or"
-            " unquantized ones, can be packed"
-        )
-    groups = quantization.get("config_groups")
-    for label, group in groups.items() if isinstance(groups, Mapping) else ():
-        _refuse_group(f"config.json: config_groups.{label}", group if isinstance(group, Mapping) else {})
-    if quantization.get("kv_cache_scheme"):
-        selection.notes.append("kv_cache_scheme of the source's config.json is not carried over; its scale tensors are")
-
-
-def _refuse_group(where: str, group: Mapping[str, Any]) -> None:
-    """One compressed-tensors config group must be symmetric 8-bit weights, per channel or tensor, with 8-bit activations."""
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
-    if not isinstance(weights, Mapping) or not isinstance(inputs or {}, Mapping):
-        raise UnsupportedError(f"{where}: weights and input_activations must be objects")
-    facts = {"num_bits": (8,), "type": ("int", "float"), "strategy": ("channel", "tensor"), "symmetric": (True,)}
-    for key, allowed in facts.items():
-        if weights.get(key, allowed[0]) not in allowed:
-            raise UnsupportedError(
-                f"{where}: weights.{key} = {weights[key]!r}; only {' or '.join(map(repr, allowed))} can be packed"
-            )
-    if not inputs:
-        raise UnsupportedError(
-            f"{where}: weight-only quantization is not supported; 8-bit packed weights run with 8-bit activations"
-        )
-    if inputs.get("num_bits", 8) != 8 or inputs.get("symmetric", True) is not True:
-        raise UnsupportedError(f"{where}: input_activations must be symmetric 8-bit, to run as per-token quantization")

@@ -11,12 +11,13 @@ from ..checkpoint import Checkpoint, packed_names, read_packed
 from ..errors import UnsupportedError, VerificationError
 from ..packed import PackedWeight
 from ..verification import cut
-from .config import ignored_modules, output_config, output_metadata
+from .config import output_config, output_metadata
 from .job import all_items, carry_out, new_report, output_target
 from .layout import Item, Piece, dense_entries, dense_pieces, output_layout, row_ranges
 from .options import UNIT_BYTES, Report, Run
 from .proof import prove_copies
 from .selection import Module
+from .source import read_packed_source
 
 
 def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str], run: Run | None = None) -> Report:
@@ -34,12 +35,12 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
         pattern, dtype = next((w.pattern, w.dtype) for w in weights.values())
         modules = [_module(name, packed) for name, packed in weights.items()]
         target, single = output_target(source, checkpoint, out, "dense")
-        ignored = ignored_modules(checkpoint.config)
+        said = read_packed_source(checkpoint)
         layout = output_layout(
             all_items(checkpoint, modules, lambda module: _item(checkpoint, module, weights[module.name])),
             checkpoint,
             metadata=output_metadata(checkpoint, "dense", pattern, dtype),
-            config=output_config(checkpoint, "dense", pattern, dtype, ignored),
+            config=output_config(checkpoint, said, "dense", pattern, dtype, weights),
             max_shard_size=None,
             single=target.name if single else None,
         )
@@ -53,7 +54,7 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
             dtype=dtype,
             format="dense",
             prune="none",
-            left_dense={name: "not packed" for name in ignored},
+            left_dense={name: "not packed" for name in said.ignore},
             skipped={},
             notes=[],
         )

@@ -17,7 +17,8 @@ from .. import __version__, packing
 from ..checkpoint import Checkpoint, packed_entries, read_packed
 from ..cpu import violations
 from ..dtypes import DType
-from ..errors import OperandError, PatternError, SlideSparseError, UnsupportedError, VerificationError
+from ..errors import OperandError, PatternError, SlideSparseError, UnsupportedError, VerificationError, shown
+from ..model_folder import OTHER_WEIGHTS
 from ..packed import PackedWeight
 from ..packing import violations_hint
 from ..verification import cut
@@ -60,6 +61,9 @@ def pack_checkpoint(
         selection = select(
             checkpoint, pattern=options.pattern, scheme=options.scheme, targets=options.targets, ignore=options.ignore
         )
+        refused = {} if options.skip_bad else selection.bad
+        if refused and not dry_run:
+            raise UnsupportedError(f"{next(iter(refused.values()))}, {_SKIP}")
         skipped = _settle_bad(checkpoint, selection, options, run)
         dtype = selection.modules[0].dtype
         target, single = output_target(source, checkpoint, out, _label(options, dtype))
@@ -70,7 +74,14 @@ def pack_checkpoint(
             all_items(checkpoint, selection.modules, maker.item),
             checkpoint,
             metadata=output_metadata(checkpoint, options.format, options.pattern, dtype),
-            config=output_config(checkpoint, options.format, options.pattern, dtype, sorted({*selection.left_dense, *skipped})),
+            config=output_config(
+                checkpoint,
+                selection.source,
+                options.format,
+                options.pattern,
+                dtype,
+                [m.name for m in selection.modules] + list(refused),
+            ),
             max_shard_size=options.max_shard_size,
             single=target.name if single else None,
         )
@@ -86,12 +97,14 @@ def pack_checkpoint(
             prune=options.prune,
             left_dense=selection.left_dense,
             skipped=skipped,
-            notes=[*selection.notes, *_left_behind(checkpoint, single)],
+            notes=[*selection.notes, *([] if single else _companion_notes(checkpoint))],
         )
         report.dry_run = dry_run
         if dry_run:
             if not options.skip_bad:  # then they are among the skipped
-                report.refused = maker.check_all(selection.modules, run)
+                report.refused = refused | maker.check_all(selection.modules, run)
+                report.unsupported = sorted(refused)
+            _count_bytes(report, selection, checkpoint, single)
         else:
             facts = {"options": asdict(options), "version": __version__}
             maker.warm_up(selection.modules[0])
@@ -103,7 +116,26 @@ def pack_checkpoint(
                 carry_out(layout, target, single, checkpoint, facts, run, report, "packing", prove)
             except _Broken as error:
                 raise maker.explain(error) from None
+            _count_bytes(report, selection, checkpoint, single)
         return report
+
+
+def _count_bytes(report: Report, selection: Selection, checkpoint: Checkpoint, single: bool) -> None:
+    """Where every byte of the source goes, and the bytes of the files that go along."""
+    refused = set(report.refused)
+    packed = {name for m in selection.modules if m.name not in refused for name in m.replaced}
+    for name, (info, _) in checkpoint.tensors.items():
+        owners = {name, name.removesuffix(".weight"), name.rpartition(".")[0]}
+        if name in packed:
+            report.packed_bytes += info.nbytes
+        elif owners & refused:
+            report.refused_bytes += info.nbytes
+        elif owners & {*selection.left_dense, *report.skipped}:
+            report.dense_bytes += info.nbytes
+        else:
+            report.other_bytes += info.nbytes
+    if checkpoint.root is not None and not single:
+        report.copied_bytes = sum((checkpoint.root / name).stat().st_size for name in checkpoint.companions)
 
 
 def _label(options: Options, dtype: DType) -> str:
@@ -112,19 +144,29 @@ def _label(options: Options, dtype: DType) -> str:
     return f"{options.pattern.nnz}of{options.pattern.group}-{kind}{'-dense' * (options.format == 'dense')}"
 
 
-def _left_behind(checkpoint: Checkpoint, single: bool) -> list[str]:
-    names = ", ".join(str(name) for name in checkpoint.left_behind)
-    return [f"not copied, since they hold the unpacked weights in other formats: {names}"] if names and not single else []
+def _companion_notes(checkpoint: Checkpoint) -> list[str]:
+    """Which files do not go along, and why; and which weights go along unpacked."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in checkpoint.left_behind.items():
+        reasons.setdefault(why, []).append(name)
+    notes = [f"not copied ({why}): {_listed(names)}" for why, names in reasons.items()]
+    extra = [name for name in checkpoint.companions if name.lower().endswith((".safetensors", *OTHER_WEIGHTS))]
+    return notes + ([f"copied as they are, not packed: {_listed(extra)}"] if extra else [])
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(shown, names[:8])) + f" and {len(names) - 8} more" * (len(names) > 8)
 
 
 def _settle_bad(checkpoint: Checkpoint, selection: Selection, options: Options, run: Run) -> dict[str, str]:
-    """Fail on modules that cannot be packed or, with `skip_bad`, leave them dense: name -> why."""
-    if selection.bad and not options.skip_bad:
-        raise UnsupportedError(f"{next(iter(selection.bad.values()))}, {_SKIP}")
-    skipped = dict(selection.bad)
-    for name, reason in skipped.items():
-        selection.drop(name, reason)
+    """With `skip_bad`, leave modules dense that cannot be packed: name -> why. Fail where none is left.
+
+    Raises:
+        UnsupportedError: nothing is left to pack.
+    """
+    skipped = {}
     if options.skip_bad:
+        skipped = dict(selection.bad)
         bad = _Maker(checkpoint, options).check_all(selection.modules, run)
         skipped |= bad
         for name, reason in bad.items():
@@ -132,7 +174,7 @@ def _settle_bad(checkpoint: Checkpoint, selection: Selection, options: Options, 
     for name in skipped:
         selection.left_dense.pop(name, None)
     if not selection.modules:
-        reasons = [f"{name}: {why}" for name, why in {**skipped, **selection.left_dense}.items()]
+        reasons = [f"{shown(name)}: {why}" for name, why in {**selection.bad, **skipped, **selection.left_dense}.items()]
         reasons.sort(key=lambda reason: "fused by engines" not in reason)  # the one that a user may not expect
         raise UnsupportedError(
             "nothing to pack: no two-dimensional .weight tensor qualifies"
