@@ -48,6 +48,7 @@ def output_config(
     Raises:
         UnsupportedError: a module stays quantized in a way that the output's config cannot describe.
     """
+    packed = set(packed)
     kept = _kept_quantized(source, said, format, dtype, packed)
     if source.config is None:
         return None
@@ -146,7 +147,7 @@ LEFT_TO_LOADERS = {
     "gpt_neox": "embed_out", "whisper": "proj_out", "bert": "cls.predictions.decoder", "roberta": "lm_head.decoder",
     "xlm-roberta": "lm_head.decoder", "camembert": "lm_head.decoder", "distilbert": "vocab_projector",
 }  # fmt: skip
-"""Model type -> name of the output head, where it is not lm_head."""
+"""Model type -> name of the output head, where not every loader calls it lm_head."""
 
 
 def _ignored(source: Checkpoint, said: Source, quantized: set[str]) -> list[str]:
@@ -166,7 +167,7 @@ def _ignored(source: Checkpoint, said: Source, quantized: set[str]) -> list[str]
     listed = [str(name) for name in architectures] if isinstance(architectures, list) else []
     headless = bool(listed) and all(name.endswith("Model") and "LMHead" not in name for name in listed)
     if said.vocabularies and not headless:
-        for head in {LEFT_TO_LOADERS.get(kind, "lm_head") for kind in said.model_types.values()} or {"lm_head"}:
+        for head in {"lm_head", *(LEFT_TO_LOADERS.get(kind, "lm_head") for kind in said.model_types.values())}:
             if not any(module == head or module.endswith(f".{head}") for module in (*names, *quantized)):
                 names.add(head)
                 if renamed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .. import dtypes
@@ -73,9 +73,9 @@ class Selection:
     notes: list[str] = field(default_factory=list)
     source: Source = field(default_factory=Source)
 
-    def drop(self, name: str, reason: str) -> None:
-        """Leave one more module dense, and with it the modules that an engine fuses with it."""
-        self.left_dense[name] = reason
+    def drop(self, reasons: Mapping[str, str]) -> None:
+        """Leave more modules dense, name -> why, and with them the modules that an engine fuses with them."""
+        self.left_dense.update(reasons)
         self.keep_fused_together()
 
     def keep_fused_together(self) -> None:

@@ -14,6 +14,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..checkpoint import Checkpoint
@@ -108,10 +109,13 @@ class Source:
 
     def ignores(self, module: str) -> str | None:
         """The entry of `ignore` that leaves a module unquantized."""
-        for entry in self.ignore:
-            if entry == module or (entry.startswith("re:") and re.match(entry[3:], module)):
-                return entry
-        return None
+        exact, expressions = self._ignore
+        return module if module in exact else next((text for text, regex in expressions if regex.match(module)), None)
+
+    @cached_property
+    def _ignore(self) -> tuple[set[str], list[tuple[str, re.Pattern[str]]]]:
+        expressions = [(text, re.compile(text[3:])) for text in self.ignore if text.startswith("re:")]
+        return set(self.ignore), expressions
 
     def group_of(self, module: str) -> Any:
         """The config group that describes a module: one that names it goes before one for all linear layers."""
@@ -261,6 +265,8 @@ def _vocabularies(config: Mapping[str, Any], shapes: kinds.Shapes) -> Iterator[i
             if isinstance(size, int) and not isinstance(size, bool):
                 if "vocab" in str(key) and size >= kinds.SMALLEST_VOCABULARY:
                     yield size
+                    if size >= 1000:  # padded, as engines and tensor parallel trainers do
+                        yield from (-(-size // step) * step for step in (8, 64, 128, 256, 512, 1024))
                 if key == "embedding_size" and size >= 1000:  # a vocabulary with its padding, or ALBERT's narrow embedding
                     yield size
     for name, shape in shapes.items():
@@ -420,7 +426,8 @@ def _refuse_group(where: str, group: Any) -> None:
     for key, allowed in facts.items():
         if weights.get(key, allowed[0]) not in allowed:
             raise UnsupportedError(
-                f"{where}: weights.{key} = {shown(weights[key])}; only {' or '.join(map(repr, allowed))} can be packed"
+                f"{where} (of {shown(targets)}): weights.{key} = {shown(weights[key])}; only"
+                f" {' or '.join(map(repr, allowed))} can be packed"
             )
     if not inputs:
         raise UnsupportedError(

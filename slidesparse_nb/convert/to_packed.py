@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -169,8 +169,7 @@ def _settle_bad(checkpoint: Checkpoint, selection: Selection, options: Options, 
         skipped = dict(selection.bad)
         bad = _Maker(checkpoint, options).check_all(selection.modules, run)
         skipped |= bad
-        for name, reason in bad.items():
-            selection.drop(name, reason)
+        selection.drop(bad)
     for name in skipped:
         selection.left_dense.pop(name, None)
     if not selection.modules:
@@ -181,6 +180,11 @@ def _settle_bad(checkpoint: Checkpoint, selection: Selection, options: Options, 
             + (f" ({'; '.join(reasons[:3])}{'; ...' * (len(reasons) > 3)})" if reasons else "")
         )
     return skipped
+
+
+_Rows = tuple[Module, int, int]
+"""A module, and its rows first to last - 1."""
+T = TypeVar("T")
 
 
 class _Broken(PatternError):
@@ -256,21 +260,44 @@ class _Maker:
         """Of the modules that packing would refuse, name -> why."""
         refused: dict[str, str] = {}
         add = run.counter("checking", sum(self.checkpoint.tensors[m.weight][0].nbytes for m in modules))
-        with ThreadPoolExecutor(run.workers) as pool:
-            for module in modules:
+        broken: dict[str, _Broken] = {}
 
-                def one(bounds: tuple[int, int], module: Module = module) -> None:
-                    self.packed_rows(module, *bounds)
-                    release_rows(self.checkpoint, module, *bounds)
+        def one(rows: _Rows) -> SlideSparseError | None:
+            try:
+                self.packed_rows(*rows)
+            except (_Broken, UnsupportedError) as error:
+                return error
+            finally:
+                release_rows(self.checkpoint, *rows)
+            return None
 
-                try:
-                    list(pool.map(one, row_ranges(*extent(self.checkpoint, module), UNIT_BYTES)))
-                except _Broken as broken:
-                    refused[module.name] = str(self.explain(broken))
-                except UnsupportedError as error:
-                    refused[module.name] = str(error)
-                add(self.checkpoint.tensors[module.weight][0].nbytes)
+        for (module, first, last), error in self._each(modules, one, run):
+            if isinstance(error, _Broken):
+                broken.setdefault(module.name, error)
+            elif error is not None:
+                refused.setdefault(module.name, str(error))
+            add((last - first) * extent(self.checkpoint, module)[1])
+        refused |= {name: str(self.explain(error)) for name, error in broken.items() if name not in refused}
         return refused
+
+    def _each(self, modules: list[Module], work: Callable[[_Rows], T], run: Run) -> Iterator[tuple[_Rows, T]]:
+        """Call `work` on ranges of rows of the modules, several at a time; the ranges and results in order.
+
+        A range is small enough for a core's cache, and small modules share a task: a thread's turn costs more than they do.
+        """
+        tasks: list[list[_Rows]] = []
+        filled = UNIT_BYTES
+        for module in modules:
+            rows, row_bytes = extent(self.checkpoint, module)
+            for first, last in row_ranges(rows, row_bytes, UNIT_BYTES):
+                if filled >= UNIT_BYTES:
+                    tasks.append([])
+                    filled = 0
+                tasks[-1].append((module, first, last))
+                filled += max(4096, (last - first) * row_bytes)
+        with ThreadPoolExecutor(run.workers) as pool:
+            for task, results in zip(tasks, pool.map(lambda task: [work(rows) for rows in task], tasks), strict=True):
+                yield from zip(task, results, strict=True)
 
     def warm_up(self, module: Module) -> None:
         """Compile what packing calls, so that its rate is not that of the compiler."""
@@ -314,15 +341,13 @@ class _Maker:
         """Prove every packed module of `written` against the source, and every other tensor equal to it."""
         packed = read_packed(written)
         made = {module.name: [entry[0] for entry in self.item(module).entries] for module in modules}
-        with ThreadPoolExecutor(run.workers) as pool:
-            for module in modules:
 
-                def one(bounds: tuple[int, int], module: Module = module) -> None:
-                    first, last = bounds
-                    self.prove_rows(module, self.written_rows(written, packed, module, first, last), first, last)
-                    release_rows(self.checkpoint, module, first, last)
+        def one(rows: _Rows) -> None:
+            self.prove_rows(rows[0], self.written_rows(written, packed, *rows), *rows[1:])
+            release_rows(self.checkpoint, *rows)
 
-                list(pool.map(one, row_ranges(*extent(self.checkpoint, module), UNIT_BYTES)))
+        for (module, _, last), _ in self._each(modules, one, run):
+            if last == module.shape[0]:
                 for name in made[module.name]:
                     written.release(name)
                 add(sum(self.checkpoint.tensors[name][0].nbytes for name in module.replaced))

@@ -38,7 +38,15 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-T5 = {"vocab_size": 1024, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+T5 = {
+    "vocab_size": 1024,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+}
 MOE = {**SIZES, "head_dim": 16, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
 
 Kind = tuple[Any, str, dict[str, Any]]
@@ -72,7 +80,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             made[kind] = folder = tmp_path_factory.mktemp("source")
             auto, model_type, sizes = KINDS[kind]
             torch.manual_seed(0)
-            model = auto.from_config(transformers.AutoConfig.for_model(model_type, **sizes, dtype="bfloat16")).to(torch.bfloat16)
+            model = auto.from_config(transformers.AutoConfig.for_model(model_type, **sizes, dtype="bfloat16")).to(
+                torch.bfloat16
+            )
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.normal_(0, 0.1)
@@ -357,7 +367,11 @@ SOURCES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "FP8_DYNAMIC",
         {"strategies": {LAYERS: "tensor"}, "groups": {"group_0": group("float", "tensor")}},
     ),
-    "FP8 in two groups": ("llama", "FP8_DYNAMIC", {"strategies": {"down_proj": "tensor", LAYERS: "channel"}, "groups": TWO_GROUPS}),
+    "FP8 in two groups": (
+        "llama",
+        "FP8_DYNAMIC",
+        {"strategies": {"down_proj": "tensor", LAYERS: "channel"}, "groups": TWO_GROUPS},
+    ),
     "FP8 static": ("llama", "FP8_DYNAMIC", {"static": True}),
     "FP8 with a layer ignored": (
         "llama",
