@@ -33,8 +33,7 @@ class Finding:
 
     Attributes:
         part: "driver", "CuPy", "matmul int8" ...
-        state: "ok": it is there, and works; "absent": the machine lacks it, and nothing is wrong with what it has; "broken": it is
-            there, and does not work.
+        state: "ok": it works; "absent": this machine lacks it, which is no fault; "broken": it is there and does not work.
         text: what was found; or what is absent or broken, and how to mend it.
     """
 

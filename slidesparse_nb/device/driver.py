@@ -82,11 +82,12 @@ def one_line(error: object) -> str:
 
 
 def unusable(what: str, error: Exception, instead: str = "NumPy arrays need none") -> SlideSparseError:
-    """The error to raise where `what` needs a GPU and met `error`, CuPy's or an import's: what this machine lacks, and a way out.
+    """The error to raise where `what` needs a GPU: what this machine lacks, and a way out.
 
     Where there is no GPU, no package is advised: none would help.
 
     Args:
+        error: CuPy's, or an import's.
         instead: what works without a GPU.
     """
     try:
