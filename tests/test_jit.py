@@ -187,7 +187,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[int, 
 
 
 def test_no_compiler(installed: dict[str, tuple[int, int]]) -> None:
-    with pytest.raises(UnsupportedError, match="no libnvrtc.so was found, .*; pip install nvidia-cuda-nvrtc"):
+    with pytest.raises(UnsupportedError, match=r"no libnvrtc.so was found, .*; pip install nvidia-cuda-nvrtc"):
         nvrtc.load()
 
 
