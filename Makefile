@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+INSTALLED = SLIDESPARSE_CACHE_DIR=$(CURDIR)/$(VENV)/wheel/cache $(CURDIR)/$(VENV)/wheel/bin/python -I $(CURDIR)/tests/installed.py
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint wheel bench clean
 
 demo: $(VENV)/demo.done
 	$(RUN) tools/demo.py
@@ -15,6 +16,15 @@ lint: $(VENV)/lint.done
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# what `pip install .` gives, away from the checkout: every module imports, every kernel source compiles, every command answers
+wheel:
+	rm -rf $(VENV)/wheel build
+	$(PYTHON) -m venv $(VENV)/wheel
+	$(VENV)/wheel/bin/python -m pip install --quiet .
+	cd / && $(INSTALLED) commands
+	$(VENV)/wheel/bin/python -m pip install --quiet '.[cuda13]' matplotlib
+	cd / && $(INSTALLED) kernels
 
 # on a machine with an NVIDIA GPU and CuPy, and PyTorch for the peers, in the Python that has them: make bench PYTHON=python3
 bench:

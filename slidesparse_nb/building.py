@@ -114,7 +114,7 @@ def build_products(
         products: (m, n, k, pattern, dtype of the weights, name of the type of y) of each.
         capability: compute capability of the GPU, such as (9, 0).
         processors: multiprocessors that it has.
-        compiler: by default the one of the CUDA version that CuPy runs on.
+        compiler: by default the one of the CUDA version that CuPy runs on; without CuPy, any that is found.
 
     Raises:
         OperandError: a type that is none of weights, or of y.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import importlib
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import arch, env, ops, packing, reference
+from .device import driver, jit
 from .dtypes import BFLOAT16, FLOAT8, FLOAT32, INT8, PACKED, DType
 from .errors import SlideSparseError, UnsupportedError
 from .packed import PackedWeight
@@ -23,128 +24,132 @@ M, N, K = 19, 40, 200
 """Shape of the products that are checked: small, and a multiple of nothing."""
 
 
+OK, ABSENT, BROKEN = "ok", "absent", "broken"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One part of the machine or of the library.
 
     Attributes:
         part: "driver", "CuPy", "matmul int8" ...
-        ok: it is there, and works.
-        text: what was found, or what is wrong and how to mend it.
+        state: "ok": it works; "absent": this machine lacks it, which is no fault; "broken": it is there and does not work.
+        text: what was found; or what is absent or broken, and how to mend it.
     """
 
     part: str
-    ok: bool
+    state: str
     text: str
 
 
 def diagnose() -> Iterator[Finding]:
-    """Look at one part after the other; a part that is missing or wrong is a finding, never an exception."""
-    capability: tuple[int, int] | None = None
+    """Look at one part after the other; a part that is absent or broken is a finding, never an exception.
+
+    Yields:
+        Findings on driver, GPUs, CuPy, Numba CUDA, NVRTC, cache and CPU; then what the GPU computes, if it can be used.
+    """
 
     def finding(part: str, look: Callable[[], str]) -> Finding:
         try:
-            return Finding(part, True, look())
-        except (SlideSparseError, ImportError, OSError) as error:
-            return Finding(part, False, str(error))
+            return Finding(part, OK, look())
+        except driver.AbsentError as error:
+            return Finding(part, ABSENT, str(error))
+        except (SlideSparseError, OSError) as error:
+            return Finding(part, BROKEN, str(error))
         except Exception as error:
-            return Finding(part, False, f"{type(error).__name__}: {error}")
+            return Finding(part, BROKEN, f"{type(error).__name__}: {driver.one_line(error)}")
 
-    yield finding("driver", _driver)
-    try:
-        found = _devices()
-    except (UnsupportedError, OSError):
-        found = []
-    for number, (name, capability_, memory) in enumerate(found):
-        capability = capability or capability_
-        yield finding(f"device {number}", lambda n=name, c=capability_, b=memory: _device(n, c, b))  # type: ignore[misc]
-    if not found:
-        yield Finding("device", False, "none; NumPy arrays are computed on the CPU")
-    yield finding("CuPy", _cupy)
-    yield finding("Numba", lambda: _numba(capability or (8, 0)))
-    yield finding("NVRTC", _nvrtc)
+    found = finding("driver", lambda: "supports CUDA {}.{}".format(*driver.version()))
+    yield found
+    gpus: list[driver.Gpu] = []
+
+    def first_gpu() -> str:
+        if found.state == ABSENT:
+            raise driver.AbsentError("none without a driver; NumPy arrays need none")
+        gpus.extend(driver.gpus())
+        return _gpu(gpus[0])
+
+    yield finding("GPU", first_gpu)
+    for number, gpu in enumerate(gpus[1:], 1):
+        yield finding(f"GPU {number}", functools.partial(_gpu, gpu))
+    dtypes = _multiplied(gpus[0].capability) if gpus else ()
+    usable = gpus[0].capability if dtypes else None
+    needed = []
+    for part, look in (("CuPy", _cupy), ("Numba CUDA", _numba), ("NVRTC", _nvrtc)):
+        needed.append(finding(part, functools.partial(look, usable)))
+        yield needed[-1]
     yield finding("cache", _cache)
     yield finding("CPU", _cpu)
-    checks: list[tuple[str, Callable[[], str]]] = [("activations", _activations), ("weights", _weights)]
-    dtypes = (
-        PACKED if capability is None or capability < (8, 0) else arch.for_capability(capability).supported_dtypes(capability)
-    )
-    checks += [(f"matmul {dtype}", lambda dtype=dtype: _matmul(dtype)) for dtype in dtypes]  # type: ignore[misc]
-    for part, check in checks:
-        yield finding(part, check) if found else Finding(part, False, "not checked: there is no device")
+    if usable is None:
+        return
+    if lacking := [each.part for each in needed if each.state != OK]:
+        yield Finding("products", ABSENT, f"not computed on the GPU: that needs {' and '.join(lacking)}")
+        return
+    yield finding("activations", _activations)
+    yield finding("weights", _weights)
+    for dtype in dtypes:
+        yield finding(f"matmul {dtype}", functools.partial(_matmul, dtype))
 
 
 # ---- what there is -----------------------------------------------------------------------------------------------
 
 
-def _library() -> ctypes.CDLL:
+def _multiplied(capability: tuple[int, int]) -> tuple[DType, ...]:
+    """The types of weights that a GPU multiplies; none if it has no sparse tensor cores."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        raise UnsupportedError("no NVIDIA driver (libcuda.so.1) was found; install one, or use NumPy arrays") from None
-    if code := driver.cuInit(0):
-        raise UnsupportedError(f"the NVIDIA driver does not start (cuInit: error {code}); see whether nvidia-smi does")
-    return driver
+        return tuple(arch.for_capability(capability).supported_dtypes(capability))
+    except UnsupportedError:
+        return ()
 
 
-def _driver() -> str:
-    version = ctypes.c_int()
-    _library().cuDriverGetVersion(ctypes.byref(version))
-    return f"supports CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+def _gpu(gpu: driver.Gpu) -> str:
+    text = f"{gpu.name}, {gpu.memory / 2**30:.0f} GiB, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+    if not (dtypes := _multiplied(gpu.capability)):
+        raise driver.AbsentError(f"{text}: has no sparse tensor cores, which came with 8.0; NumPy arrays need none")
+    return f"{text}: {', '.join(map(str, dtypes))}"
 
 
-def _devices() -> list[tuple[str, tuple[int, int], int]]:
-    """Name, compute capability and bytes of memory of every device."""
-    driver, count = _library(), ctypes.c_int()
-    driver.cuDeviceGetCount(ctypes.byref(count))
-    found = []
-    for number in range(count.value):
-        device, text, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        driver.cuDeviceGet(ctypes.byref(device), number)
-        driver.cuDeviceGetName(text, len(text), device)
-        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-        found.append((text.value.decode(), (major.value, minor.value), memory.value))
-    return found
+Capability = tuple[int, int] | None
+"""Of the GPU that can be used, if there is one."""
 
 
-def _device(name: str, capability: tuple[int, int], memory: int) -> str:
-    dtypes = arch.for_capability(capability).supported_dtypes(capability)
+def _import(name: str, usable: Capability) -> Any:
+    """An optional package; AbsentError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        way = driver.extra() if usable else "only a GPU needs it"
+        raise driver.AbsentError(f"not installed; {way}") from None
+
+
+def _cupy(usable: Capability) -> str:
+    cupy = _import("cupy", usable)
+    if usable and not cupy.cuda.runtime.getDeviceCount():
+        raise LookupError("finds no GPU, though the driver does")
+    number = cupy.cuda.runtime.runtimeGetVersion()
+    return f"{cupy.__version__}, CUDA {number // 1000}.{number % 1000 // 10}"
+
+
+def _numba(usable: Capability) -> str:
+    numba_cuda = _import("numba_cuda", usable)
+    kernels: Any = importlib.import_module("slidesparse_nb.device.unpack_kernels")
+    capability = usable or (8, 0)
+    kernels.unpack_kernel(INT8, PATTERN.windows).build(capability)
+    numba = importlib.import_module("numba")
     return (
-        f"{name}, {memory / 2**30:.0f} GiB, compute capability {capability[0]}.{capability[1]}: {', '.join(map(str, dtypes))}"
+        f"{numba_cuda.__version__}, Numba {numba.__version__}, NumPy {np.__version__}; compiles for"
+        f" compute capability {capability[0]}.{capability[1]}"
     )
 
 
-def _import(name: str, way: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"{error}; {way}") from None
-
-
-def _cupy() -> str:
-    cupy = _import("cupy", "install slidesparse_nb[cuda13] or slidesparse_nb[cuda12]")
-    version = cupy.cuda.runtime.runtimeGetVersion()
-    return f"{cupy.__version__}, CUDA {version // 1000}.{version % 1000 // 10}"
-
-
-def _numba(capability: tuple[int, int]) -> str:
-    numba = importlib.import_module("numba")
-    numba_cuda = _import("numba_cuda", "install slidesparse_nb[cuda13] or slidesparse_nb[cuda12]")
-    kernels: Any = importlib.import_module("slidesparse_nb.device.unpack_kernels")
-    built = kernels.unpack_kernel(INT8, PATTERN.windows).build(capability)
-    return f"{numba.__version__}, numba-cuda {numba_cuda.__version__}, NumPy {np.__version__}; compiled {built.folder.name}"
-
-
-def _nvrtc() -> str:
-    from .device import jit, nvrtc
-
+def _nvrtc(usable: Capability) -> str:
     try:
         found = jit.device_compiler()
-    except ImportError:  # without CuPy kernels are only compiled ahead
-        found = nvrtc.load()
+    except driver.AbsentError:
+        way = driver.extra() if usable else "only a GPU needs it, and `slidesparse build`"
+        raise driver.AbsentError(f"not installed; {way}") from None
     return f"CUDA {found.version[0]}.{found.version[1]}, {found.path}"
 
 

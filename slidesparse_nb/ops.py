@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import cpu, cpu_matmul
+from . import cpu, cpu_matmul, device
 from .dtypes import DType, packed_dtype
 from .errors import OperandError, shown
 from .operands import (
@@ -49,7 +49,8 @@ def matmul(
         bias: [n] of any float type, or None.
         out: [..., n] array to write and return; it may overlap neither x nor bias nor workspace.
         out_dtype: float32, float16 or bfloat16; by default that of `out`, or else that of x.
-        stream: on a GPU, the CuPy stream to work on, by default the current one; None for NumPy.
+        stream: on a GPU, the stream to work on: CuPy's, PyTorch's, or any that tells its address; by default CuPy's current
+            one. x, out and the others are used in its order. None for NumPy.
         workspace: on a GPU, `cupy.zeros(workspace_bytes(...), "uint8")`: with it and `out`, nothing is allocated, so that the
             call can be captured in a CUDA graph. It serves one stream at a time.
 
@@ -59,6 +60,7 @@ def matmul(
     Raises:
         OperandError: an operand of the wrong type, shape or dtype.
         FormatError: the tensors of `packed` do not fit its shape.
+        UnsupportedError: x is on a GPU, and CuPy is missing, or the GPU does not multiply such weights.
     """
     require_packed(packed)
     if isinstance(x, QuantizedActivations):
@@ -75,17 +77,24 @@ def matmul(
     if _on_gpu(given):
         if not packed.arranged:
             packed.check_shapes()
-        return _gemm().matmul(x, packed, bias, out, out_dtype, stream, workspace)
+        return _gemm("matmul").matmul(x, packed, bias, out, out_dtype, stream, workspace)
     raise _no_array("x", x)
 
 
 def workspace_bytes(m: int, packed: PackedWeight, out_dtype: Any) -> int:
-    """Bytes of a workspace for `matmul` of m tokens into `out_dtype` on the current GPU; the kernel is compiled on the way."""
+    """Bytes of a workspace for `matmul` of m tokens into `out_dtype` on the current GPU; the kernel is compiled on the way.
+
+    Raises:
+        OperandError: m or out_dtype that cannot be.
+        UnsupportedError: there is no GPU, no CuPy, or a GPU that does not multiply such weights.
+    """
     require_packed(packed)
-    return int(_gemm().workspace_bytes(m, packed, out_dtype))
+    return int(_gemm("workspace_bytes").workspace_bytes(m, packed, out_dtype))
 
 
-def quantize(x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dtype: Any = None) -> QuantizedActivations:
+def quantize(
+    x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dtype: Any = None, *, stream: Any = None
+) -> QuantizedActivations:
     """Quantize activations once, for several products with weights of one pattern and type (q/k/v, gate/up).
 
     On a GPU of compute capability 9.0 they are laid out as its kernel wants them in the same pass, so that `matmul` is one
@@ -95,6 +104,7 @@ def quantize(x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dty
         x: [..., k] float32, float16 or bfloat16.
         packed: weights that x will be multiplied by, or their pattern; then `dtype` is needed too.
         dtype: of the weights; by default that of `packed`. For 16-bit weights x is rounded to their type.
+        stream: as for `matmul`.
 
     Returns:
         Values [m, k]; for 8-bit types scales [m, 1], one a token. A token that holds NaN or infinity has scale NaN and zeros.
@@ -102,6 +112,7 @@ def quantize(x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dty
     Raises:
         OperandError: an operand of the wrong type or shape.
         FormatError: the tensors of `packed` do not fit its shape.
+        UnsupportedError: as for `matmul`.
     """
     require_unmasked("x", x)
     if isinstance(packed, PackedWeight):
@@ -117,12 +128,13 @@ def quantize(x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dty
         wanted = packed_dtype(dtype)
     weights = packed if isinstance(packed, PackedWeight) else None
     if isinstance(x, np.ndarray):
+        _require_no_stream(stream)
         check_activations(x, None if weights is None else weights.k)
         lead, flat = _flat(x)
         values, scale = _quantized(flat, wanted)
         return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, wanted, x.dtype)
     if _on_gpu(x):
-        quantized: QuantizedActivations = _gemm().quantize(x, pattern, wanted, weights)
+        quantized: QuantizedActivations = _gemm("quantize").quantize(x, pattern, wanted, weights, stream)
         return quantized
     raise _no_array("x", x)
 
@@ -132,10 +144,8 @@ def _on_gpu(a: Any) -> bool:
     return type(a).__module__ == "cupy" or on_gpu(a)
 
 
-def _gemm() -> Any:
-    from .device import gemm  # CuPy is imported when a GPU is first used, and not before
-
-    return gemm
+def _gemm(what: str) -> Any:
+    return device.module("gemm", what)
 
 
 # ---- NumPy -------------------------------------------------------------------------------------------------------
@@ -144,8 +154,7 @@ def _gemm() -> Any:
 def _matmul_numpy(
     x: Array | QuantizedActivations, packed: PackedWeight, bias: Any, out: Any, out_dtype: Any, stream: Any
 ) -> Array:
-    if stream is not None:
-        raise OperandError(f"stream: {stream!r} must be None for NumPy arrays, which have no streams")
+    _require_no_stream(stream)
     packed.check_shapes()
     for name, array in (("packed.values", packed.values), ("bias", bias), ("out", out)):
         if array is not None and not isinstance(array, np.ndarray):
@@ -179,6 +188,11 @@ def _matmul_numpy(
     if flat_result is None:
         result[...] = y.reshape(result.shape)
     return result
+
+
+def _require_no_stream(stream: object) -> None:
+    if stream is not None:
+        raise OperandError(f"stream: {stream!r} must be None for NumPy arrays, which have no streams")
 
 
 def _no_array(name: str, value: object) -> OperandError:

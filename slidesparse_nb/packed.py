@@ -95,11 +95,12 @@ class PackedWeight:
             device: number of the GPU; by default the current one.
 
         Raises:
-            UnsupportedError: the device has no sparse tensor cores, or none for this type.
+            UnsupportedError: there is no GPU, no CuPy, or no such device; or it has no sparse tensor cores for this type.
             FormatError: the tensors do not fit the shape.
         """
         self.check_shapes()
-        importlib.import_module(f"{__package__}.device.gemm").to_device(self, device)  # looked up when called: it stands above
+        device_code = importlib.import_module(f"{__package__}.device")  # looked up when called: it stands above
+        device_code.module("plans", "to_device").to_device(self, device)
         return self
 
     def validate(self, name: str = "packed", *, first_row: int = 0) -> PackedWeight:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import cpu, pruning
+from . import cpu, device, pruning
 from .dtypes import DType
 from .errors import FormatError, PatternError
 from .operands import check_weights, on_gpu, require_finite, require_no_overflow, require_size, row_scales, stored_dtype
@@ -101,8 +101,7 @@ def pack(
 
 def _pack_on_gpu(w: Any, pattern: Pattern, dtype: object, scale: Any, prune: Any, seed: int) -> PackedWeight:
     """`pack` on the device of w."""
-    from .device import arrays, weights  # CuPy is imported when a GPU is first used, and not before
-
+    arrays, weights = device.module("arrays", "pack"), device.module("weights", "pack")
     given = arrays.as_cupy("w", w)
     scale = arrays.as_cupy("scale", scale) if on_gpu(scale) else scale
     method = arrays.as_cupy("prune", prune) if on_gpu(prune) else pruning.check(prune, given.shape)
@@ -139,8 +138,7 @@ def unpack(packed: PackedWeight) -> Array:
 
 def _unpack_on_gpu(packed: PackedWeight) -> Array:
     """`unpack` on the device of `packed`."""
-    from .device import weights
-
+    weights = device.module("weights", "unpack")
     dense: Array
     dense, row = weights.unpack(packed)
     if row is not None:  # say what is wrong with it as on the host

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from . import packing
+from . import device, packing
 from .arch import for_capability
 from .building import compile_all, kernels_of
 from .device import jit, tuned
 from .dtypes import FLOATS, DType, packed_dtype
-from .errors import OperandError, UnsupportedError
+from .errors import OperandError
 from .operands import float_dtype
 from .packed import size_problem
 from .pattern import Pattern
@@ -103,29 +102,15 @@ def _checked(
 
 def _capability() -> tuple[int, int]:
     """Compute capability of the current GPU."""
-    try:
-        cupy: Any = importlib.import_module("cupy")
-    except ImportError as error:
-        raise UnsupportedError(
-            f"tune: times GPU kernels and needs CuPy, which cannot be imported ({error}); install slidesparse_nb[cuda13] or"
-            " slidesparse_nb[cuda12]"
-        ) from None
-    try:
-        if not cupy.cuda.runtime.getDeviceCount():
-            raise LookupError("there is none")
-        properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
-    except Exception as error:  # CuPy's, of a kind that depends on what is missing
-        raise UnsupportedError(
-            f"tune: needs an NVIDIA GPU, and none can be used ({error}); `slidesparse doctor` says what of this machine can"
-        ) from None
+    runtime = device.cupy("tune", "run it where the products will run").cuda.runtime
+    properties = runtime.getDeviceProperties(runtime.getDevice())
     return properties["major"], properties["minor"]
 
 
 def _tuned(
     wanted: list[tuple[int, int, int, Pattern, DType, str]], end: float | None, tell: Callable[[str], None]
 ) -> Iterator[Tuned]:
-    from .device import timing  # CuPy is imported when a GPU is first used, and not before
-
+    timing = device.module("timing", "tune")
     clock = timing.GpuClock()
     track: Any = None
     of: Any = None

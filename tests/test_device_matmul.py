@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from device_cases import awkward_rows
-from numpy_gpu import BF16, F16, F32, Array, array, close, empty, gpu, ops, wanted, weight
+from numpy_gpu import BF16, F16, F32, Array, Tensor, array, close, empty, gpu, ops, wanted, weight
 
 from slidesparse_nb import reference
 from slidesparse_nb.arch import sm80, sm90
@@ -255,7 +255,44 @@ def test_out_beside_other_operands_in_one_array(gpu: Any) -> None:
 def test_the_stream_is_the_one_given(gpu: Any) -> None:
     packed, x = weight(16, 64, INT8), array(np.ones((4, 64), np.float32))
     close(ops().matmul(x, packed, stream=99), wanted(x, packed))  # the launches assert it
+    close(ops().matmul(ops().quantize(x, packed, stream=99), packed), wanted(x, packed))
     assert gpu.streams == [7]
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [99, SimpleNamespace(ptr=99), SimpleNamespace(cuda_stream=99), SimpleNamespace(__cuda_stream__=lambda: (0, 99))],
+    ids=["address", "ptr", "PyTorch's", "protocol"],
+)
+@pytest.mark.parametrize("cupy_13", [False, True])
+def test_arrays_of_another_library_are_viewed_in_the_stream(
+    gpu: Any, stream: Any, cupy_13: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere DLPack would put an event of another stream into it, which breaks the capture of a graph."""
+    if cupy_13:
+        cupy: Any = importlib.import_module("cupy")
+        monkeypatch.delattr(cupy.cuda.Stream, "from_external")
+    packed, x, bias = weight(16, 64, INT8), array(np.ones((4, 64), F32)), array(np.ones(16, F32))
+    y = Tensor(empty((4, 16), F32))
+    workspace = empty(ops().workspace_bytes(4, packed, F32), np.uint8)
+    workspace[...] = 0
+    tensors = {"bias": Tensor(bias), "out": y, "workspace": Tensor(workspace)}
+    assert ops().matmul(Tensor(x), packed, stream=stream, **tensors) is y
+    close(y.array, wanted(x, packed, np.asarray(bias)))
+    assert gpu.viewed == [99] * 4
+    close(ops().matmul(ops().quantize(Tensor(x), packed, stream=stream), packed), wanted(x, packed))
+    assert gpu.viewed == [99] * 5
+    ops().matmul(Tensor(x), packed)
+    assert gpu.viewed == [99] * 5 + [7]
+
+
+def test_an_array_that_cannot_be_viewed(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Any) -> Any:
+        raise BufferError("Can't export tensors that require gradient")
+
+    monkeypatch.setattr("cupy.from_dlpack", refuse)
+    with pytest.raises(OperandError, match=r"^x: Tensor is not an array .* \(Can't export tensors that require grad"):
+        ops().matmul(Tensor(np.ones((4, 64), F32)), weight(16, 64, INT8))
 
 
 def test_families(gpu: Any) -> None:

@@ -1,64 +1,115 @@
-"""slidesparse doctor, on machines that lack things: one clear line each, never a traceback."""
+"""slidesparse doctor, and what needs a GPU, on machines that lack things: one clear line each, never a traceback."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from lacking import LACKS, REASONS, Driver, take_away
 
+import slidesparse_nb as ss
 from slidesparse_nb import diagnosis
-from slidesparse_nb.errors import UnsupportedError
+from slidesparse_nb.device import driver
 from tools.cli import main
 
 
-@pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No driver, no CuPy, a cache folder of its own."""
-
-    def no_driver() -> None:
-        raise UnsupportedError("no NVIDIA driver (libcuda.so.1) was found; install one, or use NumPy arrays")
-
-    monkeypatch.setattr(diagnosis, "_library", no_driver)
-    monkeypatch.setitem(sys.modules, "cupy", None)
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "cache"))
 
 
-def test_every_missing_part_has_its_line(bare: None) -> None:
+def states() -> dict[str, tuple[str, str]]:
+    return {finding.part: (finding.state, finding.text) for finding in ss.diagnose()}
+
+
+@pytest.mark.parametrize("part", LACKS)
+def test_what_is_absent_is_no_failure(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_away(part, monkeypatch)
     done = CliRunner().invoke(main, ["doctor"])
-    assert done.exit_code == 1
-    lines = {line[5:25].strip(): line for line in done.stdout.splitlines()}
-    assert lines["driver"].startswith("FAIL")
-    assert "no NVIDIA driver" in lines["driver"]
-    assert "computed on the CPU" in lines["device"]
-    assert "install slidesparse_nb[cuda13]" in lines["CuPy"]
-    assert lines["CPU"].startswith("ok")
-    assert "equal the reference" in lines["CPU"]
-    assert lines["cache"].startswith("ok")
-    assert lines["matmul int8"].endswith("not checked: there is no device")
-    assert "Traceback" not in done.output
+    assert done.exit_code == 0, done.output
+    lines = {line[7:27].strip(): line for line in done.stdout.splitlines()[:-1]}
+    assert done.stdout.splitlines()[-1] == "nothing is broken; NumPy arrays are computed on the CPU, and no GPU is used"
+    assert "pack and matmul equal the reference" in lines["CPU"]
+    for present in ("cache", "CPU", *LACKS[: LACKS.index(part)]):
+        assert lines[present].startswith("ok")
+    for lacking in LACKS[LACKS.index(part) :]:
+        assert lines[lacking].startswith("absent")
+    assert REASONS[part] in lines[part]
+    assert ("pip install" in lines["CuPy"]) == (part == "CuPy")
+    if part == "CuPy":
+        assert lines["GPU"].endswith("NVIDIA H100, 80 GiB, compute capability 9.0: int8, float8_e4m3fn, bfloat16, float16")
+        assert "not computed on the GPU: that needs CuPy and Numba CUDA" in lines["products"]
 
 
-def test_json(bare: None) -> None:
-    done = CliRunner().invoke(main, ["doctor", "--json"])
-    findings = {finding["part"]: finding for finding in json.loads(done.stdout)}
-    assert findings["CPU"]["ok"]
-    assert not findings["CuPy"]["ok"]
-    assert done.exit_code == 1
-
-
-def test_a_wrong_result_is_found(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = diagnosis.ops.matmul
-    monkeypatch.setattr(diagnosis.ops, "matmul", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
-    finding = next(f for f in diagnosis.diagnose() if f.part == "CPU")
-    assert (finding.ok, finding.text) == (False, "ArithmeticError: products differ from the reference")
-
-
-def test_a_cache_that_cannot_be_written(bare: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_broken_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(driver, "library", lambda: Driver(1, error=999))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(__version__="14", cuda=None))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "file"))
-    finding = next(f for f in diagnosis.diagnose() if f.part == "cache")
-    assert not finding.ok
-    assert "set SLIDESPARSE_CACHE_DIR to a folder that can" in finding.text
+    right = diagnosis.ops.matmul
+    monkeypatch.setattr(diagnosis.ops, "matmul", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
+    done = CliRunner().invoke(main, ["doctor", "--json"])
+    assert done.exit_code == 1
+    found = {finding["part"]: (finding["state"], finding["text"]) for finding in json.loads(done.stdout)}
+    assert found["driver"] == ("ok", "supports CUDA 12.4")
+    assert found["GPU"][0] == "broken"
+    assert "does not start (cuInit: error 999" in found["GPU"][1]
+    assert found["CuPy"] == ("broken", "AttributeError: 'NoneType' object has no attribute 'runtime'")
+    assert found["cache"][0] == "broken"
+    assert "set SLIDESPARSE_CACHE_DIR to a folder that can" in found["cache"][1]
+    assert found["CPU"] == ("broken", "ArithmeticError: products differ from the reference")
+
+
+def test_a_gpu_without_sparse_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "gpus", lambda: [driver.Gpu("Tesla T4", (7, 5), 16 << 30)])
+    take_away("CuPy", monkeypatch)
+    found = states()
+    assert found["GPU"][0] == "absent"
+    assert "Tesla T4, 16 GiB, compute capability 7.5: has no sparse tensor cores" in found["GPU"][1]
+    assert found["CuPy"] == ("absent", "not installed; only a GPU needs it")
+
+
+class Elsewhere:
+    """An array on a GPU."""
+
+    dtype, shape, ndim = np.dtype(np.float32), (3, 32), 2
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+
+PACKED = ss.pack(np.zeros((8, 32), np.float32), "6:8", "int8")
+NEEDS_A_GPU: dict[str, Callable[[], Any]] = {
+    "to_device": PACKED.to_device,
+    "workspace_bytes": lambda: ss.workspace_bytes(3, PACKED, "float32"),
+    "matmul": lambda: ss.matmul(Elsewhere(), PACKED),
+    "quantize": lambda: ss.quantize(Elsewhere(), PACKED),
+    "pack": lambda: ss.pack(Elsewhere()),
+    "tune": lambda: ss.tune_products([(3, 8, 32, "6:8", "int8", "float32")]),
+}
+
+
+@pytest.mark.parametrize("part", LACKS)
+@pytest.mark.parametrize("name", NEEDS_A_GPU)
+def test_functions_that_need_a_gpu_say_what_is_missing(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no GPU no package is advised: it would not help."""
+    for module in [module for module in sys.modules if module.startswith("slidesparse_nb.device.")]:
+        if module.rpartition(".")[2] not in ("driver", "jit", "nvrtc", "tuned"):
+            monkeypatch.delitem(sys.modules, module)
+    take_away(part, monkeypatch)
+    with pytest.raises(ss.UnsupportedError, match=f"^{name}: needs ") as raised:
+        NEEDS_A_GPU[name]()
+    assert REASONS[part] in str(raised.value)
+    assert ("pip install" in str(raised.value)) == (part == "CuPy")
+
+
+def test_kernels_are_compiled_ahead_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_away("driver", monkeypatch)
+    assert ss.build_products([(3, 8, 32, "6:8", "int8", "float32")], (8, 0), 108) == 1

@@ -187,7 +187,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[int, 
 
 
 def test_no_compiler(installed: dict[str, tuple[int, int]]) -> None:
-    with pytest.raises(UnsupportedError, match=r"no libnvrtc.so was found; install slidesparse_nb\[cuda13\]"):
+    with pytest.raises(UnsupportedError, match=r"no libnvrtc.so was found, .*; pip install nvidia-cuda-nvrtc"):
         nvrtc.load()
 
 
@@ -205,7 +205,7 @@ def test_compilers_that_are_too_old(installed: dict[str, tuple[int, int]], monke
             nvrtc.load(major)
     monkeypatch.setitem(sys.modules, "cupy", None)
     finding = next(finding for finding in diagnosis.diagnose() if finding.part == "NVRTC")
-    assert not finding.ok
+    assert finding.state == "broken"
     assert finding.text.startswith(sentence)
     done = CliRunner().invoke(main, ["build", "--arch", "sm_90", "--pattern", "6:8", "--dtype", "int8"])
     assert done.exit_code == 5

@@ -106,6 +106,7 @@ def test_every_command_says_what_it_does() -> None:
         result = call(name, "--help")
         assert result.exit_code == 0, result.output
         assert "Usage" in result.stdout
+        assert call(name, "-h").stdout == result.stdout
     assert call("-h").exit_code == 0
 
 
@@ -168,12 +169,11 @@ def test_quiet_prints_nothing(source: Path, tmp_path: Path) -> None:
     assert (result.exit_code, result.output) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["pack", "show"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_scripts_run_from_any_folder_of_a_checkout(name: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / f"{name}.py", "--help"], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, ROOT / "tools" / f"{name}.py", "-h"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Usage: {name}.py")
     assert "Exit codes" in done.stdout
 
 
@@ -195,9 +195,12 @@ def test_memory_stays_below_the_limit_and_does_not_grow_with_the_checkpoint(tmp_
 
 
 def test_what_an_extra_brings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("tools.demo")]:
+    for name in [name for name in sys.modules if name.startswith(("tools.demo", "tools.encoder"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done = CliRunner().invoke(main, ["demo", "--help"])
-    assert done.exit_code == 2
-    assert "demo: needs matplotlib, which is not installed; pip install 'slidesparse_nb[demo]'" in done.stderr
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert call("demo", "--help").exit_code == 0
+    done = call("demo")
+    assert (done.exit_code, done.stderr.count("\n")) == (5, 1)
+    assert "demo: needs matplotlib, which cannot be imported (" in done.stderr
+    assert "pip install 'slidesparse_nb[demo]'" in done.stderr

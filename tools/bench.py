@@ -40,7 +40,7 @@ from .benchmark.results import Results, load
 from .benchmark.run import Bench
 from .benchmark.selection import FULL, KINDS, MODELS, OURS, PARTS, PEERS, QUICK, SQUARES, Linear, Selection, Suite, plan
 from .benchmark.trial import Contender
-from .terminal import EXIT_CODES, exits, print_table, say
+from .terminal import EXIT_CODES, command, exits, print_table, say
 
 LONGEST = 540.0
 """Seconds a run may take that names its own measurements."""
@@ -54,7 +54,7 @@ MEASURE = ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "pe
 """Parameters that say what to measure."""
 
 
-@click.command(epilog=EXIT_CODES)
+@command(epilog=EXIT_CODES)
 @click.option("--model", type=Listed("names", one_of(MODELS)), help=f"Linear layers of {', '.join(MODELS)}.")
 @click.option("--square", is_flag=True, help="m = n = k: 1024 to 16384.")
 @click.option("--shape", type=Shape(), multiple=True, help="A layer of your own. Repeatable.")

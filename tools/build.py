@@ -17,7 +17,7 @@ import click
 
 import slidesparse_nb as ss
 
-from .terminal import exits, print_json, print_table
+from .terminal import command, exits, print_json, print_table
 
 COLUMNS = ("arch", "pattern", "dtype", "configuration", "registers", "spilled B", "stack B", "shared B", "sparse MMA", "serial")
 
@@ -32,7 +32,7 @@ def _told(value: Any) -> Any:
     return "-" if value is None else ("no", "yes")[value] if isinstance(value, bool) else value
 
 
-@click.command(
+@command(
     epilog="Exit codes: 0 done; 1 a kernel spills, holds no sparse instruction, or lets each wait for the last; 2 wrong usage; "
     "5 unsupported."
 )
@@ -66,4 +66,4 @@ def build(
 
 
 if __name__ == "__main__":
-    build()
+    build(prog_name="build.py")

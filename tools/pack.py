@@ -17,12 +17,12 @@ import click
 
 import slidesparse_nb as ss
 
-from .terminal import EXIT_CODES, Size, count, exits, print_json, print_table, progress_bar, say, size_text, write_json
+from .terminal import EXIT_CODES, Size, command, count, exits, print_json, print_table, progress_bar, say, size_text, write_json
 
 SCHEMES = ("auto", "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16")
 
 
-@click.command(epilog=EXIT_CODES)
+@command(epilog=EXIT_CODES)
 @click.argument("input", type=click.Path(exists=True, path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder, or .safetensors file; default: beside INPUT.")
 @click.option("--pattern", help="Non-zeros:total of each group along k.  [default: 6:8]")

@@ -17,12 +17,12 @@ import click
 
 import slidesparse_nb as ss
 
-from .terminal import EXIT_CODES, count, exits, print_json, print_table, progress_bar, say, size_text
+from .terminal import EXIT_CODES, command, count, exits, print_json, print_table, progress_bar, say, size_text
 
 ITSELF = "-"
 
 
-@click.command(epilog=EXIT_CODES)
+@command(epilog=EXIT_CODES)
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--verify",

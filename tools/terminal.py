@@ -27,6 +27,9 @@ pattern; 4 verification failed; 5 unsupported or broken input; 130 interrupted."
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+command = functools.partial(click.command, context_settings={"help_option_names": ["-h", "--help"]})
+"""`click.command` for a command that is a script, too, and takes -h there as well."""
+
 _CODES = ((ss.PatternError, 3), (ss.VerificationError, 4), (ss.UnsupportedError, 5), (ss.FormatError, 5), (ss.OperandError, 2))
 
 

@@ -27,7 +27,7 @@ import slidesparse_nb as ss
 
 from .arguments import Listed, Seconds, Shape, Tokens, one_of
 from .benchmark.selection import KINDS, MODELS
-from .terminal import EXIT_CODES, count, exits, print_json, print_table, say
+from .terminal import EXIT_CODES, command, count, exits, print_json, print_table, say
 
 STORED = {"I8": "int8", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "fp16"}
 """Types of packed values in a file -> keys of KINDS."""
@@ -39,7 +39,7 @@ Asked = tuple[int, int, int, str, str, str]
 """m, n, k, pattern, type of the weights, type of y."""
 
 
-@click.command(epilog=EXIT_CODES)
+@command(epilog=EXIT_CODES)
 @click.argument("checkpoints", nargs=-1, type=click.Path(exists=True, path_type=Path), metavar="[CHECKPOINT]...")
 @click.option("--shape", "shapes", type=Shape(), multiple=True, help="A layer of your own. Repeatable.")
 @click.option("--model", "models", type=Listed("names", one_of(MODELS)), help=f"Linear layers of {', '.join(MODELS)}.")

@@ -24,7 +24,7 @@ from ..operands import check_activations, check_bias, float_dtype, result_dtype
 from ..packed import ActivationImage, PackedWeight, QuantizedActivations
 from ..pattern import Pattern
 from . import activations
-from .arrays import as_cupy, as_stream, require_own_memory
+from .arrays import as_cupy, as_stream, device_of, require_own_memory
 from .plans import COUNTERS, DeviceWeight, Plan, device_facts, rows_feed, to_device
 
 __all__ = ["DeviceWeight", "Plan", "matmul", "quantize", "rows_of_image", "to_device", "workspace_bytes"]
@@ -63,8 +63,8 @@ def matmul(
             for another pattern.
     """
     given, quantized = x, isinstance(x, QuantizedActivations)
-    x = as_cupy("x", given.held if quantized else given)
-    ordinal = x.data.device_id
+    held = given.held if quantized else given
+    ordinal = device_of(held)
     if ordinal != cupy.cuda.runtime.getDevice():
         with cupy.cuda.Device(ordinal):
             return matmul(given, packed, bias, out, out_dtype, stream, workspace)
@@ -72,6 +72,7 @@ def matmul(
         with as_stream(stream):
             return matmul(given, packed, bias, out, out_dtype, None, workspace)
 
+    x = as_cupy("x", held)  # in the stream of the product: see `device_of`
     weight = packed.arranged.get(ordinal) or to_device(packed, ordinal)
     n, k = packed.shape
     scale_x = feed = None
@@ -150,18 +151,23 @@ def matmul(
     return y if out is None else out
 
 
-def quantize(x: Any, pattern: Pattern, dtype: DType, packed: PackedWeight | None = None) -> QuantizedActivations:
+def quantize(
+    x: Any, pattern: Pattern, dtype: DType, packed: PackedWeight | None = None, stream: Any = None
+) -> QuantizedActivations:
     """x [..., k] on a GPU, quantized once for several products; `slidesparse_nb.quantize`.
 
     Args:
         packed: weights that it will be multiplied by, if they are known.
     """
-    x = as_cupy("x", x)
-    check_activations(x, None if packed is None else packed.k)
-    ordinal = x.data.device_id
+    ordinal = device_of(x)
     if ordinal != cupy.cuda.runtime.getDevice():
         with cupy.cuda.Device(ordinal):
+            return quantize(x, pattern, dtype, packed, stream)
+    if stream is not None:
+        with as_stream(stream):
             return quantize(x, pattern, dtype, packed)
+    x = as_cupy("x", x)
+    check_activations(x, None if packed is None else packed.k)
     lead, source, k = x.shape[:-1], x.dtype, x.shape[-1]
     m = math.prod(lead)
     flat = x if x.ndim == 2 else x.reshape(m, k)

@@ -211,11 +211,12 @@ def kept(name: str, make: Callable[[], tuple[bytes, str, Mapping[str, str]]]) ->
 # ---- with a GPU ----------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def device_compiler() -> nvrtc.Nvrtc:
-    """The compiler of the CUDA version that CuPy runs on."""
-    import cupy
-
+    """The compiler of the CUDA version that CuPy runs on; without CuPy kernels are only compiled ahead, by any compiler."""
+    try:
+        import cupy
+    except ImportError:
+        return nvrtc.load()
     return nvrtc.load(cupy.cuda.runtime.runtimeGetVersion() // 1000)
 
 

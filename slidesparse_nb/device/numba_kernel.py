@@ -36,6 +36,9 @@ cuda: Any = importlib.import_module("numba.cuda")
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 """True where Numba's CUDA simulator stands for the device; NumPy arrays then stand for CuPy's."""
 
+if not SIMULATED:
+    importlib.import_module("numba_cuda")  # without it numba.cuda is Numba's own, which knows other names
+
 arrays: Any = None
 with contextlib.suppress(ImportError):  # without CuPy kernels can still be compiled ahead
     arrays = importlib.import_module("numpy" if SIMULATED else "cupy")

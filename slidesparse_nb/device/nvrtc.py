@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .. import env
 from ..errors import UnsupportedError
+from .driver import AbsentError
 
 OLDEST = (12, 5)
 """The first CUDA whose compiler knows `mma.sp::ordered_metadata`, the portable kernel's instruction."""
@@ -117,6 +118,6 @@ def load(major: int | None = None) -> Nvrtc:
         found, wanted = (f"CUDA {a}.{b}" for a, b in (older.version, OLDEST))
         raise UnsupportedError(
             f"nvrtc: {older.path} is of {found}, but the kernels need {wanted} or newer; pip install --upgrade"
-            " nvidia-cuda-nvrtc-cu12, or install slidesparse_nb[cuda13]"
+            f" nvidia-cuda-nvrtc{'-cu12' if major == 12 else ''}"
         )
-    raise UnsupportedError("nvrtc: no libnvrtc.so was found; install slidesparse_nb[cuda13] or slidesparse_nb[cuda12]")
+    raise AbsentError("nvrtc: no libnvrtc.so was found, which compiles the kernels; pip install nvidia-cuda-nvrtc")

@@ -17,9 +17,9 @@ import cupy
 from .. import env
 from ..arch import Config, as_multiplied, for_capability, sm90
 from ..dtypes import CUDA_CODES, FLOATS, DType
-from ..errors import UnsupportedError
 from ..packed import PackedWeight
 from . import activations, jit
+from .driver import unusable
 from .launch import Launcher
 from .tuned import Product
 
@@ -246,14 +246,14 @@ def to_device(packed: PackedWeight, ordinal: int | None = None) -> DeviceWeight:
     """The packed weight arranged on a device (by default the current one), made on the first call and remembered.
 
     Raises:
-        UnsupportedError: the device cannot multiply weights of this type.
+        UnsupportedError: there is no such device, or it cannot multiply weights of this type.
         FormatError: the tensors of `packed` do not fit its shape.
     """
-    if ordinal is None:
-        try:
-            ordinal = int(cupy.cuda.runtime.getDevice())
-        except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise UnsupportedError(f"device: no GPU can be used ({error}); `slidesparse doctor` says what can") from None
+    try:
+        ordinal = int(cupy.cuda.runtime.getDevice()) if ordinal is None else ordinal
+        device_facts(ordinal)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise unusable(f"device {ordinal or 0}", error) from None
     weight: DeviceWeight | None = packed.arranged.get(ordinal)
     if weight is None:
         weight = packed.arranged.setdefault(ordinal, DeviceWeight(packed, ordinal))

@@ -44,24 +44,15 @@ def open_gpu() -> Gpu:
     Raises:
         UnsupportedError: there is none, or no CuPy to reach it.
     """
-    try:
-        importlib.import_module("cupy")
-    except ImportError as error:
-        raise ss.UnsupportedError(
-            f"bench: times GPU kernels and needs CuPy, which cannot be imported ({error}); install slidesparse_nb[cuda13] or"
-            " slidesparse_nb[cuda12], or look at published results with --from FILE.json"
-        ) from None
-    cupy: Any = importlib.import_module("cupy")
-    try:
-        found = cupy.cuda.runtime.getDeviceCount()
-        reason = "there is none"
-    except Exception as error:  # CuPy's, of a kind that depends on what is missing
-        found, reason = 0, str(error)
-    if not found:
-        raise ss.UnsupportedError(
-            f"bench: needs an NVIDIA GPU, and none can be used ({reason}); `slidesparse doctor` says what of this machine can"
-        )
-    return Gpu(cupy)
+    for finding in ss.diagnose():
+        if finding.part in ("driver", "GPU", "CuPy") and finding.state != "ok":
+            raise ss.UnsupportedError(
+                f"bench: needs an NVIDIA GPU and CuPy ({finding.part}: {finding.text}); look at published results with"
+                " --from FILE.json"
+            )
+        if finding.part == "CuPy":
+            break
+    return Gpu(importlib.import_module("cupy"))
 
 
 class Gpu:

@@ -1,0 +1,55 @@
+"""What a wheel holds, run by the Python that it is installed in, away from the checkout: make wheel.
+
+python installed.py commands   without any extra: every command tells its help, and doctor finds nothing broken
+python installed.py kernels    with CuPy and matplotlib: every module is imported, every kernel source compiled for all its GPUs
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+from slidesparse_nb.tools.cli import COMMANDS
+
+import slidesparse_nb
+from slidesparse_nb import building
+from slidesparse_nb.device import jit
+from slidesparse_nb.dtypes import INT8
+from slidesparse_nb.pattern import Pattern
+
+ROOT = Path(sys.prefix).resolve()
+
+
+def kernels() -> None:
+    names = [found.name for found in pkgutil.walk_packages(slidesparse_nb.__path__, "slidesparse_nb.")]
+    for name in names:
+        file = importlib.import_module(name).__file__
+        assert file is None or ROOT in Path(file).resolve().parents, f"{file} is not of the installed package"
+    print(f"{len(names)} modules imported")
+
+    folder = jit.source_folder()
+    assert ROOT in folder.resolve().parents, f"{folder} is not of the installed package"
+    jobs = {}
+    for capability in building.ARCHITECTURES:
+        jobs["common/rows.cu", capability] = ("common/rows.cu", {}, jit.architecture(capability))
+        for job, _ in building._jobs([capability], [Pattern(6, 8)], [INT8], "bfloat16"):
+            jobs.setdefault((job[0], capability), job)
+    sources = {path.relative_to(folder).as_posix() for path in folder.rglob("*.cu")}
+    assert sources == {source for source, _ in jobs}, f"{sources} are installed, and not all are compiled here"
+    assert all(built.registers for built in building.compile_all(list(jobs.values())))
+    print(f"{len(sources)} sources compiled, {len(jobs)} kernels")
+
+
+def commands() -> None:
+    command = Path(sys.executable).with_name("slidesparse")
+    for arguments in ([], *([name] for name in COMMANDS)):
+        done = subprocess.run([command, *arguments, "--help"], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("Usage: slidesparse"), done.stdout
+    subprocess.run([command, "doctor"], check=True)
+
+
+if __name__ == "__main__":
+    {"commands": commands, "kernels": kernels}[sys.argv[1]]()
