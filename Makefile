@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-kernels test-newest lint bench lock clean
+.PHONY: demo test test-kernels test-newest test-oldest lint bench lock clean
 
 demo: $(VENV)/demo/done
 	$(VENV)/demo/bin/python tools/demo.py
@@ -16,12 +16,15 @@ test: $(VENV)/test.done
 test-kernels: $(VENV)/test.done
 	$(RUN) -m pytest -n auto -m every_kernel
 
-# `make test` with the newest versions that setup.cfg allows, in an environment made anew
-test-newest:
-	rm -rf $(VENV)/newest
-	$(PYTHON) -m venv $(VENV)/newest
-	$(VENV)/newest/bin/python -m pip install --quiet --editable ".[test]"
-	$(VENV)/newest/bin/python -m pytest -n auto
+# the tests of `make test` with the newest and with the oldest versions that setup.cfg allows (Python 3.10 to 3.12), each in an
+# environment made anew
+test-newest test-oldest: test-%: $(VENV)/uv/bin/uv
+	rm -rf $(VENV)/$*
+	$(PYTHON) -m venv $(VENV)/$*
+	$< pip install --quiet --python $(VENV)/$*/bin/python $(RESOLUTION) --editable ".[test]"
+	$(VENV)/$*/bin/python -m pytest -n auto
+
+test-oldest: RESOLUTION := --resolution lowest-direct --only-binary :all: --no-binary slidesparse_nb
 
 lint: $(VENV)/lint.done
 	$(RUN) -m ruff check .
@@ -33,12 +36,14 @@ bench:
 	mkdir -p bench-out
 	$(PYTHON) tools/bench.py --full --json bench-out/bench.json --plot bench-out/bench.png
 
-# the newest version of every package, for Python 3.10 and newer; PyTorch, which follows from the demo's model, is left out
-lock:
-	$(PYTHON) -m venv $(VENV)/lock
-	$(VENV)/lock/bin/python -m pip install --quiet uv
-	echo torch | $(VENV)/lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --excludes /dev/stdin \
+# the newest version of every package, for Python 3.10 and newer; PyTorch, which comes with the demo's model, is left out
+lock: $(VENV)/uv/bin/uv
+	echo torch | $< pip compile --quiet --upgrade --universal --python-version 3.10 --excludes /dev/stdin \
 	    --extra demo --extra test --extra lint --no-annotate --custom-compile-command "make lock" --output-file .ci/lock.txt setup.cfg
+
+$(VENV)/uv/bin/uv:
+	$(PYTHON) -m venv $(VENV)/uv
+	$(VENV)/uv/bin/python -m pip install --quiet uv
 
 clean:
 	rm -rf $(VENV) demo-out bench-out build *.egg-info
