@@ -1,16 +1,31 @@
-# Each target sets up what it needs in .venv; `make demo` and `make test` are complete on a fresh machine with Python 3.10+.
+# Each target sets up what it needs under .venv, with the versions of .ci/lock.txt; `make demo` and `make test` are complete on a
+# fresh Linux machine with Python 3.10 or newer.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED = SLIDESPARSE_CACHE_DIR=$(CURDIR)/$(VENV)/wheel/cache $(CURDIR)/$(VENV)/wheel/bin/python -I $(CURDIR)/tests/installed.py
 
-.PHONY: demo test lint wheel bench clean
+.PHONY: demo test test-kernels test-newest test-oldest lint wheel bench lock clean
 
-demo: $(VENV)/demo.done
-	$(RUN) tools/demo.py
+demo: $(VENV)/demo/done
+	$(VENV)/demo/bin/python tools/demo.py
 
 test: $(VENV)/test.done
 	$(RUN) -m pytest -n auto
+
+# compiles every tile for every architecture and element type, where `make test` compiles a sample
+test-kernels: $(VENV)/test.done
+	$(RUN) -m pytest -n auto -m every_kernel
+
+# the tests of `make test` with the newest and with the oldest versions that setup.cfg allows (Python 3.10 to 3.12), each in an
+# environment made anew
+test-newest test-oldest: test-%: $(VENV)/uv/bin/uv
+	rm -rf $(VENV)/$*
+	$(PYTHON) -m venv $(VENV)/$*
+	$< pip install --quiet --python $(VENV)/$*/bin/python $(RESOLUTION) --editable ".[test]"
+	$(VENV)/$*/bin/python -m pytest -n auto
+
+test-oldest: RESOLUTION := --resolution lowest-direct --only-binary :all: --no-binary slidesparse_nb
 
 lint: $(VENV)/lint.done
 	$(RUN) -m ruff check .
@@ -31,13 +46,27 @@ bench:
 	mkdir -p bench-out
 	$(PYTHON) tools/bench.py --full --json bench-out/bench.json --plot bench-out/bench.png
 
+# the newest version of every package, for Python 3.10 and newer; PyTorch, which comes with the demo's model, is left out
+lock: $(VENV)/uv/bin/uv
+	echo torch | $< pip compile --quiet --upgrade --universal --python-version 3.10 --excludes /dev/stdin \
+	    --extra demo --extra test --extra lint --no-annotate --custom-compile-command "make lock" --output-file .ci/lock.txt setup.cfg
+
+$(VENV)/uv/bin/uv:
+	$(PYTHON) -m venv $(VENV)/uv
+	$(VENV)/uv/bin/python -m pip install --quiet uv
+
 clean:
 	rm -rf $(VENV) demo-out bench-out build *.egg-info
 
-$(RUN):
-	$(PYTHON) -m venv $(VENV)
+$(RUN) $(VENV)/demo/bin/python:
+	$(PYTHON) -m venv $(@D)/..
 
-# one stamp for each extra of setup.cfg: demo, test, lint
-$(VENV)/%.done: setup.cfg pyproject.toml | $(RUN)
-	$(RUN) -m pip install --quiet --editable ".[$*]"
+# one stamp for each extra of setup.cfg: test, lint
+$(VENV)/%.done: setup.cfg pyproject.toml .ci/lock.txt | $(RUN)
+	$(RUN) -m pip install --quiet --constraint .ci/lock.txt --editable ".[$*]"
+	touch $@
+
+# apart, since PyTorch demands NVIDIA packages older than those of the tests
+$(VENV)/demo/done: setup.cfg pyproject.toml .ci/lock.txt | $(VENV)/demo/bin/python
+	grep -Ev '^(cuda|nvidia)-' .ci/lock.txt | $(VENV)/demo/bin/python -m pip install --quiet --constraint /dev/stdin --editable ".[demo]"
 	touch $@

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import importlib
 import sys
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -298,9 +299,15 @@ class Gemm:
 
 
 @pytest.fixture(params=["own", "portable"])
-def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    with numpy_for_cupy(monkeypatch, request.param == "portable") as made:
+        yield made
+
+
+@contextlib.contextmanager
+def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool) -> Iterator[Any]:
     """The device modules, imported afresh over a CuPy of NumPy arrays."""
-    monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(request.param == "portable")))
+    monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(portable)))
     made = Gpu()
     cupy = made.module()
     names = [name for name in sys.modules if name.startswith("slidesparse_nb.device")]
@@ -342,7 +349,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
         plans.Plan.__init__ = init
         monkeypatch.setattr(ops(), "np", NumPy())
         made.gemm = gemm
-        made.own = request.param == "own"
+        made.own = not portable
         yield made
     finally:
         for name in [name for name in sys.modules if name.startswith("slidesparse_nb.device")]:

@@ -6,11 +6,8 @@ kernel, which addresses, strides and offsets into which memory, and how often.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import importlib
-import time
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -298,30 +295,3 @@ def test_an_array_that_cannot_be_viewed(gpu: Any, monkeypatch: pytest.MonkeyPatc
 def test_families(gpu: Any) -> None:
     device = gpu.gemm.to_device(weight(16, 64, INT8))
     assert device.family is (sm90 if gpu.own else sm80)
-
-
-def test_a_warm_call_costs_little_python(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything but CuPy and the driver, whose share tests/gpu measures."""
-    packed, x, y = weight(64, 128, INT8), array(np.ones((8, 128), BF16)), empty((8, 64), BF16)
-    workspace = empty(ops().workspace_bytes(8, packed, BF16), np.uint8)
-    workspace[...] = 0
-    ops().matmul(x, packed, out=y, workspace=workspace)
-    plan = gpu.gemm.to_device(packed).plan(8, "bfloat16")
-    launcher = importlib.import_module("slidesparse_nb.device.launch").Launcher
-    nothing = ctypes.CDLL(None).getppid
-    nothing.restype = None
-    run = launcher(SimpleNamespace(ptr=1), 18 if gpu.own else 15, nothing)
-    monkeypatch.setattr(plan, "launches", tuple(dataclasses.replace(launch, run=run) for launch in plan.launches))
-    monkeypatch.setattr(
-        gpu.gemm.activations.Kernel, "on", lambda k, *_: launcher(SimpleNamespace(ptr=1), len(k.parameters), nothing)
-    )
-    plan.feeds.clear()
-    best = 1.0
-    matmul = ops().matmul
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(100):
-            matmul(x, packed, out=y, workspace=workspace)
-        best = min(best, (time.perf_counter() - start) / 100)
-    print(f"\na warm 8-bit linear takes {best * 1e6:.1f} us of Python, with NumPy for CuPy")
-    assert best < 60e-6

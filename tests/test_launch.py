@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -188,24 +187,3 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         UnsupportedError, match=r"driver: libcuda.so.1 cannot launch kernels \(.*\); install a driver of CUDA 12"
     ):
         launch.driver()
-
-
-def test_a_launch_costs_little_python() -> None:
-    """Packing and calling, with a function of the C library that does nothing for the driver's."""
-    nothing = ctypes.CDLL(None).getppid
-    run = Launcher(SimpleNamespace(ptr=1), 15, nothing_but_zero(nothing))
-    arguments = tuple(range(2**40, 2**40 + 15))
-    best = 1.0
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(500):
-            run((1, 1, 1), (128, 1, 1), 0, 12345, True, *arguments)
-        best = min(best, (time.perf_counter() - start) / 500)
-    print(f"\na launch takes {best * 1e6:.2f} us of Python")
-    assert best < 5e-6
-
-
-def nothing_but_zero(function: Any) -> Any:
-    """`function`, whose result counts as 0: a status of success."""
-    function.restype = None
-    return function

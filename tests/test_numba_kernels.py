@@ -1,12 +1,18 @@
-"""The Numba CUDA kernels compiled ahead, with no GPU: no spills, and the instructions that they were written for."""
+"""The Numba CUDA kernels compiled ahead, with no GPU: no spills, and the instructions that they were written for.
+
+`make test` compiles a sample of them, `make test-kernels` the rest.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,9 +47,21 @@ NOTHING_FUSED = re.compile(r"\b(fma|mad)\.(rn|ftz)[^;]*f32|\.approx|\.ftz|div\.f
 """What must not be there: products that are fused, flushed or approximate."""
 
 
-@pytest.mark.parametrize("vectors", [*activations.VECTORS, 0])
-@pytest.mark.parametrize("source", sorted(FLOATS.values()))
-@pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn"])
+def sampled(cases: Iterable[tuple[Any, ...]], sample: Callable[..., bool]) -> list[Any]:
+    """Cases of which `make test` runs those in the sample, and `make test-kernels` the others."""
+    return [case if sample(*case) else pytest.param(*case, marks=pytest.mark.every_kernel) for case in cases]
+
+
+LOADS = [0, *activations.VECTORS]
+
+
+@pytest.mark.parametrize(
+    ("source", "stored", "vectors"),
+    sampled(
+        itertools.product(sorted(FLOATS.values()), ["int8", "float8_e4m3fn"], LOADS),
+        lambda source, stored, vectors: (len(source) + LOADS.index(vectors)) % 2 == (stored == "int8"),
+    ),
+)
 def test_activations(source: str, stored: str, vectors: int) -> None:
     ptx = text(activations.kernel(Variant(source, stored, vectors, generation=90)), (9, 0))
     assert ".local" not in ptx
@@ -56,8 +74,16 @@ def test_activations(source: str, stored: str, vectors: int) -> None:
     assert "redux.sync.max.u32" in ptx
 
 
-@pytest.mark.parametrize("source", [*sorted(FLOATS.values()), "same"])
-@pytest.mark.parametrize("stored", [d.name for d in PACKED])
+SAMPLED_IMAGES = {("bfloat16", "int8"), ("float32", "float8_e4m3fn"), ("same", "bfloat16"), ("float16", "int8")}
+
+
+@pytest.mark.parametrize(
+    ("source", "stored"),
+    sampled(
+        itertools.product([*sorted(FLOATS.values()), "same"], [d.name for d in PACKED]),
+        lambda *case: case in SAMPLED_IMAGES,
+    ),
+)
 def test_images(source: str, stored: str) -> None:
     """Whole vectors in, whole pieces out, and a few instructions a piece."""
     source = stored if source == "same" else source
@@ -78,20 +104,26 @@ def test_images(source: str, stored: str) -> None:
     assert "griddepcontrol.wait;" in any_row
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES, ids=lambda c: f"sm_{c[0]}{c[1]}")
-def test_every_architecture(capability: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("capability", "number"),
+    sampled(
+        itertools.product(ARCHITECTURES, range(4)),
+        lambda capability, number: ARCHITECTURES.index(capability) % 4 == number,
+    ),
+)
+def test_every_architecture(capability: tuple[int, int], number: int) -> None:
     native = capability >= (8, 9)
     generation = max(g for g in (80, 89, 90) if g <= 10 * capability[0] + capability[1])
-    for variant in (
-        Variant("bfloat16", "int8", 4, generation=generation),
-        Variant("float16", "float8_e4m3fn", 8, 3, generation=generation),
-        Variant("float32", "float8_e4m3fn", 0, 15, generation=generation),
-    ):
-        assert f".target sm_{capability[0]}{capability[1]}" in text(activations.kernel(variant), capability)
-    text(weight_kernels.pack_kernel(Packing("bfloat16", FLOAT8, 3, "magnitude", 4, native)), capability)
+    kernel = (
+        lambda: activations.kernel(Variant("float32", "float8_e4m3fn", 0, 15, generation=generation)),
+        lambda: activations.kernel(Variant("bfloat16", "int8", 4, generation=generation)),
+        lambda: activations.kernel(Variant("float16", "float8_e4m3fn", 8, 3, generation=generation)),
+        lambda: weight_kernels.pack_kernel(Packing("bfloat16", FLOAT8, 3, "magnitude", 4, native)),
+    )[number]()
+    assert f".target sm_{capability[0]}{capability[1]}" in text(kernel, capability)
 
 
-@pytest.mark.parametrize("group", [6, 8, 16])
+@pytest.mark.parametrize("group", [6, 8, pytest.param(16, marks=pytest.mark.every_kernel)])
 def test_weights(group: int) -> None:
     windows = group // 2 - 1
     for packing in (

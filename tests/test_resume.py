@@ -80,7 +80,7 @@ def test_kill_anywhere_and_resume(tmp_path: Path, small_units: None, single: boo
     here = sorted(p.name for p in tmp_path.iterdir())
     rng = random.Random(f"{single}{overwrite}")
     kills = 0
-    for trial in range(40):
+    for trial in range(20):
         if overwrite:
             ss.pack_checkpoint(source, out, ss.Options(scheme="BF16", max_shard_size=shards), ss.Run(overwrite=True))
         elif single:
@@ -107,7 +107,7 @@ def test_kill_anywhere_and_resume(tmp_path: Path, small_units: None, single: boo
             ss.pack_checkpoint(source, out, options, ss.Run(**flags))
         assert (out.read_bytes() if single else contents(out)) == wanted
         assert sorted(p.name for p in tmp_path.iterdir()) == here
-    assert kills > 20
+    assert kills > 10
 
 
 def test_a_resumed_run_makes_again_only_what_is_missing(

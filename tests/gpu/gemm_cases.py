@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 import cupy
 import numpy as np
@@ -55,9 +54,7 @@ def compile_ahead(configs):
     jobs = kernels_of(configs, capability_here())
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     here = len(jobs) * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) // processes
-    start = time.perf_counter()
     compile_all(jobs[here:] + jobs[:here], jit.device_compiler(), -(-(os.cpu_count() or 1) // processes))
-    print(f"\n{len(jobs)} kernels compiled ahead in {time.perf_counter() - start:.1f} s")
 
 
 def on_gpu(a):

@@ -1,17 +1,15 @@
-"""Quantization of activations on the GPU, against the reference bit for bit, and against a plain copy for speed."""
+"""Quantization of activations on the GPU, against the reference bit for bit."""
 
 from __future__ import annotations
 
 import threading
-import time
 
 import cupy as cp
 import numpy as np
 import pytest
 from device_cases import SOURCES, awkward_rows, bits, imaged, quantized, same
 
-from slidesparse_nb.arch import sm90
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOATS, INT8, PACKED
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
 from slidesparse_nb.pattern import Pattern
 
 pytestmark = pytest.mark.gpu
@@ -309,88 +307,3 @@ def test_a_thousand_launches_agree(activations) -> None:
         activations.quantize(x, FLOAT8, pattern=Pattern(6, 8), out=again, scale=scale)
         differ += (again != first).any()
     assert int(differ) == 0
-
-
-# ---- speed -------------------------------------------------------------------------------------------------------
-
-
-def seconds(launches) -> float:
-    """Median device time of one of these launches, run one after the other from a graph."""
-    stream = cp.cuda.Stream(non_blocking=True)
-    with stream:
-        stream.begin_capture()
-        for launch in launches:
-            launch(stream)
-        graph = stream.end_capture()
-        times = []
-        for _ in range(12):
-            begin, end = cp.cuda.Event(), cp.cuda.Event()
-            begin.record(stream)
-            graph.launch(stream)
-            end.record(stream)
-            end.synchronize()
-            times.append(cp.cuda.get_elapsed_time(begin, end) * 1e-3 / len(launches))
-    return float(np.median(times[2:]))
-
-
-def measure(activations, m, k, source, dtype, pattern=None, image=False) -> tuple[float, float]:
-    """GB/s, read and written, of one launch and of a copy that moves as many bytes."""
-    name = FLOATS[source]
-    if image:
-        shape: tuple[int, ...] = (sm90.image_bytes(m, k, pattern, dtype),)
-        launch = activations.plan(name, dtype.name, k, (k * source.itemsize, source.itemsize), True, 90, pattern)
-    else:
-        width = activations.row_pitch(k, pattern)
-        shape = (m, width)
-        launch = activations.plan(name, dtype.name, k, (k * source.itemsize, source.itemsize), True, 90, pattern, width=width)
-    moved = m * k * source.itemsize + int(np.prod(shape)) + 4 * m
-    sets = max(2, -(-(1 << 29) // moved))  # several times the second-level cache
-    rng = cp.random.default_rng(0)
-    xs = [rng.standard_normal((m, k), dtype=cp.float32).astype(source) for _ in range(sets)]
-    outs = [(cp.empty(shape, cp.int8), cp.empty((m, 1), cp.float32)) for _ in range(sets)]
-
-    def quantize(i):
-        return lambda stream: launch(m, xs[i], *outs[i], stream)
-
-    half = moved // 2
-    froms, tos = [cp.empty(half, cp.uint8) for _ in range(sets)], [cp.empty(half, cp.uint8) for _ in range(sets)]
-
-    def copy(i):
-        return lambda stream: cp.cuda.runtime.memcpyAsync(tos[i].data.ptr, froms[i].data.ptr, half, 3, stream.ptr)
-
-    quantize(0)(cp.cuda.get_current_stream())  # compiled and loaded before anything is captured
-    cp.cuda.get_current_stream().synchronize()
-    kernel_s, copy_s = seconds([quantize(i) for i in range(sets)]), seconds([copy(i) for i in range(sets)])
-    return moved / kernel_s * 1e-9, 2 * half / copy_s * 1e-9
-
-
-def test_bandwidth(activations) -> None:
-    """At least 80 % of what a plain copy of as many bytes reaches in the same run, in rows and in images."""
-    slow = []
-    bf16, pattern = BFLOAT16.numpy, Pattern(6, 8)
-    print("\n     m      k  x         values          GB/s   copy  ratio")
-    cases = [(m, k, bf16, d, None, False) for m in (1024, 4096, 16384) for k in (3584, 18944) for d in (INT8, FLOAT8)]
-    cases += [(m, k, bf16, d, pattern, True) for m in (1024, 4096, 16384) for k in (3584, 18944) for d in (INT8, BFLOAT16)]
-    cases += [(4096, 3584, FLOAT32, INT8, None, False), (4096, 3584, FLOAT16.numpy, FLOAT8, None, False)]
-    for m, k, source, dtype, lifted, image in cases:
-        reached, copy = measure(activations, m, k, source, dtype, lifted, image)
-        form = f"image {lifted}" if image else ""
-        print(f"{m:6} {k:6}  {source.name:9} {dtype.name:13} {reached:6.0f} {copy:6.0f}  {reached / copy:5.2f}  {form}")
-        if reached < 0.8 * copy:
-            slow.append((m, k, dtype.name, form, reached, copy))
-    assert not slow
-
-
-def test_launch_costs_little(activations) -> None:
-    """Time of the caller for one call into given arrays, all checks included."""
-    x, out, scale = cp.zeros((1, 64), cp.float16), cp.empty((1, 64), cp.int8), cp.empty((1, 1), cp.float32)
-    activations.quantize(x, INT8, out=out, scale=scale)
-    best = 1.0
-    for _ in range(5):
-        cp.cuda.get_current_stream().synchronize()
-        begin = time.perf_counter()
-        for _ in range(200):
-            activations.quantize(x, INT8, out=out, scale=scale)
-        best = min(best, (time.perf_counter() - begin) / 200)
-    print(f"\na call of quantize takes {best * 1e6:.1f} us of its caller's time")
-    assert best < 30e-6

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import threading
-import time
 
 import cupy as cp
 import numpy as np
@@ -481,27 +480,3 @@ def test_chained_launches_wait_for_each_other():
             for packed in layers:
                 y = ss.matmul(y, packed)
             np.testing.assert_array_equal(host(y).view(np.uint16), want)
-
-
-def test_a_warm_call_costs_little_python():
-    """The whole 8-bit linear, quantization and product, in under 60 microseconds of the calling thread."""
-    rng = np.random.default_rng(21)
-    packed, x = weight(rng, 256, 512, "6:8", INT8), on_gpu(tokens(rng, 8, 512, BF16))
-    y, workspace = cp.empty((8, 256), BF16), cp.zeros(ss.workspace_bytes(8, packed, BF16), np.uint8)
-    q = ss.quantize(x, packed)
-    costs = {}
-    for name, given, options in (
-        ("allocating", x, {}),
-        ("with out and workspace", x, {"out": y, "workspace": workspace}),
-        ("quantized before", q, {"out": y, "workspace": workspace}),
-    ):
-        samples = []
-        for _ in range(20):
-            start = time.perf_counter()
-            for _ in range(50):
-                ss.matmul(given, packed, **options)
-            samples.append((time.perf_counter() - start) / 50 * 1e6)
-            cp.cuda.Device().synchronize()
-        costs[name] = float(np.median(samples))
-    print("\nmicroseconds a warm 8-bit linear:", {name: round(cost, 1) for name, cost in costs.items()})
-    assert max(costs.values()) < 60

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import cupy as cp
@@ -127,15 +126,12 @@ def test_pack_keeps_what_is_on_the_device_there(weights) -> None:
 
 
 def test_a_whole_layer(weights) -> None:
-    """18944 x 3584, compared with the CPU, and timed."""
+    """18944 x 3584, compared with the CPU."""
     w = np.random.default_rng(0).standard_normal((18944, 3584), np.float32).astype(BFLOAT16.numpy)
     given = on_device(w)
     for dtype in (INT8, FLOAT8, BFLOAT16):
         expected = packing.pack(w, "6:8", dtype, prune="magnitude")
         same_weight(on_host(weights.pack(given, Pattern(6, 8), dtype, prune="magnitude")), expected)
-        begin = time.perf_counter()
-        weights.pack(given, Pattern(6, 8), dtype, prune="magnitude")
-        print(f"\npack 18944 x 3584 bfloat16 to {dtype}, 6:8: {(time.perf_counter() - begin) * 1e3:.2f} ms")
 
 
 def test_many_elements(weights) -> None:

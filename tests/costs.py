@@ -1,0 +1,218 @@
+"""Times that no test asserts, printed: `python tests/costs.py`. They are true of a quiet machine only.
+
+Anywhere: what a warm call costs the thread that makes it, with NumPy in CuPy's place and a C function in the driver's; reading
+of a large header. With an NVIDIA GPU and CuPy: the same of real calls; quantization of activations beside a plain copy of as
+many bytes; the clock of `slidesparse tune` beside CuPy's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+if __name__ == "__main__":  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pytest
+from device_cases import bits
+from numpy_gpu import BF16, array, empty, numpy_for_cupy, ops, weight
+
+import slidesparse_nb as ss
+from slidesparse_nb.arch import sm90
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOATS, INT8, DType
+from slidesparse_nb.pattern import Pattern
+from slidesparse_nb.safetensors_file import SafetensorsFile, SafetensorsWriter
+
+BUFFERS_BYTES = 1 << 29
+"""Bytes that a bandwidth is measured over: several times an L2."""
+
+
+def host_us(call: Callable[[], object], calls: int, wait: Callable[[], object] = lambda: None, runs: int = 20) -> float:
+    """Microseconds that a call takes, in the fastest of several runs; `wait` is called after each, outside of its time."""
+    samples = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter() - start) / calls * 1e6)
+        wait()
+    return min(samples)
+
+
+# ---- anywhere --------------------------------------------------------------------------------------------------------
+
+
+def launcher(parameters: int) -> Any:
+    """A launcher with a function of the C library that does nothing in the driver's place."""
+    nothing = ctypes.CDLL(None).getppid
+    nothing.restype = None  # counts as 0, the status of success
+    return importlib.import_module("slidesparse_nb.device.launch").Launcher(SimpleNamespace(ptr=1), parameters, nothing)
+
+
+def python_costs(portable: bool) -> None:
+    """A launch and a warm 8-bit linear: all of the Python, nothing of CuPy and the driver."""
+    with pytest.MonkeyPatch.context() as patch, numpy_for_cupy(patch, portable) as gpu:
+        run, arguments = launcher(15), range(2**40, 2**40 + 15)
+        launch_us = host_us(lambda: run((1, 1, 1), (128, 1, 1), 0, 12345, True, *arguments), 500)
+        packed, x, y = weight(64, 128, INT8), array(np.ones((8, 128), BF16)), empty((8, 64), BF16)
+        workspace = empty(ops().workspace_bytes(8, packed, BF16), np.uint8)
+        workspace[...] = 0
+        matmul = ops().matmul
+        matmul(x, packed, out=y, workspace=workspace)
+        plan = gpu.gemm.to_device(packed).plan(8, "bfloat16")
+        run = launcher(15 if portable else 18)
+        patch.setattr(plan, "launches", tuple(dataclasses.replace(launch, run=run) for launch in plan.launches))
+        patch.setattr(gpu.gemm.activations.Kernel, "on", lambda kernel, *_: launcher(len(kernel.parameters)))
+        plan.feeds.clear()
+        linear_us = host_us(lambda: matmul(x, packed, out=y, workspace=workspace), 100)
+    kernel = "portable" if portable else "Hopper's"
+    print(f"  a launch {launch_us:.2f} us; a warm 8-bit linear, {kernel} kernel, {linear_us:.1f} us")
+
+
+def header_seconds() -> None:
+    """Opening a file of 100,000 tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        with SafetensorsWriter(path, [(f"model.layers.{i}.q_proj.weight", "BF16", (2, 4)) for i in range(100_000)], {}):
+            pass
+        us = host_us(lambda: SafetensorsFile(path), 1, runs=3)
+    print(f"  opening a file of 100,000 tensors {us * 1e-6:.2f} s")
+
+
+# ---- with a GPU ------------------------------------------------------------------------------------------------------
+
+
+def real_costs(cp: Any) -> None:
+    """A whole 8-bit linear, its quantization alone, and packing of a large layer."""
+    rng = np.random.default_rng(21)
+    packed = ss.pack(rng.standard_normal((256, 512)).astype(np.float32), "6:8", "int8", prune="magnitude")
+    x = cp.asarray(bits(rng.standard_normal((8, 512)).astype(BF16))).view(BF16)
+    q, y = ss.quantize(x, packed), cp.empty((8, 256), BF16)
+    workspace = cp.zeros(ss.workspace_bytes(8, packed, BF16), np.uint8)
+    wait = cp.cuda.Device().synchronize
+    for name, call in (
+        ("linear, allocating", lambda: ss.matmul(x, packed)),
+        ("linear, with out and workspace", lambda: ss.matmul(x, packed, out=y, workspace=workspace)),
+        ("product, quantized before", lambda: ss.matmul(q, packed, out=y, workspace=workspace)),
+        ("quantize", lambda: ss.quantize(x, packed)),
+    ):
+        call()
+        print(f"  {name:32} {host_us(call, 50, wait):5.1f} us")
+    w = cp.random.default_rng(0).standard_normal((18944, 3584), dtype=cp.float32).astype(BF16)
+    for dtype in (INT8, FLOAT8, BFLOAT16):
+        ss.pack(w, "6:8", dtype, prune="magnitude")
+        us = host_us(lambda dtype=dtype: ss.pack(w, "6:8", dtype, prune="magnitude"), 1, wait)
+        print(f"  pack 18944 x 3584 bfloat16 to {dtype!s:14} {us / 1e3:.2f} ms")
+
+
+def device_seconds(cp: Any, launches: Sequence[Callable[[Any], object]]) -> float:
+    """Median device time of one of these launches, run one after the other from a graph."""
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        for launch in launches:
+            launch(stream)
+        graph = stream.end_capture()
+        times = []
+        for _ in range(12):
+            begin, end = cp.cuda.Event(), cp.cuda.Event()
+            begin.record(stream)
+            graph.launch(stream)
+            end.record(stream)
+            end.synchronize()
+            times.append(cp.cuda.get_elapsed_time(begin, end) * 1e-3 / len(launches))
+    return statistics.median(times[2:])
+
+
+def bandwidths(cp: Any, m: int, k: int, source: np.dtype[Any], dtype: DType, pattern: Pattern | None) -> tuple[float, float]:
+    """GB/s, read and written, of quantization to rows (no pattern) or to Hopper's image, and of a copy of as many bytes."""
+    from slidesparse_nb.device import activations
+
+    if pattern is None:
+        width = activations.row_pitch(k, None)
+        shape, more = (m, width), {"width": width}
+    else:
+        shape, more = (sm90.image_bytes(m, k, pattern, dtype),), {}
+    strides = (k * source.itemsize, source.itemsize)
+    launch = activations.plan(FLOATS[source], dtype.name, k, strides, True, 90, pattern, **more)
+    moved = m * k * source.itemsize + int(np.prod(shape)) + 4 * m
+    count = max(2, -(-BUFFERS_BYTES // moved))
+    rng = cp.random.default_rng(0)
+    xs = [rng.standard_normal((m, k), dtype=cp.float32).astype(source) for _ in range(count)]
+    outs = [(cp.empty(shape, cp.int8), cp.empty((m, 1), cp.float32)) for _ in range(count)]
+    half = moved // 2
+    froms, tos = ([cp.empty(half, cp.uint8) for _ in range(count)] for _ in range(2))
+
+    def quantize(i: int) -> Callable[[Any], object]:
+        return lambda stream: launch(m, xs[i], *outs[i], stream)
+
+    def copy(i: int) -> Callable[[Any], object]:
+        return lambda stream: cp.cuda.runtime.memcpyAsync(tos[i].data.ptr, froms[i].data.ptr, half, 3, stream.ptr)
+
+    quantize(0)(cp.cuda.get_current_stream())  # compiled and loaded before anything is captured
+    cp.cuda.get_current_stream().synchronize()
+    seconds = [device_seconds(cp, [call(i) for i in range(count)]) for call in (quantize, copy)]
+    return moved / seconds[0] * 1e-9, 2 * half / seconds[1] * 1e-9
+
+
+def bandwidth_table(cp: Any) -> None:
+    bf16, pattern = BFLOAT16.numpy, Pattern(6, 8)
+    large = [(m, k) for m in (1024, 4096, 16384) for k in (3584, 18944)]
+    cases: list[tuple[int, int, np.dtype[Any], DType, Pattern | None]] = [
+        *((m, k, bf16, dtype, None) for m, k in large for dtype in (INT8, FLOAT8)),
+        *((m, k, bf16, dtype, pattern) for m, k in large for dtype in (INT8, BFLOAT16)),
+        (4096, 3584, FLOAT32, INT8, None),
+        (4096, 3584, FLOAT16.numpy, FLOAT8, None),
+    ]
+    print("     m      k  x         values         form       GB/s   copy  ratio")
+    for m, k, source, dtype, lifted in cases:
+        reached, copy = bandwidths(cp, m, k, source, dtype, lifted)
+        form = "rows" if lifted is None else f"image {lifted}"
+        print(f"{m:6} {k:6}  {source.name:9} {dtype.name:14} {form:9} {reached:6.0f} {copy:6.0f}  {reached / copy:5.2f}")
+
+
+def clocks(cp: Any) -> None:
+    """Adding nothing to 256 MiB, timed by `slidesparse tune` and by CuPy."""
+    from cupyx.profiler import benchmark
+
+    from slidesparse_nb.device import timing
+
+    clock = timing.GpuClock()
+    source, target = cp.ones(1 << 28, np.uint8), cp.empty(1 << 28, np.uint8)
+    launch = clock.capture([lambda: cp.positive(source, out=target)])
+    theirs = statistics.median(benchmark(lambda: cp.positive(source, out=target), n_repeat=20).gpu_times.ravel()) * 1e6
+    print(f"  tune's clock {statistics.median(clock.burst(launch, 10) for _ in range(5)):.0f} us, CuPy's {theirs:.0f} us")
+
+
+def main() -> None:
+    print("Python alone:")
+    for portable in (False, True):
+        python_costs(portable)
+    header_seconds()
+    try:
+        import cupy as cp
+
+        if not cp.cuda.runtime.getDeviceCount():
+            raise RuntimeError("no device")
+    except Exception as error:  # no CuPy, no driver, no device
+        print(f"no GPU ({error}): nothing more is measured")
+        return
+    print("time of the calling thread:")
+    real_costs(cp)
+    print("quantization of activations beside a copy, both by the GPU's clock:")
+    bandwidth_table(cp)
+    clocks(cp)
+
+
+if __name__ == "__main__":
+    main()
