@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,7 +67,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Progress | Non
     Raises:
         FormatError: the checkpoint is broken.
     """
-    with Checkpoint.open(Path(path)) as checkpoint:
+    with Checkpoint.open(path) as checkpoint:
         sizes = {name: info.nbytes for name, (info, _) in checkpoint.tensors.items()}
         facts = Facts(str(path), len(checkpoint.files), len(sizes), sum(sizes.values()))
         counted: set[str] = set()
@@ -157,7 +156,7 @@ def verify_checkpoint(
         FormatError: a checkpoint is broken. UnsupportedError: `path` is not packed. VerificationError: the proof fails.
     """
     result = Verification(against_source=source is not None)
-    with Checkpoint.open(Path(path)) as written:
+    with Checkpoint.open(path) as written:
         packed = read_packed(written)
         if not packed:
             raise UnsupportedError(f"{path}: holds no packed weights")
@@ -169,7 +168,7 @@ def verify_checkpoint(
                 result.weights += weight.n * weight.k
                 add(weight.nbytes)
         else:
-            with Checkpoint.open(Path(source)) as dense:
+            with Checkpoint.open(source) as dense:
                 _against(written, packed, dense, result, add)
         result.modules = len(packed)
     return result

@@ -12,8 +12,9 @@ from typing import Any
 from .. import dtypes
 from ..checkpoint import Checkpoint
 from ..errors import FormatError, OperandError, SlideSparseError, UnsupportedError, VerificationError
+from ..packed_tensors import unreadable
 from ..pattern import Pattern
-from ..safetensors_file import TensorInfo
+from ..safetensors_file import TensorInfo, checked_path
 from .config import is_ours
 from .layout import Item, Layout, Piece
 from .options import UNIT_BYTES, ModuleReport, Report, Run
@@ -57,9 +58,12 @@ def output_target(source: Path, checkpoint: Checkpoint, out: str | os.PathLike[s
         if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):  # a hub cache keeps nothing of ours
             return Path(f"{root.parents[1].name.rpartition('--')[2]}-{label}"), False
         return root.with_name(f"{root.name}-{label}"), False
-    if not os.fspath(out):
+    if str(out) == "":
         raise OperandError("out: is empty; name a folder or a .safetensors file")
-    target = Path(os.path.abspath(out))
+    target = checked_path(out, "out").absolute()
+    if ".." in target.parts:  # after a link it leads where the operating system says, not one name back
+        whole = target.name == ".."
+        target = Path(os.path.realpath(target)) if whole else Path(os.path.realpath(target.parent), target.name)
     single = target.suffix == ".safetensors"
     if single and not checkpoint.is_single_file:
         raise OperandError(f"out: {target} is one file, but {source} is a folder; name a folder")
@@ -85,7 +89,7 @@ def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Call
     """Every output item in the source's order: a module where its weight (or first tensor) stood, other tensors as they are.
 
     Raises:
-        UnsupportedError: a tensor that goes through has the name of one that a module writes.
+        UnsupportedError: a tensor that goes through has the name of one that a module writes, or could not be read back beside it.
     """
     owner = {name: module for module in modules for name in module.replaced}
     items: list[Item] = []
@@ -104,6 +108,9 @@ def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Call
                 f"{item.name}: stands in the source, and module {made[item.name]} would write a tensor of that name; rename it,"
                 f" or leave {made[item.name]} dense with --ignore"
             )
+    packed = [item.name for item in items if f"{item.name}.weight_packed" in made]
+    if why := unreadable({name: code for item in items for name, code, _ in item.entries}, packed, "the output"):
+        raise UnsupportedError(f"{why}; rename that tensor in the source, or leave its module dense with --ignore")
     return items
 
 

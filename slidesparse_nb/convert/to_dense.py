@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from .. import __version__, packing
 from ..checkpoint import Checkpoint, packed_names, read_packed
 from ..errors import UnsupportedError, VerificationError
 from ..packed import PackedWeight
+from ..safetensors_file import checked_path
 from ..verification import cut
 from .config import ignored_modules, output_config, output_metadata
 from .job import all_items, carry_out, new_report, output_target
@@ -26,7 +26,7 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
         OperandError: `out` exists. FormatError: the source is broken. UnsupportedError: it is not packed.
         VerificationError: `source` is not in canonical form, or what was written does not equal it.
     """
-    run, source = run or Run(), Path(source)
+    run, source = run or Run(), checked_path(source, "source")
     with Checkpoint.open(source) as checkpoint:
         weights = read_packed(checkpoint)
         if not weights:
