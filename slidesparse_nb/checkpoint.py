@@ -55,8 +55,8 @@ class Checkpoint:
                 if name in self.tensors:
                     other = self.tensors[name][1].path.name
                     raise FormatError(
-                        f"{file.path}: tensor {shown(name)} is in {other}, too; it must be in one file only: download both again,"
-                        " or load the model where it was made and save it anew"
+                        f"{file.path}: tensor {shown(name)} is in {other}, too; it must be in one file only:"
+                        " download both again, or load the model where it was made and save it anew"
                     )
                 self.tensors[name] = info, file
         has_config = root is not None and os.path.lexists(root / CONFIG)
@@ -96,7 +96,9 @@ class Checkpoint:
         anew = "download both again, or load the model where it was made and save it anew"
         for tensor, file in weight_map.items():
             if tensor not in checkpoint.tensors or checkpoint.tensors[tensor][1].path.name != file:
-                raise FormatError(f"{first}: tensor {shown(tensor)} is not in {shown(file)}, where the index says it is; {anew}")
+                raise FormatError(
+                    f"{first}: tensor {shown(tensor)} is not in {shown(file)}, where the index says it is; {anew}"
+                )
         for tensor, (_, shard) in checkpoint.tensors.items():
             if tensor not in weight_map:
                 raise FormatError(f"{first}: tensor {shown(tensor)} of {shard.path.name} is not in the index; {anew}")

@@ -32,7 +32,9 @@ def is_pointer(head: bytes) -> bool:
     return head.lstrip(b"\xef\xbb\xbf \r\n").startswith((b"version https://git-lfs.github.com/", b"# xet version"))
 
 
-POINTER = "is a pointer of Git LFS, not the file itself; run `git lfs install && git lfs pull` in its repository, or download it"
+POINTER = (
+    "is a pointer of Git LFS, not the file itself; run `git lfs install && git lfs pull` in its repository, or download it"
+)
 
 
 def mistaken(head: bytes, wanted: str) -> str:

@@ -165,7 +165,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 def file_state(path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """What changes when a file is replaced or written to: device, inode, size and time of its last change; () if it is gone."""
+    """What changes when a file is written to or replaced: its size and the time of its last change (ns); () if it is gone."""
     try:
         return _state(os.stat(path))
     except OSError:
@@ -173,7 +173,7 @@ def file_state(path: str | os.PathLike[str]) -> tuple[int, ...]:
 
 
 def _state(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def _no_header(head: bytes, length: int, size: int) -> str:

@@ -732,7 +732,10 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 3
         (b'{"error": "Access to model is restricted"}', "is a JSON text"),
         (b"Entry not found", "is a text ('Entry not found'), no .safetensors file; download it again"),
         (b"404", "is a text ('404')"),
-        (b"PK\x03\x04\x00\x00\x08\x08" + bytes(99), "is a zip archive, as torch.save writes it, no .safetensors file; load it with"),
+        (
+            b"PK\x03\x04\x00\x00\x08\x08" + bytes(99),
+            "is a zip archive, as torch.save writes it, no .safetensors file; load it with",
+        ),
         (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(99), "is a pickle, as torch.save writes it"),
         (b"GGUF\x03\0\0\0" + bytes(99), "is a GGUF file"),
         (b"\x1f\x8b\x08\0\0\0\0\0\0\x03" + bytes(99), "is a gzip archive"),
@@ -775,6 +778,6 @@ def test_paths_that_no_file_can_have(tmp_path: Path, path: Any) -> None:
         lambda: ss.verify_checkpoint(source, path or 5),
         lambda: ss.inspect_checkpoint(path),
     ):
-        with pytest.raises(OperandError, match="must be a path|no path can hold"):
+        with pytest.raises(OperandError, match=r"must be a path|no path can hold"):
             call()
     assert os.listdir(tmp_path) == ["m.safetensors"]

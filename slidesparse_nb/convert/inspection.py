@@ -21,7 +21,7 @@ from .job import source_scale
 from .layout import row_ranges
 from .options import UNIT_BYTES, Progress, Run
 from .proof import prove_copies
-from .selection import QUANTIZED_CODES, SOURCE_CODES, Selection, select
+from .selection import SOURCE_CODES, Selection, named, select
 
 
 @dataclass(frozen=True)
@@ -189,15 +189,11 @@ def _against(
     written: Checkpoint, packed: dict[str, PackedWeight], dense: Checkpoint, result: Verification, add: Callable[[int], None]
 ) -> None:
     """Prove packed modules, and the tensors beside them, against the dense source."""
-    dtype = next(iter(packed.values())).dtype
     for name, weight in packed.items():
         if f"{name}.weight" not in dense.tensors or dense.tensors[f"{name}.weight"][0].shape != weight.shape:
             raise VerificationError(f"{name}: the source has no weight of shape {list(weight.shape)} of that name")
-    scheme = "auto" if any(code in QUANTIZED_CODES for code in _codes(dense)) else dtype.scheme
-    modules = {m.name: m for m in select(dense, scheme=scheme, targets=tuple(packed)).modules}
+    modules = named(dense, {name: weight.dtype for name, weight in packed.items()})
     for name, weight in packed.items():
-        if name not in modules:
-            raise VerificationError(f"{name}: the source's weight of that name is not one that could have been packed")
         module = modules[name]
 
         def check(block: PackedWeight, first: int, last: int) -> None:
@@ -221,10 +217,6 @@ def _against(
     replaced = [name for module in modules.values() for name in module.replaced]
     made = [tensor for name, weight in packed.items() for tensor in packed_names(name, weight)]
     result.copies = prove_copies(written, dense, replaced, made, lambda _: None)
-
-
-def _codes(checkpoint: Checkpoint) -> set[str]:
-    return {info.code for name, (info, _) in checkpoint.tensors.items() if name.endswith(".weight")}
 
 
 def dropped(block: PackedWeight, w: Array) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import Any
 from .. import dtypes
 from ..checkpoint import Checkpoint
 from ..dtypes import DType
-from ..errors import OperandError, UnsupportedError
+from ..errors import OperandError, UnsupportedError, VerificationError
 from ..pattern import Pattern
 
 FUSED = (
@@ -265,6 +265,26 @@ def _add(selection: Selection, name: str, code: str, shape: tuple[int, int], che
                 " unquantized model"
             )
     selection.modules.append(Module(name, shape, code, dtype, scale, (f"{name}.weight", *companions)))
+
+
+def named(checkpoint: Checkpoint, stored: Mapping[str, DType]) -> dict[str, Module]:
+    """Modules by their exact names, whatever they are and whatever stands beside them, with the types they are stored in.
+
+    Raises:
+        VerificationError: the weight of that name could not have been packed into that type.
+        UnsupportedError: the checkpoint as a whole is of a kind that cannot be packed.
+    """
+    selection = Selection()
+    _refuse_config(checkpoint.config or {}, {name: info.shape for name, (info, _) in checkpoint.tensors.items()}, selection)
+    for name, dtype in stored.items():
+        info = checkpoint.tensors[f"{name}.weight"][0]
+        if info.code not in SOURCE_CODES or (info.code in QUANTIZED_CODES and info.code != dtype.safetensors):
+            raise VerificationError(f"{name}.weight: {info.code} weights of the source could not have been packed as {dtype}")
+        scheme = "auto" if info.code in QUANTIZED_CODES else dtype.scheme
+        _add(selection, name, info.code, (info.shape[0], info.shape[1]), checkpoint, scheme)
+        if why := selection.bad.get(name):
+            raise VerificationError(f"{why} (the source's weight of that name could not have been packed)")
+    return {module.name: module for module in selection.modules}
 
 
 def _one_type(selection: Selection) -> None:
