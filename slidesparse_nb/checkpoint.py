@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import CODE_OF, PACKED
+from .dtypes import CODE_OF
 from .errors import FormatError, OperandError, UnsupportedError, shown
 from .model_folder import (
     CONFIG,
@@ -32,15 +32,13 @@ from .model_folder import shard_name as shard_name
 from .model_folder import shard_plan as shard_plan
 from .operands import require_unmasked
 from .packed import PackedWeight, size_problem
-from .packed_tensors import PackedHeader, module_names, on_host
+from .packed_tensors import OF_CODE, PackedHeader, module_names, on_host, unreadable
 from .packed_tensors import packed_arrays as packed_arrays
 from .packed_tensors import packed_entries as packed_entries
 from .packed_tensors import packed_names as packed_names
 from .packed_tensors import parse_metadata as parse_metadata
 from .packed_tensors import slidesparse_metadata as slidesparse_metadata
-from .safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo
-
-_OF_CODE = {dtype.safetensors: dtype for dtype in PACKED}
+from .safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo, checked_path, file_state
 
 
 class Checkpoint:
@@ -58,12 +56,18 @@ class Checkpoint:
         """Join open files. Raises FormatError where two hold a tensor of the same name."""
         self.files, self.root, self.is_single_file = files, root, root is None
         self._index = index
+        self._states = {file.path: file.state for file in files}
+        if root is not None:
+            self._states |= {root / name: file_state(root / name) for name in (CONFIG, index) if name}
         self.tensors: dict[str, tuple[TensorInfo, SafetensorsFile]] = {}
         for file in files:
             for name, info in file.tensors.items():
                 if name in self.tensors:
                     other = self.tensors[name][1].path.name
-                    raise FormatError(f"{file.path}: tensor {shown(name)} is in {other}, too; it must be in one file only")
+                    raise FormatError(
+                        f"{file.path}: tensor {shown(name)} is in {other}, too; it must be in one file only:"
+                        " download both again, or load the model where it was made and save it anew"
+                    )
                 self.tensors[name] = info, file
         has_config = root is not None and os.path.lexists(root / CONFIG)
         self.config = read_json(member(root, CONFIG), strict=False) if root is not None and has_config else None
@@ -73,10 +77,11 @@ class Checkpoint:
         """Open a .safetensors file, a Hugging Face folder, or a *.safetensors.index.json file.
 
         Raises:
+            OperandError: `path` is none.
             FormatError: something in it breaks a rule; the message names file, tensor, value and rule.
             UnsupportedError: the weights are in another format.
         """
-        path = Path(path)
+        path = checked_path(path, "path")
         if path_kind(path) == stat.S_IFDIR:
             root, name = path, choose_weights(path)
             first = member(root, name)
@@ -89,14 +94,24 @@ class Checkpoint:
         if not name.endswith(".json"):
             return cls([SafetensorsFile(first)], root)
         weight_map = read_index(first)
-        files = [SafetensorsFile(member(root, file)) for file in sorted(set(weight_map.values()))]
-        checkpoint = cls(files, root, name)
+        held = {file: tensor for tensor, file in weight_map.items()}
+        for file, tensor in held.items():
+            try:
+                member(root, file)
+            except FormatError as error:
+                if os.path.lexists(root / file):
+                    raise
+                raise FormatError(f"{error}; {name} says that it holds tensor {shown(tensor)}: download it, too") from None
+        checkpoint = cls([SafetensorsFile(root / file) for file in sorted(held)], root, name)
+        anew = "download both again, or load the model where it was made and save it anew"
         for tensor, file in weight_map.items():
             if tensor not in checkpoint.tensors or checkpoint.tensors[tensor][1].path.name != file:
-                raise FormatError(f"{first}: tensor {shown(tensor)} is not in {shown(file)}, where the index says it is")
+                raise FormatError(
+                    f"{first}: tensor {shown(tensor)} is not in {shown(file)}, where the index says it is; {anew}"
+                )
         for tensor, (_, shard) in checkpoint.tensors.items():
             if tensor not in weight_map:
-                raise FormatError(f"{first}: tensor {shown(tensor)} of {shard.path.name} is not in the index")
+                raise FormatError(f"{first}: tensor {shown(tensor)} of {shard.path.name} is not in the index; {anew}")
         return checkpoint
 
     def __enter__(self) -> Checkpoint:
@@ -118,7 +133,15 @@ class Checkpoint:
     @cached_property
     def _other_files(self) -> tuple[list[str], dict[str, str]]:
         weights = {file.path.name for file in self.files} | {self._index or ""}
-        return ([], {}) if self.root is None else companions(self.root, weights, self.tensors)
+        if self.root is None:
+            return [], {}
+        found = companions(self.root, weights, self.tensors)
+        self._states |= {self.root / name: file_state(self.root / name) for name in found[0]}
+        return found
+
+    def changed(self) -> Path | None:
+        """A file of the checkpoint that was written to or replaced since it was opened (a companion: since it was listed)."""
+        return next((path for path, state in self._states.items() if file_state(path) != state), None)
 
     @property
     def companions(self) -> list[str]:
@@ -175,8 +198,8 @@ def read_packed(checkpoint: Checkpoint) -> dict[str, PackedWeight]:
     Headers and shapes are checked, contents not even read: the arrays are views of the map, and `validate()` reads them.
 
     Raises:
-        FormatError: an unknown version, files of different patterns, a missing companion tensor, X.weight beside
-            X.weight_packed, or types and shapes that disagree.
+        FormatError: an unknown version, files of different patterns, tensors that cannot stand side by side (`module_names`),
+            or types and shapes that disagree.
     """
     headers = {file.path: parse_metadata(file.metadata, file.path) for file in checkpoint.files}
     patterns = {header.pattern: path for path, header in headers.items() if header}
@@ -184,9 +207,10 @@ def read_packed(checkpoint: Checkpoint) -> dict[str, PackedWeight]:
         (first, path), (second, other), *_ = patterns.items()
         raise FormatError(f"{other}: holds pattern {second}, but {path.name} {first}; a checkpoint must have one pattern")
     where = checkpoint.root or checkpoint.files[0].path
+    codes = {name: info.code for name, (info, _) in checkpoint.tensors.items()}
     return {
         name: _packed_module(checkpoint, name, headers[checkpoint.file_of(f"{name}.weight_packed").path])
-        for name in module_names(checkpoint.tensors.keys(), bool(patterns), where)
+        for name in module_names(codes, bool(patterns), where)
     }
 
 
@@ -196,9 +220,9 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
     where = f"{file.path}: tensor {shown(info.name)}"
     if header is None:
         raise FormatError(f"{where}: metadata 'slidesparse' of its file is missing, while other files have it")
-    dtype = _OF_CODE.get(info.code)
+    dtype = OF_CODE.get(info.code)
     if dtype is None or header.dtype not in (None, dtype):
-        rule = header.dtype.safetensors if header.dtype else ", ".join(_OF_CODE)
+        rule = header.dtype.safetensors if header.dtype else ", ".join(OF_CODE)
         raise FormatError(f"{where}: is {info.code}, must be {rule} as metadata 'slidesparse' says")
     shape_info, shape_file = checkpoint.tensors[f"{module}.weight_shape"]
     place = f"{shape_file.path}: tensor {shown(shape_info.name)}"
@@ -217,8 +241,6 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
                 f"{holder.path}: tensor {shown(name)}: is {found.code} {shown(found.shape)}, must be {code} {shape}"
                 f" for a weight of shape ({n}, {k}) at {header.pattern} in {dtype}"
             )
-    if dtype.qmax is None and f"{module}.weight_scale" in checkpoint.tensors:
-        raise FormatError(f"{where}: has a weight_scale, but {dtype} values carry none")
     values, meta, *scale, _ = (checkpoint.array(name) for name, _, _ in entries)
     return PackedWeight(values, meta, scale[0] if scale else None, header.pattern, (n, k), dtype)
 
@@ -245,8 +267,6 @@ def load(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> di
     checkpoint = Checkpoint.open(path)
     modules = read_packed(checkpoint)
     parts = {tensor for name, packed in modules.items() for tensor in packed_names(name, packed)}
-    if both := [name for name in modules if name in checkpoint.tensors]:
-        raise FormatError(f"{path}: {shown(both[0])} is the name of both a tensor and a packed module")
     available = [*modules, *(name for name in checkpoint.tensors if name not in parts)]
     chosen = available if names is None else list(names)
     if unknown := set(chosen) - set(available):
@@ -267,7 +287,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
             names that would clash: whatever is saved, `load` reads back.
         FormatError: a packed weight is inconsistent.
     """
-    path = Path(path)
+    path = checked_path(path, "path")
     if not isinstance(tensors, Mapping):
         raise OperandError(f"tensors: {type(tensors).__name__} must be a dictionary, such as {{'fc': packed}}")
     if path.suffix != ".safetensors" or path.is_dir():
@@ -288,7 +308,8 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
     patterns = sorted({value.pattern for value in packed.values()})
     if len(patterns) > 1:
         raise OperandError(f"tensors: hold patterns {', '.join(map(str, patterns))}; a file has one, so save them separately")
-    _refuse_clashes(packed, arrays, path)
+    if why := unreadable({name: code for name, code, _ in entries}, packed.keys(), "tensors"):
+        raise OperandError(f"{why}; rename it")
     dtypes = {value.dtype for value in packed.values()}
     metadata = slidesparse_metadata(patterns[0], dtypes.pop() if len(dtypes) == 1 else None) if packed else {"format": "pt"}
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -297,9 +318,11 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
             for name, array in arrays.items():
                 writer.write(name, array)
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(beside)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # the user's file, not the one beside it
         raise
 
 
@@ -313,21 +336,3 @@ def _plain_array(name: str, value: Any) -> NDArray[Any]:
     if array.dtype not in CODE_OF:
         raise OperandError(f"{shown(name)}: {array.dtype} is no type of the safetensors format")
     return array
-
-
-def _refuse_clashes(packed: Mapping[str, PackedWeight], arrays: Mapping[str, Any], path: Path) -> None:
-    """Raise OperandError unless `load` would find just these packed weights among the tensors to write."""
-    try:
-        modules = module_names(arrays.keys(), bool(packed), path)
-    except FormatError as error:
-        raise OperandError(f"tensors: {error}") from None
-    for name in modules:
-        if name not in packed:
-            raise OperandError(f"tensors: {shown(f'{name}.weight_packed')} would be read as part of a packed weight; rename it")
-        if name in arrays:
-            raise OperandError(f"tensors: {shown(name)} is the name of both a packed weight and a tensor; rename one")
-        if packed[name].scale is None and f"{name}.weight_scale" in arrays:
-            raise OperandError(
-                f"tensors: {shown(f'{name}.weight_scale')} clashes with packed weight {shown(name)}, whose"
-                f" {packed[name].dtype} values carry no scale; rename it"
-            )

@@ -322,6 +322,8 @@ def slide_compress(q: Array, pattern: Pattern) -> tuple[Array, Array, int]:
     ks = pattern.slid_k(q.shape[1])
     values = np.empty((q.shape[0], ks // 2), q.dtype)
     meta = np.empty((q.shape[0], ks // 8), np.uint8)
+    if not q.shape[0]:  # the kernel would work in memory for a whole row, and k alone may be anything
+        return values, meta, 0
     over = _slide_compress(raw_bits(contiguous(q)), nonzero_mask(q.dtype), pattern.windows, raw_bits(values), meta)
     return values, meta, int(over)
 

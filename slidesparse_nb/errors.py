@@ -1,10 +1,34 @@
 """Every error raised on purpose; each message is one sentence: operand, value, rule, way out. And how it shows values."""
 
+import re
 import reprlib
+
+LONGEST_MESSAGE = 1200
+"""Characters; a message above it is cut, long words (names) first, then its middle."""
+
+_LONG_WORD = re.compile(r"\S{301,}")
+
+
+def printable(message: str) -> str:
+    """`message` in one line that a terminal and a log can bear: an untrusted file chooses the names and values in it.
+
+    Control characters and lone surrogates are escaped; of a message above LONGEST_MESSAGE the longest words, then the middle
+    are cut out.
+    """
+    if not message.isprintable():
+        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[: 1 << 20])
+    if len(message) > LONGEST_MESSAGE:
+        message = _LONG_WORD.sub(lambda word: f"{word[0][:180]}...{word[0][-60:]}", message)
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 + 5 :]}"
+    return message
 
 
 class SlideSparseError(Exception):
-    """Base of all errors of this library."""
+    """Base of all errors of this library; its message is made `printable`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class OperandError(SlideSparseError, ValueError):

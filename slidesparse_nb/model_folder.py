@@ -186,12 +186,12 @@ def read_index(path: Path) -> dict[str, str]:
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{path}: weight_map is {shown(weight_map)}, must map tensor names to file names")
+        raise FormatError(f"{path}: weight_map is {shown(weight_map)}, must map tensor names to file names; download it again")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or "/" in file or not file.endswith(".safetensors"):
             raise FormatError(
                 f"{path}: tensor {shown(tensor)} is in {shown(file)}, which must be the name of a .safetensors file"
-                " in the same folder"
+                " in the same folder, without a path: correct the index, or download it again"
             )
     return weight_map
 

@@ -22,6 +22,9 @@ VERSION = 1
 
 TOOL = f"slidesparse_nb {__version__}"
 
+OF_CODE = {dtype.safetensors: dtype for dtype in PACKED}
+"""Safetensors code -> the packed type it stands for."""
+
 # ---- a file's metadata -------------------------------------------------------------------------------------------
 
 
@@ -116,28 +119,47 @@ def on_host(array: Any) -> NDArray[Any]:
     return np.asarray(array.get() if hasattr(array, "get") else array)
 
 
-def module_names(names: Collection[str], marked: bool, where: object) -> list[str]:
-    """The packed modules among tensor names: X of every X.weight_packed, if a file is `marked` as having some.
+def module_names(tensors: Mapping[str, str], marked: bool, where: object) -> list[str]:
+    """The packed modules among tensors: X of every X.weight_packed, if a file is `marked` as having some.
 
-    Other formats use the name, too: compressed-tensors' pack-quantized holds 32-bit words under it.
+    What may stand beside what is decided here, for those who read a checkpoint and (by `unreadable`) for those who write one.
+    Other formats use these names, too: compressed-tensors' pack-quantized holds 32-bit words under X.weight_packed.
+
+    Args:
+        tensors: name -> safetensors code.
 
     Raises:
-        FormatError: X.weight_meta or X.weight_shape is missing, or stands alone, or X.weight stands beside X.weight_packed;
-            or packed weights are there and no file is marked.
+        FormatError: X.weight_meta or X.weight_shape is missing, or without the others; X.weight, or a tensor X, beside
+            X.weight_packed; X.weight_scale beside 16-bit values; or packed weights are there and no file is marked.
     """
-    modules = [name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed")]
+    modules = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
     if not marked:
         for module in modules:
-            if f"{module}.weight_meta" in names:
+            if f"{module}.weight_meta" in tensors:
                 raise FormatError(f"{where}: module {shown(module)} is packed, but metadata 'slidesparse' is missing")
         return []
     for module in modules:
-        if f"{module}.weight" in names:
+        dtype = OF_CODE.get(tensors[f"{module}.weight_packed"])
+        if f"{module}.weight" in tensors:
             raise FormatError(f"{where}: module {shown(module)} has both weight and weight_packed; it must have one of them")
-    for name in names:
+        if module in tensors:
+            raise FormatError(f"{where}: {shown(module)} is the name of both a tensor and a packed module")
+        if dtype is not None and dtype.qmax is None and f"{module}.weight_scale" in tensors:
+            tensor = shown(f"{module}.weight_packed")
+            raise FormatError(f"{where}: tensor {tensor}: has a weight_scale, but {dtype} values carry none")
+    for name in tensors:
         module, _, part = name.rpartition(".")
         if part in ("weight_packed", "weight_meta", "weight_shape"):
             for needed in ("weight_packed", "weight_meta", "weight_shape"):
-                if f"{module}.{needed}" not in names:
+                if f"{module}.{needed}" not in tensors:
                     raise FormatError(f"{where}: tensor {shown(name)} needs tensor {shown(f'{module}.{needed}')}: missing")
     return modules
+
+
+def unreadable(tensors: Mapping[str, str], packed: Collection[str], where: object) -> str:
+    """Why a checkpoint of these tensors would not be read back as one with just these `packed` modules; "" if it would."""
+    try:
+        stray = set(module_names(tensors, bool(packed), where)) - set(packed)
+    except FormatError as error:
+        return str(error)
+    return f"{where}: {shown(f'{min(stray)}.weight_packed')} would be read as part of a packed weight" if stray else ""

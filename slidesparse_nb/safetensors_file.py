@@ -11,12 +11,13 @@ never paths. Source: the safetensors format, https://github.com/huggingface/safe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from .dtypes import NUMPY_OF, SAFETENSORS_BITS
 from .errors import FormatError, OperandError, UnsupportedError, shown
+from .file_kind import LOOKED_AT, mistaken
 from .strict_json import parse_json, uncollected
 
 LARGEST_HEADER = 100_000_000
@@ -124,8 +126,26 @@ def _parse_header(header: dict[str, Any], data_start: int, size: int, path: obje
         end = tensor.stop
     if end != size:
         what = "is truncated" if end > size else "has bytes after its last tensor"
-        raise FormatError(f"{path}: {what}: its header describes {end} bytes, the file has {size}")
+        raise FormatError(f"{path}: {what}: its header describes {end} bytes, the file has {size}; download it again")
     return {tensor.name: tensor for tensor in found}
+
+
+def checked_path(path: object, name: str) -> Path:
+    """`path`, the argument called `name`, as a Path.
+
+    Raises:
+        OperandError: it is no path, or one that no file can have: with a NUL, or characters the file system cannot encode.
+    """
+    try:
+        text = os.fsdecode(path)  # type: ignore[arg-type]  # TypeError is what we ask for
+        bad = b"\0" in os.fsencode(text)
+    except TypeError:
+        raise OperandError(f"{name}: {type(path).__name__} must be a path, such as 'model.safetensors'") from None
+    except UnicodeError:
+        bad = True
+    if bad:
+        raise OperandError(f"{name}: {shown(path)} holds a character that no path can hold; remove it")
+    return Path(text)
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
@@ -136,12 +156,35 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+    except (OSError, ValueError) as error:  # ValueError: a NUL in a name that an index gives
         raise FormatError(f"{shown(os.fspath(path))}: cannot be opened: {getattr(error, 'strerror', error)}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FormatError(f"{path}: is not a regular file")
     return descriptor
+
+
+def file_state(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced: its size and the time of its last change (ns); () if it is gone."""
+    try:
+        return _state(os.stat(path))
+    except OSError:
+        return ()
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _no_header(head: bytes, length: int, size: int) -> str:
+    """Why a file of `size` bytes that begins with `head` has no header of `length` bytes; a clause."""
+    if size < 8:
+        return f"has {size} bytes, but 8 alone hold the length of its header; download it again"
+    if length > LARGEST_HEADER:
+        return f"header length {length} is above the limit of {LARGEST_HEADER} bytes; is this a .safetensors file?"
+    if length > size - 8:
+        return f"header length {length} reaches past the end of the file ({size} bytes); download it again"
+    return f"header starts with {head[8 : min(16, 8 + length)]!r}, must start with '{{'; is this a .safetensors file?"
 
 
 class SafetensorsFile:
@@ -154,23 +197,23 @@ class SafetensorsFile:
         path: the file.
         metadata: its `__metadata__`.
         tensors: name -> TensorInfo, in the order of their bytes.
+        state: what tells whether the file at `path` is still the one that was opened; see `file_state`.
 
     Raises:
+        OperandError: `path` is none.
         FormatError: the file cannot be opened or its header breaks a rule of the format.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = path = checked_path(path, "path")
         descriptor = open_regular(path)
         try:
-            size = os.fstat(descriptor).st_size
-            if size < 8:
-                raise FormatError(f"{path}: has {size} bytes, but 8 alone hold the length of its header")
-            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-            if length > LARGEST_HEADER:
-                raise FormatError(f"{path}: header length {length} is above the limit of {LARGEST_HEADER} bytes")
-            if length > size - 8:
-                raise FormatError(f"{path}: header length {length} reaches past the end of the file ({size} bytes)")
+            status = os.fstat(descriptor)
+            size, self.state = status.st_size, _state(status)
+            head = os.pread(descriptor, LOOKED_AT, 0)
+            length = int.from_bytes(head[:8], "little")
+            if size < 8 or length > size - 8 or length > LARGEST_HEADER or head[8 : 9 if length else 8] != b"{":
+                raise FormatError(f"{path}: {mistaken(head, '.safetensors file') or _no_header(head, length, size)}")
             self._map: mmap.mmap | None = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
@@ -185,8 +228,6 @@ class SafetensorsFile:
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8)
 
     def _read_header(self, text: bytes, size: int) -> None:
-        if text[:1] != b"{":
-            raise FormatError(f"{self.path}: header starts with {text[:8]!r}, must start with '{{'")
         header = parse_json(text, f"{self.path}: header")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -254,6 +295,17 @@ class SafetensorsFile:
         page = first - first % mmap.PAGESIZE  # a neighbour's part of a page goes, too, and comes back like the rest
         if self._map is not None and first < last:
             self._map.madvise(mmap.MADV_DONTNEED, page, last - page)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say which file an OSError is about that names none, as those of read, write and fsync."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 # ---- write -------------------------------------------------------------------------------------------------------
@@ -339,8 +391,9 @@ class SafetensorsWriter:
             if not stat.S_ISREG(status.st_mode):
                 raise FormatError(f"{path}: is not a regular file")
             if not resume:
-                os.ftruncate(self._descriptor, 0)
-                os.ftruncate(self._descriptor, self.size)
+                with naming(self.path):
+                    os.ftruncate(self._descriptor, 0)
+                    os.ftruncate(self._descriptor, self.size)
                 self._write_at(memoryview(header), 0)
             elif status.st_size != self.size or os.pread(self._descriptor, len(header), 0) != header:
                 raise FormatError(f"{path}: was begun with other tensors or settings and cannot be resumed; start anew")
@@ -386,14 +439,16 @@ class SafetensorsWriter:
         return info.start + offset
 
     def _write_at(self, view: memoryview, position: int) -> None:
-        while view:
-            if not (done := os.pwrite(self._descriptor, view, position)):  # at most 2 GiB at a time
-                raise OSError(errno.EIO, "wrote nothing", str(self.path))
-            view, position = view[done:], position + done
+        with naming(self.path):
+            while view:
+                if not (done := os.pwrite(self._descriptor, view, position)):  # at most 2 GiB at a time
+                    raise OSError(errno.EIO, "wrote nothing")
+                view, position = view[done:], position + done
 
     def sync(self) -> None:
         """Wait until everything written so far is on the disk."""
-        os.fsync(self._descriptor)
+        with naming(self.path):
+            os.fsync(self._descriptor)
 
     def close(self, *, sync: bool = True) -> None:
         """Close the file, by default after it is on the disk."""
@@ -402,6 +457,7 @@ class SafetensorsWriter:
             return
         try:
             if sync:
-                os.fsync(descriptor)
+                with naming(self.path):
+                    os.fsync(descriptor)
         finally:
             os.close(descriptor)

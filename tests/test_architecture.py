@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "slidesparse_nb"
 
 FLOORS = (  # an import goes down, or to the left on its own floor
-    ("errors", "env", "strict_json", "dtypes", "pattern"),
+    ("errors", "env", "file_kind", "strict_json", "dtypes", "pattern"),
     ("packed", "operands", "safetensors_file", "packed_tensors", "model_folder"),
     ("reference", "arch"),
     ("cpu", "cpu_matmul", "device"),

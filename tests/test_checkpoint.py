@@ -202,11 +202,11 @@ def test_arrays_of_a_device_are_copied_to_the_host(tmp_path: Path) -> None:
         ({"\ud800": np.ones(1)}, "lone surrogate"),
         (
             {"fc": packed_weight(1, 8, dtype=BFLOAT16), "fc.weight_scale": np.ones((1, 1), np.float32)},
-            "'fc.weight_scale' clashes with packed weight 'fc', whose bfloat16 values carry no scale; rename it",
+            "'fc.weight_packed': has a weight_scale, but bfloat16 values carry none; rename it",
         ),
         (
             {"a": packed_weight(1, 8), "a.weight_packed": packed_weight(1, 8)},
-            "'a.weight_packed' is the name of both a packed weight and a tensor",
+            "'a.weight_packed' is the name of both a tensor and a packed module",
         ),
         (
             {"a": packed_weight(1, 8), **packed_arrays("b", packed_weight(1, 8))},

@@ -15,6 +15,7 @@ import safetensors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import slidesparse_nb as ss
 from slidesparse_nb import reference
 from slidesparse_nb.checkpoint import Checkpoint, index_bytes, load, packed_arrays, read_packed, save, slidesparse_metadata
 from slidesparse_nb.dtypes import BFLOAT16, CODE_OF, FLOAT8, INT8, DType
@@ -238,7 +239,7 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
     (tmp_path / "broken.safetensors").symlink_to("nowhere")
     (tmp_path / "folder.safetensors").mkdir()
-    for name in ("fifo.safetensors", "loop.safetensors", "broken.safetensors", "none.safetensors", "a\0b", "x" * 300):
+    for name in ("fifo.safetensors", "loop.safetensors", "broken.safetensors", "none.safetensors", "x" * 300):
         with pytest.raises(FormatError):
             load(tmp_path / name)
         with pytest.raises(FormatError):
@@ -713,3 +714,70 @@ def test_shown_and_parse_take_anything(value: Any) -> None:
 def test_unknown_names_are_operand_errors(model: Path) -> None:
     with pytest.raises(OperandError, match=r"'\.\./x' is no packed module and no tensor"):
         load(model, names=["../x"])
+
+
+# ---- files that are something else -----------------------------------------------------------------------------------
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 4976698672\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (POINTER, "is a pointer of Git LFS, not the file itself; run `git lfs install && git lfs pull`"),
+        (b"\xef\xbb\xbf" + POINTER, "is a pointer of Git LFS"),
+        (b"<!DOCTYPE html>\n<html><title>403</title></html>", "is a web page ('<!DOCTYPE html>"),
+        (b"\n  <html lang='de'>" + "ä".encode() * 200, "is a web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is a web page"),
+        (b'{"error": "Access to model is restricted"}', "is a JSON text"),
+        (b"Entry not found", "is a text ('Entry not found'), no .safetensors file; download it again"),
+        (b"404", "is a text ('404')"),
+        (
+            b"PK\x03\x04\x00\x00\x08\x08" + bytes(99),
+            "is a zip archive, as torch.save writes it, no .safetensors file; load it with",
+        ),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(99), "is a pickle, as torch.save writes it"),
+        (b"GGUF\x03\0\0\0" + bytes(99), "is a GGUF file"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\x03" + bytes(99), "is a gzip archive"),
+        (bytes(4096), "is all zeros; download it again"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path: Path, data: bytes, message: str) -> None:
+    refuse(tmp_path / "f.safetensors", data, message)
+    for name in ("config.json", "model.safetensors.index.json") if data[:1] not in b"{4" else ():
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        save(folder / "model-1.safetensors", {"x": np.ones(1)})
+        (folder / name).write_bytes(data)
+        with pytest.raises(FormatError) as caught:
+            load(folder)
+        assert name in str(caught.value)
+        assert message.split("no .safe")[0].split(" of")[0] in str(caught.value) or b"\0" in data
+
+
+def test_no_message_is_long_or_holds_what_a_terminal_obeys(tmp_path: Path) -> None:
+    for text in ("x" * 100_000, "a b " * 50_000, "\x1b[2J\r\n\ud800\u202e" * 9):
+        message = str(UnsupportedError(f"start {text} end"))
+        assert message.isprintable()
+        assert len(message) <= 1200
+        assert message.startswith("start")
+        assert message.endswith("end")
+
+
+@pytest.mark.parametrize("path", ["a\0b.safetensors", "\ud800.safetensors", None, 5])
+def test_paths_that_no_file_can_have(tmp_path: Path, path: Any) -> None:
+    source = tmp_path / "m.safetensors"
+    save(source, {"fc": packed()})
+    for call in (
+        lambda: load(path),
+        lambda: save(path, {"x": np.ones(1)}),
+        lambda: ss.pack_checkpoint(path, tmp_path / "o"),
+        lambda: ss.unpack_checkpoint(path, tmp_path / "o"),
+        lambda: ss.unpack_checkpoint(source, path or 5),
+        lambda: ss.verify_checkpoint(path),
+        lambda: ss.verify_checkpoint(source, path or 5),
+        lambda: ss.inspect_checkpoint(path),
+    ):
+        with pytest.raises(OperandError, match=r"must be a path|no path can hold"):
+            call()
+    assert os.listdir(tmp_path) == ["m.safetensors"]

@@ -19,7 +19,7 @@ DENSE_MARK = "slidesparse_dense"
 """Metadata key of files in dense format; its value is that of "slidesparse" in packed ones."""
 
 
-def output_metadata(source: Checkpoint, format: str, pattern: Pattern, dtype: DType) -> dict[str, str]:
+def output_metadata(source: Checkpoint, format: str, pattern: Pattern, dtype: DType | None) -> dict[str, str]:
     """`__metadata__` of the output's files: the source's own entries, and what they hold."""
     kept = {key: value for key, value in source.metadata.items() if key not in ("slidesparse", DENSE_MARK)}
     mine = slidesparse_metadata(pattern, dtype)

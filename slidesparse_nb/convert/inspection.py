@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from .kinds import not_linear
 from .layout import row_ranges
 from .options import UNIT_BYTES, Progress, Run
 from .proof import prove_copies
-from .selection import QUANTIZED_CODES, QUANTIZED_PARTS, SOURCE_CODES, Selection, select
+from .selection import QUANTIZED_PARTS, SOURCE_CODES, Selection, named, select
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Progress | Non
     Raises:
         FormatError: the checkpoint is broken.
     """
-    with Checkpoint.open(Path(path)) as checkpoint:
+    with Checkpoint.open(path) as checkpoint:
         sizes = {name: info.nbytes for name, (info, _) in checkpoint.tensors.items()}
         facts = Facts(str(path), len(checkpoint.files), len(sizes), sum(sizes.values()))
         counted: set[str] = set()
@@ -169,7 +168,7 @@ def verify_checkpoint(
         FormatError: a checkpoint is broken. UnsupportedError: `path` is not packed. VerificationError: the proof fails.
     """
     result = Verification(against_source=source is not None)
-    with Checkpoint.open(Path(path)) as written:
+    with Checkpoint.open(path) as written:
         packed = read_packed(written)
         if not packed:
             raise UnsupportedError(f"{path}: holds no packed weights")
@@ -181,7 +180,7 @@ def verify_checkpoint(
                 result.weights += weight.n * weight.k
                 add(weight.nbytes)
         else:
-            with Checkpoint.open(Path(source)) as dense:
+            with Checkpoint.open(source) as dense:
                 _against(written, packed, dense, result, add)
         result.modules = len(packed)
     return result
@@ -202,15 +201,11 @@ def _against(
     written: Checkpoint, packed: dict[str, PackedWeight], dense: Checkpoint, result: Verification, add: Callable[[int], None]
 ) -> None:
     """Prove packed modules, and the tensors beside them, against the dense source."""
-    dtype = next(iter(packed.values())).dtype
     for name, weight in packed.items():
         if f"{name}.weight" not in dense.tensors or dense.tensors[f"{name}.weight"][0].shape != weight.shape:
             raise VerificationError(f"{name}: the source has no weight of shape {list(weight.shape)} of that name")
-    scheme = "auto" if any(code in QUANTIZED_CODES for code in _codes(dense)) else dtype.scheme
-    modules = {m.name: m for m in select(dense, scheme=scheme, targets=tuple(packed)).modules}
+    modules = named(dense, {name: weight.dtype for name, weight in packed.items()})
     for name, weight in packed.items():
-        if name not in modules:
-            raise VerificationError(f"{name}: the source's weight of that name is not one that could have been packed")
         module = modules[name]
 
         def check(block: PackedWeight, first: int, last: int) -> None:
@@ -234,10 +229,6 @@ def _against(
     replaced = [name for module in modules.values() for name in module.replaced]
     made = [tensor for name, weight in packed.items() for tensor in packed_names(name, weight)]
     result.copies = prove_copies(written, dense, replaced, made, lambda _: None)
-
-
-def _codes(checkpoint: Checkpoint) -> set[str]:
-    return {info.code for name, (info, _) in checkpoint.tensors.items() if name.endswith(".weight")}
 
 
 def dropped(block: PackedWeight, w: Array) -> tuple[int, int]:

@@ -12,11 +12,13 @@ from typing import Any
 from .. import dtypes
 from ..checkpoint import Checkpoint
 from ..errors import FormatError, OperandError, SlideSparseError, UnsupportedError, VerificationError
+from ..packed_tensors import unreadable
 from ..pattern import Pattern
-from ..safetensors_file import TensorInfo
+from ..safetensors_file import TensorInfo, checked_path
 from .config import is_ours
 from .layout import Item, Layout, Piece
 from .options import UNIT_BYTES, ModuleReport, Report, Run
+from .proof import prove_files
 from .selection import Module
 from .streaming import Staging, clear_leftovers, write_layout
 
@@ -57,9 +59,12 @@ def output_target(source: Path, checkpoint: Checkpoint, out: str | os.PathLike[s
         if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):  # a hub cache keeps nothing of ours
             return Path(f"{root.parents[1].name.rpartition('--')[2]}-{label}"), False
         return root.with_name(f"{root.name}-{label}"), False
-    if not os.fspath(out):
+    if str(out) == "":
         raise OperandError("out: is empty; name a folder or a .safetensors file")
-    target = Path(os.path.abspath(out))
+    target = checked_path(out, "out").absolute()
+    if ".." in target.parts:  # after a link it leads where the operating system says, not one name back
+        whole = target.name == ".."
+        target = Path(os.path.realpath(target)) if whole else Path(os.path.realpath(target.parent), target.name)
     single = target.suffix == ".safetensors"
     if single and not checkpoint.is_single_file:
         raise OperandError(f"out: {target} is one file, but {source} is a folder; name a folder")
@@ -85,7 +90,8 @@ def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Call
     """Every output item in the source's order: a module where its weight (or first tensor) stood, other tensors as they are.
 
     Raises:
-        UnsupportedError: a tensor that goes through has the name of one that a module writes.
+        UnsupportedError: a tensor that goes through has the name of one that a module writes, or could not be read back beside
+            it.
     """
     owner = {name: module for module in modules for name in module.replaced}
     items: list[Item] = []
@@ -104,6 +110,9 @@ def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Call
                 f"{item.name}: stands in the source, and module {made[item.name]} would write a tensor of that name; rename it,"
                 f" or leave {made[item.name]} dense with --ignore"
             )
+    packed = [item.name for item in items if f"{item.name}.weight_packed" in made]
+    if why := unreadable({name: code for item in items for name, code, _ in item.entries}, packed, "the output"):
+        raise UnsupportedError(f"{why}; rename it in the source, or leave the module beside it dense with --ignore")
     return items
 
 
@@ -115,26 +124,28 @@ def new_report(
     layout: Layout,
     *,
     pattern: Pattern,
-    dtype: dtypes.DType,
+    dtype: dtypes.DType | None,
     format: str,
     prune: str,
     left_dense: dict[str, str],
     skipped: dict[str, str],
     notes: list[str],
 ) -> Report:
-    """The report of a conversion before it runs."""
+    """The report of a conversion before it runs; `dtype` is None where modules are of several types."""
     sizes = {item.name: item.nbytes for shard in layout.shards for item in shard.items if not item.copied}
     rows = []
     for module in modules:
         n, k = module.shape
         source_bytes = sum(checkpoint.tensors[name][0].nbytes for name in module.replaced)
         bits = 8 * sizes[module.name] / max(1, n * k)
-        rows.append(ModuleReport(module.name, n, k, module.code, dtype.safetensors, source_bytes, sizes[module.name], bits))
+        rows.append(
+            ModuleReport(module.name, n, k, module.code, module.dtype.safetensors, source_bytes, sizes[module.name], bits)
+        )
     return Report(
         input=str(source),
         output=str(target),
         pattern=str(pattern),
-        scheme=dtype.scheme,
+        scheme=dtype.scheme if dtype else "mixed",
         format=format,
         prune=prune,
         expansion=float(pattern.expansion),
@@ -143,7 +154,7 @@ def new_report(
         left_dense=left_dense,
         skipped=skipped,
         notes=notes,
-        files=[shard.name for shard in layout.shards] + [name for name, _ in layout.files],
+        files=[shard.name for shard in layout.shards] + [file.name for file in layout.files],
         weights=sum(row.n * row.k for row in rows),
         source_bytes=sum(info.nbytes for info, _ in checkpoint.tensors.values()),
         output_bytes=sum(shard.nbytes for shard in layout.shards),
@@ -168,14 +179,18 @@ def carry_out(
         phase: what progress calls the work.
         prove: raises VerificationError unless the written checkpoint equals its source; counts the bytes it has proved.
     """
-    if run.resume and not run.overwrite and layout.stands_at(target, single):
-        with Checkpoint.open(target) as written:
+    if run.resume and not run.overwrite and os.path.lexists(target) and (single or not _is_empty(target)):
+        if not (why := layout.differing_shard(target, single)):
             try:  # the same headers may hold other weights: pruned otherwise, or from an earlier state of the source
-                prove(written, run.counter("verifying", report.source_bytes))
-            except (VerificationError, FormatError) as error:
-                raise OperandError(
-                    f"out: {target} exists and is not what these options make of this source ({error})"
-                ) from None
+                with Checkpoint.open(target) as written:
+                    _prove_all(layout, written, checkpoint, run.counter("verifying", report.source_bytes), prove)
+            except (VerificationError, FormatError, UnsupportedError) as error:
+                why = str(error)
+        if why:
+            raise OperandError(
+                f"out: {target} exists and is not what these options make of this source ({why}); --overwrite replaces it, or"
+                " name another place"
+            )
         clear_leftovers(target)
         report.already_complete = report.verified = True
         return
@@ -187,6 +202,7 @@ def carry_out(
         single=single,
         fingerprint=fingerprint,
         keep={shard.name for shard in layout.shards},
+        names=layout.names,
         resume=run.resume,
         may_replace=partial(_is_ours, target, single) if run.overwrite else None,
     )
@@ -201,8 +217,9 @@ def carry_out(
         if run.verify:
             start = time.perf_counter()
             with Checkpoint.open(staging.folder / target.name if single else staging.folder) as written:
-                prove(written, run.counter("verifying", report.source_bytes))
+                _prove_all(layout, written, checkpoint, run.counter("verifying", report.source_bytes), prove)
             report.verified, report.verify_seconds = True, time.perf_counter() - start
+        _refuse_changed(checkpoint)
         staging.publish()
     except KeyboardInterrupt:
         staging.keep()
@@ -217,9 +234,33 @@ def carry_out(
         raise
 
 
+def _prove_all(
+    layout: Layout,
+    written: Checkpoint,
+    source: Checkpoint,
+    add: Callable[[int], None],
+    prove: Callable[[Checkpoint, Callable[[int], None]], None],
+) -> None:
+    """`prove`, and that the small files are those of the layout, and that the source held still. Raises VerificationError."""
+    prove(written, add)
+    if written.root is not None:
+        prove_files(written.root, layout)
+    _refuse_changed(source)
+
+
+def _refuse_changed(source: Checkpoint) -> None:
+    """Raise VerificationError where a file of the source was written to while it was read."""
+    if (changed := source.changed()) is not None:
+        raise VerificationError(f"{changed}: was written to while it was read, and the output may mix two states; run again")
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
 def refuse_existing(target: Path, single: bool, overwrite: bool) -> None:
     """Raise OperandError where something stands at `target` that must not be replaced."""
-    if not os.path.lexists(target) or (target.is_dir() and not single and not any(target.iterdir())):
+    if not os.path.lexists(target) or (not single and _is_empty(target)):
         return
     if not overwrite:
         raise OperandError(f"out: {target} exists; --overwrite replaces it, or name another place")

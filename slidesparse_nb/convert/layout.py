@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, index_bytes, shard_name, shard_plan
 from ..dtypes import DType
+from ..errors import FormatError
+from ..file_kind import LOOKED_AT, POINTER, is_pointer
 from ..model_folder import CONFIG, INDEX_SUFFIX
-from ..safetensors_file import header_bytes, tensor_bytes
+from ..safetensors_file import header_bytes, naming, open_regular, tensor_bytes
 
 DEFAULT_SHARD = 5 * 10**9
 
@@ -74,12 +75,62 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class SmallFile:
+    """A file of the output beside its shards.
+
+    Attributes:
+        name: relative to the output's folder, "/" between folders.
+        contents: its bytes, or the file of the source that it is a copy of.
+    """
+
+    name: str
+    contents: bytes | Path
+
+    def write(self, folder: Path) -> None:
+        """Write it into `folder`.
+
+        Raises:
+            OSError: naming the file that could not be read or written.
+        """
+        path = folder / self.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(path), path.open("wb", buffering=0) as file:
+            for part in self.parts():
+                left = memoryview(part)
+                while left:
+                    left = left[file.write(left) :]
+
+    def parts(self) -> Iterator[bytes]:
+        """Its bytes, in pieces."""
+        if isinstance(self.contents, bytes):
+            yield self.contents
+            return
+        with naming(self.contents), open(open_regular(self.contents), "rb") as file:
+            while part := file.read(2**20):
+                yield part
+
+    def difference(self, folder: Path) -> str:
+        """What is wrong with the file of that name in `folder`: a clause that names it, or ""."""
+        made = "what these options make" if isinstance(self.contents, bytes) else "the source's"
+        try:
+            with open(open_regular(folder / self.name), "rb") as file:
+                same = all(file.read(len(part)) == part for part in self.parts()) and not file.read(1)
+        except FormatError:
+            return f"{self.name} is missing or cannot be read"
+        return "" if same else f"{self.name} is not {made}"
+
+
+@dataclass(frozen=True)
 class Layout:
     """A whole output: shards, then the small files that make it valid, in the order they are written."""
 
     shards: list[Shard]
-    files: list[tuple[str, Callable[[Path], Any]]]
-    """Relative path, and what writes that file at a given path."""
+    files: list[SmallFile]
+
+    @property
+    def names(self) -> set[str]:
+        """What the output's folder holds at its top."""
+        return {shard.name for shard in self.shards} | {file.name.split("/")[0] for file in self.files}
 
     def fingerprint(self, facts: dict[str, Any]) -> str:
         """One hash of everything that decides the output's bytes: the headers, and `facts` about source and options."""
@@ -88,11 +139,12 @@ class Layout:
             digest.update(os.fsencode(shard.name) + shard.header)
         return digest.hexdigest()
 
-    def stands_at(self, out: Path, single: bool) -> bool:
-        """Whether `out` holds every file of this layout, shards with exactly these headers and sizes."""
-        if single:
-            return _same_header(self.shards[0], out)
-        return all(_same_header(s, out / s.name) for s in self.shards) and all((out / name).exists() for name, _ in self.files)
+    def differing_shard(self, out: Path, single: bool) -> str:
+        """Which shard `out` lacks or holds with another header or size: a clause that names it, or ""."""
+        for shard in self.shards:
+            if not _same_header(shard, path := out if single else out / shard.name):
+                return f"{path.name} {'holds other tensors' if path.exists() else 'is missing'}"
+        return ""
 
 
 def dense_entries(name: str, dtype: DType, shape: tuple[int, int]) -> tuple[Entry, ...]:
@@ -135,25 +187,21 @@ def output_layout(
     if single is not None:
         return Layout([Shard(single, tuple(items), metadata)], [])
     plan = shard_plan([(i, item.nbytes) for i, item in enumerate(items)], max_shard_size or DEFAULT_SHARD)
-    shards = [
-        Shard(shard_name(i, len(plan), source.stem), tuple(items[i] for i in held), metadata) for i, held in enumerate(plan)
-    ]
-    files: list[tuple[str, Callable[[Path], Any]]] = []
+    names = [shard_name(i, len(plan), source.stem) for i in range(len(plan))]
+    shards = [Shard(name, tuple(items[i] for i in held), metadata) for name, held in zip(names, plan, strict=True)]
+    files: list[SmallFile] = []
     for relative in source.companions:
         assert source.root is not None
-        files.append((str(relative), partial(shutil.copyfile, source.root / relative)))
+        files.append(SmallFile(str(relative), source.root / relative))
+        if is_pointer(next(files[-1].parts(), b"")[:LOOKED_AT]):
+            raise FormatError(f"{source.root / relative}: {POINTER}")
     if len(shards) > 1:
         homes = {entry[0]: shard.name for shard in shards for entry in shard.entries}
         total = sum(item.nbytes for item in items)
-        files.append((f"{source.stem}{INDEX_SUFFIX}", partial(_write_bytes, index_bytes(homes, total))))
+        files.append(SmallFile(f"{source.stem}{INDEX_SUFFIX}", index_bytes(homes, total)))
     if config is not None:
-        text = json.dumps(config, indent=2) + "\n"
-        files.append((CONFIG, partial(_write_bytes, text.encode())))
+        files.append(SmallFile(CONFIG, (json.dumps(config, indent=2) + "\n").encode()))
     return Layout(shards, files)
-
-
-def _write_bytes(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
 
 
 def _same_header(shard: Shard, path: Path) -> bool:

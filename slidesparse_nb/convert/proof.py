@@ -1,14 +1,16 @@
-"""Proof that a written checkpoint holds what its source holds: every packed weight, and every other tensor byte for byte."""
+"""Proof that a written checkpoint holds what its source holds: tensors that are copied, and small files, byte for byte."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..errors import VerificationError
-from .layout import row_ranges
+from .layout import Layout, row_ranges
 from .options import UNIT_BYTES
 
 
@@ -41,3 +43,20 @@ def prove_copies(
             add(last - first)
         count += 1
     return count
+
+
+def prove_files(folder: Path, layout: Layout) -> None:
+    """Check that `folder` holds the small files of `layout` byte for byte, and no other file that is not hidden.
+
+    Raises:
+        VerificationError: one is missing or differs, or another is there.
+    """
+    if why := next(filter(None, (file.difference(folder) for file in layout.files)), ""):
+        raise VerificationError(why)
+    wanted = {shard.name for shard in layout.shards} | {file.name for file in layout.files}
+    for place, subfolders, names in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            path = (Path(place) / name).relative_to(folder).as_posix()
+            if not name.startswith(".") and path not in wanted:
+                raise VerificationError(f"{path} is not in the source")

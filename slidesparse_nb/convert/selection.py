@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from .. import dtypes
 from ..checkpoint import Checkpoint
 from ..dtypes import DType
-from ..errors import OperandError, UnsupportedError, shown
+from ..errors import OperandError, UnsupportedError, VerificationError, shown
 from ..pattern import Pattern
 from ..safetensors_file import TensorInfo
 from . import kinds
@@ -299,6 +299,25 @@ def scale_problem(checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | 
     if zero in tensors and checkpoint.array(zero).any():
         return f"{shown(zero)}: a zero point other than 0 cannot be packed; requantize symmetrically"
     return None
+
+
+def named(checkpoint: Checkpoint, stored: Mapping[str, DType]) -> dict[str, Module]:
+    """Modules by their exact names, whatever they are and whatever stands beside them, with the types they are stored in.
+
+    Raises:
+        VerificationError: the weight of that name could not have been packed into that type.
+        UnsupportedError: the checkpoint as a whole is of a kind that cannot be packed.
+    """
+    selection = Selection(source=read_source(checkpoint))
+    for name, dtype in stored.items():
+        info = checkpoint.tensors[f"{name}.weight"][0]
+        if info.code not in SOURCE_CODES or (info.code in QUANTIZED_CODES and info.code != dtype.safetensors):
+            raise VerificationError(f"{name}.weight: {info.code} weights of the source could not have been packed as {dtype}")
+        scheme = "auto" if info.code in QUANTIZED_CODES else dtype.scheme
+        _add(selection, name, info, checkpoint, scheme)
+        if why := selection.bad.get(name):
+            raise VerificationError(f"{why} (the source's weight of that name could not have been packed)")
+    return {module.name: module for module in selection.modules}
 
 
 def _one_type(selection: Selection) -> None:

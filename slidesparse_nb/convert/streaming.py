@@ -27,8 +27,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError, OperandError
-from ..safetensors_file import SafetensorsWriter
+from ..safetensors_file import SafetensorsWriter, naming
 from .layout import Item, Layout, Shard, row_ranges
+
+JOURNAL_HEAD = b'{"slidesparse": 1, "fingerprint": "'
+"""How every journal begins."""
+
+MOST_IN_FLIGHT = 4096
+"""Pieces of work, however small, that may be under way together."""
 
 COPIES = 16
 """Memory that a piece takes while it is made, in times its source: a float32 copy, scores, results, what they pass through."""
@@ -50,6 +56,8 @@ class Staging:
     Args:
         out: the final path, a folder, or one file if `single`.
         keep: names in the partial folder that an earlier run may have left for this one.
+        names: every name that the partial folder may hold at its top; beside a journal cut in its first line, others are not
+            ours.
         resume: continue from a journal with the same fingerprint, if there is one.
         may_replace: asked before something at OUT is replaced; None if nothing may be.
 
@@ -64,6 +72,7 @@ class Staging:
         single: bool,
         fingerprint: str,
         keep: set[str],
+        names: set[str],
         resume: bool,
         may_replace: Callable[[], bool] | None,
     ) -> None:
@@ -73,19 +82,19 @@ class Staging:
         out.parent.mkdir(parents=True, exist_ok=True)
         ours = self.journal.is_file() and not self.journal.is_symlink()
         if ours and not (resume or may_replace):
-            file = _lock(self.journal, os.O_RDWR, out)  # says so if that run is alive
-            text = file.read()
-            file.close()
-            if text:
-                raise OperandError(
-                    f"out: an unfinished run of {out} stands at {self.folder}; continue it with --resume, or start over with"
-                    " --overwrite"
-                )
+            with contextlib.suppress(FileNotFoundError), _lock(self.journal, os.O_RDWR, out) as file:  # says so if it is alive
+                if _read_journal(file, self.journal)[2]:
+                    raise OperandError(
+                        f"out: an unfinished run of {out} stands at {self.folder}; continue it with --resume, or start over"
+                        " with --overwrite"
+                    )
         self._refuse_strangers(ours)
         self._file = _lock(self.journal, os.O_RDWR | os.O_CREAT, out)
         try:
-            self._take_over(fingerprint, keep, resume)
-        except BaseException:
+            self._take_over(fingerprint, keep, names, resume)
+        except BaseException as error:
+            if isinstance(error, OSError) and not ours:  # a full disk: what began here leaves nothing
+                self.discard()
             self._file.close()
             raise
 
@@ -99,10 +108,12 @@ class Staging:
             if os.path.lexists(path):
                 raise _stranger(path)
 
-    def _take_over(self, fingerprint: str, keep: set[str], resume: bool) -> None:
+    def _take_over(self, fingerprint: str, keep: set[str], names: set[str], resume: bool) -> None:
         """Continue what the journal tells of, or start anew."""
-        found, self.done = _read_journal(self._file, self.journal)
-        if found is not None and os.path.lexists(self.aside) and not os.path.lexists(self.out):
+        found, self.done, whole = _read_journal(self._file, self.journal)
+        if found is None:  # new, or cut in its first line: then it vouches for nothing but what looks like this output
+            self._refuse_unvouched(names)
+        elif os.path.lexists(self.aside) and not os.path.lexists(self.out):
             os.rename(self.aside, self.out)  # killed between two renames: what stood there comes back first
         if resume and found is not None and found != fingerprint and not self.may_replace:
             raise OperandError(
@@ -110,11 +121,15 @@ class Staging:
                 " --overwrite"
             )
         self.resumed = resume and found == fingerprint
-        if not self.resumed:
+        if self.resumed:
+            self._file.truncate(whole)
+        else:
             self.done = {}
-            self._file.truncate(0)
             shutil.rmtree(self.folder, ignore_errors=True)
+            self._file.truncate(0)
             self._append({"slidesparse": 1, "fingerprint": fingerprint})
+            with naming(self.journal):
+                os.fsync(self._file.fileno())
         self.folder.mkdir(exist_ok=True)
         for entry in os.scandir(self.folder):  # whatever else is there, this run did not make
             if entry.is_dir(follow_symlinks=False):
@@ -122,8 +137,18 @@ class Staging:
             elif entry.name not in keep or not entry.is_file(follow_symlinks=False):
                 os.unlink(entry.path)
 
+    def _refuse_unvouched(self, names: set[str]) -> None:
+        """Raise OperandError where a side folder holds what this output would not."""
+        if os.path.lexists(self.aside):
+            raise _stranger(self.aside)
+        if self.folder.is_dir() and any(entry.name not in names for entry in os.scandir(self.folder)):
+            raise _stranger(self.folder)
+
     def _append(self, record: dict[str, Any]) -> None:
-        os.write(self._file.fileno(), json.dumps(record).encode() + b"\n")
+        line = memoryview(json.dumps(record).encode() + b"\n")
+        with naming(self.journal):
+            while line:
+                line = line[os.write(self._file.fileno(), line) :]
 
     def finish(self, unit: str, done: Done) -> None:
         """Note that a unit of work is in its place."""
@@ -183,21 +208,27 @@ def _lock(journal: Path, flags: int, out: Path) -> Any:
     """The journal, open for appending and locked.
 
     Raises:
-        OperandError: another process holds it.
+        OperandError: another process holds it. FileNotFoundError: it is not there, and `flags` do not create it.
     """
-    file = os.fdopen(os.open(journal, flags | os.O_APPEND | os.O_NOFOLLOW, 0o644), "r+b", buffering=0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise OperandError(f"out: another run is writing {out} at this moment") from None
-        raise
-    return file
+    while True:
+        file = os.fdopen(os.open(journal, flags | os.O_APPEND | os.O_NOFOLLOW, 0o644), "r+b", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.lstat(journal)):
+                    return file
+        except OSError as error:
+            file.close()
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise OperandError(f"out: another run is writing {out} at this moment; wait for it, or stop it") from None
+            raise
+        file.close()  # between opening and locking it, the run that held it ended and removed it: look again
 
 
-def _read_journal(file: Any, path: Path) -> tuple[str | None, dict[str, Done]]:
-    """The fingerprint of the first line (None of an empty journal) and the finished units; a torn last line is cut off.
+def _read_journal(file: Any, path: Path) -> tuple[str | None, dict[str, Done], int]:
+    """The fingerprint of a journal, its finished units, and its length in bytes up to the end of its last whole line.
+
+    The fingerprint is None, and the length 0, where it is empty or was cut in its first line, as a power failure may do.
 
     Raises:
         OperandError: it is not a journal of ours.
@@ -205,13 +236,12 @@ def _read_journal(file: Any, path: Path) -> tuple[str | None, dict[str, Done]]:
     file.seek(0)
     text = file.read()
     whole = text[: text.rfind(b"\n") + 1]
-    file.truncate(len(whole))
-    lines = [_record(line) for line in whole.splitlines()]
-    if not lines:
-        if text and b"slidesparse" not in text:
-            file.write(text)  # somebody else's, without a line's end
+    if not whole:
+        begun = text.rstrip(b"\0")
+        if not begun.startswith(JOURNAL_HEAD) and not JOURNAL_HEAD.startswith(begun):
             raise _stranger(path)
-        return None, {}
+        return None, {}, 0
+    lines = [_record(line) for line in whole.splitlines()]
     if lines[0].get("slidesparse") != 1 or not isinstance(lines[0].get("fingerprint"), str):
         raise _stranger(path)
     done = {}
@@ -221,7 +251,7 @@ def _read_journal(file: Any, path: Path) -> tuple[str | None, dict[str, Done]]:
         well = all(isinstance(span, list) and [*map(type, span)] == [str, int, int] for span in spans)
         if spans and well and isinstance(unit, str) and isinstance(crc, int):
             done[unit] = Done(spans, crc)
-    return lines[0]["fingerprint"], done
+    return lines[0]["fingerprint"], done, len(whole)
 
 
 def _record(line: bytes) -> dict[str, Any]:
@@ -241,7 +271,7 @@ def clear_leftovers(out: Path) -> None:
     folder, journal, aside = _places(out)
     if journal.is_symlink() or not journal.is_file():
         return
-    with _lock(journal, os.O_RDWR, out) as file:
+    with contextlib.suppress(FileNotFoundError), _lock(journal, os.O_RDWR, out) as file:
         if _read_journal(file, journal)[0] is not None:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
@@ -274,10 +304,8 @@ def write_layout(
                 )
             finally:  # what it replaces must not be lost to a power failure
                 writer.close(sync=os.path.lexists(staging.out))
-    for relative, write in layout.files:
-        target = staging.folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(target)
+    for file in layout.files:
+        file.write(staging.folder)
     _sync_folder(staging.folder)
 
 
@@ -292,9 +320,12 @@ def _write_shard(
 ) -> None:
     """One shard, with pieces of at most `most` source bytes under way, or one piece."""
     flight: deque[tuple[Future[Done], str, int]] = deque()
+    flying = 0
 
     def land() -> None:
+        nonlocal flying
         future, unit, count = flight.popleft()
+        flying -= count
         staging.finish(unit, future.result())
         progress(count)
 
@@ -305,9 +336,10 @@ def _write_shard(
                 if unit in staging.done and _still_there(writer, staging.done[unit]):
                     progress(count)
                     continue
-                while flight and sum(bytes_ for *_, bytes_ in flight) + count > most:
+                while flight and (flying + count > most or len(flight) >= MOST_IN_FLIGHT):
                     land()
                 flight.append((pool.submit(_write, writer, item, first, last), unit, count))
+                flying += count
         while flight:
             land()
     finally:  # the writer must outlive the work in flight

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from .. import __version__, packing
 from ..checkpoint import Checkpoint, packed_names, read_packed
+from ..dtypes import DType
 from ..errors import UnsupportedError, VerificationError
 from ..packed import PackedWeight
+from ..safetensors_file import checked_path
 from ..verification import cut
 from .config import output_config, output_metadata
 from .job import all_items, carry_out, new_report, output_target
@@ -24,15 +26,17 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
     """Write a packed checkpoint back dense: 16-bit weights, or 8-bit weights and their scales as compressed-tensors names them.
 
     Raises:
-        OperandError: `out` exists. FormatError: the source is broken. UnsupportedError: it is not packed.
+        OperandError: `out` exists. FormatError: the source is broken. UnsupportedError: it is not packed, or a folder whose
+            config.json would have to describe weights of several types.
         VerificationError: `source` is not in canonical form, or what was written does not equal it.
     """
-    run, source = run or Run(), Path(source)
+    run, source = run or Run(), checked_path(source, "source")
     with Checkpoint.open(source) as checkpoint:
         weights = read_packed(checkpoint)
         if not weights:
             raise UnsupportedError(f"{source}: holds no packed weights")
-        pattern, dtype = next((w.pattern, w.dtype) for w in weights.values())
+        pattern = next(iter(weights.values())).pattern
+        dtype = _one_type(source, checkpoint, weights)
         modules = [_module(name, packed) for name, packed in weights.items()]
         target, single = output_target(source, checkpoint, out, "dense")
         said = read_packed_source(checkpoint)
@@ -40,7 +44,7 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
             all_items(checkpoint, modules, lambda module: _item(checkpoint, module, weights[module.name])),
             checkpoint,
             metadata=output_metadata(checkpoint, "dense", pattern, dtype),
-            config=output_config(checkpoint, said, "dense", pattern, dtype, weights),
+            config=output_config(checkpoint, said, "dense", pattern, dtype, weights) if dtype else None,
             max_shard_size=None,
             single=target.name if single else None,
         )
@@ -71,6 +75,18 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
 
         carry_out(layout, target, single, checkpoint, {"unpack": __version__}, run, report, "unpacking", prove)
         return report
+
+
+def _one_type(source: Path, checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> DType | None:
+    """The type of all packed weights; None of several, which no config.json of ours describes. Raises UnsupportedError."""
+    kinds = {w.dtype.name: (w.dtype, name) for name, w in weights.items()}
+    if len(kinds) > 1 and checkpoint.config is not None:
+        told = " and ".join(f"{kind} ({name})" for kind, (_, name) in sorted(kinds.items()))
+        raise UnsupportedError(
+            f"{source}: holds modules of several types, {told}, and config.json can describe only one; unpack its .safetensors"
+            " files one by one, which keep their types, or pack the source again with one --scheme"
+        )
+    return next(iter(kinds.values()))[0] if len(kinds) == 1 else None
 
 
 def _module(name: str, packed: PackedWeight) -> Module:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from ..errors import OperandError, PatternError, SlideSparseError, UnsupportedEr
 from ..model_folder import OTHER_WEIGHTS
 from ..packed import PackedWeight
 from ..packing import violations_hint
+from ..safetensors_file import checked_path
 from ..verification import cut
 from .config import output_config, output_metadata
 from .job import all_items, carry_out, extent, new_report, output_target, release_rows, source_scale
@@ -56,7 +56,7 @@ def pack_checkpoint(
         VerificationError: what was written is not what was meant.
         OSError: reading or writing failed; what is done is kept for `resume`. In every other case nothing is left behind.
     """
-    options, run, source = options or Options(), run or Run(), Path(source)
+    options, run, source = options or Options(), run or Run(), checked_path(source, "source")
     with Checkpoint.open(source) as checkpoint:
         selection = select(
             checkpoint, pattern=options.pattern, scheme=options.scheme, targets=options.targets, ignore=options.ignore
