@@ -3,13 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-peers lint bench clean
 
 demo: $(VENV)/demo.done
 	$(RUN) tools/demo.py
 
 test: $(VENV)/test.done
 	$(RUN) -m pytest -n auto
+
+# stock loaders judge our outputs: PyTorch, transformers and compressed-tensors, in an environment of their own;
+# TORCH chooses the build, e.g. make test-peers TORCH=torch==2.13.0 PIP_EXTRA_INDEX_URL=...
+TORCH ?= torch
+test-peers: $(VENV)-peers/test_peers.done
+	$(VENV)-peers/bin/python -m pytest -n auto --peers tests/peers
+
+$(VENV)-peers/test_peers.done: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test_peers]"
+	touch $@
 
 lint: $(VENV)/lint.done
 	$(RUN) -m ruff check .
@@ -22,7 +33,7 @@ bench:
 	$(PYTHON) tools/bench.py --full --json bench-out/bench.json --plot bench-out/bench.png
 
 clean:
-	rm -rf $(VENV) demo-out bench-out build *.egg-info
+	rm -rf $(VENV) $(VENV)-peers demo-out bench-out build *.egg-info
 
 $(RUN):
 	$(PYTHON) -m venv $(VENV)
