@@ -14,12 +14,12 @@ test: $(VENV)/test.done
 # stock loaders judge our outputs: PyTorch, transformers and compressed-tensors, in an environment of their own;
 # TORCH chooses the build, e.g. make test-peers TORCH=torch==2.13.0 PIP_EXTRA_INDEX_URL=...
 TORCH ?= torch
-test-peers: $(VENV)-peers/test_peers.done
-	$(VENV)-peers/bin/python -m pytest -n auto --peers tests/peers
+test-peers: $(VENV)-peers/peers.done
+	$(VENV)-peers/bin/python -m pytest -n auto tests/peers
 
-$(VENV)-peers/test_peers.done: setup.cfg pyproject.toml
+$(VENV)-peers/peers.done: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)-peers
-	$(VENV)-peers/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test_peers]"
+	$(VENV)-peers/bin/python -m pip install --quiet "$(TORCH)" --editable ".[peers]"
 	touch $@
 
 lint: $(VENV)/lint.done

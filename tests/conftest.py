@@ -16,15 +16,15 @@ hypothesis.settings.load_profile("default")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests that need an NVIDIA GPU, and fail where there is none")
-    parser.addoption("--peers", action="store_true", help="run the tests that need transformers, and fail where it is missing")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """tests/gpu is not even imported without --gpu, and must be importable with it; tests/peers where its packages are missing."""
-    wanted = {
-        "gpu": config.getoption("--gpu"),
-        "peers": config.getoption("--peers") or all(map(find_spec, ("torch", "transformers", "compressed_tensors"))),
-    }
+    """tests/gpu is not even imported without --gpu, and must be importable with it.
+
+    tests/peers is not imported where its packages are missing, unless it is named (make test-peers): then that is an error.
+    """
+    peers = all(map(find_spec, ("torch", "transformers", "compressed_tensors")))
+    wanted = {"gpu": config.getoption("--gpu"), "peers": peers}
     return None if wanted.get(collection_path.name, True) else True
 
 
@@ -40,8 +40,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With --gpu or --peers nothing may be skipped: what did not run did not pass."""
+    """With --gpu nothing may be skipped: what did not run did not pass."""
     report = yield
-    if report.skipped and (item.config.getoption("--gpu") or item.config.getoption("--peers")):
+    if report.skipped and item.config.getoption("--gpu"):
         report.outcome = "failed"
     return report
