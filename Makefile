@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED = SLIDESPARSE_CACHE_DIR=$(CURDIR)/$(VENV)/wheel/cache $(CURDIR)/$(VENV)/wheel/bin/python -I $(CURDIR)/tests/installed.py
 
-.PHONY: demo test test-kernels test-newest test-oldest lint wheel bench lock clean
+.PHONY: demo test test-kernels test-newest test-oldest test-peers lint wheel bench lock clean
 
 demo: $(VENV)/demo/done
 	$(VENV)/demo/bin/python tools/demo.py
@@ -26,6 +26,17 @@ test-newest test-oldest: test-%: $(VENV)/uv/bin/uv
 	$(VENV)/$*/bin/python -m pytest -n auto
 
 test-oldest: RESOLUTION := --resolution lowest-direct --only-binary :all: --no-binary slidesparse_nb
+
+# stock loaders judge our outputs: PyTorch, transformers and compressed-tensors, in an environment of their own; TORCH chooses the
+# build: make test-peers TORCH=torch==2.13.0
+TORCH ?= torch
+test-peers: $(VENV)/peers/done
+	$(VENV)/peers/bin/python -m pytest -n auto tests/peers
+
+$(VENV)/peers/done: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)/peers
+	$(VENV)/peers/bin/python -m pip install --quiet "$(TORCH)" --editable ".[peers]"
+	touch $@
 
 lint: $(VENV)/lint.done
 	$(RUN) -m ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
@@ -19,8 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """tests/gpu is not even imported without --gpu, and must be importable with it."""
-    return True if collection_path.name == "gpu" and not config.getoption("--gpu") else None
+    """tests/gpu is not even imported without --gpu, and must be importable with it.
+
+    tests/peers is not imported where its packages are missing, unless it is named (make test-peers): then that is an error.
+    """
+    peers = all(map(find_spec, ("torch", "transformers", "compressed_tensors")))
+    wanted = {"gpu": config.getoption("--gpu"), "peers": peers}
+    return None if wanted.get(collection_path.name, True) else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
