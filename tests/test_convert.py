@@ -389,9 +389,11 @@ def test_an_interrupted_proof_or_a_failed_disk_keeps_the_work(tmp_path: Path, mo
 def test_a_tensor_may_have_the_name_of_a_module(tmp_path: Path) -> None:
     parts = {"a": np.ones((16, 32), np.float32), "a.weight": reference.prune(np.ones((16, 32), np.float32), ss.Pattern(6, 8))}
     file = models.write(tmp_path / "m.safetensors", parts)
-    ss.pack_checkpoint(file, tmp_path / "p.safetensors", options(scheme="INT8_W8A8"), FAST)
-    ss.unpack_checkpoint(tmp_path / "p.safetensors", tmp_path / "d.safetensors", FAST)
+    with pytest.raises(ss.UnsupportedError, match="'a' is the name of both a tensor and a packed module"):
+        ss.pack_checkpoint(file, tmp_path / "p.safetensors", options(scheme="INT8_W8A8"), FAST)
+    report = ss.pack_checkpoint(file, tmp_path / "d.safetensors", options(scheme="INT8_W8A8", format="dense"), FAST)
     assert (ss.load(tmp_path / "d.safetensors")["a"] == parts["a"]).all()
+    assert report.left_dense == {"a (the tensor)": "not named .weight"}
 
 
 @pytest.mark.parametrize("part", ["weight_scale", "input_scale", "pre_quant_scale", "R4_input.weight", "gamma"])

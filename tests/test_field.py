@@ -105,9 +105,10 @@ def refused(path: Path, why: str, **given: Any) -> None:
     ("config", "head"),
     [
         ({"model_type": "qwen3", "tie_word_embeddings": True, "architectures": ["Qwen3ForCausalLM"]}, "lm_head"),
-        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "vocab_size": VOCABULARY}}, "lm_head"),
-        ({"model_type": "gpt_neox", "vocab_size": VOCABULARY}, "embed_out"),
-        ({"model_type": "bert", "vocab_size": VOCABULARY, "architectures": ["BertForMaskedLM"]}, "cls.predictions.decoder"),
+        ({"model_type": "gemma3", "text_config": {"vocab_size": VOCABULARY}}, "model.language_model.lm_head"),
+        ({"model_type": "gpt_neox"}, "embed_out"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "cls.predictions.decoder"),  # loaded as a language model
+        ({"model_type": "modernbert"}, "decoder"),
     ],
 )
 def test_a_head_without_a_tensor_is_ignored(tmp_path: Path, config: dict[str, Any], head: str, form: str) -> None:
@@ -117,17 +118,15 @@ def test_a_head_without_a_tensor_is_ignored(tmp_path: Path, config: dict[str, An
         ss.unpack_checkpoint(tmp_path / "out", tmp_path / "dense")
         made = json.loads((tmp_path / "dense" / "config.json").read_text())
     ignored = made["quantization_config"]["ignore"]
-    assert head in ignored
-    if "text_config" in config:
-        assert any(re.match(name[3:], f"model.language_model.{head}") for name in ignored if name.startswith("re:"))
-    assert not any("_proj" in name for name in ignored)
+    assert any(name == head or (name.startswith("re:") and re.match(name[3:], head)) for name in ignored)
+    assert "lm_head" in ignored
+    assert not any(name.endswith("_proj") for name in ignored)
 
 
-def test_an_encoder_without_a_head_ignores_none(tmp_path: Path) -> None:
-    config = {"model_type": "bert", "vocab_size": VOCABULARY, "architectures": ["BertModel"]}
-    parts = {"embeddings.word_embeddings.weight": matrix(VOCABULARY, D), "encoder.layer.0.output.dense.weight": matrix(D, F)}
-    made = pack(tmp_path, parts, config, scheme="INT8_W8A8", format="dense")
-    names = ["embeddings.word_embeddings", "re:(.*[.])?embeddings[.]word_embeddings$"]
+def test_a_model_without_a_vocabulary_has_no_head(tmp_path: Path) -> None:
+    parts = {"vit.embeddings.projection.weight": matrix(D, F), "encoder.layer.0.output.dense.weight": matrix(D, F)}
+    made = pack(tmp_path, parts, {"model_type": "vit"}, scheme="INT8_W8A8", format="dense", ignore=("vit*",))
+    names = ["re:(.*[.])?vit[.]embeddings[.]projection$", "vit.embeddings.projection"]
     assert made["quantization_config"]["ignore"] == names
 
 

@@ -152,8 +152,8 @@ def _print(done: ss.Report, pattern: ss.Pattern, verbose: int) -> None:
         print_table(("module", "n x k", "type", "source", "output", "bits/weight"), rows)
         for name, reason in done.left_dense.items():
             say(f"{name}: left dense ({reason})")
-        for name, reason in done.refused.items():
-            say(f"{name}: refused ({reason})")
+        for reason in done.refused.values():
+            say(f"refused: {reason}")
     for reason in done.skipped.values():
         say(f"skipped: {reason}")
     for note in done.notes:

@@ -143,11 +143,10 @@ def _kept_scheme(source: Checkpoint, said: Source, module: str, dtype: DType) ->
     )
 
 
-LEFT_TO_LOADERS = {
-    "gpt_neox": "embed_out", "whisper": "proj_out", "bert": "cls.predictions.decoder", "roberta": "lm_head.decoder",
-    "xlm-roberta": "lm_head.decoder", "camembert": "lm_head.decoder", "distilbert": "vocab_projector",
-}  # fmt: skip
-"""Model type -> name of the output head, where not every loader calls it lm_head."""
+HEADS = r"re:(.*[.])?(lm_head|lm_head[.]decoder|predictions[.]decoder|vocab_projector|generator_lm_head|embed_out)$"
+"""Heads that loaders make out of the embedding, by their names in Hugging Face's models."""
+OTHER_HEADS = {"modernbert": "decoder", "whisper": "proj_out", "xlm": "pred_layer.proj", "flaubert": "pred_layer.proj"}
+"""Model type -> name of such a head, where other models give that name to something else."""
 
 
 def _ignored(source: Checkpoint, said: Source, quantized: set[str]) -> list[str]:
@@ -163,15 +162,9 @@ def _ignored(source: Checkpoint, said: Source, quantized: set[str]) -> list[str]
                 names.add(parent)  # experts: engines know the module by its parent's name
             if renamed:
                 names.add(_anywhere(module))
-    architectures = (source.config or {}).get("architectures")
-    listed = [str(name) for name in architectures] if isinstance(architectures, list) else []
-    headless = bool(listed) and all(name.endswith("Model") and "LMHead" not in name for name in listed)
-    if said.vocabularies and not headless:
-        for head in {"lm_head", *(LEFT_TO_LOADERS.get(kind, "lm_head") for kind in said.model_types.values())}:
-            if not any(module == head or module.endswith(f".{head}") for module in (*names, *quantized)):
-                names.add(head)
-                if renamed:
-                    names.add(_anywhere(head))
+    stored = {*names, *quantized}
+    if said.vocabularies and not any(name == "lm_head" or name.endswith(".lm_head") for name in stored):
+        names |= {"lm_head", HEADS} | {OTHER_HEADS[kind] for kind in said.model_types.values() if kind in OTHER_HEADS}
     return sorted(name for name in names if not _covers(name, quantized))
 
 

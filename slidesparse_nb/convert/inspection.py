@@ -107,7 +107,8 @@ def _dense_matrices(checkpoint: Checkpoint, facts: Facts, counted: set[str]) -> 
         except UnsupportedError as error:  # then no module could be packed
             facts.notes.append(str(error))
             rest = "see the note"
-    found = {m.name: "" for m in selection.modules} | selection.left_dense | selection.bad
+    bad = {name: why.partition(": ")[2] for name, why in selection.bad.items()}  # without the name that each begins with
+    found = {m.name: "" for m in selection.modules} | selection.left_dense | bad
     for name, (info, _) in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         if len(info.shape) >= 2 and not {name, module} & {*found, *counted} and name.rpartition(".")[2] not in QUANTIZED_PARTS:

@@ -162,7 +162,7 @@ def select(
     for name, info in tensors.items():
         module = name.removesuffix(".weight")
         if module not in candidates or name == module:
-            _other(selection, info, shapes, ignored)
+            _other(selection, info, shapes, ignored, name if name not in candidates else f"{name} (the tensor)")
         elif (by := ignored(module)) is not None:
             selection.left_dense[module] = f"ignored by {shown(by)}"
         elif targets and targeted(module) is None:
@@ -199,21 +199,24 @@ def select(
     return selection
 
 
-def _other(selection: Selection, info: TensorInfo, shapes: kinds.Shapes, ignored: Matcher) -> None:
-    """Account for a tensor that is no `X.weight` of two dimensions: experts are bad, other matrices are left dense."""
+def _other(selection: Selection, info: TensorInfo, shapes: kinds.Shapes, ignored: Matcher, called: str) -> None:
+    """Account for a tensor that is no `X.weight` of two dimensions: experts are bad, other matrices are left dense.
+
+    `called`: its name in the selection; a tensor X beside X.weight needs another than X.
+    """
     name, shape = info.name, list(info.shape)
     if len(shape) < 2 or (len(shape) == 2 and name.rpartition(".")[2] in QUANTIZED_PARTS):
         return
     if (by := ignored(name) or ignored(name.removesuffix(".weight"))) is not None:
-        selection.left_dense[name] = f"ignored by {shown(by)}"
+        selection.left_dense[called] = f"ignored by {shown(by)}"
     elif info.code in (*SOURCE_CODES, "F64") and kinds.stacked(name, info.shape, shapes):
-        selection.bad[name] = (
+        selection.bad[called] = (
             f"{shown(name)}: stacked experts {shape} are not supported yet; unstack them into one weight an expert"
         )
     elif len(shape) == 2:
-        selection.left_dense[name] = "not named .weight"
+        selection.left_dense[called] = "not named .weight"
     else:
-        selection.left_dense[name] = f"of {len(shape)} dimensions"
+        selection.left_dense[called] = f"of {len(shape)} dimensions"
 
 
 def _refuse_unmerged(selection: Selection, tensors: dict[str, TensorInfo], ignored: Matcher) -> None:

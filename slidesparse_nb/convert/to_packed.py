@@ -125,7 +125,7 @@ def _count_bytes(report: Report, selection: Selection, checkpoint: Checkpoint, s
     refused = set(report.refused)
     packed = {name for m in selection.modules if m.name not in refused for name in m.replaced}
     for name, (info, _) in checkpoint.tensors.items():
-        owners = {name, name.removesuffix(".weight"), name.rpartition(".")[0]}
+        owners = {name, name.removesuffix(".weight"), name.rpartition(".")[0], f"{name} (the tensor)"}
         if name in packed:
             report.packed_bytes += info.nbytes
         elif owners & refused:

@@ -284,6 +284,16 @@ def judge_or_refused(kind: str, source: Path, out: Path, way: str, name: str, pa
     judge(kind, source, out, packed)
 
 
+def judge_kept(kind: str, source: Path, out: Path, way: str, name: str, packed: str | None, **options: Any) -> None:
+    """Right in dense format; refused by the layer's name in packed format, whose config describes no other quantized layers."""
+    if way == "unpacked":
+        with pytest.raises(UnsupportedError, match=name):
+            convert(source, out, way, **options)
+        assert list(out.parent.glob("packed*")) == []
+    else:
+        judge(kind, source, convert(source, out, way, **options), packed)
+
+
 ways = pytest.mark.parametrize("way", ["dense", "unpacked"])
 schemes = pytest.mark.parametrize("scheme", list(SCHEMES))
 
@@ -435,23 +445,26 @@ def test_the_sources_are_right(what: str, source: Any, tmp_path: Path) -> None:
 def test_a_quantized_source(what: str, way: str, source: Any, tmp_path: Path) -> None:
     kind, given = eight_bits(source, tmp_path, what)
     packed = r"layers\.0\..*_proj$" if "ignored" in what else LAYERS
-    judge(kind, given, convert(given, tmp_path / "out", way, prune="magnitude"), packed)
+    if "head" in what:
+        judge_kept(kind, given, tmp_path / "out", way, "lm_head", packed, prune="magnitude")
+    else:
+        judge(kind, given, convert(given, tmp_path / "out", way, prune="magnitude"), packed)
 
 
 @ways
 @pytest.mark.parametrize("what", [what for what in SOURCES if "ignored" not in what])
 def test_a_quantized_layer_that_stays(what: str, way: str, source: Any, tmp_path: Path) -> None:
-    """It stays in 8 bits with its own scales, and is described as such."""
+    """It stays in 8 bits with its own scales, and is described as such; in packed form that is refused."""
     kind, given = eight_bits(source, tmp_path, what)
-    out = convert(given, tmp_path / "out", way, prune="magnitude", ignore=("*down_proj",))
-    judge(kind, given, out, KEPT_DOWN)
+    name = "lm_head" if "head" in what else DOWN
+    judge_kept(kind, given, tmp_path / "out", way, name, KEPT_DOWN, prune="magnitude", ignore=("*down_proj",))
 
 
 @ways
 def test_a_quantized_layer_that_is_skipped(way: str, source: Any, tmp_path: Path) -> None:
     bad = quantized(obeying(source("llama"), tmp_path / "obeying", DOWN), tmp_path / "source")
-    out = convert(bad, tmp_path / "out", way, skip_bad=True)
-    judge("llama", bad, out, r"layers\.1\..*_proj$|layers\.0\.(self_attn\..*|mlp\.(gate|up))_proj$")
+    packed = r"layers\.1\..*_proj$|layers\.0\.(self_attn\..*|mlp\.(gate|up))_proj$"
+    judge_kept("llama", bad, tmp_path / "out", way, DOWN, packed, skip_bad=True)
 
 
 @ways
@@ -481,15 +494,10 @@ def test_only_the_head_is_quantized(scheme: str, way: str, source: Any, tmp_path
 
 
 @ways
-@pytest.mark.parametrize("ignore", [(), ("model.layers.0.mlp.experts.1.down_proj",)], ids=["all", "but one"])
-def test_quantized_experts(ignore: tuple[str, ...], way: str, source: Any, tmp_path: Path) -> None:
-    """One that stays has scales of the same shape as the packed ones, which loaders take; its layer may stay with it."""
+def test_quantized_experts(way: str, source: Any, tmp_path: Path) -> None:
+    """One that stays keeps all of its layer, as loaders make one tensor of them."""
     experts = {"strategies": {EXPERTS: "channel"}, "ignore": ("lm_head", r"re:.*mlp\.gate$")}
     given = quantized(source("qwen3_moe"), tmp_path / "source", **experts)
-    out = convert(given, tmp_path / "out", way, prune="magnitude", ignore=ignore)
-    packed = EXPERTS
-    if ignore:
-        neighbour = np.asarray(ss.load(out)["model.layers.0.mlp.experts.0.down_proj.weight"]).reshape(64, -1, 8)
-        alone = (neighbour != 0).sum(2).max() <= 6
-        packed = rf"^(?!{re.escape(ignore[0])}$).*_proj$" if alone else r"self_attn\.._proj$|layers\.1\.mlp\.experts\."
-    judge("qwen3_moe", given, out, packed)
+    judge("qwen3_moe", given, convert(given, tmp_path / "out", way, prune="magnitude"), EXPERTS)
+    one, packed = "model.layers.0.mlp.experts.1.down_proj", r"self_attn\.._proj$|layers\.1\.mlp\.experts\."
+    judge_kept("qwen3_moe", given, tmp_path / "b" / "out", way, "experts", packed, prune="magnitude", ignore=(one,))
