@@ -1,10 +1,13 @@
 """Every environment variable that this library reads, here and nowhere else.
 
-SLIDESPARSE_CACHE_DIR   compiled kernels and tuned products; by default slidesparse_nb in the user's cache folder
-SLIDESPARSE_DEBUG       if set, and not 0, every first launch prints problem, configuration, source and launch
-SLIDESPARSE_PORTABLE    if set, and not 0, the kernels that run everywhere are used where faster ones exist, to compare them
-SLIDESPARSE_TUNED       if 0, what `slidesparse tune` found is left aside, to compare
-CUDA_PATH, CUDA_HOME    where the CUDA toolkit is, if its compiler is not found elsewhere
+SLIDESPARSE_CACHE_DIR   folder of compiled kernels and tuned products
+XDG_CACHE_HOME          without SLIDESPARSE_CACHE_DIR they are in its subfolder slidesparse_nb; by default ~/.cache
+SLIDESPARSE_TUNED       0: what `slidesparse tune` found is not used
+SLIDESPARSE_PORTABLE    1: the kernel for every GPU is used where one for Hopper exists, to compare the two
+SLIDESPARSE_DEBUG       1: the first launch of every product prints problem, configuration, source and launch on standard error
+CUDA_PATH, CUDA_HOME    CUDA toolkit whose compiler is used if no other is found
+
+README has the same table.
 """
 
 from __future__ import annotations

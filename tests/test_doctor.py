@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -74,6 +75,16 @@ def test_a_gpu_without_sparse_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["GPU"][0] == "absent"
     assert "Tesla T4, 16 GiB, compute capability 7.5: has no sparse tensor cores" in found["GPU"][1]
     assert found["CuPy"] == ("absent", "not installed; only a GPU needs it")
+
+
+def test_a_compiler_without_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba_kernel: Any = importlib.import_module("slidesparse_nb.device.numba_kernel")
+    numba_kernel._versions.cache_clear()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvjitlink", None)
+    state, text = states()["Numba CUDA"]
+    assert state == "broken"
+    assert text.startswith("Numba CUDA: a library of its compiler cannot be loaded (")
+    assert text.endswith("install slidesparse_nb[cuda13] or slidesparse_nb[cuda12]")
 
 
 class Elsewhere:

@@ -243,7 +243,16 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_environment_is_read_in_one_place() -> None:
+    """And told in README, in the words of env.py."""
     package = Path(env.__file__).parent
+    assert env.__doc__
+    told = {(names, words) for names, words in re.findall(r"^([A-Z_]+(?:, [A-Z_]+)*)  +(.+)$", env.__doc__, re.MULTILINE)}
+    read = {name for name in re.findall(r'"([A-Z_]{4,})"', Path(env.__file__).read_text())}
+    assert {name for names, _ in told for name in names.split(", ")} == read
+    rows = re.findall(r"^\| (`[A-Z_]+`(?:, `[A-Z_]+`)*) \| (.+) \|$", (package.parent / "README.md").read_text(), re.MULTILINE)
+    assert {(names.replace("`", ""), words.replace("`", "")) for names, words in rows} == {
+        (names, words.replace("`", "")) for names, words in told
+    }
     for path in package.rglob("*.py"):
         if path.name != "env.py":
             assert not re.search(r"os\.environ|os\.getenv", path.read_text()), path

@@ -76,8 +76,8 @@ def extra() -> str:
 
 
 def one_line(error: object) -> str:
-    """The text of another library's error, on one line and of bounded length: CuPy's may have thirty lines."""
-    text = " ".join(str(error).replace("=", " ").split())
+    """The text of another library's error, or of its cause, which CuPy names in twenty lines, on one line of bounded length."""
+    text = " ".join(str(getattr(error, "__cause__", None) or error).split())
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 

@@ -23,7 +23,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..errors import UnsupportedError
 from . import jit
+from .driver import one_line
 from .launch import Launcher
 
 if not hasattr(np, "row_stack"):  # numba-cuda 0.30 names it when it is imported; NumPy 2.5 has it no more
@@ -320,8 +322,14 @@ def _sources(function: Callable[..., None]) -> list[str]:
 
 @functools.cache
 def _versions() -> list[str]:
-    """The compilers: Numba, its CUDA part, LLVM's binding, NVVM and the assembler."""
-    nvvm = importlib.import_module("numba.cuda.cudadrv.nvvm").NVVM()
-    nvjitlink = importlib.import_module("cuda.bindings.nvjitlink")
-    packages = [importlib.import_module(name).__version__ for name in ("numba", "numba_cuda", "llvmlite")]
-    return [*packages, repr((nvvm.get_version(), nvvm.get_ir_version(), nvjitlink.version()))]
+    """The compilers: Numba, its CUDA part, LLVM's binding, NVVM and the assembler; UnsupportedError if one cannot be loaded."""
+    try:
+        nvvm = importlib.import_module("numba.cuda.cudadrv.nvvm").NVVM()
+        nvjitlink = importlib.import_module("cuda.bindings.nvjitlink")
+        packages = [importlib.import_module(name).__version__ for name in ("numba", "numba_cuda", "llvmlite")]
+        return [*packages, repr((nvvm.get_version(), nvvm.get_ir_version(), nvjitlink.version()))]
+    except Exception as error:  # of a kind that depends on what is missing
+        raise UnsupportedError(
+            f"Numba CUDA: a library of its compiler cannot be loaded ({one_line(error)}); install slidesparse_nb[cuda13] or"
+            " slidesparse_nb[cuda12]"
+        ) from None

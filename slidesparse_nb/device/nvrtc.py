@@ -114,10 +114,10 @@ def load(major: int | None = None) -> Nvrtc:
             loaded.append(library)
     if loaded:
         return loaded[0]
+    package = f"nvidia-cuda-nvrtc{'-cu12' if major == 12 else ''}"
     if older:
         found, wanted = (f"CUDA {a}.{b}" for a, b in (older.version, OLDEST))
         raise UnsupportedError(
-            f"nvrtc: {older.path} is of {found}, but the kernels need {wanted} or newer; pip install --upgrade"
-            f" nvidia-cuda-nvrtc{'-cu12' if major == 12 else ''}"
+            f"nvrtc: {older.path} is of {found}, but the kernels need {wanted} or newer; pip install --upgrade {package}"
         )
-    raise AbsentError("nvrtc: no libnvrtc.so was found, which compiles the kernels; pip install nvidia-cuda-nvrtc")
+    raise AbsentError(f"nvrtc: no libnvrtc.so was found, which compiles the kernels; pip install {package}")
