@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint fuzz bench clean
 
 demo: $(VENV)/demo.done
 	$(RUN) tools/demo.py
@@ -15,6 +15,11 @@ lint: $(VENV)/lint.done
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# files nobody meant, for SECONDS; a finding is printed with the command that repeats it
+SECONDS ?= 60
+fuzz: $(VENV)/test.done
+	$(RUN) tests/fuzz.py --seconds $(SECONDS)
 
 # on a machine with an NVIDIA GPU and CuPy, and PyTorch for the peers, in the Python that has them: make bench PYTHON=python3
 bench:
