@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED = SLIDESPARSE_CACHE_DIR=$(CURDIR)/$(VENV)/wheel/cache $(CURDIR)/$(VENV)/wheel/bin/python -I $(CURDIR)/tests/installed.py
 
-.PHONY: demo test test-kernels test-newest test-oldest test-peers lint wheel bench lock clean
+.PHONY: demo test test-kernels test-newest test-oldest test-peers lint fuzz wheel bench lock clean
 
 demo: $(VENV)/demo/done
 	$(VENV)/demo/bin/python tools/demo.py
@@ -47,10 +47,15 @@ lint: $(VENV)/lint.done
 wheel:
 	rm -rf $(VENV)/wheel build
 	$(PYTHON) -m venv $(VENV)/wheel
-	$(VENV)/wheel/bin/python -m pip install --quiet .
+	$(VENV)/wheel/bin/python -m pip install --quiet --constraint .ci/lock.txt .
 	cd / && $(INSTALLED) commands
-	$(VENV)/wheel/bin/python -m pip install --quiet '.[cuda13]' matplotlib
+	$(VENV)/wheel/bin/python -m pip install --quiet --constraint .ci/lock.txt '.[cuda13]' matplotlib
 	cd / && $(INSTALLED) kernels
+
+# files nobody meant, for SECONDS; a finding is printed with the command that repeats it
+SECONDS ?= 60
+fuzz: $(VENV)/test.done
+	$(RUN) tests/fuzz.py --seconds $(SECONDS)
 
 # on a machine with an NVIDIA GPU and CuPy, and PyTorch for the peers, in the Python that has them: make bench PYTHON=python3
 bench:

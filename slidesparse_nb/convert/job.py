@@ -12,7 +12,7 @@ from typing import Any
 from .. import dtypes
 from ..checkpoint import Checkpoint
 from ..errors import FormatError, OperandError, SlideSparseError, UnsupportedError, VerificationError
-from ..packed_tensors import unreadable
+from ..packed_tensors import parse_metadata, unreadable
 from ..pattern import Pattern
 from ..safetensors_file import TensorInfo, checked_path
 from .config import is_ours
@@ -91,8 +91,10 @@ def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Call
 
     Raises:
         UnsupportedError: a tensor that goes through has the name of one that a module writes, or could not be read back beside
-            it.
+            it. FormatError: metadata 'slidesparse' of the source is none.
     """
+    for file in checkpoint.files:
+        parse_metadata(file.metadata, file.path)  # of another version, its tensors may mean something else
     owner = {name: module for module in modules for name in module.replaced}
     items: list[Item] = []
     made: dict[str, str] = {}

@@ -98,7 +98,7 @@ class SmallFile:
             for part in self.parts():
                 left = memoryview(part)
                 while left:
-                    left = left[file.write(left) :]
+                    left = left[os.write(file.fileno(), left) :]
 
     def parts(self) -> Iterator[bytes]:
         """Its bytes, in pieces."""
