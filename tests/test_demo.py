@@ -187,7 +187,7 @@ def test_other_models_are_refused_by_name(folder: Path, tmp_path: Path, key: str
     ("file", "content", "says"),
     [
         ("config.json", None, "holds no config.json; name the folder of a BERT model"),
-        ("config.json", "nonsense", "config.json: is not JSON"),
+        ("config.json", "nonsense", "config.json: is a text"),
         ("config.json", "[]", "config.json: is [], must be a JSON object"),
         ("config.json", '{"hidden_size": "40"}', "hidden_size is '40' in config.json, and must be a whole number"),
         ("tokenizer.json", None, "holds no tokenizer.json"),
