@@ -193,7 +193,7 @@ def test_other_models_are_refused_by_name(folder: Path, tmp_path: Path, key: str
         ("tokenizer.json", None, "holds no tokenizer.json"),
         ("tokenizer.json", "{}", "tokenizer.json: is no tokenizer"),
         ("model.safetensors", None, "holds no .safetensors file"),
-        ("model.safetensors", "junk", "model.safetensors: has 4 bytes"),
+        ("model.safetensors", "junk", "model.safetensors: is a text"),
         ("model.safetensors", {"embeddings.word_embeddings.weight": (9, HIDDEN)}, "position_embeddings.weight is missing"),
         ("model.safetensors", {"embeddings.word_embeddings.weight": (9, 7)}, f"is float32 [9, 7], but this encoder needs"
          f" float32 [rows, {HIDDEN}]"),
