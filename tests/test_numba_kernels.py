@@ -118,6 +118,7 @@ def test_images(source: str, stored: str) -> None:
         itertools.product(ARCHITECTURES, range(4)),
         lambda capability, number: ARCHITECTURES.index(capability) % 4 == number,
     ),
+    ids=str,
 )
 def test_every_architecture(capability: tuple[int, int], number: int) -> None:
     native = capability >= (8, 9)
