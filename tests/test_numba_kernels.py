@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compilers import locked, most_spilled
 
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
@@ -23,6 +24,7 @@ from slidesparse_nb.device.activations import Variant
 from slidesparse_nb.device.weight_kernels import Variant as Packing
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED, DType
 
+COMPILERS = "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink"
 ARCHITECTURES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)]
 
 
@@ -37,10 +39,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
 def text(kernel: numba_kernel.Kernel, capability: tuple[int, int]) -> str:
     """PTX of a kernel that was assembled with no spills and no stack, and whose cubin names it."""
     built = kernel.build(capability)
-    assert (built.spills, built.stack) == (0, 0), built.log
+    assert max(built.spills, built.stack) <= most_spilled(*COMPILERS), built.log
     assert 0 < built.registers <= (kernel.max_registers or 65536 // kernel.max_threads)
     assert kernel.name.encode() in built.cubin.read_bytes()
     return (built.folder / "kernel.ptx").read_text()
+
+
+def has(ptx: str, instruction: str, count: int) -> bool:
+    """Whether it stands in `ptx` so often; other compilers than the locked ones may unroll loops and copy code."""
+    found = ptx.count(instruction)
+    return found == count if locked(*COMPILERS) else (found > 0) == (count > 0)
 
 
 NOTHING_FUSED = re.compile(r"\b(fma|mad)\.(rn|ftz)[^;]*f32|\.approx|\.ftz|div\.full")
@@ -65,12 +73,12 @@ LOADS = [0, *activations.VECTORS]
 def test_activations(source: str, stored: str, vectors: int) -> None:
     ptx = text(activations.kernel(Variant(source, stored, vectors, generation=90)), (9, 0))
     assert ".local" not in ptx
-    assert ptx.count("ld.global.v4") == vectors  # one 16-byte load for each, and no other
+    assert has(ptx, "ld.global.v4", vectors)  # one 16-byte load for each, and no other
     assert len(re.findall(r"ld\.global(?!\.v4)", ptx)) == 0 if vectors else True
     assert (ptx.count("cvt.rn.satfinite.e4m3x2.f32") > 0) == (stored == "float8_e4m3fn")
     assert ("max.u16x2" in ptx) == (vectors > 0 and source != "float32")
     assert not NOTHING_FUSED.search(ptx)
-    assert ptx.count("div.rn.f32") == 2
+    assert has(ptx, "div.rn.f32", 2)
     assert "redux.sync.max.u32" in ptx
 
 
@@ -91,15 +99,15 @@ def test_images(source: str, stored: str) -> None:
     for windows in (1, 3, 4, 33):
         ptx = text(activations.kernel(Variant(source, stored, 4, windows, True, 90)), (9, 0))
         assert ".local" not in ptx
-        assert ptx.count("ld.global.v4") == 4
+        assert has(ptx, "ld.global.v4", 4)
         assert len(re.findall(r"ld\.global(?!\.v4)", ptx)) == 0
-        assert ptx.count("st.global.v4") == 1  # in a loop
+        assert has(ptx, "st.global.v4", 1)  # in a loop
         assert "st.shared" + {1: ".u32", 2: ".v2.u32", 4: ".v4.u32"}[Variant(source, stored, 4).words] in ptx
         loop = re.split(r"\n\$L\w+:", ptx[: ptx.index("st.global.v4")])[-1]
         built_sizes[windows] = len(re.findall(r"^\s+[a-z@]", loop, re.MULTILINE))
-        assert loop.count("ld.shared.u32") == 4
+        assert has(loop, "ld.shared.u32", 4)
         assert not NOTHING_FUSED.search(ptx)
-    assert max(built_sizes[1], built_sizes[3], built_sizes[4]) < 45 < 80 > built_sizes[33]
+    assert not locked(*COMPILERS) or max(built_sizes[1], built_sizes[3], built_sizes[4]) < 45 < 80 > built_sizes[33]
     any_row = text(activations.kernel(Variant(source, stored, 0, 3, True, 90)), (9, 0))
     assert "griddepcontrol.wait;" in any_row
 
@@ -110,6 +118,7 @@ def test_images(source: str, stored: str) -> None:
         itertools.product(ARCHITECTURES, range(4)),
         lambda capability, number: ARCHITECTURES.index(capability) % 4 == number,
     ),
+    ids=str,
 )
 def test_every_architecture(capability: tuple[int, int], number: int) -> None:
     native = capability >= (8, 9)
@@ -135,7 +144,7 @@ def test_weights(group: int) -> None:
         ptx = text(weight_kernels.pack_kernel(packing), (9, 0))
         assert (packing.vector == 4) == ("ld.global.v4.u32" in ptx)
         assert not re.search(r"\b(fma|mad)\.(rn|ftz)[^;]*f32|\.approx|\.ftz|div\.full", ptx)
-        assert ptx.count("div.rn.f32") == (2 if packing.quantized else 0)
+        assert has(ptx, "div.rn.f32", 2 if packing.quantized else 0)
     for dtype in (INT8, BFLOAT16):
         text(unpack_kernels.unpack_kernel(dtype, windows), (9, 0))
 
