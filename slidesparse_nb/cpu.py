@@ -392,7 +392,7 @@ def over_blocks(work: Callable[[slice], Any], n: int, k: int, max_workers: int |
     todo = list(blocks(n, k))
     if max_workers is not None:
         try:
-            if isinstance(max_workers, bool) or (max_workers := operator.index(max_workers)) < 1:
+            if isinstance(max_workers, bool | np.bool_) or (max_workers := operator.index(max_workers)) < 1:
                 raise TypeError
         except TypeError:
             raise OperandError(f"max_workers: {shown(max_workers)} must be a whole number of at least 1") from None

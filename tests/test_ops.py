@@ -49,7 +49,7 @@ def check(y: np.ndarray, x: np.ndarray, packed: PackedWeight, bias: np.ndarray |
     finite = np.isfinite(wanted)
     if finite.any():
         w = reference.dequantize(reference.unpack(packed), packed.scale)
-        size = np.abs(np.where(np.isfinite(flat), flat, 0).astype(np.float64)) @ np.abs(w).astype(np.float64).T + 1
+        size = np.abs(np.where(np.isfinite(flat), flat.astype(np.float64), 0)) @ np.abs(w).astype(np.float64).T + 1
         step = {4: 1e-6, 2: 2.0**-8}[out_dtype.itemsize]
         assert (np.abs(got[finite] - wanted[finite]) <= (step * size)[finite]).all()
 
