@@ -65,7 +65,7 @@ bench:
 # the newest version of every package, for Python 3.10 and newer; PyTorch, which comes with the demo's model, is left out
 lock: $(VENV)/uv/bin/uv
 	echo torch | $< pip compile --quiet --upgrade --universal --python-version 3.10 --excludes /dev/stdin \
-	    --extra demo --extra test --extra lint --no-annotate --custom-compile-command "make lock" --output-file .ci/lock.txt setup.cfg
+	    --extra demo --extra test --extra lint --extra cuda13 --no-annotate --custom-compile-command "make lock" --output-file .ci/lock.txt setup.cfg
 
 $(VENV)/uv/bin/uv:
 	$(PYTHON) -m venv $(VENV)/uv
