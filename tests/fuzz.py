@@ -191,7 +191,9 @@ class Case:
             "I64": 64,
             "U16": 16,
         }
-        for name in self.rng.sample(NAMES, self.rng.randrange(1, 5)):
+        start = b""
+        alone = self.chance(0.4)  # then a packed module, which other tensors would spoil
+        for name in () if alone else self.rng.sample(NAMES, self.rng.randrange(1, 5)):
             for tail in (".weight", *self.rng.sample(ENDS, 2)):
                 code = self.rng.choice(list(bits))
                 shape = self.rng.choice(
@@ -215,20 +217,21 @@ class Case:
         told = {
             "version": 1,
             "pattern": {"nnz": 6, "group": 8},
-            "dtype": self.rng.choice([None, "int8", "bfloat16"]),
+            "dtype": self.rng.choice([None, "int8", "bfloat16", "bfloat16"]),
             "tool": "",
         }
-        if self.chance(0.5):
+        if alone or self.chance(0.5):
             header["__metadata__"] = {"slidesparse": json.dumps(told)}
-            end = self.forge_packed(header, end)
+            end, shape = self.forge_packed(header, end)
+            start = shape if alone else b""
         if self.chance(0.2):
             header[self.rng.choice(list(header))] = self.rng.choice(
                 [None, 1, {}, [], "x", {"dtype": "F32", "shape": [-1], "data_offsets": [0, 2**63]}]
             )
-        write_raw(path, header, self.np.bytes(end % 2**20))
+        write_raw(path, header, (start + self.np.bytes(end % 2**20))[: end % 2**20])
 
-    def forge_packed(self, header: dict[str, Any], end: int) -> int:
-        """Add a packed module of an odd shape; its bytes are random, so that most shapes do not agree. Where it ends."""
+    def forge_packed(self, header: dict[str, Any], end: int) -> tuple[int, bytes]:
+        """Add a packed module of an odd shape, whose values are random; where it ends, and what it stores as its shape."""
         n, k = self.rng.choice([(0, 2**31 - 1), (2**31 - 1, 0), (0, 0), (1, 8), (4, 30)])
         ks = ss.Pattern(6, 8).slid_k(k)
         for part, code, shape, width in (
@@ -238,7 +241,7 @@ class Case:
         ):
             size = int(np.prod(np.array(shape, object))) * width
             header[f"forged.weight_{part}"] = {"dtype": code, "shape": shape, "data_offsets": [end, end := end + size]}
-        return end
+        return end, struct.pack("<qq", n, k)
 
     def damage(self, source: Path) -> None:
         """Change bytes, length, header entries or JSON of one file of the source."""
