@@ -232,7 +232,7 @@ class Case:
 
     def forge_packed(self, header: dict[str, Any], end: int) -> tuple[int, bytes]:
         """Add a packed module of an odd shape, whose values are random; where it ends, and what it stores as its shape."""
-        n, k = self.rng.choice([(0, 2**31 - 1), (2**31 - 1, 0), (0, 0), (1, 8), (4, 30)])
+        n, k = self.rng.choice([(0, 2**31 - 1), (0, 2**31 - 1), (2**31 - 1, 0), (0, 0), (1, 8)])
         ks = ss.Pattern(6, 8).slid_k(k)
         for part, code, shape, width in (
             ("shape", "I64", [2], 8),
@@ -375,7 +375,7 @@ class Case:
             for name, value in loaded.items():
                 if not isinstance(value, ss.PackedWeight):
                     equal(f"unpacked {name!r}", dense[name], value)
-                elif value.n * value.k < 2**22:
+                elif max(value.n, value.k) < 2**22:  # `reference` works in memory for a whole row
                     equal(f"unpacked {name!r}", dense[f"{name}.weight"], reference.unpack(value))
             remove(out)
 
