@@ -39,6 +39,7 @@ from .packed_tensors import packed_names as packed_names
 from .packed_tensors import parse_metadata as parse_metadata
 from .packed_tensors import slidesparse_metadata as slidesparse_metadata
 from .safetensors_file import SafetensorsFile, SafetensorsWriter, TensorInfo, checked_path, file_state
+from .strict_json import uncollected
 
 
 class Checkpoint:
@@ -208,10 +209,11 @@ def read_packed(checkpoint: Checkpoint) -> dict[str, PackedWeight]:
         raise FormatError(f"{other}: holds pattern {second}, but {path.name} {first}; a checkpoint must have one pattern")
     where = checkpoint.root or checkpoint.files[0].path
     codes = {name: info.code for name, (info, _) in checkpoint.tensors.items()}
-    return {
-        name: _packed_module(checkpoint, name, headers[checkpoint.file_of(f"{name}.weight_packed").path])
-        for name in module_names(codes, bool(patterns), where)
-    }
+    with uncollected():
+        return {
+            name: _packed_module(checkpoint, name, headers[checkpoint.file_of(f"{name}.weight_packed").path])
+            for name in module_names(codes, bool(patterns), where)
+        }
 
 
 def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | None) -> PackedWeight:

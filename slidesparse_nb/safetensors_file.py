@@ -314,6 +314,14 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def header_bytes(
     entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, TensorInfo]]:
+    """See `_header_bytes`."""
+    with uncollected():
+        return _header_bytes(entries, metadata)
+
+
+def _header_bytes(
+    entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
     """Lay out a file: its first bytes (length and header), and where every tensor goes.
 
     Tensors stand by element size, largest first, then by name, and the header ends on a multiple of 8 bytes: so every

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import slidesparse_nb as ss
 from slidesparse_nb import reference
 from slidesparse_nb.checkpoint import Checkpoint
 from slidesparse_nb.dtypes import packed_dtype
+from slidesparse_nb.safetensors_file import SafetensorsWriter
 
 SCHEMES = {"INT8_W8A8": "int8", "FP8_DYNAMIC": "float8_e4m3fn", "BF16": "bfloat16", "FP16": "float16"}
 FAST = ss.Run(max_workers=2)
@@ -386,14 +388,111 @@ def test_an_interrupted_proof_or_a_failed_disk_keeps_the_work(tmp_path: Path, mo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_a_tensor_may_have_the_name_of_a_module(tmp_path: Path) -> None:
+def test_dense_format_may_hold_a_tensor_of_a_modules_name(tmp_path: Path) -> None:
     parts = {"a": np.ones((16, 32), np.float32), "a.weight": reference.prune(np.ones((16, 32), np.float32), ss.Pattern(6, 8))}
     file = models.write(tmp_path / "m.safetensors", parts)
-    with pytest.raises(ss.UnsupportedError, match="'a' is the name of both a tensor and a packed module"):
-        ss.pack_checkpoint(file, tmp_path / "p.safetensors", options(scheme="INT8_W8A8"), FAST)
     report = ss.pack_checkpoint(file, tmp_path / "d.safetensors", options(scheme="INT8_W8A8", format="dense"), FAST)
     assert (ss.load(tmp_path / "d.safetensors")["a"] == parts["a"]).all()
     assert report.left_dense == {"a (the tensor)": "not named .weight"}
+
+
+@pytest.mark.parametrize("extra", ["a", "a.weight_scale", "weight_shape"])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_load_could_not_read_back_is_refused_at_the_start(tmp_path: Path, extra: str, dry_run: bool) -> None:
+    w = reference.prune(np.ones((16, 32), np.float32), ss.Pattern(6, 8))
+    file = models.write(tmp_path / "m.safetensors", {"a.weight": w, extra: np.ones((16, 1), np.float32)})
+    with pytest.raises(ss.UnsupportedError, match=r"the output: .*rename it in the source, or leave the module|a scale beside"):
+        ss.pack_checkpoint(file, tmp_path / "p.safetensors", options(), dry_run=dry_run)
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["fc.weight", "re:(", "*", "lm_head", "model.q_proj"])
+def test_verification_takes_names_as_they_are(tmp_path: Path, name: str) -> None:
+    w = reference.prune(np.ones((16, 32), np.float32), ss.Pattern(6, 8))
+    other = {"model.k_proj.weight": w, "scalar": np.ones((), np.float32)}
+    file = models.write(tmp_path / "m.safetensors", {f"{name}.weight": w, **other})
+    ss.save(tmp_path / "p.safetensors", {name: ss.pack(w, "6:8", "int8"), **other})
+    assert ss.verify_checkpoint(tmp_path / "p.safetensors", file).modules == 1
+
+
+def test_modules_of_several_types_keep_them(tmp_path: Path) -> None:
+    w = reference.prune(np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32), ss.Pattern(6, 8))
+    packed = {"a": ss.pack(w, "6:8", "int8"), "b": ss.pack(w, "6:8", "bf16"), "c": ss.pack(w, "6:8", "fp8")}
+    (tmp_path / "in").mkdir()
+    file = tmp_path / "in" / "model.safetensors"
+    ss.save(file, packed)
+    source = models.write(tmp_path / "m.safetensors", {f"{name}.weight": w for name in packed})
+    assert ss.verify_checkpoint(file, source).modules == 3
+    ss.unpack_checkpoint(file, tmp_path / "d.safetensors", FAST)
+    dense = ss.load(tmp_path / "d.safetensors")
+    for name, weight in packed.items():
+        assert dense[f"{name}.weight"].tobytes() == ss.unpack(weight).tobytes()
+        assert dense[f"{name}.weight"].dtype == weight.dtype.numpy
+    ss.unpack_checkpoint(tmp_path / "in", tmp_path / "d", FAST)  # no config.json has to describe them
+    (tmp_path / "in" / "config.json").write_text("{}")
+    with pytest.raises(ss.UnsupportedError, match=r"bfloat16 \(b\) and float8_e4m3fn \(c\) and int8 \(a\).*one by one"):
+        ss.unpack_checkpoint(tmp_path / "in", tmp_path / "e", FAST)
+
+
+def test_no_rows_cost_no_memory(tmp_path: Path) -> None:
+    """Of [0, 2^31 - 1] nothing is stored; a row of it would take 4 GB."""
+    source, k = tmp_path / "m.safetensors", 2**31 - 1
+    with SafetensorsWriter(source, [("fc.weight", "F32", (0, k)), ("gc.weight", "F32", (k, 0))], {}):
+        pass
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + (1 << 30), hard))
+    try:
+        ss.pack_checkpoint(source, tmp_path / "p.safetensors", options(targets=("fc",)), FAST)
+        ss.verify_checkpoint(tmp_path / "p.safetensors", source)
+        ss.unpack_checkpoint(tmp_path / "p.safetensors", tmp_path / "d.safetensors", FAST)
+        assert ss.load(tmp_path / "d.safetensors")["fc.weight"].shape == (0, k)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_small_modules_are_packed_together_and_each_is_named_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {f"x.{i}.weight": np.full((i % 5, 16), i % 100, np.int8) for i in range(600)}
+    parts |= {f"x.{i}.weight_scale": np.full(1, i, np.float32) for i in range(600)}
+    source = models.write(tmp_path / "m.safetensors", parts)
+    chosen = options(prune="magnitude", targets=("x.*",))
+    ss.pack_checkpoint(source, tmp_path / "p.safetensors", chosen, FAST)
+    monkeypatch.setattr("slidesparse_nb.convert.to_packed.SMALL", -1)
+    ss.pack_checkpoint(source, tmp_path / "q.safetensors", chosen, FAST)
+    assert (tmp_path / "p.safetensors").read_bytes() == (tmp_path / "q.safetensors").read_bytes()
+    monkeypatch.undo()
+    parts["x.307.weight"] = np.full((2, 16), -1, np.int8)
+    models.write(source, parts)
+    with pytest.raises(ss.PatternError, match=r"^x\.1\.weight: row 0, group 0"):
+        ss.pack_checkpoint(source, tmp_path / "r.safetensors", options(prune="none", targets=("x.*",)), FAST)
+    with pytest.raises(ss.VerificationError, match=r"x\.307"):
+        ss.verify_checkpoint(tmp_path / "p.safetensors", source)
+
+
+def test_out_is_where_the_system_says(tmp_path: Path) -> None:
+    (tmp_path / "else" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "else" / "deep")
+    source = models.write(tmp_path / "m.safetensors", models.tensors(layers=1))
+    ss.pack_checkpoint(source, f"{tmp_path}/link/../o.safetensors", options(), FAST)
+    assert sorted(os.listdir(tmp_path / "else")) == ["deep", "o.safetensors"]
+
+
+def test_a_source_that_changes_is_not_published(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        source = models.folder(tmp_path / "in")
+
+        def change(phase: str, done: int, total: int, path: Path = source / name) -> None:
+            os.utime(path, ns=(1, 1))
+
+        with pytest.raises(ss.VerificationError, match=f"{name}: was written to while it was read"):
+            ss.pack_checkpoint(source, tmp_path / "out", options(), ss.Run(progress=change))
+        assert os.listdir(tmp_path) == ["in"]
+
+
+def test_a_companion_that_is_a_pointer_is_refused(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in")
+    (source / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ss.FormatError, match=r"tokenizer.json: is a pointer of Git LFS"):
+        ss.pack_checkpoint(source, tmp_path / "out", options(), FAST)
 
 
 @pytest.mark.parametrize("part", ["weight_scale", "input_scale", "pre_quant_scale", "R4_input.weight", "gamma"])

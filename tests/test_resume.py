@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import models
+import numpy as np
 import pytest
 
 import slidesparse_nb as ss
@@ -264,3 +266,90 @@ def test_lines_of_a_journal_that_make_no_sense_are_passed_over(tmp_path: Path, s
     ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(resume=True))
     ss.pack_checkpoint(source, tmp_path / "again")
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "told"),
+    [
+        ("in", "tokenizer.json", "tokenizer.json is not the source's"),
+        ("in", "config.json", "config.json is not what these options make"),
+        ("in", "1_Pooling/config.json", "1_Pooling/config.json is not the source's"),
+        ("in", "new.txt", "new.txt is missing"),
+        ("out", "tokenizer.json", "tokenizer.json is not the source's"),
+        ("out", "config.json", "config.json is not what these options make"),
+        ("out", "model.safetensors.index.json", "model.safetensors.index.json"),
+        ("out", "1_Pooling/more.txt", "1_Pooling/more.txt is not in the source"),
+    ],
+)
+def test_a_complete_output_is_compared_file_by_file(tmp_path: Path, where: str, name: str, told: str) -> None:
+    source = models.folder(tmp_path / "in")
+    options = ss.Options(max_shard_size=20_000)
+    ss.pack_checkpoint(source, tmp_path / "out", options)
+    assert ss.pack_checkpoint(source, tmp_path / "out", options, ss.Run(resume=True)).already_complete
+    path = tmp_path / where / name
+    text = path.read_text() if path.exists() else ""
+    path.write_text(text.replace("{", '{"_": 1, ', 1) if name.endswith("config.json") else f"{text} ")
+    before = contents(tmp_path)
+    with pytest.raises(ss.OperandError, match="--overwrite replaces it, or name another place") as caught:
+        ss.pack_checkpoint(source, tmp_path / "out", options, ss.Run(resume=True))
+    assert told in str(caught.value)
+    assert contents(tmp_path) == before
+    ss.pack_checkpoint(source, tmp_path / "out", options, ss.Run(overwrite=True))
+    assert ss.pack_checkpoint(source, tmp_path / "out", options, ss.Run(resume=True)).verified
+
+
+@pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}])
+def test_a_journal_cut_in_its_first_line_blocks_nothing(tmp_path: Path, small_units: None, flags: dict[str, bool]) -> None:
+    source = models.folder(tmp_path / "in")
+    ss.pack_checkpoint(source, tmp_path / "whole")
+    journal = tmp_path / "out.journal"
+    for cut in (0, 1, 5, 30, 60, -7):
+        assert in_child(lambda: (kill_at(100, False), ss.pack_checkpoint(source, tmp_path / "out"))) == signal.SIGKILL
+        line = journal.read_bytes().split(b"\n")[0]
+        journal.write_bytes(line[:cut] if cut >= 0 else line[:9] + bytes(99))
+        (tmp_path / "out.partial" / "thesis.txt").write_text("years")
+        with pytest.raises(ss.OperandError, match="stands in the way"):
+            ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(**flags))
+        assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "years"
+        (tmp_path / "out.partial" / "thesis.txt").unlink()
+        ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(**flags))
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        assert sorted(os.listdir(tmp_path)) == ["in", "out", "whole"]
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_journal_that_is_removed_before_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = models.folder(tmp_path / "in")
+    journal, real, opened = tmp_path / "out.journal", streaming.fcntl.flock, []
+
+    def flock(file: object, how: int) -> None:
+        opened.append(file)
+        if len(opened) == 1:
+            journal.unlink()  # the run that held it ends just now
+        real(file, how)
+
+    monkeypatch.setattr(streaming.fcntl, "flock", flock)
+    ss.pack_checkpoint(source, tmp_path / "out")
+    assert len(opened) == 2
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_a_full_disk_names_the_file_of_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = models.folder(tmp_path / "in")
+    real, full = os.write, OSError(errno.ENOSPC, "No space left on device")
+
+    def write(descriptor: int, data: bytes) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("tokenizer.json"):
+            raise full
+        return real(descriptor, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write)
+        with pytest.raises(OSError, match=r"No space left.*--resume continues.*out\.partial/tokenizer\.json"):
+            ss.pack_checkpoint(source, tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match=r"No space left.*f\.safetensors"):
+            ss.save(tmp_path / "f.safetensors", {"x": np.ones(1)})
+    ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(resume=True))
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -297,3 +298,14 @@ def test_arrays_of_another_machine(w: np.ndarray) -> None:
     packed = pack(w, P)
     with pytest.raises(OperandError, match="arrays are Elsewhere; verify needs NumPy arrays"):
         verify(replace(packed, values=Elsewhere(packed.values), meta=Elsewhere(packed.meta)))
+
+
+@pytest.mark.parametrize("value", [65520, 1e5, -3e38])
+def test_a_source_that_overflows_is_refused_without_a_warning(value: float) -> None:
+    w = np.ones((2, 16), np.float32)
+    packed = pack(w, "6:8", "fp16", prune="magnitude")
+    w[0, 7] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(VerificationError, match=r"row 0, column"):
+            verify(packed, w, prune="magnitude")

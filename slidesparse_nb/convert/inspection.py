@@ -238,7 +238,8 @@ def dropped(block: PackedWeight, w: Array) -> tuple[int, int]:
     weights = w.astype(np.float32)
     gone = (weights != 0) & ~kept
     if block.dtype.qmax is None or w.dtype.itemsize == 1:
-        survive = w.astype(block.dtype.numpy).astype(np.float32) != 0
+        with np.errstate(over="ignore"):
+            survive = w.astype(block.dtype.numpy).astype(np.float32) != 0
     else:
         survive = quantized(weights, kept, block.dtype)[0].astype(np.float32) != 0
     return int(np.count_nonzero(gone & survive)), int(np.count_nonzero(gone & ~survive))

@@ -15,6 +15,7 @@ from ..errors import FormatError, OperandError, SlideSparseError, UnsupportedErr
 from ..packed_tensors import parse_metadata, unreadable
 from ..pattern import Pattern
 from ..safetensors_file import TensorInfo, checked_path
+from ..strict_json import uncollected
 from .config import is_ours
 from .layout import Item, Layout, Piece
 from .options import UNIT_BYTES, ModuleReport, Report, Run
@@ -99,13 +100,14 @@ def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Call
     items: list[Item] = []
     made: dict[str, str] = {}
     begun: set[str] = set()
-    for name, (info, _) in checkpoint.tensors.items():
-        if name not in owner:
-            items.append(copied_item(checkpoint, info))
-        elif (module := owner[name]).name not in begun:
-            begun.add(module.name)
-            items.append(make_item(module))
-            made.update((entry[0], module.name) for entry in items[-1].entries)
+    with uncollected():
+        for name, (info, _) in checkpoint.tensors.items():
+            if name not in owner:
+                items.append(copied_item(checkpoint, info))
+            elif (module := owner[name]).name not in begun:
+                begun.add(module.name)
+                items.append(make_item(module))
+                made.update((entry[0], module.name) for entry in items[-1].entries)
     for item in items:
         if item.copied and item.name in made:
             raise UnsupportedError(
@@ -189,9 +191,9 @@ def carry_out(
             except (VerificationError, FormatError, UnsupportedError) as error:
                 why = str(error)
         if why:
+            way = "--overwrite replaces it" if _is_ours(target, single) else "remove it first"
             raise OperandError(
-                f"out: {target} exists and is not what these options make of this source ({why}); --overwrite replaces it, or"
-                " name another place"
+                f"out: {target} exists and is not what these options make of this source ({why}); {way}, or name another place"
             )
         clear_leftovers(target)
         report.already_complete = report.verified = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,8 @@ class Item:
         rows, row_bytes: how many rows there are to make, and source bytes in each.
         make: (first, last) -> the pieces of rows first..last-1, called from any thread.
         copied: whether it is a tensor that goes through as it is.
+        key, together: items of one key (not None) can be made together, whole: `together(items)` gives the pieces of each. For
+            many thousand small weights, since each alone takes a millisecond.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Item:
     row_bytes: int
     make: Callable[[int, int], Iterable[Piece]]
     copied: bool = False
+    key: object = None
+    together: Callable[[Sequence[Item]], list[Iterable[Piece]]] | None = None
 
     @property
     def nbytes(self) -> int:

@@ -18,7 +18,7 @@ import os
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +26,15 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FormatError, OperandError
+from ..errors import FormatError, OperandError, SlideSparseError
 from ..safetensors_file import SafetensorsWriter, naming
-from .layout import Item, Layout, Shard, row_ranges
+from .layout import Item, Layout, Piece, Shard, row_ranges
 
 JOURNAL_HEAD = b'{"slidesparse": 1, "fingerprint": "'
 """How every journal begins."""
 
-MOST_IN_FLIGHT = 4096
-"""Pieces of work, however small, that may be under way together."""
+MOST_UNITS = 256
+"""Units of work, however small, that a thread does in one go."""
 
 COPIES = 16
 """Memory that a piece takes while it is made, in times its source: a float32 copy, scores, results, what they pass through."""
@@ -144,16 +144,16 @@ class Staging:
         if self.folder.is_dir() and any(entry.name not in names for entry in os.scandir(self.folder)):
             raise _stranger(self.folder)
 
-    def _append(self, record: dict[str, Any]) -> None:
-        line = memoryview(json.dumps(record).encode() + b"\n")
+    def _append(self, *records: dict[str, Any]) -> None:
+        lines = memoryview("".join(json.dumps(record) + "\n" for record in records).encode())
         with naming(self.journal):
-            while line:
-                line = line[os.write(self._file.fileno(), line) :]
+            while lines:
+                lines = lines[os.write(self._file.fileno(), lines) :]
 
-    def finish(self, unit: str, done: Done) -> None:
-        """Note that a unit of work is in its place."""
-        self.done[unit] = done
-        self._append({"unit": unit, "spans": done.spans, "crc": done.crc})
+    def finish(self, finished: Mapping[str, Done]) -> None:
+        """Note that units of work are in their places."""
+        self.done.update(finished)
+        self._append(*({"unit": unit, "spans": done.spans, "crc": done.crc} for unit, done in finished.items()))
 
     def publish(self) -> None:
         """Turn the partial folder into OUT: one rename, after what it replaces has been moved aside.
@@ -319,15 +319,25 @@ def _write_shard(
     progress: Callable[[int], None],
 ) -> None:
     """One shard, with pieces of at most `most` source bytes under way, or one piece."""
-    flight: deque[tuple[Future[Done], str, int]] = deque()
-    flying = 0
+    flight: deque[tuple[Future[list[Done]], list[str], int]] = deque()
+    waiting: list[tuple[str, Item, int, int]] = []  # small units, for one thread to do in one go
+    flying = held = 0
 
     def land() -> None:
         nonlocal flying
-        future, unit, count = flight.popleft()
+        future, units, count = flight.popleft()
         flying -= count
-        staging.finish(unit, future.result())
+        staging.finish(dict(zip(units, future.result(), strict=True)))
         progress(count)
+
+    def take_off() -> None:
+        nonlocal waiting, flying, held
+        while flight and flying + held > most:
+            land()
+        if waiting:
+            work = [unit[1:] for unit in waiting]
+            flight.append((pool.submit(_write_all, writer, work), [unit for unit, *_ in waiting], held))
+        waiting, flying, held = [], flying + held, 0
 
     try:
         for index, item in enumerate(shard.items):
@@ -336,10 +346,11 @@ def _write_shard(
                 if unit in staging.done and _still_there(writer, staging.done[unit]):
                     progress(count)
                     continue
-                while flight and (flying + count > most or len(flight) >= MOST_IN_FLIGHT):
-                    land()
-                flight.append((pool.submit(_write, writer, item, first, last), unit, count))
-                flying += count
+                if held + count > min(unit_bytes, most) or len(waiting) == MOST_UNITS:
+                    take_off()
+                waiting.append((unit, item, first, last))
+                held += count
+        take_off()
         while flight:
             land()
     finally:  # the writer must outlive the work in flight
@@ -357,10 +368,24 @@ def _open_writer(shard: Shard, staging: Staging) -> SafetensorsWriter:
     return SafetensorsWriter(path, shard.entries, shard.metadata)
 
 
-def _write(writer: SafetensorsWriter, item: Item, first: int, last: int) -> Done:
-    """Make one unit of work and put it in its place."""
+def _write_all(writer: SafetensorsWriter, work: list[tuple[Item, int, int]]) -> list[Done]:
+    """Make units of work, those of one key together, and put them in their places."""
+    groups: dict[object, list[int]] = {}
+    for at, (item, first, last) in enumerate(work):
+        if item.key is not None and last - first == item.rows:
+            groups.setdefault(item.key, []).append(at)
+    made: dict[int, Iterable[Piece]] = {}
+    for group in groups.values():
+        if len(group) > 1 and (together := work[group[0]][0].together) is not None:
+            with contextlib.suppress(SlideSparseError):  # each alone will say what is wrong with it
+                made.update(zip(group, together([work[at][0] for at in group]), strict=True))
+    return [_write(writer, made.get(at) or item.make(first, last)) for at, (item, first, last) in enumerate(work)]
+
+
+def _write(writer: SafetensorsWriter, pieces: Iterable[Piece]) -> Done:
+    """Put one unit of work in its place."""
     spans, crc = [], 0
-    for name, offset, data in item.make(first, last):
+    for name, offset, data in pieces:
         view = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         writer.write(name, view, offset)
         crc = zlib.crc32(view.data, crc)

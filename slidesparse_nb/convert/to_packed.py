@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +28,9 @@ from .layout import Item, Piece, dense_entries, dense_pieces, output_layout, row
 from .options import UNIT_BYTES, Options, Report, Run
 from .proof import prove_copies
 from .selection import Module, Selection, select
+
+SMALL = 2**16
+"""Bytes of a source weight up to which modules are packed and proved several at a time."""
 
 _SKIP = "or leave such modules dense with --skip-bad"
 """Advice that follows why a module cannot be packed, where `skip_bad` is not given."""
@@ -182,6 +185,15 @@ def _settle_bad(checkpoint: Checkpoint, selection: Selection, options: Options, 
     return skipped
 
 
+def _packed_pieces(module: Module, block: PackedWeight, first: int) -> Iterator[Piece]:
+    """The tensors of a packed module, rows from `first` on."""
+    for part, array in (("packed", block.values), ("meta", block.meta), ("scale", block.scale)):
+        if array is not None:
+            yield f"{module.name}.weight_{part}", first * array.shape[1] * array.itemsize, array
+    if first == 0:
+        yield f"{module.name}.weight_shape", 0, np.array(module.shape, np.int64)
+
+
 _Rows = tuple[Module, int, int]
 """A module, and its rows first to last - 1."""
 T = TypeVar("T")
@@ -201,6 +213,7 @@ class _Maker:
 
     checkpoint: Checkpoint
     options: Options
+    by_name: dict[str, Module] = field(default_factory=dict)
 
     @property
     def advice(self) -> str:
@@ -310,20 +323,69 @@ class _Maker:
         return self.packed_item(module) if self.options.format == "packed" else self.dense_item(module)
 
     def packed_item(self, module: Module) -> Item:
-        name, pattern = module.name, self.options.pattern
-
         def make(first: int, last: int) -> Iterator[Piece]:
-            block = self.packed_rows(module, first, last)
-            for part, array in (("packed", block.values), ("meta", block.meta), ("scale", block.scale)):
-                if array is not None:
-                    yield f"{name}.weight_{part}", first * array.shape[1] * array.itemsize, array
-            if first == 0:
-                yield f"{name}.weight_shape", 0, np.array(module.shape, np.int64)
+            yield from _packed_pieces(module, self.packed_rows(module, first, last), first)
             release_rows(self.checkpoint, module, first, last)
 
-        return Item(
-            name, tuple(packed_entries(name, pattern, module.dtype, module.shape)), *extent(self.checkpoint, module), make
-        )
+        def together(items: Sequence[Item]) -> list[Iterable[Piece]]:
+            return [
+                list(_packed_pieces(m, block, 0)) for m, block in self.packed_together([self.by_name[i.name] for i in items])
+            ]
+
+        self.by_name[module.name] = module
+        entries = tuple(packed_entries(module.name, self.options.pattern, module.dtype, module.shape))
+        return Item(module.name, entries, *extent(self.checkpoint, module), make, key=self.key(module), together=together)
+
+    # ---- many small modules
+
+    def key(self, module: Module) -> object:
+        """Modules of one key can be packed and proved as one matrix, row below row; None for those that must stand alone."""
+        small = self.checkpoint.tensors[module.weight][0].nbytes <= SMALL and self.options.prune != "random"
+        return (module.shape[1], module.code, module.dtype.name) if small else None
+
+    def stacked(self, modules: Sequence[Module]) -> tuple[Any, Any]:
+        """Their source weights row below row, and the scales of all rows (None for unquantized weights)."""
+        scales = [source_scale(self.checkpoint, m, 0, m.shape[0]) for m in modules]
+        weights = np.concatenate([self.checkpoint.array(m.weight) for m in modules])
+        if scales[0] is None:
+            return weights, None
+        rows = [np.broadcast_to(np.reshape(s, (-1, 1)), (m.shape[0], 1)) for s, m in zip(scales, modules, strict=True)]
+        return weights, np.concatenate([np.asarray(r, np.float32) for r in rows])
+
+    def packed_together(self, modules: Sequence[Module]) -> Iterator[tuple[Module, PackedWeight]]:
+        """Whole modules of one key, packed. Raises SlideSparseError if one of them cannot be."""
+        w, scale = self.stacked(modules)
+        pattern, dtype = self.options.pattern, modules[0].dtype
+        q, scale = packing.store_rows(w, pattern, dtype, scale=scale, prune=self.options.prune)
+        values, meta = packing.pack_rows(q, pattern)
+        whole, first = PackedWeight(values, meta, scale, pattern, (w.shape[0], w.shape[1]), dtype), 0
+        for module in modules:
+            yield module, cut(whole, slice(first, first := first + module.shape[0]))
+            release_rows(self.checkpoint, module, 0, module.shape[0])
+
+    def batches(self, modules: Sequence[Module]) -> Iterator[list[Module]]:
+        """Modules of one key, at most UNIT_BYTES of their sources at a time."""
+        groups: dict[object, list[Module]] = {}
+        for module in modules:
+            if (key := self.key(module)) is not None:
+                groups.setdefault(key, []).append(module)
+        for group in groups.values():
+            largest = max(self.checkpoint.tensors[m.weight][0].nbytes for m in group)
+            step = UNIT_BYTES // max(4096, largest)
+            yield from (group[at : at + step] for at in range(0, len(group), step))
+
+    def proved_together(self, modules: Sequence[Module], packed: Mapping[str, PackedWeight]) -> bool:
+        """Whether whole modules of one key are proved at once; False if one of them must be looked at alone."""
+        blocks = [packed[m.name] for m in modules]
+        scale = None if blocks[0].scale is None else np.concatenate([b.scale for b in blocks])
+        values, meta = (np.concatenate([getattr(b, part) for b in blocks]) for part in ("values", "meta"))
+        w, source_scales = self.stacked(modules)
+        whole = PackedWeight(values, meta, scale, self.options.pattern, (w.shape[0], w.shape[1]), modules[0].dtype)
+        try:
+            packing.verify_rows(whole, w, scale=source_scales, prune=self.options.prune)
+        except SlideSparseError:
+            return False
+        return True
 
     def dense_item(self, module: Module) -> Item:
         def make(first: int, last: int) -> Iterator[Piece]:
@@ -341,16 +403,26 @@ class _Maker:
         """Prove every packed module of `written` against the source, and every other tensor equal to it."""
         packed = read_packed(written)
         made = {module.name: [entry[0] for entry in self.item(module).entries] for module in modules}
+        proved: set[str] = set()
+        for batch in self.batches(modules) if self.options.format == "packed" else ():
+            if self.proved_together(batch, packed):
+                proved.update(module.name for module in batch)
+
+        def done(module: Module) -> None:
+            for name in made[module.name]:
+                written.release(name)
+            add(sum(self.checkpoint.tensors[name][0].nbytes for name in module.replaced))
 
         def one(rows: _Rows) -> None:
             self.prove_rows(rows[0], self.written_rows(written, packed, *rows), *rows[1:])
             release_rows(self.checkpoint, *rows)
 
-        for (module, _, last), _ in self._each(modules, one, run):
+        for module in modules:
+            if module.name in proved:
+                done(module)
+        for (module, _, last), _ in self._each([m for m in modules if m.name not in proved], one, run):
             if last == module.shape[0]:
-                for name in made[module.name]:
-                    written.release(name)
-                add(sum(self.checkpoint.tensors[name][0].nbytes for name in module.replaced))
+                done(module)
         replaced = [name for module in modules for name in module.replaced]
         prove_copies(written, self.checkpoint, replaced, (name for names in made.values() for name in names), add)
 
