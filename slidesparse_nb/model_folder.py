@@ -38,14 +38,23 @@ COPIES = re.compile(
 """Names under which tools store a whole model; another file of weights is a part of the model that nothing stands in for."""
 ALWAYS_COPIES = (".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".tflite")
 """Formats that hold a whole model, whatever the file's name."""
-TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.(bin|pt|pth|pkl|safetensors)")
+TRAINING = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.(bin|pt|pth|pkl|safetensors)|"
+    r"(zero_pp_rank|bf16_zero|mp_rank|extra_state_world|optim_world|model_world)_.*\.pt|.*optim_(states|rng)\.pt|.*\.distcp"
+)
 """A trainer's own state, which no model needs."""
 UNPACKED_FOLDERS = re.compile(
-    r"original|metal|onnx|openvino|coreml|gguf|flax|tf|tflite|\.?cache|runs|(checkpoint|global_step)-?\d+"
+    r"original|metal|onnx|openvino|coreml|gguf|flax|tf|tflite|runs|\w+\.ml(package|modelc)|"
+    r"(checkpoint|global_step|epoch|step|iter)[-_]?(\d+|best|last|final)|(optimizer|pytorch_model_fsdp)_\d+"
 )
 """Subfolders that hold the whole model once more, in another format or from another step of its training."""
-PART = re.compile(r"(?P<stem>.*?)[-_.]?(?P<i>\d+)[-_.]of[-_.](?P<n>\d+)(?P<rest>.*)\.safetensors")
+PART = re.compile(r"(?P<stem>.*?)[-_.]?(?P<i>\d+)[-_.]?of[-_.]?(?P<n>\d+)(?P<rest>.*)\.safetensors")
 """The name of one of several shards."""
+RANK = re.compile(r"rank[-_]?\d+[-_.]")
+"""In the name of a file that holds what one process had of a model."""
+PIPELINE = "model_index.json"
+INDEX_FILE = re.compile(r"\.safetensors\.index(\.\w+)?\.json|openvino_model.*\.xml")
+"""What belongs to another copy of the weights."""
 UNFINISHED = re.compile(r".*\.safetensors\.(incomplete|part|partial|aria2|crdownload|download|tmp)|.*\.safetensors~")
 
 _LARGEST_JSON = 100_000_000  # bytes; an index of the largest known models takes a few MB
@@ -123,7 +132,16 @@ def choose_weights(root: Path) -> str:
     files = [name for name in names if name.endswith(".safetensors")]
     if unfinished := [name for name in names if UNFINISHED.fullmatch(name)]:
         raise FormatError(f"{root}: {shown(unfinished[0])} is a download that did not finish; finish it, or remove the file")
+    if PIPELINE in names:
+        raise UnsupportedError(
+            f"{root}: {PIPELINE} says that this is a pipeline of several models; pack its folders (transformer/, unet/) one by"
+            " one"
+        )
     choice = _chosen(root, names, indexes, files)
+    if RANK.search(choice):
+        raise FormatError(
+            f"{root}: {shown(choice)} is one rank's part of a model; save the model whole, or name the file itself"
+        )
     used = set(read_index(member(root, choice)).values()) if choice in indexes else {choice}
     _refuse_incomplete(root, choice, used, files)
     return choice
@@ -241,7 +259,7 @@ def companions(root: Path, weights: set[str], tensors: Collection[str]) -> tuple
 def _folders_of_the_model(root: Path) -> set[str]:
     """Subfolders that the model's own list names as parts: of a sentence encoder (modules.json) or a pipeline of diffusers."""
     found: set[str] = set()
-    for name in ("modules.json", "model_index.json"):
+    for name in ("modules.json", PIPELINE):
         try:
             listed = json.loads((root / name).read_bytes())
         except (OSError, ValueError, RecursionError):
@@ -260,11 +278,11 @@ def _why_behind(root: Path, path: str, siblings: list[str], tensors: Collection[
     top = path == file
     if TRAINING.fullmatch(name):
         return "the state of a training run"
+    if top and INDEX_FILE.search(file.lower()):
+        return "the index of another copy of the weights"
     if name.endswith(".safetensors"):
         if not top and part:
             return None
-        if top and file.endswith(".index.json"):
-            return "the index of another copy of the weights"
         if top and COPIES.fullmatch(name):
             return "another copy of the weights, not packed"
         return _same_tensors(root, path, tensors)

@@ -123,11 +123,41 @@ def test_a_head_without_a_tensor_is_ignored(tmp_path: Path, config: dict[str, An
     assert not any(name.endswith("_proj") for name in ignored)
 
 
-def test_a_model_without_a_vocabulary_has_no_head(tmp_path: Path) -> None:
-    parts = {"vit.embeddings.projection.weight": matrix(D, F), "encoder.layer.0.output.dense.weight": matrix(D, F)}
-    made = pack(tmp_path, parts, {"model_type": "vit"}, scheme="INT8_W8A8", format="dense", ignore=("vit*",))
-    names = ["re:(.*[.])?vit[.]embeddings[.]projection$", "vit.embeddings.projection"]
-    assert made["quantization_config"]["ignore"] == names
+@pytest.mark.parametrize(
+    ("ignored", "called"),
+    [
+        ("visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv"),
+        ("thinker.visual.blocks.0.attn.qkv", "thinker.model.visual.blocks.0.attn.qkv"),
+        ("language_model.model.layers.0.mlp.down_proj", "model.language_model.layers.0.mlp.down_proj"),
+        ("visual.merger.mlp.2", "model.visual.merger.mlp.2"),
+        ("model.layers.0.block_sparse_moe.gate", "model.layers.0.mlp.router"),
+    ],
+)
+def test_what_stays_is_ignored_by_the_names_that_loaders_give_it(tmp_path: Path, ignored: str, called: str) -> None:
+    """Its like in another layer and another tower is packed."""
+    config = {"model_type": "vlm", "text_config": {"model_type": "llama"}}
+    other = {ignored.replace(".0.", ".1."), ignored.replace("language_model", "visual").replace("visual", "audio")} - {ignored}
+    other |= {"model.layers.0.mlp.up_proj"}
+    parts = {f"{name}.weight": matrix(D, F) for name in (ignored, *(name for name in other if "gate" not in name))}
+    made = pack(tmp_path, parts, config, scheme="INT8_W8A8", format="dense", ignore=(ignored,))
+    names = made["quantization_config"]["ignore"]
+    assert any(re.match(name[3:], called) for name in names if name.startswith("re:"))
+    for name in other:
+        assert (
+            not any(name == each or (each.startswith("re:") and re.match(each[3:], name)) for each in names) or "gate" in name
+        )
+
+
+@pytest.mark.parametrize("vocabulary", [33, VOCABULARY])
+def test_a_head_is_ignored_whatever_the_vocabularys_size(tmp_path: Path, vocabulary: int) -> None:
+    parts = {
+        "esm.embeddings.word_embeddings.weight": matrix(vocabulary, D),
+        "esm.encoder.layer.0.output.dense.weight": matrix(D, F),
+    }
+    made = pack(tmp_path, parts, {"model_type": "esm"}, scheme="INT8_W8A8", format="dense")
+    names = made["quantization_config"]["ignore"]
+    for head in ("lm_head", "lm_head.decoder", "proj_out", "output_projection", "model.lm_loss"):
+        assert any(name == head or (name.startswith("re:") and re.match(name[3:], head)) for name in names)
 
 
 # ---- what stays quantized --------------------------------------------------------------------------------------------
@@ -247,11 +277,13 @@ ROTATION = {"config_groups": {"R4": {"type": "hadamard", "apply": [{"targets": [
         ({}, {"hf_quant_config": {"quantization": {"quant_algo": "FP8"}}}, r"hf_quant_config.json: quantization .*'FP8'"),
         ({}, {"quantize_config": GPTQ}, r"quantize_config.json says"),
         ({}, {"quant_config": {"w_bit": 4, "q_group_size": 128}}, r"quant_config.json says"),
+        ({"quantization_bit": 4}, {}, r"config.json: quantization_bit is 4"),
         ({}, {"params": {"dim": 32, "quantization": {"qformat_weight": "fp8_e4m3"}}}, r"params.json: quantization says"),
         ({}, {"adapter_config": {"peft_type": "LORA"}}, r"adapter_config.json: .* merge"),
         (fp8_config(transform_config=ROTATION), {}, r"transform_config.config_groups.R4 acts on activations"),
         (fp8_config(sparsity_config={"format": "sparse-24-bitmask"}), {}, r"sparsity_config"),
         (fp8_config(quarot={"had": 1}), {}, r"'quarot'"),
+        (fp8_config(group(), {"targets": ["LlamaAttention"], "input_activations": {"num_bits": 8}}), {}, "group_1"),
         (fp8_config(group(output_activations={"num_bits": 8})), {}, r"output_activations"),
         (fp8_config(group(zero_mean=True)), {}, r"'zero_mean'"),
         (fp8_config(ignore=["re:("]), {}, r"re:\(.* is no regular expression"),
@@ -294,8 +326,7 @@ X = "model.layers.0.mlp.down_proj"
         ({f"{X}.compressed": np.ones(8, np.float32), f"{X}.bitmask": np.ones((D, 8), np.uint8)}, "sparse format"),
         ({f"{X}.codes": np.ones((D, 8), np.int16), f"{X}.scales": np.ones((D, 1), np.float16)}, "I16 .* beside 'scales'"),
         ({f"{X}.W_q": np.ones((D, 8), np.uint8)}, "HQQ"),
-        ({f"{X}.weight_v": matrix(D, F), f"{X}.weight_g": matrix(D, 1)}, "parametrization"),
-        ({f"{X}.parametrizations.weight.original0": matrix(D, F)}, "parametrization"),
+        ({f"{X}._weight_qdata": np.ones((D, F), np.int8)}, "torchao"),
         ({f"{X}.lora_A.default.weight": matrix(8, F), f"{X}.base_layer.weight": matrix(D, F)}, "adapter .* merge"),
         ({f"{X}_lora.down.weight": matrix(8, F)}, "adapter .* merge"),
         ({f"{X}.weight": matrix(D, F), f"{X}.rotation.weight": matrix(F, F)}, r"rotation\.weight.*packing does not know"),
@@ -353,10 +384,30 @@ def test_weights_stored_as_k_n_are_refused(tmp_path: Path, parts: dict[str, np.n
     refused(source(tmp_path / "in", parts, config), r"\[k, n\].*transpose|no shape tells")
 
 
-@pytest.mark.parametrize("parts", [biases(gpt2(transpose=False), 0), gpt2(transpose=False)])
+EXAONE = {"mlp.c_fc_0": (F, D), "mlp.c_fc_1": (F, D), "mlp.c_proj": (D, F), "attn.c_proj": (D, D)}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        biases(gpt2(transpose=False), 0),
+        gpt2(transpose=False),
+        {f"transformer.h.0.{name}.weight": matrix(*shape) for name, shape in EXAONE.items()},
+    ],
+)
 def test_linear_layers_with_the_names_of_gpt2_are_packed(tmp_path: Path, parts: dict[str, np.ndarray]) -> None:
     pack(tmp_path, parts, {"model_type": "gpt_bigcode"})
     assert len([w for w in ss.load(tmp_path / "out").values() if isinstance(w, ss.PackedWeight)]) == 4
+
+
+def test_weights_that_were_not_gathered_and_layers_that_are_missing(tmp_path: Path) -> None:
+    empty = {"model.layers.1.mlp.up_proj.weight": np.zeros(0, np.float32)}
+    refused(source(tmp_path / "in", {**layer(), **empty}, LLAMA), r"layers\.1.* is empty .*gather")
+    path = source(tmp_path / "b" / "in", layer(), {**LLAMA, "num_hidden_layers": 2})
+    report = ss.pack_checkpoint(path, tmp_path / "out", ss.Options(**MAGNITUDE))
+    assert any("config.json says 2 layers, the weights have 1" in note for note in report.notes)
+    (path / "model_index.json").write_text("{}")
+    refused(path, "pipeline of several models; pack its folders")
 
 
 def test_a_bias_that_fits_no_side_is_refused(tmp_path: Path) -> None:
@@ -378,6 +429,13 @@ def test_a_bias_that_fits_no_side_is_refused(tmp_path: Path) -> None:
         ("predict", {"vocab_size": VOCABULARY}),
         ("predict.tokens", {"vocab_size": 1000}),  # padded: as many rows as the embedding
         ("audio.quantizer.layers.0.codebook", None),
+        ("char_embeddings.HashBucketCodepointEmbedder_3", None),
+        ("mask_decoder.mask_tokens", None),
+        ("classification_head.out_proj", None),
+        ("v_head.summary", None),
+        ("detector.class_head.dense", None),
+        ("model.layers.0.altup.modality_router", None),
+        ("model.layers.0.mlp.gate.linear", None),
         ("vq.layers.0.project", None),
         ("model.tok_embeddings.0", None),
         ("encoder.positions", None),
@@ -409,6 +467,8 @@ def test_layers_whose_width_is_a_small_vocabularys_are_packed(tmp_path: Path) ->
         ("transformer.blocks.0.ffn.experts.mlp.w1", (4 * F, D), True),
         ("model.layers.0.feed_forward.w13", (4, F, D), True),  # beside a router
         ("model.layers.0.conv1d.weight", (D, 1, 4), False),
+        ("model.layers.0.fc.weight_v", (D, F), False),
+        ("paligemma_with_expert.patch_embedding.weight", (D, 3, 14, 14), False),
         ("vision.query_tokens", (1, 32, D), False),
         ("vision.proj", (D, F), False),
         ("vision.patch_embed.proj.weight", (D, 3, 14, 14), False),
@@ -450,6 +510,8 @@ def index(path: Path, names: dict[str, str]) -> None:
     [
         ([shard(1, 3)], None, "lacks 'model-00002-of-00003.safetensors', 'model-00003-of-00003"),
         (["model.safetensors-00001-of-00002.safetensors"], None, "one of 2 shards"),
+        (["model_00001of00003.safetensors"], None, "one of 3 shards"),
+        (["model-rank-1-part-0.safetensors"], None, "one rank's part"),
         (["pytorch_model_2_of_2.safetensors"], None, "lacks 'pytorch_model_1_of_2"),
         ([shard(1, 3), shard(2, 3)], [0, 1], "lacks 'model-00003-of-00003"),
         ([shard(1, 2), shard(2, 2)], [0], "lacks 'model-00002-of-00002.safetensors'.*in the folder"),

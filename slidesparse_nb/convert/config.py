@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ..checkpoint import Checkpoint, slidesparse_metadata
@@ -79,8 +79,9 @@ def output_config(
             group = next((g for g in (main, *groups) if _scheme(g["weights"], g["input_activations"]) == scheme), None)
             if group is None:
                 groups.append(group := {**scheme, "format": name, "targets": []})
-            if group is not main or kinds.not_linear(module, ()) is not None:  # engines do not count a head among "Linear"
-                group["targets"] += [module, *kinds.fused_names(module)] if group is not main else [module]
+            if group is not main or kinds.not_linear(module, ()) is not None:  # no engine counts a head among "Linear"
+                names = [module, *kinds.fused_names(module)] if group is not main else [module]
+                group["targets"] += names + ([*_forms(module)][-1:] if is_renamed(source, said) else [])
         groups.append(main)  # after those that name modules: a name goes before a class, and loaders warn otherwise
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",
@@ -143,16 +144,18 @@ def _kept_scheme(source: Checkpoint, said: Source, module: str, dtype: DType) ->
     )
 
 
-HEADS = r"re:(.*[.])?(lm_head|lm_head[.]decoder|predictions[.]decoder|vocab_projector|generator_lm_head|embed_out)$"
+HEADS = (
+    "lm_head", "lm_head.decoder", "lm_head.out_proj", "predictions.decoder", "mlm_score.decoder", "vocab_projector",
+    "generator_lm_head", "ctc_head", "embed_out", "proj_out", "output_projection", "output_layer", "lm_loss", "pred_layer.proj",
+)  # fmt: skip
 """Heads that loaders make out of the embedding, by their names in Hugging Face's models."""
-OTHER_HEADS = {"modernbert": "decoder", "whisper": "proj_out", "xlm": "pred_layer.proj", "flaubert": "pred_layer.proj"}
-"""Model type -> name of such a head, where other models give that name to something else."""
+GENERIC = {"model", "module", "_orig_mod", "base_model", "transformer", "thinker"}
+"""First parts of module names that loaders add, drop or move."""
 
 
 def _ignored(source: Checkpoint, said: Source, quantized: set[str]) -> list[str]:
     """Names for `ignore`: matrices that are stored unquantized, heads without a tensor, and the source's own names."""
-    names = set(said.ignore)
-    renamed = len(said.model_types) > 1 or any(name.split(".")[0] in BARE for name in source.tensors)
+    names, anywhere = set(said.ignore), set()
     for name, (info, _) in source.tensors.items():
         module = name.removesuffix(".weight")
         parent, _, last = name.rpartition(".")
@@ -160,22 +163,49 @@ def _ignored(source: Checkpoint, said: Source, quantized: set[str]) -> list[str]
             names.add(module)
             if module == name and kinds.stacked(name, info.shape, {}):
                 names.add(parent)  # experts: engines know the module by its parent's name
-            if renamed:
-                names.add(_anywhere(module))
-    stored = {*names, *quantized}
-    if said.vocabularies and not any(name == "lm_head" or name.endswith(".lm_head") for name in stored):
-        names |= {"lm_head", HEADS} | {OTHER_HEADS[kind] for kind in said.model_types.values() if kind in OTHER_HEADS}
+            if len(info.shape) == 2:
+                anywhere.add(module)
+    if is_renamed(source, said):
+        covering: dict[str, bool] = {}
+        for module in sorted(anywhere):
+            for form in _forms(module):
+                if form not in covering:
+                    covering[form] = _covers(form, quantized)
+                if not covering[form]:
+                    names.add(form)
+                    break
+    heads = [head for head in HEADS if not any(module == head or module.endswith(f".{head}") for module in quantized)]
+    if "lm_head" not in names:
+        names |= {"lm_head", f"re:(.*[.])?({'|'.join(re.escape(head) for head in heads)})$"}
+        names |= {"decoder"} if any(kind.startswith("modernbert") for kind in said.model_types.values()) else set()
+    if any(kinds.not_linear(module, ()) == "a router" for module in anywhere) and not _covers(ROUTERS, quantized):
+        names.add(ROUTERS)  # some loaders give them another parent
     return sorted(name for name in names if not _covers(name, quantized))
 
 
-BARE = {"layers", "blocks", "h", "encoder", "decoder", "embeddings", "embed_tokens", "visual", "language_model"}
-"""First parts of tensor names that loaders put behind others, as in model.layers."""
+ROUTERS = "re:.*[.](gate|router)$"
 
 
-def _anywhere(module: str) -> str:
-    """A regular expression for a module whose name loaders may begin otherwise, and for its like in other layers."""
-    parts = module.removeprefix("model.").removeprefix("language_model.").split(".")
-    return "re:(.*[.])?" + "[.]".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts) + "$"
+def is_renamed(source: Checkpoint, said: Source) -> bool:
+    """Whether loaders may give modules other names than the files: a model of several, or one saved without its head."""
+    return len(said.model_types) > 1 or not any(name.startswith(("model.", "transformer.")) for name in source.tensors)
+
+
+def _forms(module: str) -> Iterator[str]:
+    """Regular expressions for a module whose name loaders may begin otherwise, the widest first.
+
+    Its tower, anything, and its place in a block; then the whole name. Each with its like in other layers, then for it alone.
+    """
+    parts = module.split(".")
+    while len(parts) > 1 and parts[0] in GENERIC:
+        parts = parts[1:]
+    digit = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    tail = max(0, digit - 1)
+    for start in dict.fromkeys((tail, 0)):
+        for numbers in (False, True):
+            form = [re.escape(part) if numbers or not part.isdigit() else r"\d+" for part in parts]
+            tower = f"{form[0]}[.](.*[.])?" if start else ""
+            yield f"re:(.*[.])?{tower}{'[.]'.join(form[start:])}$"
 
 
 def _covers(name: str, quantized: Collection[str]) -> bool:

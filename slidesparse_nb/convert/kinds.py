@@ -9,27 +9,26 @@ from itertools import pairwise
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor name -> shape."""
 
-EMBEDDINGS = {
-    "wte",
-    "wpe",
-    "shared",
-    "emb",
-    "relative_attention_bias",
-    "positions",
-    "position_ids",
-    "rel_pos",
-    "codes",
-}
-HEADS = {
-    "lm_head", "score", "head", "heads", "qa_outputs", "embed_out", "unembed", "vocab_projector", "vocab_transform",
-    "output_layer", "output_projection", "logits", "logits_proj", "to_logits",
-}  # fmt: skip
-OUTER_HEADS = {"output", "proj_out", "ff_out", "fc_out", "final"}
+EMBEDDING = re.compile(
+    r".*embed.*|wte|wpe|shared|emb|.*_emb|positions|position_ids|rel_pos.*|.*relative_\w*bias(_\w+)?|bias_values|codes|"
+    r"(\w+_)?(mask|iou|cls|class|query|object|obj_score|bos|eos|pad|image|dist\w*)_tokens?|queries(_\w+)?|query_feat",
+    re.IGNORECASE,
+)
+POSITIONS = {"embed_positions", "relative_attention_bias_layer"}
+"""Modules whose own parts are tables, too."""
+HEAD = re.compile(
+    r"(?!multi_?head)(\w*_)?(heads?|classifier)|lm_head|head_dist|score|logits|logits_proj|to_logits|qa_outputs|embed_out|unembed|"
+    r"vocab_projector|vocab_transform|output_layer|output_projection|regression_layer|bbox_predictor|class_predictor",
+    re.IGNORECASE,
+)
+OUTER_HEADS = {"output", "proj_out", "ff_out", "fc_out", "final", "enc_to_logits"}
 """Names that mean a head outside of the numbered blocks, and a linear layer of a block inside them."""
-HEAD_PARTS = {"lm_head", "lm_heads", "cls", "v_head", "generator"}
-ROUTERS = {"router", "gate", "wg", "shared_expert_gate", "gating", "gate_network", "switch_gate"}
-QUANTIZERS = {"quantizer", "quantizers", "vq", "rvq", "codebook", "codebooks"}
-EXPERTS = {"moe", "switch_mlp", "block_sparse_moe", "switch_glu"}
+HEAD_PARTS = {"cls", "generator_predictions", "discriminator_predictions", "generator_lm_head"}
+ROUTER = re.compile(r"(\w*_)?(router|gating|gate_network)|gate|wg|(expert|shared_expert|switch|moe|routing)_gate")
+EXPERT = re.compile(r"expert|(\w+_)?experts(_\w+)?|moe|switch_mlp|block_sparse_moe|switch_glu")
+BESIDE = ("router", "gate", "wg", "gating")
+"""Routers that tell of the experts beside them."""
+QUANTIZER = re.compile(r"_?(quantizers?|r?vq|\w*codebooks?\w*)", re.IGNORECASE)
 NORM = re.compile(r"(.*norm\d*|ln_?\d*|.*_ln|ln_f)", re.IGNORECASE)
 ADAPTER = re.compile(
     r"lora_(a|b|up|down|mid|embedding_[ab]|magnitude_vector)|(hada|loha|lokr|oft|boft|vera|ia3|randlora)_\w+", re.IGNORECASE
@@ -83,28 +82,38 @@ def not_linear(module: str, shape: Sequence[int], vocabularies: Collection[int] 
     Args:
         shape: (n, k). vocabularies: numbers of rows that embeddings and heads have, see `source.Source`.
     """
-    *parents, last = module.split(".")
-    names = [part for part in (*parents, last) if not part.isdigit()] or [last]
-    last = names[-1]
+    names = [part for part in module.split(".") if not part.isdigit()] or [module]
+    *parents, last = names
     block = in_block(module)
     if 0 in shape:
         return "empty"
     if is_adapter(module):
         return "an adapter"
-    if any(part.lower().lstrip("_") in QUANTIZERS or "codebook" in part.lower() for part in names):
+    if len(module) > 2000:
+        return None  # no name that the rules below were made for
+    if any(QUANTIZER.fullmatch(part) for part in names):
         return "a codebook or part of a vector quantizer"
-    if "embed" in last or last in EMBEDDINGS or last.endswith("_emb"):
+    if EMBEDDING.fullmatch(last) or (parents and parents[-1] in POSITIONS):
         return "an embedding"
-    if last in HEADS or last.endswith(("classifier", "_head", "_heads", "lm_head")) or (last in OUTER_HEADS and not block):
+    if (HEAD.fullmatch(last) and last not in ("q_head", "k_head", "v_head")) or (last in OUTER_HEADS and not block):
         return "an output head"
-    if any(part in HEAD_PARTS or part.endswith(("classifier", "medusa_head")) for part in names[:-1]):
+    if any(part in HEAD_PARTS or HEAD.fullmatch(part) for part in parents):
         return "part of an output head"
-    if last in ROUTERS or "router" in names[:-1]:
+    if ROUTER.fullmatch(last) or any(part.endswith("router") or part in ("gate", "gating") for part in parents):
         return "a router"
-    if len(last) < 200 and NORM.fullmatch(last):
+    if NORM.fullmatch(last) or (parents and NORM.fullmatch(parents[-1]) and last in ("scale", "shift")):
         return "a norm"
-    large = shape and shape[0] in vocabularies and (not block or shape[0] > 4 * shape[1])
-    return "as large as the vocabulary" if large else None
+    if shape and 32 * shape[0] <= shape[1] and shape[0] <= 16:
+        return f"of {shape[0]} outputs only: a head, a router or a table"
+    return "as large as the vocabulary" if shape and _rows_of_vocabulary(shape, block, vocabularies) else None
+
+
+def _rows_of_vocabulary(shape: Sequence[int], block: bool, vocabularies: Collection[int]) -> bool:
+    """Whether a matrix has a row for every token; a head outside of the blocks may be padded."""
+    n, k = shape[0], shape[1]
+    if block:
+        return n in vocabularies and n > 4 * k
+    return n in vocabularies or (n % 8 == 0 and any(v >= 1000 and 0 < n - v < 1024 for v in vocabularies))
 
 
 def is_adapter(name: str) -> bool:
@@ -116,8 +125,9 @@ def is_adapter(name: str) -> bool:
 
 def in_block(module: str) -> bool:
     """Whether a module is inside a numbered block, as in layers.0.mlp.up_proj."""
-    *parents, last = module.split(".")
-    return any(part.isdigit() for part in parents) and not last.isdigit()
+    parts = module.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return any(not part.isdigit() for part in parts[first:])
 
 
 def stacked(name: str, shape: Sequence[int], shapes: Shapes) -> str | None:
@@ -127,15 +137,15 @@ def stacked(name: str, shape: Sequence[int], shapes: Shapes) -> str | None:
         "experts" for stacked matrices of a mixture of experts, by name or because a router is beside them; else None.
     """
     parts = name.split(".")
-    if len(shape) == 2 and not any("expert" in part for part in parts):
+    if len(shape) not in (2, 3) or min(shape[-2:]) < 8 or shape[0] == 1:
         return None
-    if any("expert" in part or part in EXPERTS for part in parts):
+    if any(EXPERT.fullmatch(part) for part in parts):
         return "experts"
-    if len(shape) != 3 or shape[0] == 1 or min(shape[1:]) < 8 or any("conv" in part or "embed" in part for part in parts):
+    if len(shape) == 2 or any("conv" in part or "embed" in part for part in parts):
         return None
     for depth in (1, 2):
         prefix = ".".join(parts[:-depth])
-        if any(f"{prefix}.{router}.weight" in shapes or f"{prefix}.{router}.layer.weight" in shapes for router in ROUTERS):
+        if any(f"{prefix}.{router}.weight" in shapes or f"{prefix}.{router}.layer.weight" in shapes for router in BESIDE):
             return "experts"
     return None
 
@@ -157,11 +167,12 @@ def transposed(shapes: Shapes) -> str | None:
         if bias is not None and len(bias) == 1 and shape[0] != shape[1] and bias[0] == shape[1]:
             return f"{name} is {list(shape)} and its bias has {bias[0]} values"
         last = module.rpartition(".")[2]
-        if last not in CONV1D:
+        if last not in CONV1D and not last.startswith("c_fc"):
             continue
-        if last in ("c_attn", "c_fc") and shape[0] != shape[1]:
-            if shape[0] < shape[1]:
-                return f"{name} is {list(shape)}, and {last} has more outputs than inputs"
+        wide = last == "c_attn" or last.startswith("c_fc")
+        if (wide or module.endswith("mlp.c_proj")) and shape[0] != shape[1]:
+            if (shape[0] < shape[1]) == wide:
+                return f"{name} is {list(shape)}, and {last} has {'more' if wide else 'fewer'} outputs than inputs"
             certain = True
         doubtful = doubtful or f"{name} is a name of GPT-2's, and no shape tells how it is stored"
     return None if certain else doubtful

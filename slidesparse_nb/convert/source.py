@@ -18,13 +18,13 @@ from functools import cached_property
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..errors import UnsupportedError, shown
+from ..errors import FormatError, UnsupportedError, shown
 from ..model_folder import CONFIG, member, read_json
 from . import kinds
 
 STATEMENTS = (
     "quantization_config", "compression_config", "quantization", "quant_config", "quantize_config", "sparsity_config",
-    "transform_config", "compression",
+    "transform_config", "compression", "quantization_bit", "weight_bits", "w_bit", "load_in_8bit", "load_in_4bit",
 )  # fmt: skip
 """Keys under which tools write how weights are stored."""
 SIGNATURES = {
@@ -33,6 +33,7 @@ SIGNATURES = {
 }  # fmt: skip
 """Keys that an object which describes a quantization has, whatever its own key is."""
 SIDE_FILES = re.compile(r".*quant.*\.json|params\.json", re.IGNORECASE)
+KNOWN_SIDE_FILES = re.compile(r"(hf_)?quant(ization|ize)?_config\.json", re.IGNORECASE)
 ADAPTER_FILE = "adapter_config.json"
 
 TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -49,28 +50,21 @@ FOREIGN = (
     (re.compile(r"W_q|qmap"), "HQQ"),
     (re.compile(r"Qidxs|SU|SV"), "QuIP#"),
     (re.compile(r"suh|svh|trellis"), "EXL3"),
-    (re.compile(r"q_weight|q_scale|q_scale_max|q_groups|q_perm|q_invperm"), "EXL2"),
+    (re.compile(r"q_weight|q_scale_max|q_groups|q_perm|q_invperm"), "EXL2"),
+    (re.compile(r"_?weight_qdata"), "torchao"),
     (re.compile(r"weight_scales|weight_blocks|.*_proj_blocks|.*_proj_scales"), "a block format such as MXFP4"),
     (re.compile(r"_data|_scale|_zeropoint|_shift"), "quanto"),
-    (re.compile(r"weight_orig|weight_mask"), "torch.nn.utils.prune, which computes weights from masks"),
-    (re.compile(r"weight_g|weight_v|original[01]?"), "a parametrization, which computes weights from several tensors"),
 )  # fmt: skip
 """Last parts of tensor names -> the tool whose loader alone can read such weights."""
-AMBIGUOUS = {
-    "weight_g",
-    "weight_v",
-    "original",
-    "original0",
-    "original1",
-    "weight_orig",
-    "weight_mask",
-    "_data",
-    "_scale",
-    "_shift",
-}
+TOKENS = re.compile(
+    r"wte|shared|embed_in|embeddings?|embed|tok_emb|\w*(tok|token|word|vocab)s?_?embed\w*|embed_(tokens?|words?)\w*|tokens_embed"
+)
+"""Last parts of names of token embeddings, which have a row for every token."""
+AMBIGUOUS = {"_data", "_scale"}
 """Of these, the ones that mean it only where they take the place of a module's weight."""
-SCALES = re.compile(r"scale|zeros|zero_point|absmax|centroid|codebook")
-INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+SCALES = re.compile(r"(?<!logit_)scale|zeros|zero_point|absmax|centroid|codebook")
+INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
+"""Types of quantized values; 64-bit integers are indices."""
 
 KNOWN_CONFIG = {
     "quant_method", "format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme", "global_compression_ratio",
@@ -140,6 +134,7 @@ def read_source(checkpoint: Checkpoint) -> Source:
     config: Mapping[str, Any] = checkpoint.config or {}
     _refuse_packed(shapes)
     _refuse_adapters(checkpoint, shapes)
+    _refuse_ungathered(shapes)
     model_types = _model_types(config)
     for at, kind in model_types.items():
         if kind in TRANSPOSED:
@@ -148,7 +143,7 @@ def read_source(checkpoint: Checkpoint) -> Source:
             )
     statements = [(f"{CONFIG}: {at}", value) for at, value in _statements(config)]
     for name, value in _side_files(checkpoint):
-        if SIGNATURES & value.keys() and _describes(name, value):
+        if name != "params.json" and SIGNATURES & value.keys() and _describes(name, value):
             statements.append((name, value))
         else:
             statements += [(f"{name}: {at}", inner) for at, inner in _statements(value)]
@@ -162,13 +157,13 @@ def read_source(checkpoint: Checkpoint) -> Source:
     if (why := kinds.transposed(shapes)) is not None:
         raise UnsupportedError(f"{why}: weights stored as [k, n] cannot be packed along k; transpose them to [n, k] first")
     quantization = understood[0][1] if understood else {}
-    notes = []
+    notes = list(_missing_layers(config, shapes))
     if (quantization.get("transform_config") or {}).get("config_groups"):
         notes.append("transform_config of the source's config.json is not carried over: it is merged into the weights")
     return Source(
         model_types=model_types,
         vocabularies=frozenset(_vocabularies(config, shapes)),
-        quantized=bool(understood),
+        quantized=bool(quantization.get("config_groups")),
         ignore=tuple(str(name) for name in quantization.get("ignore") or ()),
         groups=dict(quantization.get("config_groups") or {}),
         kv_cache_scheme=quantization.get("kv_cache_scheme"),
@@ -191,6 +186,20 @@ def read_packed_source(checkpoint: Checkpoint) -> Source:
 
 def _model_types(config: Mapping[str, Any]) -> dict[str, str]:
     return {at: value["model_type"] for at, value in _objects(config) if isinstance(value.get("model_type"), str)}
+
+
+def _missing_layers(config: Mapping[str, Any], shapes: kinds.Shapes) -> Iterator[str]:
+    """A note where config.json has more layers than the weights."""
+    told = [value["num_hidden_layers"] for _, value in _objects(config) if isinstance(value.get("num_hidden_layers"), int)]
+    numbers: dict[str, set[str]] = {}
+    for name in shapes:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+        if at:
+            numbers.setdefault(".".join(parts[:at]), set()).add(parts[at])
+    most = max(map(len, numbers.values()), default=0)
+    if told and max(told) > most:
+        yield f"config.json says {max(told)} layers, the weights have {most}: is the checkpoint whole?"
 
 
 def without_statements(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,9 +262,13 @@ def _side_files(checkpoint: Checkpoint) -> Iterator[tuple[str, Mapping[str, Any]
     """The files beside config.json that say how weights are stored."""
     root = checkpoint.root
     for name in sorted(path.name for path in root.iterdir()) if root is not None else ():
-        if SIDE_FILES.fullmatch(name) and not name.startswith("."):
-            assert root is not None
+        if not SIDE_FILES.fullmatch(name) or name.startswith(".") or root is None:
+            continue
+        try:
             yield name, read_json(member(root, name), strict=False)
+        except FormatError:
+            if KNOWN_SIDE_FILES.fullmatch(name):
+                raise  # another is a log, or a part of the model
 
 
 def _vocabularies(config: Mapping[str, Any], shapes: kinds.Shapes) -> Iterator[int]:
@@ -265,16 +278,13 @@ def _vocabularies(config: Mapping[str, Any], shapes: kinds.Shapes) -> Iterator[i
             if isinstance(size, int) and not isinstance(size, bool):
                 if "vocab" in str(key) and size >= kinds.SMALLEST_VOCABULARY:
                     yield size
-                    if size >= 1000:  # padded, as engines and tensor parallel trainers do
-                        yield from (-(-size // step) * step for step in (8, 64, 128, 256, 512, 1024))
-                if key == "embedding_size" and size >= 1000:  # a vocabulary with its padding, or ALBERT's narrow embedding
-                    yield size
+                vocabulary = value.get("vocab_size")
+                if key == "embedding_size" and isinstance(vocabulary, int) and 0 <= size - vocabulary < 1024:
+                    yield size  # with its padding; elsewhere it is the embedding's width
     for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        if len(shape) == 2 and shape[0] >= 1000 and "pos" not in module.rpartition(".")[2]:
-            last = module.rpartition(".")[2]
-            if last != "wpe" and ("embed" in last or last in ("wte", "shared", "tok_emb", "emb")):
-                yield shape[0]
+        parts = [part for part in name.removesuffix(".weight").split(".") if not part.isdigit()]
+        if len(shape) == 2 and shape[0] >= 1000 and parts and TOKENS.fullmatch(parts[-1]):
+            yield shape[0]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -303,13 +313,24 @@ def _refuse_adapters(checkpoint: Checkpoint, shapes: kinds.Shapes) -> None:
             else "loaders add its adapter to the weights"
         )
         raise UnsupportedError(
-            f"{ADAPTER_FILE}: {what}; merge the adapter into the model first (in peft: merge_and_unload), and pack that"
+            f"{ADAPTER_FILE}: {what}; merge the adapter into the model first (in peft: merge_and_unload), and pack that, or"
+            " take the adapter's files out of the folder to pack the model alone"
         )
     weights = [name for name in shapes if len(shapes[name]) >= 2]
     if weights and all(kinds.is_adapter(name) for name in weights):
         raise UnsupportedError(
             f"{shown(weights[0])}: the checkpoint is an adapter and no model; merge it into its model first (in peft:"
             " merge_and_unload), and pack that"
+        )
+
+
+def _refuse_ungathered(shapes: kinds.Shapes) -> None:
+    """Refuse a checkpoint whose weights were left on other processes: their places are empty."""
+    empty = next((name for name, shape in shapes.items() if shape == (0,) and name.endswith(".weight")), None)
+    if empty is not None:
+        raise UnsupportedError(
+            f"{shown(empty)}: is empty ([0]), as a trainer (ZeRO-3) leaves weights that it did not gather; gather and save"
+            " again"
         )
 
 
@@ -323,7 +344,8 @@ def _refuse_foreign(checkpoint: Checkpoint) -> None:
             scales.setdefault(parent, last)
     for name, (info, _) in checkpoint.tensors.items():
         parts = name.split(".")
-        found = [(part, tool) for pattern, tool in FOREIGN for part in parts[-2:] if pattern.fullmatch(part)]
+        looked_at = parts[-2:] if "quant_state" in parts[-2:] else parts[-1:]
+        found = [(part, tool) for pattern, tool in FOREIGN for part in looked_at if pattern.fullmatch(part)]
         tools = [tool for part, tool in found if part not in AMBIGUOUS or _in_place_of_weight(name, part, shapes)]
         parent, _, last = name.rpartition(".")
         integers = last != "weight" and not SCALES.search(last) and info.code in INTEGERS and len(info.shape) >= 2
@@ -429,6 +451,8 @@ def _refuse_group(where: str, group: Any) -> None:
                 f"{where} (of {shown(targets)}): weights.{key} = {shown(weights[key])}; only"
                 f" {' or '.join(map(repr, allowed))} can be packed"
             )
+    if not weights and (inputs or targets):
+        raise UnsupportedError(f"{where}: quantizes something else than weights ({shown(targets)}), which packing would lose")
     if not inputs:
         raise UnsupportedError(
             f"{where}: weight-only quantization is not supported; 8-bit packed weights run with 8-bit activations"

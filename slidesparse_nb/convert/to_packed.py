@@ -22,8 +22,9 @@ from ..packed import PackedWeight
 from ..packing import violations_hint
 from ..safetensors_file import checked_path
 from ..verification import cut
-from .config import output_config, output_metadata
+from .config import is_renamed, output_config, output_metadata
 from .job import all_items, carry_out, extent, new_report, output_target, release_rows, source_scale
+from .kinds import in_block
 from .layout import Item, Piece, dense_entries, dense_pieces, output_layout, row_ranges
 from .options import UNIT_BYTES, Options, Report, Run
 from .proof import prove_copies
@@ -100,7 +101,11 @@ def pack_checkpoint(
             prune=options.prune,
             left_dense=selection.left_dense,
             skipped=skipped,
-            notes=[*selection.notes, *([] if single else _companion_notes(checkpoint))],
+            notes=[
+                *selection.notes,
+                *([] if single else _companion_notes(checkpoint)),
+                *_naming_notes(checkpoint, selection, options, dtype),
+            ],
         )
         report.dry_run = dry_run
         if dry_run:
@@ -153,8 +158,25 @@ def _companion_notes(checkpoint: Checkpoint) -> list[str]:
     for name, why in checkpoint.left_behind.items():
         reasons.setdefault(why, []).append(name)
     notes = [f"not copied ({why}): {_listed(names)}" for why, names in reasons.items()]
-    extra = [name for name in checkpoint.companions if name.lower().endswith((".safetensors", *OTHER_WEIGHTS))]
+    extra = [name for name in checkpoint.companions if _holds_weights(checkpoint, name)]
     return notes + ([f"copied as they are, not packed: {_listed(extra)}"] if extra else [])
+
+
+def _naming_notes(checkpoint: Checkpoint, selection: Selection, options: Options, dtype: DType) -> list[str]:
+    """What to check where layers stay dense that a loader of dense 8-bit weights knows by their names alone."""
+    layers = [name for name in selection.left_dense if in_block(name) and f"{name}.weight" in checkpoint.tensors]
+    if options.format != "dense" or dtype.qmax is None or not layers or not is_renamed(checkpoint, selection.source):
+        return []
+    return [
+        f"{shown(layers[0])} and {len(layers) - 1} other layers of blocks stay dense; loaders know them by name (`ignore` of"
+        " config.json) and may rename this model's modules: compare its logits once"
+    ]
+
+
+def _holds_weights(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a file that goes along is of weights, by its name or by its size; a tokenizer takes up to 40 MB."""
+    assert checkpoint.root is not None
+    return name.lower().endswith((".safetensors", *OTHER_WEIGHTS)) or (checkpoint.root / name).stat().st_size > 50_000_000
 
 
 def _listed(names: list[str]) -> str:
