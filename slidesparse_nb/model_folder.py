@@ -27,11 +27,12 @@ CONFIG = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 OTHER_WEIGHTS = (
     ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".gguf", ".ggml", ".ot", ".tflite",
+    ".npz", ".nemo", ".zip", ".tar.gz", ".engine", ".pt2", ".pte", ".torchscript",
 )  # fmt: skip
 """How files of weights in other formats end."""
 
 COPIES = re.compile(
-    r"(pytorch_model|model|tf_model|flax_model|rust_model|openvino_model|consolidated|ggml-model|diffusion_pytorch_model|"
+    r"(pytorch_model|model|weights|tf_model|flax_model|rust_model|openvino_model|consolidated|ggml-model|diffusion_pytorch_model|"
     r"(encoder|decoder|decoder_with_past)_model)[^/]*",
     re.IGNORECASE,
 )

@@ -80,8 +80,10 @@ def output_config(
             if group is None:
                 groups.append(group := {**scheme, "format": name, "targets": []})
             if group is not main or kinds.not_linear(module, ()) is not None:  # no engine counts a head among "Linear"
-                names = [module, *kinds.fused_names(module)] if group is not main else [module]
-                group["targets"] += names + ([*_forms(module)][-1:] if is_renamed(source, said) else [])
+                group["targets"] += [module, *(kinds.fused_names(module) if group is not main else [])]
+                others = {*packed, *(other for other in kept if kept[other] != scheme)}
+                form = next((form for form in _forms(module) if not _covers(form, others)), None)
+                group["targets"] += [form] if form and form not in group["targets"] and is_renamed(source, said) else []
         groups.append(main)  # after those that name modules: a name goes before a class, and loaders warn otherwise
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",
@@ -147,6 +149,7 @@ def _kept_scheme(source: Checkpoint, said: Source, module: str, dtype: DType) ->
 HEADS = (
     "lm_head", "lm_head.decoder", "lm_head.out_proj", "predictions.decoder", "mlm_score.decoder", "vocab_projector",
     "generator_lm_head", "ctc_head", "embed_out", "proj_out", "output_projection", "output_layer", "lm_loss", "pred_layer.proj",
+    "entity_predictions.decoder",
 )  # fmt: skip
 """Heads that loaders make out of the embedding, by their names in Hugging Face's models."""
 GENERIC = {"model", "module", "_orig_mod", "base_model", "transformer", "thinker"}
@@ -176,7 +179,7 @@ def _ignored(source: Checkpoint, said: Source, quantized: set[str]) -> list[str]
                     break
     heads = [head for head in HEADS if not any(module == head or module.endswith(f".{head}") for module in quantized)]
     if "lm_head" not in names:
-        names |= {"lm_head", f"re:(.*[.])?({'|'.join(re.escape(head) for head in heads)})$"}
+        names |= {"lm_head", f"re:(.*[.])?({'|'.join(re.escape(head) for head in heads)}|lm_heads[.]\\d+)$"}
         names |= {"decoder"} if any(kind.startswith("modernbert") for kind in said.model_types.values()) else set()
     if any(kinds.not_linear(module, ()) == "a router" for module in anywhere) and not _covers(ROUTERS, quantized):
         names.add(ROUTERS)  # some loaders give them another parent
@@ -188,7 +191,8 @@ ROUTERS = "re:.*[.](gate|router)$"
 
 def is_renamed(source: Checkpoint, said: Source) -> bool:
     """Whether loaders may give modules other names than the files: a model of several, or one saved without its head."""
-    return len(said.model_types) > 1 or not any(name.startswith(("model.", "transformer.")) for name in source.tensors)
+    usual = {"model", "transformer", "lm_head"}
+    return len(said.model_types) > 1 or any(name.partition(".")[0] not in usual for name in source.tensors)
 
 
 def _forms(module: str) -> Iterator[str]:

@@ -24,7 +24,7 @@ HEAD = re.compile(
 OUTER_HEADS = {"output", "proj_out", "ff_out", "fc_out", "final", "enc_to_logits"}
 """Names that mean a head outside of the numbered blocks, and a linear layer of a block inside them."""
 HEAD_PARTS = {"cls", "generator_predictions", "discriminator_predictions", "generator_lm_head"}
-ROUTER = re.compile(r"(\w*_)?(router|gating|gate_network)|gate|wg|(expert|shared_expert|switch|moe|routing)_gate")
+ROUTER = re.compile(r"(\w*_)?(router|gating|gate_network)|gate|wg|routing|(experts?|shared_expert|switch|moe|routing)_gate")
 EXPERT = re.compile(r"expert|(\w+_)?experts(_\w+)?|moe|switch_mlp|block_sparse_moe|switch_glu")
 BESIDE = ("router", "gate", "wg", "gating")
 """Routers that tell of the experts beside them."""

@@ -197,7 +197,10 @@ def _missing_layers(config: Mapping[str, Any], shapes: kinds.Shapes) -> Iterator
         at = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
         if at:
             numbers.setdefault(".".join(parts[:at]), set()).add(parts[at])
-    most = max(map(len, numbers.values()), default=0)
+    layers = max(numbers.values(), key=len, default=set())
+    most = len(layers)
+    if len(layers) > 1 and (gap := next((i for i in range(max(map(int, layers))) if str(i) not in layers), None)) is not None:
+        yield f"there are {most} layers up to {max(map(int, layers))}, and none of number {gap}: is the checkpoint whole?"
     if told and max(told) > most:
         yield f"config.json says {max(told)} layers, the weights have {most}: is the checkpoint whole?"
 

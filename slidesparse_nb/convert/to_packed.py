@@ -104,7 +104,7 @@ def pack_checkpoint(
             notes=[
                 *selection.notes,
                 *([] if single else _companion_notes(checkpoint)),
-                *_naming_notes(checkpoint, selection, options, dtype),
+                *_config_notes(checkpoint, selection, options, dtype),
             ],
         )
         report.dry_run = dry_run
@@ -162,8 +162,10 @@ def _companion_notes(checkpoint: Checkpoint) -> list[str]:
     return notes + ([f"copied as they are, not packed: {_listed(extra)}"] if extra else [])
 
 
-def _naming_notes(checkpoint: Checkpoint, selection: Selection, options: Options, dtype: DType) -> list[str]:
-    """What to check where layers stay dense that a loader of dense 8-bit weights knows by their names alone."""
+def _config_notes(checkpoint: Checkpoint, selection: Selection, options: Options, dtype: DType) -> list[str]:
+    """What of the source's config is lost, or what to check where a loader knows dense layers by their names alone."""
+    if selection.source.kv_cache_scheme and (options.format != "dense" or dtype.qmax is None):
+        return ["kv_cache_scheme of the source's config.json is not carried over; its scale tensors are"]
     layers = [name for name in selection.left_dense if in_block(name) and f"{name}.weight" in checkpoint.tensors]
     if options.format != "dense" or dtype.qmax is None or not layers or not is_renamed(checkpoint, selection.source):
         return []
