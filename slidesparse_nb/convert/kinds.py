@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -82,15 +83,24 @@ def not_linear(module: str, shape: Sequence[int], vocabularies: Collection[int] 
     Args:
         shape: (n, k). vocabularies: numbers of rows that embeddings and heads have, see `source.Source`.
     """
-    names = [part for part in module.split(".") if not part.isdigit()] or [module]
-    *parents, last = names
-    block = in_block(module)
     if 0 in shape:
         return "empty"
-    if is_adapter(module):
-        return "an adapter"
     if len(module) > 2000:
         return None  # no name that the rules below were made for
+    block = in_block(module)
+    if (told := _by_name(tuple(part for part in module.split(".") if not part.isdigit()) or (module,), block)) is not None:
+        return told
+    if shape and 32 * shape[0] <= shape[1] and shape[0] <= 16:
+        return f"of {shape[0]} outputs only: a head, a router or a table"
+    return "as large as the vocabulary" if shape and _rows_of_vocabulary(shape, block, vocabularies) else None
+
+
+@lru_cache(maxsize=1 << 14)
+def _by_name(names: tuple[str, ...], block: bool) -> str | None:
+    """What the parts of a module's name, numbers left out, say that it is. A model has few such names, and many layers."""
+    *parents, last = names
+    if is_adapter(".".join(names)):
+        return "an adapter"
     if any(QUANTIZER.fullmatch(part) for part in names):
         return "a codebook or part of a vector quantizer"
     if EMBEDDING.fullmatch(last) or (parents and parents[-1] in POSITIONS):
@@ -103,9 +113,7 @@ def not_linear(module: str, shape: Sequence[int], vocabularies: Collection[int] 
         return "a router"
     if NORM.fullmatch(last) or (parents and NORM.fullmatch(parents[-1]) and last in ("scale", "shift")):
         return "a norm"
-    if shape and 32 * shape[0] <= shape[1] and shape[0] <= 16:
-        return f"of {shape[0]} outputs only: a head, a router or a table"
-    return "as large as the vocabulary" if shape and _rows_of_vocabulary(shape, block, vocabularies) else None
+    return None
 
 
 def _rows_of_vocabulary(shape: Sequence[int], block: bool, vocabularies: Collection[int]) -> bool:

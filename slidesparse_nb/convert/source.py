@@ -14,7 +14,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ..checkpoint import Checkpoint
@@ -346,19 +346,24 @@ def _refuse_foreign(checkpoint: Checkpoint) -> None:
         if SCALES.search(last):
             scales.setdefault(parent, last)
     for name, (info, _) in checkpoint.tensors.items():
-        parts = name.split(".")
-        looked_at = parts[-2:] if "quant_state" in parts[-2:] else parts[-1:]
-        found = [(part, tool) for pattern, tool in FOREIGN for part in looked_at if pattern.fullmatch(part)]
-        tools = [tool for part, tool in found if part not in AMBIGUOUS or _in_place_of_weight(name, part, shapes)]
         parent, _, last = name.rpartition(".")
+        tools = _tools(last) + (_tools("quant_state") if parent.endswith(".quant_state") else ())
+        if last in AMBIGUOUS and not _in_place_of_weight(name, last, shapes):
+            tools = ()
         integers = last != "weight" and not SCALES.search(last) and info.code in INTEGERS and len(info.shape) >= 2
         if not tools and integers and parent in scales:
-            tools = [f"a tool that stores integers beside {shown(scales[parent])}"]
+            tools = (f"a tool that stores integers beside {shown(scales[parent])}",)
         if tools:
             raise UnsupportedError(
                 f"{shown(name)}: {info.code} {list(info.shape)} is written by {tools[0]}, which packing cannot read; start from"
                 " a checkpoint with plain weights"
             )
+
+
+@lru_cache(maxsize=1 << 12)
+def _tools(last: str) -> tuple[str, ...]:
+    """The tools that write tensors with this last part of a name."""
+    return tuple(tool for pattern, tool in FOREIGN if pattern.fullmatch(last))
 
 
 def _in_place_of_weight(name: str, hit: str, shapes: kinds.Shapes) -> bool:

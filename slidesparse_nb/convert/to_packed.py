@@ -21,6 +21,7 @@ from ..model_folder import OTHER_WEIGHTS
 from ..packed import PackedWeight
 from ..packing import violations_hint
 from ..safetensors_file import checked_path
+from ..strict_json import frozen, uncollected
 from ..verification import cut
 from .config import is_renamed, output_config, output_metadata
 from .job import all_items, carry_out, extent, new_report, output_target, release_rows, source_scale
@@ -62,9 +63,10 @@ def pack_checkpoint(
     """
     options, run, source = options or Options(), run or Run(), checked_path(source, "source")
     with Checkpoint.open(source) as checkpoint:
-        selection = select(
-            checkpoint, pattern=options.pattern, scheme=options.scheme, targets=options.targets, ignore=options.ignore
-        )
+        with uncollected():
+            selection = select(
+                checkpoint, pattern=options.pattern, scheme=options.scheme, targets=options.targets, ignore=options.ignore
+            )
         refused = {} if options.skip_bad else selection.bad
         if refused and not dry_run:
             raise UnsupportedError(f"{next(iter(refused.values()))}, {_SKIP}")
@@ -74,21 +76,22 @@ def pack_checkpoint(
         if single and options.max_shard_size is not None:
             raise OperandError(f"max_shard_size: {target} is one file and is not split; name a folder as the output")
         maker = _Maker(checkpoint, options)
-        layout = output_layout(
-            all_items(checkpoint, selection.modules, maker.item),
-            checkpoint,
-            metadata=output_metadata(checkpoint, options.format, options.pattern, dtype),
-            config=output_config(
+        with uncollected():
+            layout = output_layout(
+                all_items(checkpoint, selection.modules, maker.item),
                 checkpoint,
-                selection.source,
-                options.format,
-                options.pattern,
-                dtype,
-                [m.name for m in selection.modules] + list(refused),
-            ),
-            max_shard_size=options.max_shard_size,
-            single=target.name if single else None,
-        )
+                metadata=output_metadata(checkpoint, options.format, options.pattern, dtype),
+                config=output_config(
+                    checkpoint,
+                    selection.source,
+                    options.format,
+                    options.pattern,
+                    dtype,
+                    [m.name for m in selection.modules] + list(refused),
+                ),
+                max_shard_size=options.max_shard_size,
+                single=target.name if single else None,
+            )
         report = new_report(
             source,
             target,
@@ -121,7 +124,8 @@ def pack_checkpoint(
                 maker.prove(written, selection.modules, run, add)
 
             try:
-                carry_out(layout, target, single, checkpoint, facts, run, report, "packing", prove)
+                with frozen():
+                    carry_out(layout, target, single, checkpoint, facts, run, report, "packing", prove)
             except _Broken as error:
                 raise maker.explain(error) from None
             _count_bytes(report, selection, checkpoint, single)
