@@ -306,6 +306,12 @@ def test_configs_that_say_nothing_are_no_quantization(tmp_path: Path, config: di
     assert made["quantization_config"]["quant_method"] == "slidesparse"
 
 
+def test_metadata_that_tells_of_a_quantization_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    models.write(tmp_path / "in" / "model.safetensors", layer(), {"_quantization_metadata": '{"layers": {}}'})
+    refused(tmp_path / "in", r"__metadata__: '_quantization_metadata' is")
+
+
 def test_a_transform_of_weights_alone_is_merged_into_them(tmp_path: Path) -> None:
     merged = {"config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "weight_input"}]}}}
     path = source(tmp_path / "in", {**EMBEDDING, **scaled(layer(dtype=FP8))}, fp8_config(transform_config=merged))
@@ -406,6 +412,9 @@ def test_weights_that_were_not_gathered_and_layers_that_are_missing(tmp_path: Pa
     path = source(tmp_path / "b" / "in", layer(), {**LLAMA, "num_hidden_layers": 2})
     report = ss.pack_checkpoint(path, tmp_path / "out", ss.Options(**MAGNITUDE))
     assert any("config.json says 2 layers, the weights have 1" in note for note in report.notes)
+    parts = {f"model.layers.{i}.fc.weight": matrix(D, F) for i in ("0", "2", "²", "9" * 5000)}
+    report = ss.pack_checkpoint(source(tmp_path / "c" / "in", parts), tmp_path / "c" / "o", ss.Options(**MAGNITUDE))
+    assert any("layers 0 to 2, but none of number 1" in note for note in report.notes)
     (path / "model_index.json").write_text("{}")
     refused(path, "pipeline of several models; pack its folders")
 

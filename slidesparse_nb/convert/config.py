@@ -203,11 +203,11 @@ def _forms(module: str) -> Iterator[str]:
     parts = module.split(".")
     while len(parts) > 1 and parts[0] in GENERIC:
         parts = parts[1:]
-    digit = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    digit = next((i for i, part in enumerate(parts) if kinds.is_number(part)), len(parts) - 1)
     tail = max(0, digit - 1)
     for start in dict.fromkeys((tail, 0)):
         for numbers in (False, True):
-            form = [re.escape(part) if numbers or not part.isdigit() else r"\d+" for part in parts]
+            form = [re.escape(part) if numbers or not kinds.is_number(part) else r"\d+" for part in parts]
             tower = f"{form[0]}[.](.*[.])?" if start else ""
             yield f"re:(.*[.])?{tower}{'[.]'.join(form[start:])}$"
 

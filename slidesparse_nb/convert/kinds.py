@@ -60,7 +60,7 @@ def fused_key(name: str) -> str | None:
     wrapped = ".base_layer" if name.endswith(".base_layer") else ""  # a layer inside an adapter's wrapper
     parts = name.removesuffix(wrapped).split(".")
     for i in range(len(parts) - 1):
-        if parts[i] == "experts" and parts[i + 1].isdigit():
+        if parts[i] == "experts" and is_number(parts[i + 1]):
             return ".".join(parts[: i + 1])
     for siblings in FUSED:
         if parts[-1] in siblings:
@@ -88,7 +88,7 @@ def not_linear(module: str, shape: Sequence[int], vocabularies: Collection[int] 
     if len(module) > 2000:
         return None  # no name that the rules below were made for
     block = in_block(module)
-    if (told := _by_name(tuple(part for part in module.split(".") if not part.isdigit()) or (module,), block)) is not None:
+    if (told := _by_name(tuple(part for part in module.split(".") if not is_number(part)) or (module,), block)) is not None:
         return told
     if shape and 32 * shape[0] <= shape[1] and shape[0] <= 16:
         return f"of {shape[0]} outputs only: a head, a router or a table"
@@ -131,11 +131,16 @@ def is_adapter(name: str) -> bool:
     return wrapped or any(ADAPTER.fullmatch(part) for part in parts)
 
 
+def is_number(part: str) -> bool:
+    """Whether a part of a name counts layers, experts or the like."""
+    return part.isascii() and part.isdecimal() and len(part) < 10
+
+
 def in_block(module: str) -> bool:
     """Whether a module is inside a numbered block, as in layers.0.mlp.up_proj."""
     parts = module.split(".")
-    first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    return any(not part.isdigit() for part in parts[first:])
+    first = next((i for i, part in enumerate(parts) if is_number(part)), len(parts))
+    return any(not is_number(part) for part in parts[first:])
 
 
 def stacked(name: str, shape: Sequence[int], shapes: Shapes) -> str | None:

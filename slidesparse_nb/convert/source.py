@@ -2,6 +2,7 @@
 
     config.json          at any depth: quantization_config, compression_config, quantization (text_config, thinker_config ...)
     files beside it      hf_quant_config.json, quantize_config.json, quant_config.json, params.json, adapter_config.json
+    metadata of files    _quantization_metadata ...
     tensor names         qweight, weight_scale_inv, lora_A, weight_packed ...
 
 A statement that packing would lose or misread is refused with the name of what makes it. The rest of this package asks a
@@ -56,15 +57,16 @@ FOREIGN = (
     (re.compile(r"_data|_scale|_zeropoint|_shift"), "quanto"),
 )  # fmt: skip
 """Last parts of tensor names -> the tool whose loader alone can read such weights."""
-TOKENS = re.compile(
-    r"wte|shared|embed_in|embeddings?|embed|tok_emb|\w*(tok|token|word|vocab)s?_?embed\w*|embed_(tokens?|words?)\w*|tokens_embed"
-)
-"""Last parts of names of token embeddings, which have a row for every token."""
 AMBIGUOUS = {"_data", "_scale"}
 """Of these, the ones that mean it only where they take the place of a module's weight."""
 SCALES = re.compile(r"(?<!logit_)scale|zeros|zero_point|absmax|centroid|codebook")
 INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
 """Types of quantized values; 64-bit integers are indices."""
+
+TOKENS = re.compile(
+    r"wte|shared|embed_in|embeddings?|embed|tok_emb|\w*(tok|token|word|vocab)s?_?embed\w*|embed_(tokens?|words?)\w*|tokens_embed"
+)
+"""Last parts of names of token embeddings, which have a row for every token."""
 
 KNOWN_CONFIG = {
     "quant_method", "format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme", "global_compression_ratio",
@@ -142,6 +144,9 @@ def read_source(checkpoint: Checkpoint) -> Source:
                 f"{CONFIG}: {_path(at, 'model_type')} {kind!r} stores Conv1D weights as [k, n]; transpose them to [n, k] first"
             )
     statements = [(f"{CONFIG}: {at}", value) for at, value in _statements(config)]
+    statements += [
+        (f"__metadata__: {shown(key)}", value) for key, value in checkpoint.metadata.items() if "quant" in key.lower()
+    ]
     for name, value in _side_files(checkpoint):
         if name != "params.json" and SIGNATURES & value.keys() and _describes(name, value):
             statements.append((name, value))
@@ -191,18 +196,17 @@ def _model_types(config: Mapping[str, Any]) -> dict[str, str]:
 def _missing_layers(config: Mapping[str, Any], shapes: kinds.Shapes) -> Iterator[str]:
     """A note where config.json has more layers than the weights."""
     told = [value["num_hidden_layers"] for _, value in _objects(config) if isinstance(value.get("num_hidden_layers"), int)]
-    numbers: dict[str, set[str]] = {}
+    numbers: dict[str, set[int]] = {}
     for name in shapes:
         parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+        at = next((i for i, part in enumerate(parts) if kinds.is_number(part)), 0)
         if at:
-            numbers.setdefault(".".join(parts[:at]), set()).add(parts[at])
+            numbers.setdefault(".".join(parts[:at]), set()).add(int(parts[at]))
     layers = max(numbers.values(), key=len, default=set())
-    most = len(layers)
-    if len(layers) > 1 and (gap := next((i for i in range(max(map(int, layers))) if str(i) not in layers), None)) is not None:
-        yield f"there are {most} layers up to {max(map(int, layers))}, and none of number {gap}: is the checkpoint whole?"
-    if told and max(told) > most:
-        yield f"config.json says {max(told)} layers, the weights have {most}: is the checkpoint whole?"
+    if layers and (gap := next((i for i in range(min(layers), max(layers)) if i not in layers), None)) is not None:
+        yield f"the weights have layers {min(layers)} to {max(layers)}, but none of number {gap}: is the checkpoint whole?"
+    if told and max(told) > len(layers):
+        yield f"{CONFIG} says {max(told)} layers, the weights have {len(layers)}: is the checkpoint whole?"
 
 
 def without_statements(config: Mapping[str, Any]) -> dict[str, Any]:
