@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy_gpu import BF16, F16, F32, Array, Tensor, array, close, empty, gpu, o
 
 from slidesparse_nb import reference
 from slidesparse_nb.arch import sm80, sm90
+from slidesparse_nb.device import jit
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8, PACKED, DType
 from slidesparse_nb.errors import OperandError
 from slidesparse_nb.packed import ActivationImage, QuantizedActivations
@@ -291,6 +293,28 @@ def test_an_array_that_cannot_be_viewed(gpu: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("cupy.from_dlpack", refuse)
     with pytest.raises(OperandError, match=r"^x: Tensor is not an array .* \(Can't export tensors that require grad"):
         ops().matmul(Tensor(np.ones((4, 64), F32)), weight(16, 64, INT8))
+
+
+def parameters_of(source: str, kernel: str) -> dict[str, str]:
+    """A kernel's parameters, as its own text lists them."""
+    text = re.sub(r"//.*", "", (jit.source_folder() / source).read_text())
+    found = re.search(rf'extern "C" __global__[^;{{]*?\b{kernel}\(([^)]*)\)\s*{{', text)
+    assert found, source
+    told = {}
+    for declared in found[1].split(","):
+        kind, name = re.fullmatch(r"\s*(.*[\s*])(\w+)\s*", declared, re.DOTALL).groups()  # type: ignore[union-attr]
+        assert "*" in kind or kind.strip() == "i64", declared
+        told[name.rstrip("_")] = "address" if "*" in kind else "integer"  # m_: an int m follows in the kernel
+    return told
+
+
+def test_parameters_are_the_kernels(gpu: Any) -> None:
+    plans: Any = importlib.import_module("slidesparse_nb.device.plans")
+    for source, kernel, parameters in (
+        *((family.KERNEL, "gemm", family.PARAMETERS) for family in (sm80, sm90)),
+        (plans.ROWS_KERNEL, "rows", plans.ROWS_PARAMETERS),
+    ):
+        assert list(parameters.items()) == list(parameters_of(source, kernel).items())
 
 
 def test_families(gpu: Any) -> None:

@@ -29,6 +29,13 @@ __all__ = [
 ]
 
 KERNEL = "sm80/gemm.cu"
+PARAMETERS = {
+    "x": "address", "x_pitch": "integer", "x_bytes": "integer", "weights": "address", "scale_x": "address",
+    "scale_w": "address", "bias": "address", "bias_type": "integer", "y": "address", "y_pitch": "integer",
+    "m": "integer", "n": "integer", "blocks": "integer", "parts": "address", "arrived": "address",
+}  # fmt: skip
+"""Of the kernel, in its order."""
+
 SUFFIX = ""
 """Of the architecture it is compiled for: none, plain sm_80 to sm_120."""
 
@@ -199,6 +206,8 @@ class Config:
             "WARPS_N": tile.warps_n,
             "WARPS_M": tile.warps_m,
             "STAGES": self.stages,
+            "THREADS": self.threads,
+            "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
 
 

@@ -30,6 +30,14 @@ from .sm90_layout import (
 __all__ = ["Arranged", "arrange", "expand", "image", "image_bytes", "image_rows", "restore", "stages"]
 
 KERNEL = "sm90/gemm.cu"
+PARAMETERS = {
+    "x": "address", "values": "address", "scale_x": "address", "scale_w": "address", "bias": "address",
+    "bias_type": "integer", "y": "address", "y_pitch": "integer", "m": "integer", "n": "integer", "index": "address",
+    "stages": "integer", "first_strip": "integer", "last_strip": "integer", "begin": "integer", "end": "integer",
+    "order": "integer", "band": "integer",
+}  # fmt: skip
+"""Of the kernel, in its order."""
+
 SUFFIX = "a"
 """Of the architecture it is compiled for: wgmma is in sm_90a alone."""
 
@@ -219,6 +227,8 @@ class Config:
             "WINDOWS": self.windows,
             "CUT": self.cut,
             "BLOCKS": self.resident,
+            "THREADS": self.threads,
+            "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
 
     def with_words(self) -> Config:

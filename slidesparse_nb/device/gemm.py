@@ -125,27 +125,20 @@ def matmul(
         if plan.quantizes and not quantized:
             scale = base + plan.scale_at
         feed(address, x.data.ptr, operand, scale)
-    rows: tuple[int, ...] = ()
-    split: tuple[int, ...] = ()
-    if not plan.image:
-        rows = (x.strides[0] if feed is None else plan.row_pitch, plan.x_bytes)
-        split = (base + plan.parts_at if plan.part_bytes else 0, counters)
     rows_y = y if y.ndim == 2 and (y.strides[1] == y.itemsize or n == 1) else _rows(y, m, n)
-    arguments = (
-        operand,
-        *rows,
-        weight.operand,
-        scale,
-        0 if weight.scale is None else weight.scale.data.ptr,
-        0 if bias is None else bias.data.ptr,
-        bias_type,
-        rows_y.data.ptr,
-        rows_y.strides[0] // rows_y.itemsize,
-        m,
-        n,
-    )
+    given = {
+        "x": operand,
+        "x_pitch": x.strides[0] if feed is None else plan.row_pitch,
+        "scale_x": scale,
+        "bias": 0 if bias is None else bias.data.ptr,
+        "bias_type": bias_type,
+        "y": rows_y.data.ptr,
+        "y_pitch": rows_y.strides[0] // rows_y.itemsize,
+        "parts": base + plan.parts_at if plan.part_bytes else 0,
+        "arrived": counters,
+    }
     for it in plan.launches:
-        it.run(it.grid, it.block, it.shared, address, it.programmatic, *arguments, *it.arguments, *split)
+        it.run(it.grid, it.block, it.shared, address, it.programmatic, *it.ordered({**it.fixed, **given}))
     if rows_y is not y and rows_y.data.ptr != y.data.ptr:
         y[...] = rows_y.reshape(y.shape)
     return y if out is None else out

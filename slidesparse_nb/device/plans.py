@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import cupy
@@ -34,7 +35,11 @@ PROGRAMMATIC_TOKENS = 512
 these leave, are spread over the processors at random; those that share activations are then apart, L2 serves them one by
 one, and the product takes up to half as long again (docs/hopper.md)."""
 
-ROWS_KERNEL = "common/rows.cu"
+ROWS_KERNEL, ROWS_THREADS = "common/rows.cu", 256
+ROWS_PARAMETERS = {
+    "x": "address", "row_step": "integer", "step": "integer", "k": "integer", "out": "address", "columns": "integer",
+}  # fmt: skip
+"""Of the kernel, in its order."""
 
 Feed = Callable[[int, int, int, int], None]
 """Launches what makes the matrix kernel's operand: (stream, x, operand, scale), addresses all."""
@@ -108,14 +113,20 @@ class DeviceWeight:
 
 @dataclass(frozen=True)
 class MatrixLaunch:
-    """One launch of a matrix kernel: where it runs, and its arguments after those of every launch."""
+    """One launch of a matrix kernel.
+
+    Attributes:
+        fixed: arguments that a plan knows, by parameter; a call gives the others.
+        ordered: of arguments by parameter, those of the kernel, in its order.
+    """
 
     run: Launcher
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared: int
     programmatic: bool
-    arguments: tuple[int, ...]
+    fixed: Mapping[str, int]
+    ordered: Callable[[Mapping[str, int]], tuple[int, ...]]
 
 
 class Plan:
@@ -154,29 +165,25 @@ class Plan:
     def _matrix_launch(self, config: Config) -> MatrixLaunch:
         weight, m, n = self.weight, self.m, self.weight.packed.n
         pattern, dtype = weight.packed.pattern, weight.packed.dtype
+        fixed = {"scale_w": 0 if weight.scale is None else weight.scale.data.ptr, "m": m, "n": n, "x_bytes": self.x_bytes}
         if isinstance(config, sm90.Config):
             if not config.possible(sm90.stages(weight.pattern, weight.k, dtype)):
                 raise AssertionError(config)
-            grid, parameters = config.grid(), 18
-            programmatic = m <= PROGRAMMATIC_TOKENS or config.order == sm90.REST
-            arguments: tuple[int, ...] = (
-                weight.index(config.windows > 0),
-                sm90.stages(weight.pattern, weight.k, dtype),
-                *config.strips,
-                config.begin,
-                config.end,
-                config.order,
-                config.band,
-            )
+            grid, programmatic = config.grid(), m <= PROGRAMMATIC_TOKENS or config.order == sm90.REST
+            fixed |= {"values": weight.operand, "index": weight.index(config.windows > 0)}
+            fixed |= {"first_strip": config.strips[0], "last_strip": config.strips[1], "begin": config.begin, "end": config.end}
+            fixed |= {"order": config.order, "band": config.band, "stages": sm90.stages(weight.pattern, weight.k, dtype)}
         else:
             if config.counters(m, n) > COUNTERS:
                 raise AssertionError(config)
-            grid, parameters, programmatic = config.grid(m, n), 15, False
-            arguments = (config.layout.blocks(weight.k),)
+            grid, programmatic = config.grid(m, n), False
+            fixed |= {"weights": weight.operand, "blocks": config.layout.blocks(weight.k)}
             self.part_bytes = config.part_bytes(m, n)
         arch = jit.architecture(weight.capability) + weight.family.SUFFIX
         defines = tuple(config.defines().items())
-        run, built = _matrix_kernel(weight.ordinal, weight.family.KERNEL, defines, arch, config.shared_bytes, parameters)
+        parameters = weight.family.PARAMETERS
+        types = tuple(parameters.values())
+        run, built = _matrix_kernel(weight.ordinal, weight.family.KERNEL, defines, arch, config.shared_bytes, types)
         if env.debug():
             print(
                 f"slidesparse_nb: y[{m}, {n}] = x[{m}, {weight.k}] @ w.T, {pattern.described} {dtype} -> {self.out}\n"
@@ -185,7 +192,8 @@ class Plan:
                 f" {built.registers} registers",
                 file=sys.stderr,
             )
-        return MatrixLaunch(run, grid, (config.threads, 1, 1), config.shared_bytes, programmatic, arguments)
+        block = config.threads, 1, 1
+        return MatrixLaunch(run, grid, block, config.shared_bytes, programmatic, fixed, itemgetter(*parameters))
 
     def feed(self, x: Any, quantized: bool) -> Feed | None:
         """What makes the operand of x [m, k], or None; made once for each type, strides and alignment.
@@ -229,7 +237,7 @@ class Plan:
 
 @functools.cache
 def _matrix_kernel(
-    ordinal: int, source: str, defines: tuple[tuple[str, int | str], ...], arch: str, shared: int, parameters: int
+    ordinal: int, source: str, defines: tuple[tuple[str, int | str], ...], arch: str, shared: int, parameters: tuple[str, ...]
 ) -> tuple[Launcher, jit.Built]:
     """A matrix kernel on the current device, `ordinal`, with so many bytes of dynamic shared memory.
 
@@ -272,17 +280,20 @@ def rows_feed(ordinal: int, x: Any, held_as: str, dtype: DType, pitch: int, lift
     """Copies x [m, k] to rows of `pitch` bytes, 16-byte aligned, of the weights' type, lifted by groups of `lift` columns."""
     m, k = x.shape
     columns = pitch * 8 // dtype.bits
-    run, grid = _rows_kernel(ordinal, held_as, dtype.name, lift), (m, max(1, min(64, -(-columns // 256))), 1)
+    run, ordered = _rows_kernel(ordinal, held_as, dtype.name, lift), itemgetter(*ROWS_PARAMETERS)
+    grid = m, max(1, min(64, -(-columns // ROWS_THREADS))), 1
     row_step, step = (stride // x.itemsize for stride in x.strides)
+    fixed = {"row_step": row_step, "step": step, "k": k, "columns": columns}
 
     def feed(stream: int, x: int, operand: int, scale: int) -> None:
-        run(grid, (256, 1, 1), 0, stream, False, x, row_step, step, k, operand, columns)
+        run(grid, (ROWS_THREADS, 1, 1), 0, stream, False, *ordered({"x": x, "out": operand, **fixed}))
 
     return feed
 
 
 @functools.cache
 def _rows_kernel(ordinal: int, held_as: str, stored: str, lift: int) -> Launcher:
-    defines = {"FROM": CUDA_CODES[held_as], "TO": CUDA_CODES[stored], "LIFT": lift}
+    defines = {"FROM": CUDA_CODES[held_as], "TO": CUDA_CODES[stored], "LIFT": lift, "THREADS": ROWS_THREADS}
     arch = jit.architecture(device_facts(ordinal)[0])
-    return Launcher(jit.load(jit.build(ROWS_KERNEL, defines, arch, jit.device_compiler()), "rows").kernel, 6)
+    built = jit.build(ROWS_KERNEL, defines, arch, jit.device_compiler())
+    return Launcher(jit.load(built, "rows").kernel, ROWS_PARAMETERS.values())
