@@ -70,7 +70,7 @@ def python_costs(portable: bool) -> None:
         matmul = ops().matmul
         matmul(x, packed, out=y, workspace=workspace)
         plan = gpu.gemm.to_device(packed).plan(8, "bfloat16")
-        run = launcher(list(gpu.gemm.to_device(packed).family.PARAMETERS.values()))
+        run = launcher(list(gpu.gemm.to_device(packed).arch.parameters.values()))
         patch.setattr(plan, "launches", tuple(dataclasses.replace(launch, run=run) for launch in plan.launches))
         patch.setattr(gpu.gemm.activations.Kernel, "on", lambda kernel, *_: launcher(["integer"] * len(kernel.parameters)))
         plan.feeds.clear()
@@ -142,7 +142,7 @@ def bandwidths(cp: Any, m: int, k: int, source: np.dtype[Any], dtype: DType, pat
         width = activations.row_pitch(k, None)
         shape, more = (m, width), {"width": width}
     else:
-        shape, more = (sm90.image_bytes(m, k, pattern, dtype),), {}
+        shape, more = (sm90.ARCH.operand(pattern, k, dtype).bytes(m),), {}
     strides = (k * source.itemsize, source.itemsize)
     launch = activations.plan(FLOATS[source], dtype.name, k, strides, True, 90, pattern, **more)
     moved = m * k * source.itemsize + int(np.prod(shape)) + 4 * m

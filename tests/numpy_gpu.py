@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from slidesparse_nb import reference
-from slidesparse_nb.arch import sm90
+from slidesparse_nb.arch.operand import image, image_rows
 from slidesparse_nb.dtypes import BFLOAT16, CUDA_CODES, FLOAT16, DType, packed_dtype
 from slidesparse_nb.packed import PackedWeight
 from slidesparse_nb.pattern import Pattern
@@ -226,7 +226,7 @@ class Activations:
         if made is not None:
             at(scale, (m, 1), F32)[...] = made
         if self.image:
-            picture = sm90.image(values, P)
+            picture = image(values, P)
             assert pitch == 64 * ((m + 7) // 8)
             at(out, picture.shape, np.uint8)[...] = picture
         else:
@@ -261,7 +261,7 @@ class Rows:
 
 
 class Gemm:
-    """sm90/gemm.cu or sm80/gemm.cu: operands back to values, then the exact product."""
+    """The kernel of any architecture: x back to values, then the exact product."""
 
     def __init__(self, gpu: Gpu, plan: Any, config: Any) -> None:
         self.gpu, self.plan, self.config = gpu, plan, config
@@ -271,24 +271,22 @@ class Gemm:
         assert stream == self.gpu.streams[-1]
         weight, plan = self.weight, self.plan
         dtype, k = weight.dtype, weight.k
-        it, m, n = named(plan.weight.family.PARAMETERS, arguments), plan.m, weight.n
+        it, m, n = named(plan.weight.arch.parameters, arguments), plan.m, weight.n
         assert (it.m, it.n) == (m, n)
-        if plan.image:
-            config = self.config
-            assert (it.values, it.index) == (plan.weight.operand, plan.weight.index(config.windows > 0))
-            assert (it.first_strip, it.last_strip, it.begin, it.end) == (*config.strips, config.begin, config.end)
-            assert (it.order, it.band) == (config.order, config.band)
-            made = at(it.x, (it.stages, (m + 7) // 8, 8, 128), np.uint8)
-            q = sm90.image_rows(made, m, k, P, dtype).view(dtype.numpy)
+        for parameter, buffer in self.config.buffers.items():
+            assert getattr(it, parameter) == plan.weight.address(buffer)
+        for parameter, value in self.config.arguments(plan.problem).items():
+            assert getattr(it, parameter) == value
+        if plan.weight.operand.tiled:
+            made = at(it.x, (plan.weight.operand.row_bytes // 128, (m + 7) // 8, 8, 128), np.uint8)
+            q = image_rows(made, m, k, P, dtype).view(dtype.numpy)
         else:
-            assert it.weights == plan.weight.operand
-            assert it.blocks == self.config.layout.blocks(k)
             assert it.x_bytes == k * dtype.bits // 8
             assert it.x % 16 == it.x_pitch % 16 == 0
             q = at(it.x, (m, k), dtype.numpy, (it.x_pitch, dtype.bits // 8))
         if plan.part_bytes:
             at(it.parts, (plan.part_bytes,), np.uint8)[...] = 0x77
-            assert not at(it.arrived, (self.config.counters(m, n),), np.uint32).any()
+            assert not at(it.arrived, (self.config.counters(plan.problem),), np.uint32).any()
         with np.errstate(invalid="ignore", over="ignore"):
             acc = q.astype(np.float64) @ reference.unpack(weight).astype(np.float64).T
             value = acc.astype(np.float32)
@@ -296,7 +294,7 @@ class Gemm:
                 value = value * at(it.scale_x, (m, 1), F32) * at(it.scale_w, (n,), F32)
             if it.bias:
                 value = value + at(it.bias, (n,), FLOATS[NAMED[it.bias_type]]).astype(np.float32)
-            out = FLOATS[plan.out]
+            out = FLOATS[plan.problem.out]
             at(it.y, (m, n), out, (it.y_pitch * out.itemsize, out.itemsize))[...] = value.astype(out)
         self.gpu.launched.append("gemm")
 

@@ -18,7 +18,8 @@ from device_cases import awkward_rows
 from numpy_gpu import BF16, F16, F32, Array, Tensor, array, close, empty, gpu, ops, wanted, weight
 
 from slidesparse_nb import reference
-from slidesparse_nb.arch import sm80, sm90
+from slidesparse_nb.arch import ARCHITECTURES, sm80, sm90
+from slidesparse_nb.arch.operand import image
 from slidesparse_nb.device import jit
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8, PACKED, DType
 from slidesparse_nb.errors import OperandError
@@ -76,8 +77,8 @@ def test_quantized_for_another_pattern(gpu: Any, dtype: DType) -> None:
     x = array(np.random.default_rng(3).standard_normal((9, 64)).astype(F32))
     q, scale = reference.quantize(np.asarray(x), dtype) if dtype.qmax else (np.asarray(x).astype(dtype.numpy), None)
     scale = None if scale is None else array(scale)
-    image = ActivationImage(array(sm90.image(q, Pattern(4, 6))), Pattern(4, 6), 64)
-    other = QuantizedActivations(None, scale, (9,), dtype, F32, image)
+    made = ActivationImage(array(image(q, Pattern(4, 6))), Pattern(4, 6), 64)
+    other = QuantizedActivations(None, scale, (9,), dtype, F32, made)
     close(ops().matmul(other, packed), wanted(x, packed))
     assert gpu.launched[-1] == "gemm"
     assert "values" not in vars(other)
@@ -311,12 +312,12 @@ def parameters_of(source: str, kernel: str) -> dict[str, str]:
 def test_parameters_are_the_kernels(gpu: Any) -> None:
     plans: Any = importlib.import_module("slidesparse_nb.device.plans")
     for source, kernel, parameters in (
-        *((family.KERNEL, "gemm", family.PARAMETERS) for family in (sm80, sm90)),
+        *((arch.source, "gemm", arch.parameters) for arch in ARCHITECTURES),
         (plans.ROWS_KERNEL, "rows", plans.ROWS_PARAMETERS),
     ):
         assert list(parameters.items()) == list(parameters_of(source, kernel).items())
 
 
-def test_families(gpu: Any) -> None:
+def test_architectures(gpu: Any) -> None:
     device = gpu.gemm.to_device(weight(16, 64, INT8))
-    assert device.family is (sm90 if gpu.own else sm80)
+    assert device.arch is (sm90 if gpu.own else sm80).ARCH

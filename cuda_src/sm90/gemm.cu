@@ -1,7 +1,7 @@
 // y[m, n] = x[m, k] @ w[n, k].T with (2N-2):2N weights on the sparse tensor cores of sm_90, through wgmma.mma_async.sp.
 //
 // Weights are the sparse operand A (64 outputs a strip), slid activations the dense operand B; both stand in global memory as the
-// images that shared memory wants (arch/sm90_layout.py), so every copy is one contiguous bulk copy:
+// images that shared memory wants (arch/sm90_layout.py, arch/operand.py), so every copy is one contiguous bulk copy:
 //
 //   producer   one thread: global --cp.async.bulk--> ring of STAGES stages, 128 slid bytes along k each
 //   consumers  WARPGROUPS warpgroups, a strip each: wait full --> 2 wgmma a stage --> release the stages before

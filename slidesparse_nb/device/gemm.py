@@ -1,7 +1,7 @@
 """y = x @ w.T on the GPU: one or two launches a call.
 
     x [m, k] --quantize (8-bit weights), or copy if its rows are not 16-byte aligned--> rows --gemm--> y [m, n]
-    x [m, k] --quantize (8-bit weights) or round, slide, swizzle--> image --gemm--> y [m, n]                     on sm_90
+    x [m, k] --quantize (8-bit weights) or round, slide, swizzle--> tiles --gemm--> y [m, n]         where a kernel loads tiles
 
 What can be made once is in plans.py. A call checks its operands, looks that up, finds memory for what lies between the
 kernels, and launches. Arrays are CuPy's at the borders only: a slice of one costs a microsecond. Nothing here waits for the
@@ -17,7 +17,8 @@ from typing import Any
 import cupy
 import numpy as np
 
-from ..arch import for_capability, sm90
+from ..arch import for_capability
+from ..arch.operand import image_rows
 from ..dtypes import CUDA_CODES, FLOATS, INT8, DType
 from ..errors import OperandError
 from ..operands import check_activations, check_bias, float_dtype, result_dtype
@@ -79,7 +80,7 @@ def matmul(
     ready = False  # x is the operand
     if quantized:
         lead, source = given.lead, float_dtype("x.source", given.source)
-        ready = given.image is not None and weight.family is sm90 and given.image.pattern == packed.pattern
+        ready = given.image is not None and weight.operand.tiled and given.image.pattern == packed.pattern
         if not ready and given.image is not None:
             x = rows_of_image(given.image, given.m, given.dtype)  # for this call, and in its stream: not kept
         scale_x = None if given.scale is None else as_cupy("x.scale", given.scale)
@@ -164,8 +165,11 @@ def quantize(
     lead, source, k = x.shape[:-1], x.dtype, x.shape[-1]
     m = math.prod(lead)
     flat = x if x.ndim == 2 else x.reshape(m, k)
-    family = for_capability(device_facts(ordinal)[0]) if packed is None else to_device(packed, ordinal).family
-    if family is sm90:
+    if packed is not None:
+        tiled = to_device(packed, ordinal).operand.tiled
+    else:
+        tiled = for_capability(device_facts(ordinal)[0]).operand(pattern, k, dtype).tiled
+    if tiled:
         made, scale = activations.image(flat, dtype, pattern)
         return QuantizedActivations(None, scale, lead, dtype, source, ActivationImage(made, pattern, k))
     if dtype.qmax is not None:
@@ -182,7 +186,7 @@ def quantize(
 def rows_of_image(image: ActivationImage, m: int, dtype: DType) -> Any:
     """The values [m, k] that an image was made of: int8, or the bits of another type."""
     with cupy.cuda.Device(image.data.data.device_id):
-        rows = sm90.image_rows(image.data, m, image.k, image.pattern, dtype, cupy)
+        rows = image_rows(image.data, m, image.k, image.pattern, dtype, cupy)
         return rows.view(np.int8) if dtype is INT8 else rows
 
 
