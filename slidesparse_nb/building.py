@@ -90,15 +90,15 @@ def _jobs(
 ) -> Iterator[tuple[Job, tuple[str, str, str, str, int]]]:
     """Every kernel and candidate: how it is built, and what the report says of it beforehand."""
     for capability in capabilities:
-        for family in serving(capability):  # its own kernel, and the portable one
-            if env.portable() and not family.portable:
+        for arch in serving(capability):  # its own kernel, and the portable one
+            if env.portable() and not arch.portable:
                 continue
-            target = jit.architecture(capability) + family.suffix
+            target = jit.architecture(capability) + arch.suffix
             for pattern in patterns:
-                for dtype in (d for d in dtypes if not family.refuses(capability, d)):
-                    for config in family.kernels(pattern, dtype, out, capability):
+                for dtype in (d for d in dtypes if not arch.refuses(capability, d)):
+                    for config in arch.kernels(pattern, dtype, out, capability):
                         told = (target, str(pattern), str(dtype), str(config), config.shared_bytes)
-                        yield (family.source, config.defines(), target), told
+                        yield (arch.source, config.defines(), target), told
 
 
 def build_products(
@@ -132,10 +132,10 @@ def launches_of(products: Iterable[Asked], capability: tuple[int, int], processo
 
 def kernels_of(configs: Iterable[Config], capability: tuple[int, int]) -> list[Job]:
     """The matrix kernels that these launches take on a GPU of this compute capability, each once."""
-    family = for_capability(capability)
-    target = jit.architecture(capability) + family.suffix
+    arch = for_capability(capability)
+    target = jit.architecture(capability) + arch.suffix
     kernels = {repr(defines): defines for defines in (config.defines() for config in configs)}
-    return [(family.source, defines, target) for defines in kernels.values()]
+    return [(arch.source, defines, target) for defines in kernels.values()]
 
 
 def compile_all(work: Sequence[Job], compiler: nvrtc.Nvrtc | None = None, workers: int | None = None) -> list[jit.Built]:

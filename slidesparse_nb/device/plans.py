@@ -78,8 +78,9 @@ class DeviceWeight:
     def address(self, buffer: str) -> int:
         """Of a buffer, which is made now if it was left out until a launch loads it."""
         if buffer not in self.buffers:
-            self.buffers[buffer] = self.arch.derive(buffer, self.buffers, self.packed, cupy)
+            made = self.arch.derive(buffer, self.buffers, self.packed, cupy)
             cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
+            self.buffers.setdefault(buffer, made)  # of two threads, both load the first's
         return int(self.buffers[buffer].data.ptr)
 
     def problem(self, m: int, out: str) -> GemmProblem:
@@ -145,9 +146,9 @@ class Plan:
         fixed = {"m": problem.m, "n": problem.n, "x_bytes": weight.operand.row_bytes, **config.arguments(problem)}
         fixed |= {parameter: weight.address(buffer) for parameter, buffer in config.buffers.items()}
         fixed["scale_w"] = 0 if weight.scale is None else weight.scale.data.ptr
-        family, defines, grid = weight.arch, tuple(config.defines().items()), config.grid(problem)
-        target, types = jit.architecture(weight.device.capability) + family.suffix, tuple(family.parameters.values())
-        run, built = _matrix_kernel(weight.ordinal, family.source, defines, target, config.shared_bytes, types)
+        own, defines, grid = weight.arch, tuple(config.defines().items()), config.grid(problem)
+        target, types = jit.architecture(weight.device.capability) + own.suffix, tuple(own.parameters.values())
+        run, built = _matrix_kernel(weight.ordinal, own.source, defines, target, config.shared_bytes, types)
         if env.debug():
             print(
                 f"slidesparse_nb: {problem}\n  config  {config}\n  source  {built.folder / 'kernel.cu'}\n"
@@ -155,7 +156,7 @@ class Plan:
                 f" {built.registers} registers",
                 file=sys.stderr,
             )
-        early, block, ordered = config.early(problem), (config.threads, 1, 1), itemgetter(*family.parameters)
+        early, block, ordered = config.early(problem), (config.threads, 1, 1), itemgetter(*own.parameters)
         return MatrixLaunch(run, grid, block, config.shared_bytes, early, fixed, ordered)
 
     def feed(self, x: Any, quantized: bool) -> Feed | None:

@@ -39,9 +39,9 @@ def best(problem: GemmProblem) -> Candidate:
 
 
 def ranked(problem: GemmProblem) -> list[tuple[float, Candidate]]:
-    """Every way that the choice is made of after its estimated cost."""
-    family = arch.of(problem)
-    return sorted(((family.cost(way, problem), way) for way in family.candidates(problem)), key=lambda of: of[0])
+    """Every candidate and its estimated cost, the cheapest first."""
+    own = arch.of(problem)
+    return sorted(((own.cost(way, problem), way) for way in own.candidates(problem)), key=lambda of: of[0])
 
 
 def likely(problem: GemmProblem) -> list[Candidate]:
