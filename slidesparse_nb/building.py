@@ -13,20 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import env
-from .arch import Config, as_multiplied, choose, for_capability, sm80
+from .arch import Config, choose, for_capability, serving
 from .device import jit, nvrtc
 from .dtypes import FLOATS, PACKED, DType, packed_dtype
 from .operands import float_dtype
 from .pattern import Pattern, known_patterns
+from .problem import Asked, Device, GemmProblem
 
 ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 """The compute capabilities that kernels are compiled for in tests."""
 
 Job = tuple[str, Mapping[str, "int | str"], str]
 """Source under cuda_src, defines, architecture."""
-
-Asked = tuple[int, int, int, "Pattern | str", "DType | str", str]
-"""A product: m, n, k, pattern, dtype of the weights, name of the type of y."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +90,15 @@ def _jobs(
 ) -> Iterator[tuple[Job, tuple[str, str, str, str, int]]]:
     """Every kernel and candidate: how it is built, and what the report says of it beforehand."""
     for capability in capabilities:
-        for family in dict.fromkeys((for_capability(capability), sm80)):  # its own kernel, and the portable one
-            arch = jit.architecture(capability) + family.SUFFIX
+        for arch in serving(capability):  # its own kernel, and the portable one
+            if env.portable() and not arch.portable:
+                continue
+            target = jit.architecture(capability) + arch.suffix
             for pattern in patterns:
-                for dtype in dtypes:
-                    if dtype in family.supported_dtypes(capability):
-                        for config in family.candidates(pattern, dtype, out, capability):
-                            told = (arch, str(pattern), str(dtype), str(config), config.shared_bytes)
-                            yield (family.KERNEL, config.defines(), arch), told
+                for dtype in (d for d in dtypes if not arch.refuses(capability, d)):
+                    for config in arch.kernels(pattern, dtype, out, capability):
+                        told = (target, str(pattern), str(dtype), str(config), config.shared_bytes)
+                        yield (arch.source, config.defines(), target), told
 
 
 def build_products(
@@ -127,21 +126,16 @@ def build_products(
 
 def launches_of(products: Iterable[Asked], capability: tuple[int, int], processors: int) -> list[Config]:
     """The launches that compute these products, of every one in turn; arguments and errors are those of `build_products`."""
-    family = for_capability(capability)
-    configs: list[Config] = []
-    for m, n, k, named, dtype, out in products:
-        pattern, seen_k = as_multiplied(family, Pattern.of(named), k)
-        y_type = FLOATS[float_dtype("out", out)]
-        configs += choose(family, m, n, seen_k, pattern, packed_dtype(dtype), y_type, capability, processors)
-    return configs
+    device = Device(capability, processors)
+    return [config for asked in products for config in choose(GemmProblem.of(asked, device))]
 
 
 def kernels_of(configs: Iterable[Config], capability: tuple[int, int]) -> list[Job]:
     """The matrix kernels that these launches take on a GPU of this compute capability, each once."""
-    family = for_capability(capability)
-    arch = jit.architecture(capability) + family.SUFFIX
+    arch = for_capability(capability)
+    target = jit.architecture(capability) + arch.suffix
     kernels = {repr(defines): defines for defines in (config.defines() for config in configs)}
-    return [(family.KERNEL, defines, arch) for defines in kernels.values()]
+    return [(arch.source, defines, target) for defines in kernels.values()]
 
 
 def compile_all(work: Sequence[Job], compiler: nvrtc.Nvrtc | None = None, workers: int | None = None) -> list[jit.Built]:

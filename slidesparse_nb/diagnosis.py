@@ -97,7 +97,7 @@ def diagnose() -> Iterator[Finding]:
 def _multiplied(capability: tuple[int, int]) -> tuple[DType, ...]:
     """The types of weights that a GPU multiplies; none if it has no sparse tensor cores."""
     try:
-        return tuple(arch.for_capability(capability).supported_dtypes(capability))
+        return arch.multiplied(arch.for_capability(capability), capability)
     except UnsupportedError:
         return ()
 
@@ -181,9 +181,12 @@ def _same(name: str, got: Any, wanted: Any) -> None:
         raise ArithmeticError(f"{name} differ from the reference")
 
 
-def _compare(y: Any, x: Any, packed: PackedWeight, error: float = 2 * K * 2.0**-24) -> str:
-    """y against the reference: int8 exactly; others within `error` of the sum of magnitudes, by default the rounding of K
-    additions in float32, in any order."""
+ADDITIONS = 2 * K * 2.0**-24
+"""Error of K additions in float32, in any order, of the sum of magnitudes."""
+
+
+def _compare(y: Any, x: Any, packed: PackedWeight, error: float = ADDITIONS) -> str:
+    """y against the reference: int8 exactly; others within `error` of the sum of magnitudes."""
     wanted = reference.matmul(x, packed)
     if packed.dtype is INT8:
         _same("products", np.ascontiguousarray(y), wanted)
@@ -243,6 +246,4 @@ def _matmul(dtype: DType) -> str:
     packed = weights.pack(cupy.asarray(w), PATTERN, dtype)
     y = ops.matmul(cupy.asarray(x), packed, out_dtype=FLOAT32).get()
     capability = divmod(int(cupy.cuda.Device().compute_capability), 10)
-    if dtype is FLOAT8 and arch.for_capability(capability) is arch.sm90:  # an accumulator of fewer bits
-        return _compare(y, x, wanted, -(-packed.ks // 64) * arch.sm90.FLOAT8_ERROR)
-    return _compare(y, x, wanted)
+    return _compare(y, x, wanted, max(ADDITIONS, arch.for_capability(capability).error(dtype, packed.ks)))

@@ -191,7 +191,7 @@ def require_packed(packed: object) -> PackedWeight:
 
 @dataclass(frozen=True, eq=False)
 class ActivationImage:
-    """Activations as the kernel for compute capability 9.0 loads them: lifted, in stages, swizzled (arch/sm90_layout.py).
+    """Activations as the kernel for compute capability 9.0 loads them: lifted, in swizzled tiles (arch/operand.py).
 
     Attributes:
         data: uint8 [stages, ceil(m / 8), 8, 128] on a GPU.

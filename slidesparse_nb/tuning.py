@@ -9,14 +9,12 @@ from datetime import datetime, timezone
 from typing import Any
 
 from . import device, packing
-from .arch import for_capability
+from .arch import Candidate, for_capability, require_support
 from .building import compile_all, kernels_of
 from .device import jit, tuned
-from .dtypes import FLOATS, DType, packed_dtype
 from .errors import OperandError
-from .operands import float_dtype
 from .packed import size_problem
-from .pattern import Pattern
+from .problem import Asked, GemmProblem
 
 LEAST_GAIN = 0.02
 """Of the time of the model's choice, what another way must save to be kept: less is not sure to be there tomorrow."""
@@ -56,7 +54,7 @@ class Tuned:
 
 
 def tune_products(
-    products: Iterable[tuple[int, int, int, Pattern | str, DType | str, str]],
+    products: Iterable[Asked],
     seconds: float | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Iterator[Tuned]:
@@ -75,10 +73,10 @@ def tune_products(
         OperandError: a product that cannot be.
         UnsupportedError: there is no GPU, or it does not multiply such weights, or the cache folder cannot be written.
     """
-    wanted = [_checked(*product) for product in products]
+    wanted = [_checked(product) for product in products]
     capability = _capability()
-    for _, _, _, _, dtype, _ in wanted:
-        for_capability(capability).require_support(capability, dtype)
+    for problem in wanted:
+        require_support(for_capability(capability), capability, problem.dtype)
     end = None if seconds is None else time.monotonic() + seconds
     return _tuned(wanted, end, tell or (lambda text: None))
 
@@ -88,16 +86,14 @@ def forget_tuned() -> int:
     return tuned.forget()
 
 
-def _checked(
-    m: int, n: int, k: int, pattern: Pattern | str, dtype: DType | str, out: str
-) -> tuple[int, int, int, Pattern, DType, str]:
-    pattern, stored = Pattern.of(pattern), packed_dtype(dtype)
-    for name, value in (("m", m), ("n", n), ("k", k)):
+def _checked(asked: Asked) -> GemmProblem:
+    problem = GemmProblem.of(asked)
+    for name, value in (("m", problem.m), ("n", problem.n), ("k", problem.k)):
         if value < 1:
             raise OperandError(f"{name}: {value} must be 1 or more")
-    if problem := size_problem(pattern, (n, k), stored):
-        raise OperandError(f"product: {problem}")
-    return m, n, k, pattern, stored, FLOATS[float_dtype("out", out)]
+    if why := size_problem(problem.pattern, (problem.n, problem.k), problem.dtype):
+        raise OperandError(f"product: {why}")
+    return problem
 
 
 def _capability() -> tuple[int, int]:
@@ -107,14 +103,13 @@ def _capability() -> tuple[int, int]:
     return properties["major"], properties["minor"]
 
 
-def _tuned(
-    wanted: list[tuple[int, int, int, Pattern, DType, str]], end: float | None, tell: Callable[[str], None]
-) -> Iterator[Tuned]:
+def _tuned(wanted: list[GemmProblem], end: float | None, tell: Callable[[str], None]) -> Iterator[Tuned]:
     timing = device.module("timing", "tune")
     clock = timing.GpuClock()
     track: Any = None
     of: Any = None
-    for number, (m, n, k, pattern, dtype, out) in enumerate(wanted):
+    for number, asked in enumerate(wanted):
+        m, n, k, pattern, dtype, out = asked.m, asked.n, asked.k, asked.pattern, asked.dtype, asked.out
         if end is not None and time.monotonic() >= end:
             tell(f"time is up: {len(wanted) - number} of {len(wanted)} products were not begun")
             return
@@ -123,9 +118,9 @@ def _tuned(
             track = None  # its memory is wanted
             packed = packing.pack(timing.normal(n, k), pattern, dtype, prune="magnitude")
             track, of = timing.Track(packed, clock), (n, k, pattern, dtype)
-        product = track.product(m, out)
-        ways = product.likely()
-        jobs = kernels_of((config for way in ways for config in way), product.capability)
+        problem = track.problem(m, out)
+        ways = tuned.likely(problem)
+        jobs = kernels_of((config for way in ways for config in way), problem.device.capability)
         tell(f"{name}: {len(ways)} ways, of {len(jobs)} kernels")
         compile_all(jobs, jit.device_compiler())
         race = track.race(m, out, ways)
@@ -136,11 +131,11 @@ def _tuned(
         if found.kept:
             when = datetime.now(timezone.utc).isoformat(timespec="seconds")
             told = {"words": found.best, "us": found.best_us, "model_us": found.model_us, "when": when}
-            tuned.keep(product, race.best, told)
+            tuned.keep(problem, race.best, told)
         else:
-            tuned.drop(product)
+            tuned.drop(problem)
         yield found
 
 
-def _words(way: tuned.Way) -> tuple[str, ...]:
+def _words(way: Candidate) -> tuple[str, ...]:
     return tuple(map(str, way))

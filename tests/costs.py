@@ -52,7 +52,7 @@ def host_us(call: Callable[[], object], calls: int, wait: Callable[[], object] =
 # ---- anywhere --------------------------------------------------------------------------------------------------------
 
 
-def launcher(parameters: int) -> Any:
+def launcher(parameters: Sequence[str]) -> Any:
     """A launcher with a function of the C library that does nothing in the driver's place."""
     nothing = ctypes.CDLL(None).getppid
     nothing.restype = None  # counts as 0, the status of success
@@ -62,7 +62,7 @@ def launcher(parameters: int) -> Any:
 def python_costs(portable: bool) -> None:
     """A launch and a warm 8-bit linear: all of the Python, nothing of CuPy and the driver."""
     with pytest.MonkeyPatch.context() as patch, numpy_for_cupy(patch, portable) as gpu:
-        run, arguments = launcher(15), range(2**40, 2**40 + 15)
+        run, arguments = launcher(["address"] * 15), range(2**40, 2**40 + 15)
         launch_us = host_us(lambda: run((1, 1, 1), (128, 1, 1), 0, 12345, True, *arguments), 500)
         packed, x, y = weight(64, 128, INT8), array(np.ones((8, 128), BF16)), empty((8, 64), BF16)
         workspace = empty(ops().workspace_bytes(8, packed, BF16), np.uint8)
@@ -70,9 +70,9 @@ def python_costs(portable: bool) -> None:
         matmul = ops().matmul
         matmul(x, packed, out=y, workspace=workspace)
         plan = gpu.gemm.to_device(packed).plan(8, "bfloat16")
-        run = launcher(15 if portable else 18)
+        run = launcher(list(gpu.gemm.to_device(packed).arch.parameters.values()))
         patch.setattr(plan, "launches", tuple(dataclasses.replace(launch, run=run) for launch in plan.launches))
-        patch.setattr(gpu.gemm.activations.Kernel, "on", lambda kernel, *_: launcher(len(kernel.parameters)))
+        patch.setattr(gpu.gemm.activations.Kernel, "on", lambda kernel, *_: launcher(["integer"] * len(kernel.parameters)))
         plan.feeds.clear()
         linear_us = host_us(lambda: matmul(x, packed, out=y, workspace=workspace), 100)
     kernel = "portable" if portable else "Hopper's"
@@ -142,7 +142,7 @@ def bandwidths(cp: Any, m: int, k: int, source: np.dtype[Any], dtype: DType, pat
         width = activations.row_pitch(k, None)
         shape, more = (m, width), {"width": width}
     else:
-        shape, more = (sm90.image_bytes(m, k, pattern, dtype),), {}
+        shape, more = (sm90.ARCH.operand(pattern, k, dtype).bytes(m),), {}
     strides = (k * source.itemsize, source.itemsize)
     launch = activations.plan(FLOATS[source], dtype.name, k, strides, True, 90, pattern, **more)
     moved = m * k * source.itemsize + int(np.prod(shape)) + 4 * m

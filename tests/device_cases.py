@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from slidesparse_nb import reference
-from slidesparse_nb.arch import sm90
+from slidesparse_nb.arch.operand import image
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from slidesparse_nb.pattern import Pattern
 
@@ -61,14 +61,14 @@ def quantized(x: Any, dtype: DType, pattern: Pattern | None, width: int) -> tupl
 
 
 def imaged(x: Any, dtype: DType, pattern: Pattern) -> tuple[Any, Any]:
-    """What a device must give for sm_90: the image, and scales, or None where nothing is quantized."""
+    """What a device must give for kernels that load tiles: the image, and scales, or None where nothing is quantized."""
     if x.dtype == dtype.numpy:
-        return sm90.image(x, pattern), None
+        return image(x, pattern), None
     with np.errstate(invalid="ignore", over="ignore"):
         if dtype.qmax is None:
-            return sm90.image(x.astype(dtype.numpy), pattern), None
+            return image(x.astype(dtype.numpy), pattern), None
         q, scale = reference.quantize(x, dtype)
-    return sm90.image(q, pattern), scale
+    return image(q, pattern), scale
 
 
 def same(values: Any, scale: Any, expected: tuple[Any, Any]) -> None:

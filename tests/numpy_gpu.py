@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from slidesparse_nb import reference
-from slidesparse_nb.arch import sm90
+from slidesparse_nb.arch.operand import image, image_rows
 from slidesparse_nb.dtypes import BFLOAT16, CUDA_CODES, FLOAT16, DType, packed_dtype
 from slidesparse_nb.packed import PackedWeight
 from slidesparse_nb.pattern import Pattern
@@ -226,7 +226,7 @@ class Activations:
         if made is not None:
             at(scale, (m, 1), F32)[...] = made
         if self.image:
-            picture = sm90.image(values, P)
+            picture = image(values, P)
             assert pitch == 64 * ((m + 7) // 8)
             at(out, picture.shape, np.uint8)[...] = picture
         else:
@@ -236,26 +236,32 @@ class Activations:
         self.gpu.launched.append(f"{'image' if self.image else 'rows'} {self.source} {self.stored}")
 
 
+def named(parameters: Any, arguments: tuple[int, ...]) -> Any:
+    """A kernel's arguments by the names of its parameters."""
+    return SimpleNamespace(**dict(zip(parameters, arguments, strict=True)))
+
+
 class Rows:
     """common/rows.cu."""
 
-    def __init__(self, gpu: Gpu, held_as: str, stored: str) -> None:
-        self.gpu, self.stored = gpu, packed_dtype(stored)
+    def __init__(self, gpu: Gpu, parameters: Any, held_as: str, stored: str) -> None:
+        self.gpu, self.parameters, self.stored = gpu, parameters, packed_dtype(stored)
         self.held = FLOATS.get(held_as, self.stored.numpy)
 
     def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
         assert not programmatic
         assert min(grid) > 0
-        x, row_step, step, k, out, columns = arguments
+        it = named(self.parameters, arguments)
         size = self.held.itemsize
-        rows = at(out, (grid[0], columns), self.stored.numpy)
+        rows = at(it.out, (grid[0], it.columns), self.stored.numpy)
         rows[...] = 0
-        rows[:, :k] = at(x, (grid[0], k), self.held, (row_step * size, step * size)).astype(self.stored.numpy)
+        strides = it.row_step * size, it.step * size
+        rows[:, : it.k] = at(it.x, (grid[0], it.k), self.held, strides).astype(self.stored.numpy)
         self.gpu.launched.append(f"copy {self.held} {self.stored}")
 
 
 class Gemm:
-    """sm90/gemm.cu or sm80/gemm.cu: operands back to values, then the exact product."""
+    """The kernel of any architecture: x back to values, then the exact product."""
 
     def __init__(self, gpu: Gpu, plan: Any, config: Any) -> None:
         self.gpu, self.plan, self.config = gpu, plan, config
@@ -265,36 +271,31 @@ class Gemm:
         assert stream == self.gpu.streams[-1]
         weight, plan = self.weight, self.plan
         dtype, k = weight.dtype, weight.k
-        if plan.image:
-            operand, *rest = arguments
+        it, m, n = named(plan.weight.arch.parameters, arguments), plan.m, weight.n
+        assert (it.m, it.n) == (m, n)
+        for parameter, buffer in self.config.buffers.items():
+            assert getattr(it, parameter) == plan.weight.address(buffer)
+        for parameter, value in self.config.arguments(plan.problem).items():
+            assert getattr(it, parameter) == value
+        if plan.weight.operand.tiled:
+            made = at(it.x, (plan.weight.operand.row_bytes // 128, (m + 7) // 8, 8, 128), np.uint8)
+            q = image_rows(made, m, k, P, dtype).view(dtype.numpy)
         else:
-            operand, pitch, x_bytes, *rest = arguments
-            assert x_bytes == k * dtype.bits // 8
-        arranged, scale_x, scale_w, bias, bias_type, y, y_pitch, m, n, *own = rest
-        assert arranged == plan.weight.operand
-        assert (m, n) == (plan.m, weight.n)
-        if plan.image:
-            index, count, *mine = own
-            assert index == plan.weight.index(self.config.windows > 0)
-            assert mine == [*self.config.strips, self.config.begin, self.config.end, self.config.order, self.config.band]
-            made = at(operand, (count, (m + 7) // 8, 8, 128), np.uint8)
-            q = sm90.image_rows(made, m, k, P, dtype).view(dtype.numpy)
-        else:
-            assert operand % 16 == pitch % 16 == 0
-            q = at(operand, (m, k), dtype.numpy, (pitch, dtype.bits // 8))
-            _, parts, counters = own
+            assert it.x_bytes == k * dtype.bits // 8
+            assert it.x % 16 == it.x_pitch % 16 == 0
+            q = at(it.x, (m, k), dtype.numpy, (it.x_pitch, dtype.bits // 8))
         if plan.part_bytes:
-            at(parts, (plan.part_bytes,), np.uint8)[...] = 0x77
-            assert not at(counters, (self.config.counters(m, n),), np.uint32).any()
+            at(it.parts, (plan.part_bytes,), np.uint8)[...] = 0x77
+            assert not at(it.arrived, (self.config.counters(plan.problem),), np.uint32).any()
         with np.errstate(invalid="ignore", over="ignore"):
             acc = q.astype(np.float64) @ reference.unpack(weight).astype(np.float64).T
             value = acc.astype(np.float32)
             if dtype.qmax is not None:
-                value = value * at(scale_x, (m, 1), F32) * at(scale_w, (n,), F32)
-            if bias:
-                value = value + at(bias, (n,), FLOATS[NAMED[bias_type]]).astype(np.float32)
-            out = FLOATS[plan.out]
-            at(y, (m, n), out, (y_pitch * out.itemsize, out.itemsize))[...] = value.astype(out)
+                value = value * at(it.scale_x, (m, 1), F32) * at(it.scale_w, (n,), F32)
+            if it.bias:
+                value = value + at(it.bias, (n,), FLOATS[NAMED[it.bias_type]]).astype(np.float32)
+            out = FLOATS[plan.problem.out]
+            at(it.y, (m, n), out, (it.y_pitch * out.itemsize, out.itemsize))[...] = value.astype(out)
         self.gpu.launched.append("gemm")
 
 
@@ -327,24 +328,17 @@ def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool) -> Iterator[
             load=lambda *_: raw,
             device_compiler=lambda: None,
         )
-        plans.Launcher = lambda function, parameters: SimpleNamespace(parameters=parameters)
-        plans._rows_kernel = lambda ordinal, held_as, stored, lift: Rows(made, held_as, stored)
+        plans.Launcher = lambda function, parameters: None
+        plans._rows_kernel = lambda ordinal, held_as, stored, lift: Rows(made, plans.ROWS_PARAMETERS, held_as, stored)
         kernels.Kernel.on = lambda kernel, device, shared=0: Activations(made, kernel)
         new_plan = plans.Plan.__init__
 
         def init(plan: Any, *arguments: Any) -> None:
             new_plan(plan, *arguments)
             plan.launches = tuple(
-                dataclasses.replace(launch, run=checked(launch.run.parameters, Gemm(made, plan, config)))
+                dataclasses.replace(launch, run=Gemm(made, plan, config))
                 for launch, config in zip(plan.launches, plan.configs, strict=True)
             )
-
-        def checked(parameters: int, run: Any) -> Any:
-            def launch(*given: Any) -> None:
-                assert len(given) == 5 + parameters
-                run(*given)
-
-            return launch
 
         plans.Plan.__init__ = init
         monkeypatch.setattr(ops(), "np", NumPy())

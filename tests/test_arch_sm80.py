@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from slidesparse_nb import reference
-from slidesparse_nb.arch import for_capability, sm80, sm80_layout
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
+from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm80_layout
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT16, INT8, PACKED
 from slidesparse_nb.errors import UnsupportedError
 from slidesparse_nb.pattern import Pattern, known_patterns
+from slidesparse_nb.problem import Device, GemmProblem
 
 PATTERNS = known_patterns()
 LANE = np.arange(32)
@@ -79,7 +80,7 @@ def lifted(words, layout, step):
 
 def simulated(x, arranged, packed):
     """x [8, k] @ w.T in float64, by the kernel's steps in the kernel's order."""
-    layout = sm80.layout(packed.pattern, packed.dtype.bits)
+    layout = sm80_layout.layout(packed.pattern, packed.dtype.bits)
     blocks, strips = arranged.shape[:2]
     rows = np.zeros((8, blocks * layout.row_bytes), np.uint8)
     raw = np.ascontiguousarray(x).view(np.uint8)
@@ -103,19 +104,19 @@ def simulated(x, arranged, packed):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_arranged_weights_through_the_instruction(pattern, dtype):
     rng = np.random.default_rng(1)
-    layout = sm80.layout(pattern, dtype.bits)
+    layout = sm80_layout.layout(pattern, dtype.bits)
     for n, k in ((19, layout.columns + 3), (16, 2 * pattern.group - 1)):
         packed = weights(rng, n, k, pattern, dtype)
         x = (rng.integers(-127, 128, (8, k)) if dtype is INT8 else rng.standard_normal((8, k))).astype(dtype.numpy)
         want = x.astype(np.float64) @ reference.unpack(packed).astype(np.float64).T
-        got = simulated(x, sm80.arrange(packed), packed)
+        got = simulated(x, sm80_layout.arrange(packed), packed)
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_every_word_and_window_has_one_owner(pattern, dtype):
-    layout = sm80.layout(pattern, dtype.bits)
+    layout = sm80_layout.layout(pattern, dtype.bits)
     order, swapped = sm80_layout.window_order(layout)
     assert sorted(order.ravel()) == list(range(layout.windows))
     assert swapped.any() == (dtype.bits == 16 and pattern.group > 4)
@@ -129,11 +130,11 @@ def test_every_word_and_window_has_one_owner(pattern, dtype):
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 131), (33, 512), (0, 64), (5, 0)])
 def test_restore_undoes_arrange(pattern, dtype, n, k):
     packed = weights(np.random.default_rng(3), n, k, pattern, dtype)
-    layout = sm80.layout(pattern, dtype.bits)
-    arranged = sm80.arrange(packed)
+    layout = sm80_layout.layout(pattern, dtype.bits)
+    arranged = sm80_layout.arrange(packed)
     assert arranged.shape == (layout.blocks(k), -(-n // 256) * 16, layout.block_bytes)
     assert arranged.dtype == np.uint8
-    back = sm80.restore(arranged, packed)
+    back = sm80_layout.restore(arranged, packed)
     back.validate()
     assert (back.values.view(dtype.raw) == packed.values.view(dtype.raw)).all()
     assert (back.meta == packed.meta).all()
@@ -142,7 +143,7 @@ def test_restore_undoes_arrange(pattern, dtype, n, k):
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_layouts(pattern, bits):
-    layout = sm80.layout(pattern, bits)
+    layout = sm80_layout.layout(pattern, bits)
     assert sm80_layout.bank_conflicts(layout) == 0
     assert layout.windows == 4 * layout.steps * layout.owners
     assert layout.columns % pattern.group == 0
@@ -153,7 +154,7 @@ def test_layouts(pattern, bits):
 
 def test_bank_model_sees_conflicts():
     """A row of 128 bytes and no padding puts all eight tokens on the same banks."""
-    layout = sm80.layout(Pattern(6, 8), 16)
+    layout = sm80_layout.layout(Pattern(6, 8), 16)
     bad = replace(layout, stride=128)
     assert sm80_layout.bank_conflicts(bad) == 8 * 7
 
@@ -162,12 +163,11 @@ def test_what_is_refused():
     with pytest.raises(UnsupportedError, match="no sparse tensor cores"):
         for_capability((7, 5))
     with pytest.raises(UnsupportedError, match=r"need compute capability 8\.9"):
-        sm80.require_support((8, 6), FLOAT8)
+        choose(GemmProblem.of((1, 8, 8, "6:8", "fp8", "float32"), Device((8, 6), 84)))
     with pytest.raises(UnsupportedError, match="wider than 16"):
-        sm80.layout(Pattern(30, 32), 8)
-    for dtype in (INT8, FLOAT16, BFLOAT16):
-        sm80.require_support((8, 0), dtype)
-    assert for_capability((12, 0)) is sm80
+        sm80_layout.layout(Pattern(30, 32), 8)
+    assert multiplied(sm80.ARCH, (8, 0)) == (INT8, BFLOAT16, FLOAT16)
+    assert for_capability((12, 0)) is sm80.ARCH
 
 
 # ---- tiles and their choice --------------------------------------------------------------------------------------------
@@ -178,9 +178,9 @@ CAPABILITIES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (99, 0
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 def test_every_candidate_fits_its_device(capability):
     limit = sm80.processor(capability).block_shared
-    for dtype in sm80.supported_dtypes(capability):
+    for dtype in multiplied(sm80.ARCH, capability):
         for pattern in PATTERNS:
-            found = list(sm80.candidates(pattern, dtype, "float32", capability))
+            found = list(sm80.ARCH.kernels(pattern, dtype, "float32", capability))
             assert any(c.tile.m == 8 for c in found)
             for config in found:
                 assert config.shared_bytes <= limit
@@ -191,19 +191,20 @@ def test_every_candidate_fits_its_device(capability):
 
 
 def test_the_choice_is_the_cheapest_and_says_what_it_is():
-    shape, device = (16, 3584, 18944), ((9, 0), 132)
-    problem = (*shape, Pattern(6, 8), INT8, "bfloat16", *device)
-    chosen, every = sm80.choose(*problem), list(sm80.options(*problem))
-    assert chosen in every
-    assert sm80.cost(chosen, *shape, *device) == min(sm80.cost(config, *shape, *device) for config in every)
-    assert {replace(config, splits=1) for config in every} == set(sm80.candidates(*problem[3:7]))
+    problem = GemmProblem(16, 3584, 18944, Pattern(6, 8), INT8, "bfloat16", Device((9, 0), 132, portable=True))
+    (chosen,), every = choose(problem), list(sm80.ARCH.candidates(problem))
+    assert (chosen,) in every
+    assert sm80.ARCH.cost((chosen,), problem) == min(sm80.ARCH.cost(way, problem) for way in every)
+    assert {replace(config, splits=1) for (config,) in every} == set(sm80.ARCH.kernels(Pattern(6, 8), INT8, "bfloat16", (9, 0)))
     assert chosen.splits > 1  # 56 tiles at most for 132 processors
-    assert chosen.part_bytes(16, 3584) == chosen.splits * chosen.tiles(16, 3584) * chosen.tile.m * chosen.tile.n * 4
+    assert chosen.counters(problem) == chosen.tiles(16, 3584)
+    assert chosen.part_bytes(problem) == chosen.splits * chosen.tiles(16, 3584) * chosen.tile.m * chosen.tile.n * 4
+    assert chosen.arguments(problem) == {"blocks": 148}
     assert str(chosen) == (
         f"{chosen.tile.m} tokens x {chosen.tile.n} outputs, {chosen.tile.warps_m} x {chosen.tile.warps_n} warps,"
         f" {chosen.stages} stages of 128 columns, k split {chosen.splits} ways"
     )
-    large = sm80.choose(4096, 37888, 3584, Pattern(6, 8), INT8, "bfloat16", *device)
+    (large,) = choose(replace(problem, m=4096, n=37888, k=3584))
     assert large.splits == 1
     assert large.tile.m * large.tile.n >= 128 * 128
 
@@ -212,5 +213,5 @@ def test_the_choice_is_the_cheapest_and_says_what_it_is():
 def test_there_is_a_choice_for_every_shape(m):
     for n, k in ((1, 1), (5, 0), (100000, 7), (3, 100000)):
         for dtype in PACKED:
-            config = sm80.choose(m, n, k, Pattern(14, 16), dtype, "float32", (12, 0), 188)
+            (config,) = choose(GemmProblem(m, n, k, Pattern(14, 16), dtype, "float32", Device((12, 0), 188)))
             assert 1 <= config.splits <= max(1, config.layout.blocks(k) // 2)

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 
 from slidesparse_nb import reference
-from slidesparse_nb.arch import for_capability, sm80, sm90, sm90_layout
+from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm90, sm90_layout
+from slidesparse_nb.arch.operand import image, image_rows, stages
+from slidesparse_nb.arch.sm90_layout import arrange, expand, restore
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
 from slidesparse_nb.packed import PackedWeight
 from slidesparse_nb.pattern import Pattern, known_patterns
+from slidesparse_nb.problem import Device, GemmProblem
 
 HOPPER = (9, 0)
+DEVICE = Device(HOPPER, 132, portable=False)
 
 
 def packed_weight(rng: np.random.Generator, n: int, k: int, pattern: Pattern, dtype: DType, full: bool = False) -> PackedWeight:
@@ -56,23 +60,23 @@ def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType, full: bo
     n, k, m = 70, 75, 19
     packed = packed_weight(rng, n, k, pattern, dtype, full)
     x = rng.integers(-9, 10, (m, k)).astype(dtype.numpy)
-    arranged, image = sm90.arrange(packed), sm90.image(x, pattern)
-    count = sm90.stages(pattern, k, dtype)
-    assert arranged.values.shape == (count, 2, 4096)
-    assert arranged.codes == (2 <= pattern.windows <= 7 and (full or dtype.bits == 8))
-    words = sm90.expand(arranged.index, pattern, dtype) if arranged.codes else arranged.index
-    assert words.nbytes == (2 if arranged.codes else 1) * arranged.index.nbytes
-    assert image.shape == (count, 3, 8, 128)
-    assert image.nbytes == sm90.image_bytes(m, k, pattern, dtype)
+    arranged, tiles = arrange(packed), image(x, pattern)
+    count = stages(pattern, k, dtype)
+    assert arranged["values"].shape == (count, 2, 4096)
+    assert ("codes" in arranged) == (2 <= pattern.windows <= 7 and (full or dtype.bits == 8))
+    words = expand(arranged["codes"], pattern, dtype) if "codes" in arranged else arranged["words"]
+    assert "codes" not in arranged or words.nbytes == 2 * arranged["codes"].nbytes
+    assert tiles.shape == (count, 3, 8, 128)
+    assert tiles.nbytes == sm90.ARCH.operand(pattern, k, dtype).bytes(m)
     y = np.zeros((128, 24))
     for stage in range(count):
-        rows, token, byte = image[stage].reshape(24, 128), np.arange(24)[:, None], np.arange(128)
+        rows, token, byte = tiles[stage].reshape(24, 128), np.arange(24)[:, None], np.arange(128)
         slid = np.take_along_axis(rows, byte ^ (token % 8 * 16), 1).view(dtype.numpy).astype(np.float64)
         for strip in range(2):
             for step in range(2):
                 part = slid[:, step * slid.shape[1] // 2 : (step + 1) * slid.shape[1] // 2]  # 64 bytes a token
                 y[64 * strip : 64 * strip + 64] += (
-                    instruction(arranged.values[stage, strip], words[stage, strip], step, dtype) @ part.T
+                    instruction(arranged["values"][stage, strip], words[stage, strip], step, dtype) @ part.T
                 )
     np.testing.assert_array_equal(y[:n, :m], reference.unpack(packed).astype(np.float64) @ x.astype(np.float64).T)
     assert not y[n:].any()
@@ -84,7 +88,7 @@ def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType, full: bo
 def test_image_rows_is_the_inverse_of_image(pattern: Pattern, dtype: DType) -> None:
     for m, k in ((19, 75), (8, 64), (1, 1), (0, 16), (3, 0)):
         x = np.random.default_rng(k).integers(-9, 10, (m, k)).astype(dtype.numpy)
-        back = sm90.image_rows(sm90.image(x, pattern), m, k, pattern, dtype)
+        back = image_rows(image(x, pattern), m, k, pattern, dtype)
         np.testing.assert_array_equal(back, x.view(dtype.raw))
 
 
@@ -93,7 +97,7 @@ def test_image_rows_is_the_inverse_of_image(pattern: Pattern, dtype: DType) -> N
 @pytest.mark.parametrize("shape", [(0, 40), (1, 1), (5, 0), (64, 128), (65, 300), (200, 33), (8200, 20)])
 def test_restore_gives_the_same_matrix(shape: tuple[int, int], pattern: str, dtype: DType) -> None:
     packed = packed_weight(np.random.default_rng(1), *shape, Pattern.of(pattern), dtype)
-    back = sm90.restore(sm90.arrange(packed), packed).validate()
+    back = restore(arrange(packed), packed).validate()
     np.testing.assert_array_equal(
         reference.unpack(back).view(dtype.raw), reference.unpack(packed).view(dtype.raw), err_msg="dense"
     )
@@ -117,9 +121,9 @@ def test_a_column_kept_in_two_windows_is_multiplied_twice_without_codes() -> Non
     values = np.array([[1, 2, 3, 4, 0, 0, 0, 0, 0, 0, 0, 0]], np.int8)
     meta = np.array([[0x48, 0x44, 0x44]], np.uint8)
     packed = PackedWeight(values, meta, np.ones((1, 1), np.float32), Pattern(6, 8), (1, 16), INT8)
-    arranged = sm90.arrange(packed)
-    assert not arranged.codes
-    back = sm90.restore(arranged, packed)
+    arranged = arrange(packed)
+    assert "codes" not in arranged
+    back = restore(arranged, packed)
     assert back.values.tobytes() == values.tobytes()
     assert back.meta.tobytes() == meta.tobytes()
 
@@ -127,7 +131,7 @@ def test_a_column_kept_in_two_windows_is_multiplied_twice_without_codes() -> Non
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
 def test_candidates_fit(dtype: DType, out: str) -> None:
-    for config in sm90.candidates(Pattern(6, 8), dtype, out, HOPPER):
+    for config in sm90.ARCH.kernels(Pattern(6, 8), dtype, out, HOPPER):
         room = (sm90.SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
         assert config.stages >= (5 if config.tile.tokens <= 64 else 4)
         assert config.shared_bytes <= room
@@ -146,9 +150,9 @@ SHAPES = [*QWEN, (130, 70), (1, 1), (8448, 512), (64, 100000), (8500, 300)]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_way_of_sharing_out_covers_every_tile_and_step(m: int, shape: tuple[int, int]) -> None:
     n, k = shape
-    problem = sm90.Problem.of(m, n, k, Pattern(6, 8), FLOAT8, "bfloat16", 132)
-    chosen = sm90.choose(m, n, k, Pattern(6, 8), FLOAT8, "bfloat16", HOPPER, 132)
-    every = [way for tile in sm90.TILES for way in sm90.options(tile, problem)]
+    problem = GemmProblem(m, n, k, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE)
+    chosen = choose(problem)
+    every = list(sm90.ARCH.candidates(problem))
     assert chosen in every
     for launches in every:
         assert [config.order for config in launches] in ([sm90.ALONE], [sm90.BEFORE_REST, sm90.REST])
@@ -166,10 +170,14 @@ def test_every_way_of_sharing_out_covers_every_tile_and_step(m: int, shape: tupl
         for config in launches:
             tiles = config.end - config.begin
             assert tiles > 0
-            assert config.possible(problem.along_k)
+            assert config.possible(sm90.along_k(problem))
+            assert config.arguments(problem) == {
+                "stages": sm90.along_k(problem), "first_strip": config.strips[0], "last_strip": config.strips[1],
+                "begin": config.begin, "end": config.end, "order": config.order, "band": config.band,
+            }  # fmt: skip
             if config.cut > 1:
                 assert config.blocks == tiles * config.cut <= 132 * config.resident
-                assert problem.along_k // 2 >= config.cut  # every block has a step, of two stages at most
+                assert sm90.along_k(problem) // 2 >= config.cut  # every block has a step, of two stages at most
             elif config.order == sm90.REST:
                 assert config.blocks == tiles <= 132 * config.resident
             else:
@@ -185,9 +193,9 @@ def test_fewer_tokens_never_cost_more(shape: tuple[int, int], dtype: DType) -> N
     n, k = shape
     least, at = float("inf"), 0
     for m in sorted({m for eights in range(0, 1024, 8) for m in (eights + 1, eights + 8)}, reverse=True):
-        problem = sm90.Problem.of(m, n, k, Pattern(6, 8), dtype, "bfloat16", 132)
-        chosen = sm90.choose(m, n, k, Pattern(6, 8), dtype, "bfloat16", HOPPER, 132)
-        ns = sm90.cost(chosen, problem)
+        problem = GemmProblem(m, n, k, Pattern(6, 8), dtype, "bfloat16", DEVICE)
+        chosen = choose(problem)
+        ns = sm90.ARCH.cost(chosen, problem)
         assert ns <= 1.01 * least, f"m = {m}: {ns:.0f} ns by {chosen}, where m = {at} takes {least:.0f}"
         if ns < least:
             least, at = ns, m
@@ -195,21 +203,21 @@ def test_fewer_tokens_never_cost_more(shape: tuple[int, int], dtype: DType) -> N
 
 def test_few_tokens_take_small_tiles_and_many_large_ones() -> None:
     def tokens(m: int) -> int:
-        return sm90.choose(m, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", HOPPER, 132)[0].tile.tokens
+        return choose(GemmProblem(m, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE))[0].tile.tokens
 
     assert tokens(1) <= 16
     assert tokens(4096) >= 160
 
 
 def test_hopper_has_kernels_of_its_own_unless_portable_ones_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert for_capability((9, 0)) is sm90
-    assert for_capability((8, 0)) is for_capability((10, 0)) is for_capability((12, 0)) is sm80
+    assert for_capability((9, 0)) is sm90.ARCH
+    assert for_capability((8, 0)) is for_capability((10, 0)) is for_capability((12, 0)) is sm80.ARCH
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", "1")
-    assert for_capability((9, 0)) is sm80
+    assert for_capability((9, 0)) is sm80.ARCH
 
 
 def test_all_types_are_supported() -> None:
-    assert sm90.supported_dtypes(HOPPER) == (INT8, FLOAT8, BFLOAT16, FLOAT16)
+    assert multiplied(sm90.ARCH, HOPPER) == (INT8, FLOAT8, BFLOAT16, FLOAT16)
 
 
 @pytest.mark.parametrize("tile", [tile for tile in sm90.TILES if tile.warpgroups == 3], ids=str)
@@ -217,8 +225,8 @@ def test_three_warpgroups_have_strips_enough_and_what_loads_itself_stages(tile: 
     assert tile.loads_itself == (tile.tokens > 192)
     short = not tile.loads_itself  # 160 columns of 6:8 are two stages
     for n, k, possible in ((192, 3584, True), (193, 3584, True), (129, 3584, True), (128, 3584, False), (192, 160, short)):
-        problem = sm90.Problem.of(4096, n, k, Pattern(6, 8), FLOAT8, "bfloat16", 132)
-        assert bool(list(sm90.options(tile, problem))) == possible, (n, k)
+        problem = GemmProblem(4096, n, k, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE)
+        assert bool(list(sm90.candidates_of(tile, problem))) == possible, (n, k)
 
 
 def test_larger_tiles_read_codes_where_one_takes_all_tokens() -> None:
@@ -230,15 +238,15 @@ def test_larger_tiles_read_codes_where_one_takes_all_tokens() -> None:
     for m, tokens, warpgroups, dtype, codes in cases:
         tile = next(tile for tile in sm90.TILES if (tile.tokens, tile.warpgroups) == (tokens, warpgroups))
         for pattern in (Pattern(6, 8), Pattern(2, 4)):
-            problem = sm90.Problem.of(m, 4608, 3584, pattern, dtype, "bfloat16", 132)
-            read = {launches[0].windows for launches in sm90.options(tile, problem)}
+            problem = GemmProblem(m, 4608, 3584, pattern, dtype, "bfloat16", DEVICE)
+            read = {launches[0].windows for launches in sm90.candidates_of(tile, problem)}
             assert read == {pattern.windows if codes and pattern.group > 4 else 0}, (m, tile, dtype, pattern)
 
 
 def test_small_tiles_are_for_few_tokens_and_bands_narrow_for_not_too_many() -> None:
     def ways(m: int) -> list[sm90.Config]:
-        problem = sm90.Problem.of(m, 4608, 3584, Pattern(6, 8), FLOAT8, "bfloat16", 132)
-        return [config for tile in sm90.TILES for way in sm90.options(tile, problem) for config in way]
+        problem = GemmProblem(m, 4608, 3584, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE)
+        return [config for way in sm90.ARCH.candidates(problem) for config in way]
 
     assert min(config.tile.tokens for config in ways(sm90.SMALL_M)) <= sm90.SMALL_TOKENS
     assert min(config.tile.tokens for config in ways(sm90.SMALL_M + 1)) > sm90.SMALL_TOKENS
@@ -248,5 +256,5 @@ def test_small_tiles_are_for_few_tokens_and_bands_narrow_for_not_too_many() -> N
 
 
 def test_many_tokens_take_the_tile_that_copies_least() -> None:
-    chosen = sm90.choose(16384, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", HOPPER, 132)
+    chosen = choose(GemmProblem(16384, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE))
     assert [config.tile.n for config in chosen] == [192]

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "slidesparse_nb"
 
 FLOORS = (  # an import goes down, or to the left on its own floor
     ("errors", "env", "file_kind", "strict_json", "dtypes", "pattern"),
-    ("packed", "operands", "safetensors_file", "packed_tensors", "model_folder"),
+    ("packed", "operands", "problem", "safetensors_file", "packed_tensors", "model_folder"),
     ("reference", "arch"),
     ("cpu", "cpu_matmul", "device"),
     ("pruning", "verification", "packing", "checkpoint", "ops"),

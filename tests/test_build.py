@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from compilers import most_spilled
 
 from slidesparse_nb import building
-from slidesparse_nb.arch import sm80
+from slidesparse_nb.arch import multiplied, sm80
 from slidesparse_nb.device import jit
 from slidesparse_nb.dtypes import FLOAT16, PACKED, DType
 from slidesparse_nb.errors import OperandError
@@ -43,7 +43,7 @@ def tiles(capability: tuple[int, int], dtype: DType) -> list[list[Work]]:
     for job, told in building._jobs([capability], known_patterns(), [dtype], "bfloat16"):
         tile = told[3].split(" stages")[0].rsplit(",", 1)[0]  # their number differs between patterns
         found.setdefault((told[0], tile, " with codes" in told[3]), []).append((job, told))
-    assert bool(found) == (dtype in sm80.supported_dtypes(capability))
+    assert bool(found) == (dtype in multiplied(sm80.ARCH, capability))
     return list(found.values())
 
 
@@ -95,7 +95,7 @@ def test_command(tmp_path: Path) -> None:
     shown = CliRunner().invoke(main, arguments)
     assert shown.exit_code == 0, shown.output
     lines = shown.output.splitlines()
-    count = len(list(sm80.candidates(Pattern(6, 8), PACKED[0], "float16", (8, 6))))
+    count = len(list(sm80.ARCH.kernels(Pattern(6, 8), PACKED[0], "float16", (8, 6))))
     assert len(lines) == 1 + count
     assert all(line.startswith("sm_86  6:8") for line in lines[1:])
     told = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).output)

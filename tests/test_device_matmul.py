@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,9 @@ from device_cases import awkward_rows
 from numpy_gpu import BF16, F16, F32, Array, Tensor, array, close, empty, gpu, ops, wanted, weight
 
 from slidesparse_nb import reference
-from slidesparse_nb.arch import sm80, sm90
+from slidesparse_nb.arch import ARCHITECTURES, sm80, sm90
+from slidesparse_nb.arch.operand import image
+from slidesparse_nb.device import jit
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8, PACKED, DType
 from slidesparse_nb.errors import OperandError
 from slidesparse_nb.packed import ActivationImage, QuantizedActivations
@@ -74,8 +77,8 @@ def test_quantized_for_another_pattern(gpu: Any, dtype: DType) -> None:
     x = array(np.random.default_rng(3).standard_normal((9, 64)).astype(F32))
     q, scale = reference.quantize(np.asarray(x), dtype) if dtype.qmax else (np.asarray(x).astype(dtype.numpy), None)
     scale = None if scale is None else array(scale)
-    image = ActivationImage(array(sm90.image(q, Pattern(4, 6))), Pattern(4, 6), 64)
-    other = QuantizedActivations(None, scale, (9,), dtype, F32, image)
+    made = ActivationImage(array(image(q, Pattern(4, 6))), Pattern(4, 6), 64)
+    other = QuantizedActivations(None, scale, (9,), dtype, F32, made)
     close(ops().matmul(other, packed), wanted(x, packed))
     assert gpu.launched[-1] == "gemm"
     assert "values" not in vars(other)
@@ -293,6 +296,28 @@ def test_an_array_that_cannot_be_viewed(gpu: Any, monkeypatch: pytest.MonkeyPatc
         ops().matmul(Tensor(np.ones((4, 64), F32)), weight(16, 64, INT8))
 
 
-def test_families(gpu: Any) -> None:
+def parameters_of(source: str, kernel: str) -> dict[str, str]:
+    """A kernel's parameters, as its own text lists them."""
+    text = re.sub(r"//.*", "", (jit.source_folder() / source).read_text())
+    found = re.search(rf'extern "C" __global__[^;{{]*?\b{kernel}\(([^)]*)\)\s*{{', text)
+    assert found, source
+    told = {}
+    for declared in found[1].split(","):
+        kind, name = re.fullmatch(r"\s*(.*[\s*])(\w+)\s*", declared, re.DOTALL).groups()  # type: ignore[union-attr]
+        assert "*" in kind or kind.strip() == "i64", declared
+        told[name.rstrip("_")] = "address" if "*" in kind else "integer"  # m_: an int m follows in the kernel
+    return told
+
+
+def test_parameters_are_the_kernels(gpu: Any) -> None:
+    plans: Any = importlib.import_module("slidesparse_nb.device.plans")
+    for source, kernel, parameters in (
+        *((arch.source, "gemm", arch.parameters) for arch in ARCHITECTURES),
+        (plans.ROWS_KERNEL, "rows", plans.ROWS_PARAMETERS),
+    ):
+        assert list(parameters.items()) == list(parameters_of(source, kernel).items())
+
+
+def test_architectures(gpu: Any) -> None:
     device = gpu.gemm.to_device(weight(16, 64, INT8))
-    assert device.family is (sm90 if gpu.own else sm80)
+    assert device.arch is (sm90 if gpu.own else sm80).ARCH

@@ -21,7 +21,7 @@ else:
     from device_cases import SOURCES, awkward_rows, bits, imaged, quantized, same, same_weight
 
     from slidesparse_nb import packing, reference
-    from slidesparse_nb.arch import sm90
+    from slidesparse_nb.arch.operand import STAGE, stages
     from slidesparse_nb.device import activations, elements, numba_kernel, ptx, weights
     from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
     from slidesparse_nb.errors import OperandError, PatternError
@@ -113,7 +113,7 @@ else:
         x = at_address(np.arange(1032, dtype=np.uint16).reshape(1, 1032).astype(BFLOAT16.numpy))
         launch = activations.plan("bfloat16", dtype.name, 1032, x.strides, True, 90, pattern, vectors=8)
         assert launch.variant.steady == (pattern.group not in (64, 256))
-        made = np.full(sm90.image_bytes(1, 1032, pattern, dtype), 0x55, np.uint8).reshape(-1, 1, 8, 128)
+        made = np.full((stages(pattern, 1032, dtype), 1, 8, STAGE), 0x55, np.uint8)
         scale = np.zeros((1, 1), np.float32)
         launch(1, x, made, scale)
         np.testing.assert_array_equal(made, imaged(x, dtype, pattern)[0])
@@ -131,7 +131,7 @@ else:
 
     def test_image_into_given_arrays() -> None:
         x = at_address(awkward_rows(3, 24, BFLOAT16.numpy))
-        count = sm90.stages(Pattern(6, 8), 24, INT8)
+        count = stages(Pattern(6, 8), 24, INT8)
         out, scale = np.full((count, 1, 8, 128), 0x55, np.uint8), np.zeros((3, 1), np.float32)
         given = activations.image(x, INT8, Pattern(6, 8), out=out, scale=scale)
         assert given[0] is out

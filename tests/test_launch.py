@@ -73,7 +73,7 @@ class Driver:
 
 
 def launcher(driver: Driver) -> Launcher:
-    return Launcher(SimpleNamespace(ptr=0x7F00_1234_5678), driver.parameters, driver.function)
+    return Launcher(SimpleNamespace(ptr=0x7F00_1234_5678), ["integer"] * driver.parameters, driver.function)
 
 
 def test_structures_are_as_large_as_the_drivers() -> None:
@@ -99,6 +99,12 @@ def test_what_the_driver_sees(parameters: int, programmatic: bool) -> None:
             "extra": None,
         }
     ]
+
+
+def test_an_address_may_have_its_highest_bit_set() -> None:
+    driver = Driver(2)
+    Launcher(SimpleNamespace(ptr=1), ["address", "integer"], driver.function)((1, 1, 1), (32, 1, 1), 0, 0, False, 2**64 - 2, -3)
+    assert driver.seen[0]["arguments"] == (-2, -3)
 
 
 def test_a_slot_is_used_again_and_keeps_nothing() -> None:

@@ -19,20 +19,21 @@ from lacking import LACKS, assert_refused, take_away
 from numpy_gpu import BF16, array, close, gpu, ops, wanted, weight
 
 import slidesparse_nb as ss
-from slidesparse_nb import tuning
-from slidesparse_nb.arch import sm80, sm90
+from slidesparse_nb import arch, tuning
+from slidesparse_nb.arch import choose, sm90
 from slidesparse_nb.device import tuned
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
 from slidesparse_nb.errors import OperandError, UnsupportedError
 from slidesparse_nb.pattern import Pattern
+from slidesparse_nb.problem import Device, GemmProblem
 from tools.cli import main
 
 __all__ = ["gpu"]  # the fixture
 
 P = Pattern(6, 8)
-HOPPER: Any = (sm90, (9, 0), 132, "NVIDIA H200")
-AMPERE: Any = (sm80, (8, 0), 108, "NVIDIA A100")
-BLACKWELL: Any = (sm80, (12, 0), 170, "NVIDIA GeForce RTX 5090")
+HOPPER = Device((9, 0), 132, "NVIDIA H200", False)
+AMPERE = Device((8, 0), 108, "NVIDIA A100", False)
+BLACKWELL = Device((12, 0), 170, "NVIDIA GeForce RTX 5090", False)
 
 
 @pytest.fixture(autouse=True)
@@ -44,29 +45,29 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     tuned.found.cache_clear()
 
 
-def product(m: int = 16, n: int = 4608, k: int = 3584, where: Any = HOPPER, dtype: Any = INT8) -> tuned.Product:
-    return tuned.Product(m, n, k, P, dtype, "bfloat16", *where)
+def product(m: int = 16, n: int = 4608, k: int = 3584, where: Device = HOPPER, dtype: Any = INT8) -> GemmProblem:
+    return GemmProblem(m, n, k, P, dtype, "bfloat16", where)
 
 
-def another(of: tuned.Product) -> tuned.Way:
+def another(of: GemmProblem) -> arch.Candidate:
     """A way that the model does not choose."""
-    return of.likely()[1]
+    return tuned.likely(of)[1]
 
 
 # ---- ways ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
-@pytest.mark.parametrize("where", [HOPPER, AMPERE, BLACKWELL], ids=lambda where: where[3])
+@pytest.mark.parametrize("where", [HOPPER, AMPERE, BLACKWELL], ids=lambda where: where.name)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (4608, 3584), (37888, 3584), (3584, 18944)])
 @pytest.mark.parametrize("m", [1, 16, 1000, 4096])
 def test_the_models_choice_is_the_first_of_the_likely(m: int, n: int, k: int, where: Any, dtype: Any) -> None:
     of = product(m, n, k, where, dtype)
-    if dtype not in of.family.supported_dtypes(of.capability):
+    if arch.of(of).refuses(where.capability, dtype):
         return
-    likely = of.likely()
-    every = {way: cost for cost, way in of.ways()}
-    assert likely[0] == of.cheapest() == of.best()
+    likely = tuned.likely(of)
+    every = {way: cost for cost, way in tuned.ranked(of)}
+    assert likely[0] == choose(of) == tuned.best(of)
     assert every[likely[0]] == min(every.values())
     assert len(likely) == len(set(likely)) <= tuned.MOST_WAYS
     assert all(every[way] <= 1.5 * every[likely[0]] for way in likely)
@@ -87,27 +88,27 @@ def test_a_description_outlives_a_fit() -> None:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", [HOPPER, AMPERE], ids=lambda where: where[3])
-def test_round_trip(where: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", [HOPPER, AMPERE], ids=lambda where: where.name)
+def test_round_trip(where: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     of = product(where=where)
     assert tuned.found(of) is None
     tuned.keep(of, another(of), {"us": 1.0})
-    assert of.best() == another(of) != of.cheapest()
+    assert tuned.best(of) == another(of) != choose(of)
     for other in (
         replace(of, m=17),
         replace(of, n=4672),
-        replace(of, sms=60),
-        replace(of, gpu="H20"),
+        replace(of, device=replace(where, sms=60)),
+        replace(of, device=replace(where, name="H20")),
         replace(of, out="float16"),
     ):
-        assert other.best() == other.cheapest()
+        assert tuned.best(other) == choose(other)
     monkeypatch.setenv("SLIDESPARSE_TUNED", "0")
-    assert of.best() == of.cheapest()
+    assert tuned.best(of) == choose(of)
     monkeypatch.setenv("SLIDESPARSE_TUNED", "1")
-    assert of.best() == another(of)
+    assert tuned.best(of) == another(of)
     tuned.drop(of)
     tuned.drop(of)
-    assert of.best() == of.cheapest()
+    assert tuned.best(of) == choose(of)
     assert tuned.forget() == 0
 
 
@@ -137,19 +138,19 @@ def test_a_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_broken_files_are_ignored(content: bytes) -> None:
     of = product()
-    of.file().parent.mkdir(parents=True)
-    of.file().write_bytes(content)
-    assert of.best() == of.cheapest()
+    tuned.file(of).parent.mkdir(parents=True)
+    tuned.file(of).write_bytes(content)
+    assert tuned.best(of) == choose(of)
 
 
 def test_what_is_no_file_is_ignored(cache: Path) -> None:
     of = product()
-    of.file().mkdir(parents=True)
-    assert of.best() == of.cheapest()
+    tuned.file(of).mkdir(parents=True)
+    assert tuned.best(of) == choose(of)
     assert tuned.forget() == 1
     cache.joinpath("tuned").write_text("a file in the folder's place")
     tuned.found.cache_clear()
-    assert of.best() == of.cheapest()
+    assert tuned.best(of) == choose(of)
     with pytest.raises(UnsupportedError, match=r"^cache: .* cannot be written .*; set SLIDESPARSE_CACHE_DIR"):
         tuned.keep(of, another(of), {})
 
@@ -157,7 +158,7 @@ def test_what_is_no_file_is_ignored(cache: Path) -> None:
 def test_launches_that_are_no_more_are_ignored() -> None:
     """A way of another release, of another m, of too many blocks, of half the launches."""
     of = product(1024)
-    way = next(way for _, way in of.ways() if len(way) == 2)
+    way = next(way for _, way in tuned.ranked(of) if len(way) == 2)
     config = way[0]
     assert isinstance(config, sm90.Config)
     for stale in (
@@ -168,30 +169,28 @@ def test_launches_that_are_no_more_are_ignored() -> None:
         another(product(512)),
     ):
         tuned.keep(of, stale, {})
-        assert of.best() == of.cheapest()
+        assert tuned.best(of) == choose(of)
     tuned.keep(of, way, {})
-    assert of.best() == way
+    assert tuned.best(of) == way
 
 
 def test_processes_write_at_once(cache: Path) -> None:
     """Each its own product, and all the same one; nothing is lost, nothing torn, nothing left lying about."""
     code = """if True:
         import sys
-        from slidesparse_nb.arch import sm90
         from slidesparse_nb.device import tuned
-        from slidesparse_nb.dtypes import INT8
-        from slidesparse_nb.pattern import Pattern
+        from slidesparse_nb.problem import Device, GemmProblem
         for m in (int(sys.argv[1]), 1) * 20:
-            of = tuned.Product(m, 4608, 3584, Pattern(6, 8), INT8, "bfloat16", sm90, (9, 0), 132, "NVIDIA H200")
-            tuned.keep(of, of.likely()[1], {"by": sys.argv[1]})
+            of = GemmProblem.of((m, 4608, 3584, "6:8", "int8", "bfloat16"), Device((9, 0), 132, "NVIDIA H200"))
+            tuned.keep(of, tuned.likely(of)[1], {"by": sys.argv[1]})
     """
     running = [subprocess.Popen([sys.executable, "-c", code, str(m)], cwd=Path(__file__).parent.parent) for m in (16, 17, 18)]
     assert [process.wait() for process in running] == [0, 0, 0]
     for m in (1, 16, 17, 18):
-        assert product(m).best() == another(product(m))
+        assert tuned.best(product(m)) == another(product(m))
     assert len([file for file in cache.rglob("*") if file.is_file()]) == 4
     assert tuned.forget() == 4
-    assert product(1).best() == product(1).cheapest()
+    assert tuned.best(product(1)) == choose(product(1))
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -203,13 +202,13 @@ def test_a_plan_takes_what_was_tuned(gpu: Any) -> None:
     packed = weight(300, 512, INT8)
     x = array(np.random.default_rng(0).standard_normal((16, 512)).astype(BF16))
     device = gpu.gemm.to_device(packed)
-    of = device.product(16, "bfloat16")
-    assert (of.gpu, of.sms, of.family) == ("NumPy in CuPy's place", 132, sm90 if gpu.own else sm80)
+    of = device.problem(16, "bfloat16")
+    assert of.device == Device((9, 0), 132, "NumPy in CuPy's place", not gpu.own)
     here.keep(of, another(of), {})
     close(ops().matmul(x, packed), wanted(x, packed))
     assert device.plan(16, "bfloat16").configs == another(of)
     close(ops().matmul(x[:15], packed), wanted(x[:15], packed))
-    assert device.plan(15, "bfloat16").configs == device.product(15, "bfloat16").cheapest()
+    assert device.plan(15, "bfloat16").configs == choose(device.problem(15, "bfloat16"))
 
 
 # ---- the race --------------------------------------------------------------------------------------------------------
@@ -246,13 +245,14 @@ def timing(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
 def test_the_fastest_wins(gpu: Any, timing: Any, dtype: Any) -> None:
     track = timing.Track(weight(300, 512, dtype), clock := ToldClock({1: 80.0, 2: 90.0}))
-    ways = track.product(16, "bfloat16").likely()[:8]
+    ways = tuned.likely(track.problem(16, "bfloat16"))[:8]
     race = track.race(16, "bfloat16", ways)
     assert race.best == ways[1]
     assert race.ways == clock.captured == len(ways)
     calls = len(track.weights)
     assert calls > 1
-    assert len({weight.arranged[0].operand for weight in track.weights}) == calls, "weights in memory of their own"
+    there = [next(iter(weight.arranged[0].buffers.values())).data.ptr for weight in track.weights]
+    assert len({*there}) == calls, "weights in memory of their own"
     assert race.model_us * calls == pytest.approx(100, rel=0.01)
     assert race.best_us * calls == pytest.approx(80, rel=0.01)
     assert not race.wrong
@@ -261,7 +261,7 @@ def test_the_fastest_wins(gpu: Any, timing: Any, dtype: Any) -> None:
 
 def test_the_models_choice_wins(gpu: Any, timing: Any) -> None:
     track = timing.Track(weight(300, 512, INT8), ToldClock({0: 70.0}))
-    ways = track.product(5, "float32").likely()[:8]
+    ways = tuned.likely(track.problem(5, "float32"))[:8]
     race = track.race(5, "float32", ways)
     assert race.best == ways[0]
     assert race.model_us == race.best_us
@@ -273,7 +273,7 @@ def test_wrong_results_are_told_and_not_timed(
     gpu: Any, timing: Any, dtype: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     track = timing.Track(weight(300, 512, dtype), clock := ToldClock({}))
-    ways = track.product(16, "bfloat16").likely()[:4]
+    ways = tuned.likely(track.problem(16, "bfloat16"))[:4]
     matmul = timing.gemm.matmul
 
     def faulty(x: Any, packed: Any, out: Any, workspace: Any) -> None:
@@ -322,8 +322,8 @@ def test_command(gpu: Any, tuner: Any) -> None:
         assert one["ways"] > 1
         assert one["kept"] == (one["best"] != one["model"]) == (one["gain"] > 0.02)
         packed = weight(one["n"], one["k"], INT8 if one["dtype"] == "int8" else BFLOAT16)
-        of = gpu.gemm.to_device(packed).product(one["m"], one["out"])
-        assert [str(config) for config in of.best()] == one["best"]
+        of = gpu.gemm.to_device(packed).problem(one["m"], one["out"])
+        assert [str(config) for config in tuned.best(of)] == one["best"]
     assert any(one["kept"] for one in told)
     assert call("--forget").stdout == f"{sum(one['kept'] for one in told)} results forgotten\n"
     assert call("--forget").stdout == "0 results forgotten\n"

@@ -6,6 +6,9 @@
 #define FROM TYPE_FLOAT32
 #define TO TYPE_BFLOAT16
 #endif
+#ifndef THREADS
+#define THREADS 256  // of a block
+#endif
 #ifndef LIFT
 #define LIFT 0  // columns of a group, to repeat columns as the windows overlap; 0: as they are
 #endif
@@ -13,7 +16,7 @@
 typedef Element<FROM>::Storage From;
 typedef Element<TO>::Storage To;
 
-extern "C" __global__ void __launch_bounds__(256) rows(
+extern "C" __global__ void __launch_bounds__(THREADS) rows(
     const From* __restrict__ x,  // [M, K] of strides row_step, step
     i64 row_step, i64 step,      // elements
     i64 k,
@@ -21,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(256) rows(
     i64 columns)
 {
     const i64 row = blockIdx.x;
-    for (i64 c = blockIdx.y * 256 + threadIdx.x; c < columns; c += gridDim.y * 256) {
+    for (i64 c = blockIdx.y * THREADS + threadIdx.x; c < columns; c += gridDim.y * THREADS) {
         i64 source = c;
 #if LIFT
         constexpr int WINDOWS = LIFT / 2 - 1;

@@ -39,6 +39,12 @@
 #define WARPS_M 2
 #define STAGES 3
 #endif
+#ifndef THREADS
+#define THREADS (32 * WARPS_N * WARPS_M)  // of a block
+#endif
+#ifndef SHARED_BYTES
+#define SHARED_BYTES sizeof(Shared)  // dynamic
+#endif
 
 // ---- what follows from it ----------------------------------------------------------------------------------------------
 constexpr bool WIDE = DTYPE == TYPE_BFLOAT16 || DTYPE == TYPE_FLOAT16;
@@ -48,7 +54,7 @@ constexpr int META_WORDS = WIDE ? (STEPS + 1) / 2 : STEPS;      // an index word
 constexpr int BLOCK_BYTES = 512 * STEPS + 128 * META_WORDS;     // of one strip
 constexpr int ROW_BYTES = 16 * WORDS, PIECES = ROW_BYTES / 16;  // of one row of x, in pieces of 16 bytes
 constexpr bool MIRRORED = WIDE && RUN % 4 == 0;                 // the second pair of lanes reads runs backwards: other banks
-constexpr int WARPS = WARPS_N * WARPS_M, THREADS = 32 * WARPS;
+constexpr int WARPS = WARPS_N * WARPS_M;
 constexpr int WARP_N = TILE_N / WARPS_N, WARP_M = TILE_M / WARPS_M;
 constexpr int STRIPS = WARP_N / 16, GROUPS = WARP_M / 8;        // of one warp
 // On sm_90 and sm_100 the compiler builds the float8 instruction from others, and needs registers for that.
@@ -63,6 +69,7 @@ static_assert(STRIDE % 16 == 0 && STRIDE >= ROW_BYTES && PIECES <= 32 && STAGES 
 
 typedef Stage<TILE_N / 16, BLOCK_BYTES, TILE_M, STRIDE> StageT;
 typedef SharedMemory<STAGES, StageT, WARPS, Staging<WARP_N>> Shared;
+static_assert(THREADS == 32 * WARPS && SHARED_BYTES == sizeof(Shared), "the host launches what this file describes");
 #if DTYPE == TYPE_INT8
 typedef int Accumulator;
 INLINE float as_float(int v) { return __int2float_rn(v); }

@@ -1,7 +1,7 @@
 // y[m, n] = x[m, k] @ w[n, k].T with (2N-2):2N weights on the sparse tensor cores of sm_90, through wgmma.mma_async.sp.
 //
 // Weights are the sparse operand A (64 outputs a strip), slid activations the dense operand B; both stand in global memory as the
-// images that shared memory wants (arch/sm90_layout.py), so every copy is one contiguous bulk copy:
+// images that shared memory wants (arch/sm90_layout.py, arch/operand.py), so every copy is one contiguous bulk copy:
 //
 //   producer   one thread: global --cp.async.bulk--> ring of STAGES stages, 128 slid bytes along k each
 //   consumers  WARPGROUPS warpgroups, a strip each: wait full --> 2 wgmma a stage --> release the stages before
@@ -45,6 +45,12 @@
 #ifndef BATCH
 #define BATCH (TOKENS > 64 ? 1 : 2)
 #endif
+#ifndef THREADS
+#define THREADS (CONSUMERS + PRODUCERS)  // of a block
+#endif
+#ifndef SHARED_BYTES
+#define SHARED_BYTES USED_BYTES  // dynamic
+#endif
 
 constexpr bool WIDE = DTYPE == TYPE_BFLOAT16 || DTYPE == TYPE_FLOAT16;
 typedef Index<WINDOWS, WIDE> IndexT;
@@ -53,7 +59,7 @@ constexpr bool SELF = WARPGROUPS == 3 && TOKENS > 192;
 // Where accumulators need more than an equal share of the 65536 registers, setmaxnreg takes them from the producer, which must then be a
 // whole warpgroup. ptxas has instructions keep to the equal share, 128 with four warpgroups: 192 tokens are the most that fit.
 constexpr bool UNEQUAL = !SELF && (TOKENS > 128 || WARPGROUPS == 3);
-constexpr int CONSUMERS = 128 * WARPGROUPS, THREADS = CONSUMERS + (SELF ? 0 : UNEQUAL ? 128 : 32);
+constexpr int CONSUMERS = 128 * WARPGROUPS, PRODUCERS = SELF ? 0 : UNEQUAL ? 128 : 32;  // threads
 constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 40, CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : 232;
 // Whether a tile starts with D = A * B; with small accumulators, and before CUDA 12.9, ptxas would then wait after each instruction.
 constexpr bool FRESH = TOKENS > 64 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1209;
@@ -86,7 +92,10 @@ constexpr u32 PARTS = CUT == 1 ? 0 : 4 * CUT * SHARE * 64 * WARPGROUPS;  // byte
 constexpr bool APART = PARTS <= 16384;  // parts have memory of their own; else they replace the stages, once those are read
 constexpr u32 COME_AT = (TABLE_AT + 4 * IndexT::CODES + 15) / 16 * 16, READY_AT = COME_AT + 8;  // barriers: parts are there; may be sent
 constexpr u32 PARTS_AT = APART ? READY_AT + 8 : 0;
-static_assert(COME_AT + (CUT == 1 ? 0 : 16 + (APART ? PARTS : 0)) <= 232448, "shared memory of a block");
+// Two barriers and what aligns them take 32 bytes at most.
+constexpr u32 USED_BYTES = (TABLE_AT + 4 * IndexT::CODES + (CUT == 1 ? 0 : 32 + (APART ? PARTS : 0)) + 1023) / 1024 * 1024;
+static_assert(COME_AT + (CUT == 1 ? 0 : 16 + (APART ? PARTS : 0)) <= USED_BYTES && USED_BYTES <= 232448, "shared memory of a block");
+static_assert(THREADS == CONSUMERS + PRODUCERS && SHARED_BYTES == USED_BYTES, "the host launches what this file describes");
 static_assert(SHARE * SHARES == TOKENS && SHARE % PORTION == 0 && PORTION % 8 == 0, "portions of whole groups of tokens");
 static_assert(APART || PARTS <= STAGING_AT, "parts take the place of the stages");
 static_assert(STAGES > 2 * BATCH, "the producer must have a slot to fill");

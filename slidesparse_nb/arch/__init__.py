@@ -1,42 +1,173 @@
-"""What each GPU architecture wants, as data and NumPy; nothing here touches a GPU."""
+"""What each GPU architecture wants, as data and NumPy; nothing here touches a GPU.
+
+An architecture is one file that has an `ARCH`, its layout, its folder of CUDA sources, and a row of `ARCHITECTURES`. All else
+asks the protocol.
+"""
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any, Protocol, TypeVar
 
 from .. import env
-from ..dtypes import DType
+from ..dtypes import PACKED, DType
 from ..errors import UnsupportedError
+from ..packed import PackedWeight
 from ..pattern import Pattern
+from ..problem import GemmProblem
 from . import sm80, sm90
+from .operand import Operand
 
-Config = sm80.Config | sm90.Config
+
+class Config(Protocol):
+    """One launch of a kernel; as a string, for a reader."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of dynamic shared memory a block."""
+
+    @property
+    def buffers(self) -> Mapping[str, str]:
+        """Which of the weight's buffers the kernel loads: parameter -> buffer."""
+
+    def defines(self) -> dict[str, int | str]:
+        """What stands above the #include of the kernel; THREADS and SHARED_BYTES among it."""
+
+    def shares(self) -> Mapping[str, object]:
+        """Beside the defines, what tells this launch from others of its kernel."""
+
+    def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
+        """Blocks."""
+
+    def arguments(self, problem: GemmProblem) -> dict[str, int]:
+        """The integers that problem and launch fix, by parameter."""
+
+    def early(self, problem: GemmProblem) -> bool:
+        """Whether it is launched before the grid before it is complete, for which the kernel waits (PDL)."""
+
+    def counters(self, problem: GemmProblem) -> int:
+        """Counters in the workspace, zeros before and after a launch."""
+
+    def part_bytes(self, problem: GemmProblem) -> int:
+        """Bytes of the workspace for partial sums."""
 
 
-def for_capability(capability: tuple[int, int]) -> ModuleType:
-    """The module that serves a compute capability, such as (9, 0): sm90 for Hopper, sm80 for everything else since Ampere.
+C = TypeVar("C", bound=Config)
+Candidate = tuple[Config, ...]
+"""The launches that compute a product."""
+
+
+class Arch(Protocol[C]):
+    """An architecture: its kernel, the layouts that it loads, and the launches that a problem takes."""
+
+    @property
+    def source(self) -> str:
+        """The file under cuda_src that defines the kernel, `gemm`."""
+
+    @property
+    def suffix(self) -> str:
+        """Of the target that it is compiled for: "a" in sm_90a."""
+
+    @property
+    def parameters(self) -> Mapping[str, str]:
+        """Of the kernel, in its order: name -> "address" or "integer"."""
+
+    @property
+    def portable(self) -> bool:
+        """Whether it serves GPUs of other architectures, too."""
+
+    def serves(self, capability: tuple[int, int]) -> bool:
+        """Whether its kernel runs on a GPU of this compute capability."""
+
+    def refuses(self, capability: tuple[int, int], dtype: DType) -> str:
+        """Why weights of this type cannot be multiplied there, in a sentence; "" if they can."""
+
+    def operand(self, pattern: Pattern, k: int, dtype: DType) -> Operand:
+        """The layout of x [m, k]."""
+
+    def arrange(self, packed: PackedWeight, xp: Any) -> dict[str, Any]:
+        """Packed weights as the kernel loads them: buffers by name. `xp` is numpy or cupy, whichever made packed.values."""
+
+    def derive(self, buffer: str, buffers: Mapping[str, Any], packed: PackedWeight, xp: Any) -> Any:
+        """A buffer that `arrange` left out, for the first launch that loads it."""
+
+    def fitted(self, config: C, buffers: Mapping[str, Any]) -> C:
+        """The launch, for weights that are arranged like this."""
+
+    def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[C]:
+        """Every kernel, as a launch of it."""
+
+    def candidates(self, problem: GemmProblem) -> Iterator[tuple[C, ...]]:
+        """The launches of every way to compute it that may pay."""
+
+    def cost(self, candidate: tuple[C, ...], problem: GemmProblem) -> float:
+        """Estimated time, of a unit that candidates of one problem share."""
+
+    def error(self, dtype: DType, ks: int) -> float:
+        """How far sums over ks slid columns may be off, relative to those of magnitudes, beside additions in float32."""
+
+
+ARCHITECTURES: tuple[Arch[Any], ...] = (sm90.ARCH, sm80.ARCH)
+"""Those made for one architecture first."""
+
+
+def serving(capability: tuple[int, int]) -> tuple[Arch[Any], ...]:
+    """Every architecture whose kernel runs on a GPU of this compute capability, the one to use first.
 
     Raises:
-        UnsupportedError: the device has no sparse tensor cores.
+        UnsupportedError: the GPU has no sparse tensor cores.
     """
-    if capability < (8, 0):
-        raise UnsupportedError(
-            f"device: compute capability {capability[0]}.{capability[1]} has no sparse tensor cores; 8.0 (A100) or later is"
-            " needed, or NumPy arrays, which are multiplied on the CPU"
-        )
-    return sm90 if capability == (9, 0) and not env.portable() else sm80
+    if found := tuple(arch for arch in ARCHITECTURES if arch.serves(capability)):
+        return found
+    raise UnsupportedError(
+        f"device: compute capability {capability[0]}.{capability[1]} has no sparse tensor cores; 8.0 (A100) or later is"
+        " needed, or NumPy arrays, which are multiplied on the CPU"
+    )
 
 
-def as_multiplied(family: ModuleType, pattern: Pattern, k: int) -> tuple[Pattern, int]:
-    """Pattern and k as a family's kernel sees them: of the slid weight, if it has no lift for groups so wide."""
-    if family is sm80 and pattern.group > sm80.LARGEST_GROUP:
-        return Pattern(2, 4), pattern.slid_k(k)
-    return pattern, k
+def for_capability(capability: tuple[int, int], portable: bool | None = None) -> Arch[Any]:
+    """The architecture whose kernel multiplies on a GPU of this compute capability, such as (9, 0).
+
+    Args:
+        portable: leave aside what is made for one architecture; by default what SLIDESPARSE_PORTABLE says.
+
+    Raises:
+        UnsupportedError: the GPU has no sparse tensor cores.
+    """
+    portable = env.portable() if portable is None else portable
+    return next(arch for arch in serving(capability) if arch.portable or not portable)
 
 
-def choose(
-    family: ModuleType, m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int], sms: int
-) -> tuple[Config, ...]:
-    """The launches of a family's kernel for y [m, n] = x [m, k] @ w.T; pattern and k `as_multiplied`."""
-    shape = (m, n, k, pattern, dtype, out, capability, sms)
-    return sm90.choose(*shape) if family is sm90 else (sm80.choose(*shape),)
+def of(problem: GemmProblem) -> Arch[Any]:
+    """The architecture whose kernel multiplies it."""
+    return for_capability(problem.device.capability, problem.device.portable)
+
+
+def multiplied(arch: Arch[Any], capability: tuple[int, int]) -> tuple[DType, ...]:
+    """The types of weights that `arch` multiplies there."""
+    return tuple(dtype for dtype in PACKED if not arch.refuses(capability, dtype))
+
+
+def require_support(arch: Arch[Any], capability: tuple[int, int], dtype: DType) -> None:
+    """Raise UnsupportedError where `arch` cannot multiply weights of this type."""
+    if why := arch.refuses(capability, dtype):
+        raise UnsupportedError(why)
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: GemmProblem) -> Candidate:
+    """The cheapest candidate, the first of equals.
+
+    Raises:
+        UnsupportedError: the device cannot multiply weights of this type, or more than one group.
+    """
+    if problem.groups != 1:
+        raise UnsupportedError(f"problem: {problem}: no kernel multiplies groups; multiply them one by one")
+    arch = of(problem)
+    require_support(arch, problem.device.capability, problem.dtype)
+    return min(arch.candidates(problem), key=lambda candidate: arch.cost(candidate, problem))

@@ -1,52 +1,36 @@
-"""The portable kernel, cuda_src/sm80/gemm.cu: what it can do, its tiles, and which one a problem takes. Data and NumPy.
+"""The portable kernel, cuda_src/sm80/gemm.cu: what it can do, its tiles, candidates and their cost. Data and NumPy.
 
 Sparse warp-level instructions (`mma.sp`) run on every GPU since compute capability 8.0. Layouts: sm80_layout.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from typing import Any
+
+import numpy as np
 
 from ..dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, DType
-from ..errors import UnsupportedError
+from ..packed import PackedWeight
 from ..pattern import Pattern
-from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout, restore
+from ..problem import GemmProblem
+from .operand import Operand
+from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout
 
-__all__ = [
-    "KERNEL",
-    "LARGEST_GROUP",
-    "Config",
-    "Layout",
-    "Tile",
-    "arrange",
-    "candidates",
-    "choose",
-    "layout",
-    "options",
-    "restore",
-]
-
-KERNEL = "sm80/gemm.cu"
-SUFFIX = ""
-"""Of the architecture it is compiled for: none, plain sm_80 to sm_120."""
+PARAMETERS = {
+    "x": "address", "x_pitch": "integer", "x_bytes": "integer", "weights": "address", "scale_x": "address",
+    "scale_w": "address", "bias": "address", "bias_type": "integer", "y": "address", "y_pitch": "integer",
+    "m": "integer", "n": "integer", "blocks": "integer", "parts": "address", "arrived": "address",
+}  # fmt: skip
+"""Of the kernel, in its order."""
 
 OUT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def supported_dtypes(capability: tuple[int, int]) -> tuple[DType, ...]:
-    """The packed types that `mma.sp` takes at a compute capability."""
-    return (INT8, BFLOAT16, FLOAT16) if capability < (8, 9) else (INT8, FLOAT8, BFLOAT16, FLOAT16)
-
-
-def require_support(capability: tuple[int, int], dtype: DType) -> None:
-    """Raise UnsupportedError where `mma.sp` does not take `dtype`."""
-    if dtype not in supported_dtypes(capability):
-        raise UnsupportedError(
-            f"packed: {dtype} weights need compute capability 8.9 or later, this device has {capability[0]}.{capability[1]};"
-            " pack as int8 or bfloat16 for it"
-        )
+def seen(pattern: Pattern, k: int) -> tuple[Pattern, int]:
+    """Pattern and k as the kernel sees them: of the slid weight, if groups are too wide for its lift."""
+    return (Pattern(2, 4), pattern.slid_k(k)) if pattern.group > LARGEST_GROUP else (pattern, k)
 
 
 def emulated(capability: tuple[int, int], dtype: DType) -> bool:
@@ -172,16 +156,33 @@ class Config:
     def tiles(self, m: int, n: int) -> int:
         return -(-m // self.tile.m) * -(-n // self.tile.n)
 
-    def grid(self, m: int, n: int) -> tuple[int, int, int]:
-        return self.tiles(m, n), self.splits, 1
+    @property
+    def buffers(self) -> dict[str, str]:
+        return {"weights": "weights"}
 
-    def counters(self, m: int, n: int) -> int:
-        """Tiles that are split: so many counters, zeros before and after a launch."""
-        return self.tiles(m, n) if self.splits > 1 else 0
+    def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
+        return self.tiles(problem.m, problem.n), self.splits, 1
 
-    def part_bytes(self, m: int, n: int) -> int:
-        """Workspace for the accumulators of split tiles, and after it a counter a tile, which start as zeros."""
-        return self.splits * self.tiles(m, n) * self.tile.m * self.tile.n * 4 if self.splits > 1 else 0
+    def arguments(self, problem: GemmProblem) -> dict[str, int]:
+        return {"blocks": self.blocks(problem)}
+
+    def blocks(self, problem: GemmProblem) -> int:
+        """Blocks that cover k."""
+        return self.layout.blocks(seen(problem.pattern, problem.k)[1])
+
+    def early(self, problem: GemmProblem) -> bool:
+        return False
+
+    def counters(self, problem: GemmProblem) -> int:
+        """Tiles that are split."""
+        return self.tiles(problem.m, problem.n) if self.splits > 1 else 0
+
+    def part_bytes(self, problem: GemmProblem) -> int:
+        """Of the accumulators of split tiles."""
+        return self.splits * self.counters(problem) * self.tile.m * self.tile.n * 4
+
+    def shares(self) -> dict[str, object]:
+        return {"splits": self.splits}
 
     def defines(self) -> dict[str, int | str]:
         """What stands above the #include of the kernel."""
@@ -199,76 +200,109 @@ class Config:
             "WARPS_N": tile.warps_n,
             "WARPS_M": tile.warps_m,
             "STAGES": self.stages,
+            "THREADS": self.threads,
+            "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
 
 
-# ---- the choice ----------------------------------------------------------------------------------------------------
+# ---- the architecture ------------------------------------------------------------------------------------------------
 
 
-def candidates(pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
-    """Every configuration that fits the device, k not split."""
-    require_support(capability, dtype)
-    sm, lay = processor(capability), layout(pattern, dtype.bits)
-    for tile in EMULATED_TILES if emulated(capability, dtype) else TILES:
-        if pattern.group > 8 and (tile.accumulators > 64 or (emulated(capability, dtype) and tile.m > 16)):
-            continue  # the words of a row and of the weights would not fit in registers beside the sums
-        if (count := stages(lay, tile, sm)) >= 2:
-            yield Config(dtype, out, lay, tile, count, 1)
+class Portable:
+    """See `arch.Arch`."""
+
+    source, suffix, parameters, portable = "sm80/gemm.cu", "", PARAMETERS, True  # for plain sm_80 to sm_120
+
+    def serves(self, capability: tuple[int, int]) -> bool:
+        return capability >= (8, 0)
+
+    def refuses(self, capability: tuple[int, int], dtype: DType) -> str:
+        """`mma.sp` takes float8 since 8.9."""
+        if dtype in (INT8, BFLOAT16, FLOAT16) or (dtype == FLOAT8 and capability >= (8, 9)):
+            return ""
+        if dtype != FLOAT8:
+            return f"packed: {dtype} weights have no kernel for this device; pack as int8 or bfloat16 for it"
+        return (
+            f"packed: {dtype} weights need compute capability 8.9 or later, this device has {capability[0]}.{capability[1]};"
+            " pack as int8 or bfloat16 for it"
+        )
+
+    def operand(self, pattern: Pattern, k: int, dtype: DType) -> Operand:
+        loaded, k = seen(pattern, k)
+        return Operand(False, pattern if loaded != pattern else None, k * dtype.bits // 8)
+
+    def arrange(self, packed: PackedWeight, xp: Any = np) -> dict[str, Any]:
+        pattern, k = seen(packed.pattern, packed.k)
+        return {"weights": arrange(replace(packed, pattern=pattern, shape=(packed.n, k)), xp)}
+
+    def derive(self, buffer: str, buffers: Mapping[str, Any], packed: PackedWeight, xp: Any) -> Any:
+        """Nothing is left out."""
+        raise KeyError(buffer)
+
+    def fitted(self, config: Config, buffers: Mapping[str, Any]) -> Config:
+        return config
+
+    def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
+        """Of every tile that fits the device, k not split."""
+        sm, lay = processor(capability), layout(pattern, dtype.bits)
+        for tile in EMULATED_TILES if emulated(capability, dtype) else TILES:
+            if pattern.group > 8 and (tile.accumulators > 64 or (emulated(capability, dtype) and tile.m > 16)):
+                continue  # the words of a row and of the weights would not fit in registers beside the sums
+            if (count := stages(lay, tile, sm)) >= 2:
+                yield Config(dtype, out, lay, tile, count, 1)
+
+    def candidates(self, problem: GemmProblem) -> Iterator[tuple[Config, ...]]:
+        """k whole, and split.
+
+        A split leaves each part two blocks of k, and is left out where one part fewer gives every multiprocessor two blocks.
+        """
+        device, pattern = problem.device, seen(problem.pattern, problem.k)[0]
+        for config in self.kernels(pattern, problem.dtype, problem.out, device.capability):
+            tiles = config.tiles(problem.m, problem.n)
+            for splits in range(1, min(MOST_SPLITS, max(1, config.blocks(problem) // 2)) + 1):
+                if splits == 1 or tiles * (splits - 1) < 2 * device.sms:
+                    yield (replace(config, splits=splits),)
+
+    def cost(self, candidate: tuple[Config, ...], problem: GemmProblem) -> float:
+        """Clocks: a model for comparing configurations, fitted on an H200 (docs/kernels.md).
+
+        A multiprocessor is kept busy by its tensor cores, by the port of its shared memory (128 bytes a clock), by what the L2
+        cache delivers to it or the memory to the L2 cache, or it waits: for its only warps, or for copies. The longest counts.
+        """
+        (config,), m, device = candidate, problem.m, problem.device
+        lay, tile, sm = config.layout, config.tile, processor(device.capability)
+        strips, groups = tile.n // tile.warps_n // 16, tile.m // tile.warps_m // 8
+        fragments = min(12 if strips * groups > 16 else 20, lay.steps * strips)
+        registers = min(255, tile.accumulators + 5 * fragments + 2 * lay.words + 40)
+        fit = (tile.per_sm, sm.shared // (config.shared_bytes + 1024), 65536 // (config.threads * registers))
+        resident = max(1, min(fit))
+
+        mma = sm.mma_clocks * (20 if emulated(device.capability, config.dtype) else 1)
+        stage = stage_bytes(lay, tile)
+        tensor = lay.steps * (tile.n // 16) * (tile.m // 8) * mma
+        port = 0.9 * (tile.warps * (strips * (4 * lay.steps + lay.meta_words) + groups * lay.words) + stage / 128)
+        cache = stage / 57
+        memory = tile.n // 16 * lay.block_bytes / min(8, -(-m // tile.m)) / 30  # tiles above each other share weights
+        busy = max(tensor, port, cache, memory)
+        alone = max(lay.steps * max(strips * groups * 5.8 * mma, 35) + 85, 1570 / (config.stages - 1))
+
+        blocks = -(-config.blocks(problem) // config.splits)
+        fixed = 2240 + tile.n * tile.m * OUT_BYTES[config.out] / 37
+        if config.splits > 1:
+            fixed += 3230 + tile.n * tile.m
+        total, left = 0.0, -(-config.tiles(m, problem.n) * config.splits // device.sms)  # blocks of the busiest SM
+        while left > 0:
+            together = min(left, resident)
+            rounds = left // together if together == resident else 1
+            each = (
+                max(together * busy, alone) if together > 1 else max(1.15 * busy, alone)
+            )  # nobody works while one meets a barrier
+            total += rounds * (blocks * each + together * fixed)
+            left -= rounds * together
+        return total
+
+    def error(self, dtype: DType, ks: int) -> float:
+        return 0.0
 
 
-def cost(config: Config, m: int, n: int, k: int, capability: tuple[int, int], sms: int) -> float:
-    """Estimated clocks of a product: a model for comparing configurations, fitted on an H200 (docs/kernels.md).
-
-    A multiprocessor is kept busy by its tensor cores, by the port of its shared memory (128 bytes a clock), by what the L2
-    cache delivers to it or the memory to the L2 cache, or it waits: for its only warps, or for copies. The longest counts.
-    """
-    lay, tile, sm = config.layout, config.tile, processor(capability)
-    strips, groups = tile.n // tile.warps_n // 16, tile.m // tile.warps_m // 8
-    fragments = min(12 if strips * groups > 16 else 20, lay.steps * strips)
-    registers = min(255, tile.accumulators + 5 * fragments + 2 * lay.words + 40)
-    fit = (tile.per_sm, sm.shared // (config.shared_bytes + 1024), 65536 // (config.threads * registers))
-    resident = max(1, min(fit))
-
-    mma = sm.mma_clocks * (20 if emulated(capability, config.dtype) else 1)
-    stage = stage_bytes(lay, tile)
-    tensor = lay.steps * (tile.n // 16) * (tile.m // 8) * mma
-    port = 0.9 * (tile.warps * (strips * (4 * lay.steps + lay.meta_words) + groups * lay.words) + stage / 128)
-    cache = stage / 57
-    memory = tile.n // 16 * lay.block_bytes / min(8, -(-m // tile.m)) / 30  # tiles above each other share weights
-    busy = max(tensor, port, cache, memory)
-    alone = max(lay.steps * max(strips * groups * 5.8 * mma, 35) + 85, 1570 / (config.stages - 1))
-
-    blocks = -(-lay.blocks(k) // config.splits)
-    fixed = 2240 + tile.n * tile.m * OUT_BYTES[config.out] / 37
-    if config.splits > 1:
-        fixed += 3230 + tile.n * tile.m
-    total, left = 0.0, -(-config.tiles(m, n) * config.splits // sms)  # thread blocks of the busiest multiprocessor
-    while left > 0:
-        together = min(left, resident)
-        rounds = left // together if together == resident else 1
-        each = (
-            max(together * busy, alone) if together > 1 else max(1.15 * busy, alone)
-        )  # nobody works while one meets a barrier
-        total += rounds * (blocks * each + together * fixed)
-        left -= rounds * together
-    return total
-
-
-def options(
-    m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int], sms: int
-) -> Iterator[Config]:
-    """Every launch that may pay for y [m, n] = x [m, k] @ w.T on a device of `sms` multiprocessors: k whole, and split.
-
-    A split leaves each part two blocks of k, and is left out where one part fewer gives every multiprocessor two blocks.
-    """
-    for config in candidates(pattern, dtype, out, capability):
-        for splits in range(1, min(MOST_SPLITS, max(1, config.layout.blocks(k) // 2)) + 1):
-            if splits == 1 or config.tiles(m, n) * (splits - 1) < 2 * sms:
-                yield replace(config, splits=splits)
-
-
-@lru_cache(maxsize=4096)
-def choose(m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int], sms: int) -> Config:
-    """The cheapest of `options`."""
-    every = options(m, n, k, pattern, dtype, out, capability, sms)
-    return min(every, key=lambda config: cost(config, m, n, k, capability, sms))
+ARCH = Portable()

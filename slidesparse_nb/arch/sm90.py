@@ -1,37 +1,29 @@
-"""The kernel on `wgmma.mma_async.sp`, the sparse tensor-core instruction of Hopper (sm_90a): tiles, cost, choice.
+"""The kernel on `wgmma.mma_async.sp`, the sparse tensor-core instruction of Hopper (sm_90a): tiles, candidates, cost.
 
-Data and pure functions; how operands are laid out is in sm90_layout.py.
+Data and pure functions; how weights are laid out is in sm90_layout.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from typing import Any
 
-from ..dtypes import CUDA_CODES, PACKED, DType
+from ..dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, DType
+from ..packed import PackedWeight
 from ..pattern import Pattern
-from .sm90_layout import (
-    STAGE,
-    VALUE_BYTES,
-    Arranged,
-    arrange,
-    coded,
-    expand,
-    image,
-    image_bytes,
-    image_rows,
-    index_bytes,
-    restore,
-    stages,
-)
+from ..problem import GemmProblem
+from .operand import STAGE, Operand, stages
+from .sm90_layout import VALUE_BYTES, arrange, coded, expand, index_bytes
 
-__all__ = ["Arranged", "arrange", "expand", "image", "image_bytes", "image_rows", "restore", "stages"]
-
-KERNEL = "sm90/gemm.cu"
-SUFFIX = "a"
-"""Of the architecture it is compiled for: wgmma is in sm_90a alone."""
+PARAMETERS = {
+    "x": "address", "values": "address", "scale_x": "address", "scale_w": "address", "bias": "address",
+    "bias_type": "integer", "y": "address", "y_pitch": "integer", "m": "integer", "n": "integer", "index": "address",
+    "stages": "integer", "first_strip": "integer", "last_strip": "integer", "begin": "integer", "end": "integer",
+    "order": "integer", "band": "integer",
+}  # fmt: skip
+"""Of the kernel, in its order."""
 
 SHARED_MEMORY = 232448
 """Bytes that a thread block may have. CUDA C++ Programming Guide, "Compute Capabilities"."""
@@ -44,14 +36,10 @@ FLOAT8_ERROR = 2.0**-10
 """Error of one float8 instruction (64 slid columns), relative to the sum of magnitudes: its accumulator keeps 13 bits of
 fraction (docs/hopper.md), and each of its addends is cut off there."""
 
-
-def supported_dtypes(capability: tuple[int, int]) -> tuple[DType, ...]:
-    """The packed types that wgmma.sp takes: all."""
-    return PACKED
-
-
-def require_support(capability: tuple[int, int], dtype: DType) -> None:
-    """Nothing to refuse."""
+EARLY_TOKENS = 512
+"""Up to so many tokens a product may start while the kernel before it ends. Blocks that take the place of a quantization's, as
+these leave, are spread over the processors at random; those that share activations are then apart, L2 serves them one by
+one, and the product takes up to half as long again (docs/hopper.md)."""
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -205,8 +193,32 @@ class Config:
             return False
         return along_k >= (self.stages if self.tile.loads_itself else 2 * self.cut)
 
-    def grid(self) -> tuple[int, int, int]:
+    @property
+    def buffers(self) -> dict[str, str]:
+        return {"values": "values", "index": "codes" if self.windows else "words"}
+
+    def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
         return self.blocks, 1, 1
+
+    def arguments(self, problem: GemmProblem) -> dict[str, int]:
+        (first, last), count = self.strips, along_k(problem)
+        if not self.possible(count):
+            raise AssertionError(self)
+        tiles = {"first_strip": first, "last_strip": last, "begin": self.begin, "end": self.end}
+        return {"stages": count, **tiles, "order": self.order, "band": self.band}
+
+    def early(self, problem: GemmProblem) -> bool:
+        return problem.m <= EARLY_TOKENS or self.order == REST
+
+    def counters(self, problem: GemmProblem) -> int:
+        return 0
+
+    def part_bytes(self, problem: GemmProblem) -> int:
+        return 0
+
+    def shares(self) -> dict[str, object]:
+        (first, last), tiles = self.strips, f"{self.begin}-{self.end}"
+        return {"strips": f"{first}-{last}", "tiles": tiles, "band": self.band, "blocks": self.blocks, "order": self.order}
 
     def defines(self) -> dict[str, int | str]:
         """What stands above the #include of the kernel."""
@@ -219,6 +231,8 @@ class Config:
             "WINDOWS": self.windows,
             "CUT": self.cut,
             "BLOCKS": self.resident,
+            "THREADS": self.threads,
+            "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
 
     def with_words(self) -> Config:
@@ -288,15 +302,6 @@ def residents(tile: Tile, cut: int) -> tuple[int, ...]:
     return (1, 2) if tile.tokens <= 32 else (1,)
 
 
-def candidates(pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
-    """Every kernel: of every tile, with k whole and cut."""
-    for tile in TILES:
-        for cut in (1, *tile.cuts):
-            for resident in residents(tile, cut):
-                for codes in _forms(tile, pattern, dtype):
-                    yield configured(tile, cut, pattern, dtype, out, codes, resident)
-
-
 def _forms(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, ...]:
     """Whether a tile reads codes: sometimes, always or never."""
     if not coded(pattern) or not decodes(tile, dtype):
@@ -310,64 +315,52 @@ def decodes(tile: Tile, dtype: DType) -> bool:
     return tile.tokens <= CODED_TOKENS[dtype.bits] and tile.warpgroups < 3
 
 
-# ---- choice ----------------------------------------------------------------------------------------------------------
+# ---- the choice ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Problem:
-    """y [m, n] = x [m, k] @ w.T, on a device of `sms` multiprocessors.
-
-    Attributes:
-        along_k: stages that cover k.
-    """
-
-    m: int
-    n: int
-    along_k: int
-    pattern: Pattern
-    dtype: DType
-    out: str
-    sms: int
-
-    @classmethod
-    def of(cls, m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, sms: int) -> Problem:
-        return cls(m, n, stages(pattern, k, dtype), pattern, dtype, out, sms)
-
-    def takes(self, tile: Tile) -> bool:
-        """Whether so many tokens may be computed by this tile."""
-        return self.m <= SMALL_M or tile.tokens > SMALL_TOKENS
-
-    def codes(self, tile: Tile) -> bool:
-        """Whether this tile reads codes."""
-        return decodes(tile, self.dtype) and (tile.tokens <= SMALL_TOKENS or self.m <= tile.tokens)
-
-    def configured(self, tile: Tile, cut: int, resident: int, first: int = 0) -> Config:
-        """The kernel of a tile, for all strips from `first` on."""
-        config = configured(tile, cut, self.pattern, self.dtype, self.out, self.codes(tile), resident)
-        band = NARROW_BAND if tile.tokens == 256 and self.m <= NARROW_TOKENS else BAND
-        return replace(config, strips=(first, -(-self.n // 64)), band=band)
-
-    def at_once(self, config: Config, tiles: int) -> bool:
-        """Whether so many tiles, each with a block or a cluster of its own, are all at work together."""
-        fit = CLUSTERS_FIT if config.cut > 2 else 1
-        return config.possible(self.along_k) and tiles * config.cut <= self.sms * config.resident * fit
+def along_k(problem: GemmProblem) -> int:
+    """Stages that cover k."""
+    return stages(problem.pattern, problem.k, problem.dtype)
 
 
-def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
+def takes(problem: GemmProblem, tile: Tile) -> bool:
+    """Whether so many tokens may be computed by this tile."""
+    return problem.m <= SMALL_M or tile.tokens > SMALL_TOKENS
+
+
+def reads_codes(problem: GemmProblem, tile: Tile) -> bool:
+    """Whether this tile reads codes."""
+    return decodes(tile, problem.dtype) and (tile.tokens <= SMALL_TOKENS or problem.m <= tile.tokens)
+
+
+def of_strips(problem: GemmProblem, tile: Tile, cut: int, resident: int, first: int = 0) -> Config:
+    """The kernel of a tile, for all strips from `first` on."""
+    config = configured(tile, cut, problem.pattern, problem.dtype, problem.out, reads_codes(problem, tile), resident)
+    band = NARROW_BAND if tile.tokens == 256 and problem.m <= NARROW_TOKENS else BAND
+    return replace(config, strips=(first, -(-problem.n // 64)), band=band)
+
+
+def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
+    """Whether so many tiles, each with a block or a cluster of its own, are all at work together."""
+    fit = CLUSTERS_FIT if config.cut > 2 else 1
+    return config.possible(along_k(problem)) and tiles * config.cut <= problem.device.sms * config.resident * fit
+
+
+def candidates_of(tile: Tile, problem: GemmProblem) -> Iterator[tuple[Config, ...]]:
     """The launches of a tile, in every way that may pay.
 
     Whole tiles; k cut; whole rounds of tiles, and the rest with k cut, or in tiles of fewer tokens.
     """
-    m, sms = problem.m, problem.sms
-    if not problem.takes(tile) or not problem.configured(tile, 1, 1).possible(problem.along_k):
+    m, sms = problem.m, problem.device.sms
+    if not takes(problem, tile) or not of_strips(problem, tile, 1, 1).possible(along_k(problem)):
         return
     for cut in tile.cuts:
         for resident in residents(tile, cut):
-            parted = problem.configured(tile, cut, resident)
-            if problem.at_once(parted, parted.tiles(m)):
+            parted = of_strips(problem, tile, cut, resident)
+            if at_once(parted, parted.tiles(m), problem):
                 yield (replace(parted, end=parted.tiles(m), blocks=parted.tiles(m) * cut),)
     for resident in residents(tile, 1):
-        whole = problem.configured(tile, 1, resident)
+        whole = of_strips(problem, tile, 1, resident)
         tiles = whole.tiles(m)
         yield (replace(whole, end=tiles, blocks=min(tiles, sms)),)
         full = tiles // sms * sms
@@ -375,8 +368,8 @@ def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
             continue
         before = replace(whole, end=full, blocks=sms, order=BEFORE_REST)
         for cut in tile.cuts:
-            parted = replace(problem.configured(tile, cut, residents(tile, cut)[-1]), begin=full, end=tiles)
-            if problem.at_once(parted, tiles - full):
+            parted = replace(of_strips(problem, tile, cut, residents(tile, cut)[-1]), begin=full, end=tiles)
+            if at_once(parted, tiles - full, problem):
                 yield before, replace(parted, blocks=(tiles - full) * cut, order=REST)
         tiles_m = -(-m // tile.tokens)
         step = sms // math.gcd(sms, tiles_m)  # so many columns of tiles make whole rounds
@@ -388,38 +381,73 @@ def options(tile: Tile, problem: Problem) -> Iterator[tuple[Config, ...]]:
             continue
         before = replace(whole, strips=(0, split), end=columns * tiles_m, blocks=min(sms, columns * tiles_m), order=BEFORE_REST)
         for other in TILES:
-            if other.tokens < tile.tokens and problem.takes(other):
+            if other.tokens < tile.tokens and takes(problem, other):
                 for cut in (1, *other.cuts):
-                    rest = problem.configured(other, cut, residents(other, cut)[-1], split)
-                    if problem.at_once(rest, rest.tiles(m)):
+                    rest = of_strips(problem, other, cut, residents(other, cut)[-1], split)
+                    if at_once(rest, rest.tiles(m), problem):
                         yield before, replace(rest, end=rest.tiles(m), blocks=rest.tiles(m) * cut, order=REST)
 
 
-def cost(launches: tuple[Config, ...], problem: Problem) -> float:
-    """Estimated nanoseconds: rounds of tiles, or reading the weights from memory where that takes longer."""
-    compute = read = 0.0
-    for config in launches:
-        tile, together = config.tile, min(config.resident, max(1.0, config.blocks / problem.sms))  # blocks a processor
-        rounds = -(-(config.end - config.begin) * config.cut // config.blocks)
-        stage = max(tile.stage_ns * together, RING_NS / config.stages)
-        if problem.m >= LONG_TOKENS and tile != LARGEST:
-            stage *= CAPPED
-        each = -(-problem.along_k // config.cut) * stage + tile.tile_ns
-        compute += rounds * each
-        if config.cut > 1:
-            compute += CUT_NS_A_BLOCK * config.cut + CUT_NS_A_TOKEN * tile.tokens
-        strip = VALUE_BYTES + index_bytes(config.dtype, config.windows > 0)
-        weights = (config.end - config.begin) * problem.along_k * tile.warpgroups * strip
-        once = 1 / -(-problem.m // tile.tokens)
-        read += weights * (once / READ_BYTES_A_NS + (1 - once) / AGAIN_BYTES_A_NS)
-    return LAUNCH_NS + max(compute, read) + OVERLAP * min(compute, read)
+class Hopper:
+    """See `arch.Arch`."""
+
+    source, suffix, parameters, portable = "sm90/gemm.cu", "a", PARAMETERS, False  # wgmma is in sm_90a alone
+
+    def serves(self, capability: tuple[int, int]) -> bool:
+        return capability == (9, 0)
+
+    def refuses(self, capability: tuple[int, int], dtype: DType) -> str:
+        if dtype in (INT8, FLOAT8, BFLOAT16, FLOAT16):
+            return ""
+        return f"packed: {dtype} weights have no kernel for this device; pack as int8 or bfloat16 for it"
+
+    def operand(self, pattern: Pattern, k: int, dtype: DType) -> Operand:
+        return Operand(True, pattern, STAGE * stages(pattern, k, dtype))
+
+    def arrange(self, packed: PackedWeight, xp: Any) -> dict[str, Any]:
+        return arrange(packed, xp)
+
+    def derive(self, buffer: str, buffers: Mapping[str, Any], packed: PackedWeight, xp: Any) -> Any:
+        """Words, of codes."""
+        if buffer != "words":
+            raise KeyError(buffer)
+        return expand(buffers["codes"], packed.pattern, packed.dtype, xp)
+
+    def fitted(self, config: Config, buffers: Mapping[str, Any]) -> Config:
+        return config if "codes" in buffers else config.with_words()
+
+    def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
+        """Of every tile, with k whole and cut."""
+        for tile in TILES:
+            for cut in (1, *tile.cuts):
+                for resident in residents(tile, cut):
+                    for codes in _forms(tile, pattern, dtype):
+                        yield configured(tile, cut, pattern, dtype, out, codes, resident)
+
+    def candidates(self, problem: GemmProblem) -> Iterator[tuple[Config, ...]]:
+        return (candidate for tile in TILES for candidate in candidates_of(tile, problem))
+
+    def cost(self, candidate: tuple[Config, ...], problem: GemmProblem) -> float:
+        """Nanoseconds: rounds of tiles, or reading the weights from memory where that takes longer."""
+        compute, read, count = 0.0, 0.0, along_k(problem)
+        for config in candidate:
+            tile, together = config.tile, min(config.resident, max(1.0, config.blocks / problem.device.sms))  # blocks an SM
+            rounds = -(-(config.end - config.begin) * config.cut // config.blocks)
+            stage = max(tile.stage_ns * together, RING_NS / config.stages)
+            if problem.m >= LONG_TOKENS and tile != LARGEST:
+                stage *= CAPPED
+            each = -(-count // config.cut) * stage + tile.tile_ns
+            compute += rounds * each
+            if config.cut > 1:
+                compute += CUT_NS_A_BLOCK * config.cut + CUT_NS_A_TOKEN * tile.tokens
+            strip = VALUE_BYTES + index_bytes(config.dtype, config.windows > 0)
+            weights = (config.end - config.begin) * count * tile.warpgroups * strip
+            once = 1 / -(-problem.m // tile.tokens)
+            read += weights * (once / READ_BYTES_A_NS + (1 - once) / AGAIN_BYTES_A_NS)
+        return LAUNCH_NS + max(compute, read) + OVERLAP * min(compute, read)
+
+    def error(self, dtype: DType, ks: int) -> float:
+        return -(-ks // 64) * FLOAT8_ERROR if dtype is FLOAT8 else 0.0
 
 
-@lru_cache(maxsize=4096)
-def choose(
-    m: int, n: int, k: int, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int], sms: int
-) -> tuple[Config, ...]:
-    """The cheapest launches, one or two, for y [m, n] = x [m, k] @ w.T on a device of `sms` multiprocessors."""
-    problem = Problem.of(m, n, k, pattern, dtype, out, sms)
-    every = (launches for tile in TILES for launches in options(tile, problem))
-    return min(every, key=lambda launches: cost(launches, problem))
+ARCH = Hopper()

@@ -7,7 +7,7 @@ moves it by contiguous bulk copies and never touches an address of an element:
     values       [stages, strips of 64 rows, 64 x 64]: kept bytes, swizzled in 64-byte rows
     words        [stages, strips, 512 or 1024]: the instruction's index words, those of mma.sp for each warp's 16 rows
     codes        [stages, strips, 256 or 512]: what the words can be made of, in half of the bytes
-    activations  [stages, groups of 8 tokens, 8 x 128]: slid, swizzled in 128-byte rows; any run of groups is a tile
+    activations  [stages, groups of 8 tokens, 8 x 128]: slid, swizzled in 128-byte rows (operand.py)
 
 Swizzles: PTX ISA, "Asynchronous warpgroup level matrix multiply-accumulate", "Shared memory matrix layout".
 
@@ -24,7 +24,6 @@ patterns they fit into 32 bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,7 @@ import numpy as np
 from ..dtypes import DType
 from ..packed import PackedWeight
 from ..pattern import Pattern
-
-STAGE = 128
-"""Slid bytes of one token in a stage."""
+from .operand import stages
 
 WORD_WINDOWS = 16
 """Windows whose codes are in one word."""
@@ -48,15 +45,6 @@ VALUE_BYTES = 64 * 64
 
 CHUNK = 64
 """Strips that are arranged at a time: what lies between takes several times the memory of their values."""
-
-
-def stages(pattern: Pattern, k: int, dtype: DType) -> int:
-    """Stages that cover a row of k columns: an even number, since kernels for few tokens take two at a time."""
-    return _stages_of(pattern.slid_k(k) * dtype.bits // 8)
-
-
-def _stages_of(slid_bytes: int) -> int:
-    return max(2, -(-slid_bytes // (2 * STAGE)) * 2)
 
 
 def strips(n: int) -> int:
@@ -86,22 +74,6 @@ def index_bytes(dtype: DType, codes: bool) -> int:
 
 # ---- places ----------------------------------------------------------------------------------------------------------
 
-HALVES = np.array([0, 1, 4, 5, 2, 3, 6, 7])
-"""Where the 16-byte pieces of a stage of an 8-bit type stand: both instructions' windows 0-15, then 16-31. Its own inverse."""
-
-TOKEN, PIECE = np.arange(8)[:, None], np.arange(8)
-
-
-def piece_at(size: int) -> Any:
-    """Where the pieces of each of eight tokens stand in their stage, elements being `size` bytes: int [token, piece]."""
-    return (HALVES if size == 1 else PIECE) ^ TOKEN
-
-
-def piece_from(size: int) -> Any:
-    """Which piece stands at each place: the inverse of `piece_at`."""
-    place = PIECE ^ TOKEN
-    return HALVES[place] if size == 1 else place
-
 
 def kept_at(size: int) -> Any:
     """Where byte b of row r of a strip's kept values stands, for r * 64 + b."""
@@ -114,35 +86,24 @@ def kept_at(size: int) -> Any:
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Arranged:
-    """A packed weight as the kernel loads it.
-
-    Attributes:
-        values: uint8 [stages, strips, 4096].
-        index: uint8 [stages, strips, index_bytes]: codes, or words.
-        codes: which of the two.
-    """
-
-    values: Any
-    index: Any
-    codes: bool
-
-
-def arrange(packed: PackedWeight, xp: Any = np) -> Arranged:
-    """Packed weights as shared memory wants them, with codes if the pattern has them.
+def arrange(packed: PackedWeight, xp: Any = np) -> dict[str, Any]:
+    """Packed weights as shared memory wants them: "values", and "codes" if the pattern has them, or else "words".
 
     Rows and columns beyond the matrix hold zeros. Weights that keep a column in two windows, which no packer writes, and 16-bit
     weights that have fewer non-zeros than the pattern allows, have no codes: they get words.
 
     Args:
         xp: numpy or cupy, whichever made packed.values.
+
+    Returns:
+        values: uint8 [stages, strips, 4096].
+        codes or words: uint8 [stages, strips, index_bytes].
     """
     found = _arranged(packed, xp, True) if coded(packed.pattern) else None
     return found or _arranged(packed, xp, False)  # type: ignore[return-value]
 
 
-def _arranged(packed: PackedWeight, xp: Any, codes: bool) -> Arranged | None:
+def _arranged(packed: PackedWeight, xp: Any, codes: bool) -> dict[str, Any] | None:
     """With codes or with words; None if there are no codes for these weights."""
     pattern, dtype = packed.pattern, packed.dtype
     size, many, count = dtype.bits // 8, strips(packed.n), stages(pattern, packed.k, dtype)
@@ -166,7 +127,7 @@ def _arranged(packed: PackedWeight, xp: Any, codes: bool) -> Arranged | None:
         values[:, first:last, at] = (
             image.reshape(last - first, 64, count, 64).transpose(2, 0, 1, 3).reshape(count, -1, VALUE_BYTES)
         )
-    return Arranged(values, index, codes)
+    return {"values": values, "codes" if codes else "words": index}
 
 
 def _masked(kept: Any, meta: Any, packed: PackedWeight, xp: Any) -> tuple[Any, Any] | None:
@@ -282,14 +243,13 @@ def expand(index: Any, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
     return xp.ascontiguousarray(pairs).reshape(count, many, index_bytes(dtype, False))
 
 
-def restore(arranged: Arranged, packed: PackedWeight) -> PackedWeight:
+def restore(arranged: dict[str, Any], packed: PackedWeight) -> PackedWeight:
     """A packed weight with the same matrix; equal to `packed` where that keeps no zeros, or has no codes. NumPy."""
     size = packed.dtype.bits // 8
-    count, many = arranged.values.shape[:2]
-    values = (
-        arranged.values[:, :, kept_at(size)].reshape(count, many, 64, 64).transpose(1, 2, 0, 3).reshape(64 * many, 64 * count)
-    )
-    words = expand(arranged.index, packed.pattern, packed.dtype) if arranged.codes else arranged.index
+    values = arranged["values"]
+    count, many = values.shape[:2]
+    values = values[:, :, kept_at(size)].reshape(count, many, 64, 64).transpose(1, 2, 0, 3).reshape(64 * many, 64 * count)
+    words = expand(arranged["codes"], packed.pattern, packed.dtype) if "codes" in arranged else arranged["words"]
     if size == 1:
         meta = words.reshape(count, many, 4, 8, 2, 2, 2, 4).transpose(1, 2, 5, 3, 0, 4, 6, 7)
     else:
@@ -300,40 +260,3 @@ def restore(arranged: Arranged, packed: PackedWeight) -> PackedWeight:
     return PackedWeight(
         kept, np.ascontiguousarray(meta[:n, : ks // 8]), packed.scale, packed.pattern, packed.shape, packed.dtype
     )
-
-
-# ---- activations -----------------------------------------------------------------------------------------------------
-
-
-def image(x: Any, pattern: Pattern, xp: Any = np) -> Any:
-    """Activations [m, k] of a packed type, slid and laid out: uint8 [stages, ceil(m / 8), 8, 128].
-
-    Piece p of 16 bytes of a token's stage stands at `piece_at`, which swizzles.
-    """
-    m, k = x.shape
-    size = x.dtype.itemsize
-    ks = pattern.slid_k(k)
-    count = _stages_of(ks * size)
-    raw = x.view(f"u{size}")
-    padded = xp.zeros((-(-m // 8) * 8, pattern.padded_k(k)), raw.dtype)
-    padded[:m, :k] = raw
-    slid = xp.zeros((padded.shape[0], count * STAGE // size), raw.dtype)
-    slid[:, :ks] = padded[:, xp.asarray(pattern.lift_index(k))]
-    slid = slid.view(np.uint8).reshape(-1, 8, count, 8, 16)  # group, token, stage, piece, byte
-    slid = slid[:, xp.asarray(TOKEN), :, xp.asarray(piece_from(size))]  # [token, place, group, stage, byte]
-    return xp.ascontiguousarray(slid.transpose(3, 2, 0, 1, 4)).reshape(count, -1, 8, STAGE)
-
-
-def image_rows(made: Any, m: int, k: int, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
-    """Inverse of `image`: activations [m, k] as their bits (`dtype.raw`), from the first window that holds each."""
-    count = made.shape[0]
-    pieces = made.reshape(count, -1, 8, 8, 16)[:, :, xp.asarray(TOKEN), xp.asarray(piece_at(dtype.bits // 8))]
-    slid = xp.ascontiguousarray(pieces.transpose(1, 2, 0, 3, 4)).reshape(-1, count * STAGE).view(dtype.raw)
-    group, inside = np.divmod(np.arange(k), pattern.group)
-    window = np.minimum(inside // 2, pattern.windows - 1)
-    return slid[:m, xp.asarray((group * pattern.windows + window) * 4 + inside - 2 * window)]
-
-
-def image_bytes(m: int, k: int, pattern: Pattern, dtype: DType) -> int:
-    """Bytes of the image of x [m, k]."""
-    return stages(pattern, k, dtype) * -(-m // 8) * 8 * STAGE

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arch import sm90_layout
+from ..arch.operand import HALVES as HALVES_AT
 from ..dtypes import FLOAT8, INT8, packed_dtype
 from .elements import HIGH, LOW, ROUND_TWO, row_scale, to_float8x4_early, to_int8x4
 from .numba_kernel import SIMULATED, Kernel, cuda, device_function
@@ -54,7 +54,7 @@ ZERO, SEVEN = np.uint32(0), np.uint32(7)
 NEXT = np.uint64(1)
 """From a word of shared memory to the next; signed indices might count from the end, and cost more."""
 
-HALVES = np.uint32(sum(int(place) << 4 * piece for piece, place in enumerate(sm90_layout.HALVES)))
+HALVES = np.uint32(sum(int(place) << 4 * piece for piece, place in enumerate(HALVES_AT)))
 """A nibble a piece."""
 
 # Selectors of a byte permute of two words, seen as four half-words, lowest first.
@@ -88,7 +88,7 @@ class Variant:
         stored: "int8" or "float8_e4m3fn"; for images also "bfloat16" or "float16".
         vectors: 16-byte loads a thread makes, of rows of up to 1024 times as many; 0: element by element, any row.
         windows: of the pattern, if values are lifted; else 0.
-        image: lifted values are laid out as arch/sm90_layout.py has it, in stages, swizzled; else in rows.
+        image: lifted values are laid out as arch/operand.py has it, in stages, swizzled; else in rows.
         generation: which instructions it may use: 80; 89: conversion to float8; 90: packed maxima, and it is launched before
             the grid before it is complete, for which it waits.
     """
@@ -204,7 +204,7 @@ def _converter(variant: Variant) -> Any:
 
 @device_function("u32", "u32")
 def place_in_stage(piece: Word) -> Word:
-    """Where a piece of a stage of an 8-bit type stands, in the low three bits: `sm90_layout.HALVES`."""
+    """Where a piece of a stage of an 8-bit type stands, in the low three bits: `operand.HALVES`."""
     return HALVES >> np.uint32(np.uint32(4) * (piece & SEVEN))
 
 

@@ -1,7 +1,7 @@
 """Activations on the GPU as matrix kernels want them: quantized per token or rounded, lifted, laid out. Twin of `reference`.
 
     x [m, k] --> values [m, pitch], scale [m, 1]                            `quantize`: rows, lifted if a kernel wants that
-    x [m, k] --> image [stages, ceil(m / 8), 8, 128], scale [m, 1]          `image`: for sm_90's kernel (arch/sm90_layout.py)
+    x [m, k] --> image [stages, ceil(m / 8), 8, 128], scale [m, 1]          `image`: tiles (arch/operand.py)
 
 One launch, a thread block a token; the kernels are in activation_kernels.py.
 """
@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arch import sm90
-from ..arch.sm90_layout import STAGE
+from ..arch.operand import STAGE, stages
 from ..dtypes import FLOAT8, FLOATS, INT8, DType, packed_dtype
 from ..errors import OperandError
 from ..pattern import Pattern
@@ -106,14 +105,14 @@ def image(
     scale: Any = None,
     stream: Any = None,
 ) -> tuple[Any, Any]:
-    """x quantized (8-bit `dtype`) or rounded (16-bit), lifted by `pattern` and laid out for sm_90; twin of `sm90.image`.
+    """x quantized (8-bit `dtype`) or rounded (16-bit), lifted by `pattern` and laid out in tiles; twin of `operand.image`.
 
     With `out`, and `scale` for an 8-bit type, it allocates nothing; it never waits for the device.
 
     Args:
         x: [m, k] CuPy array of bfloat16, float16 or float32, any strides; or values of `dtype` already, with `source` = dtype.
         source: type of x's elements, if x holds their raw bits.
-        out: uint8 [sm90.stages(pattern, k, dtype), ceil(m / 8), 8, 128], contiguous, 16-byte aligned.
+        out: uint8 [stages(pattern, k, dtype), ceil(m / 8), 8, 128], contiguous, 16-byte aligned.
         scale: [m, 1] float32, contiguous.
         stream: CuPy stream to launch on; by default the current one.
 
@@ -132,7 +131,7 @@ def image(
         raise OperandError(f"x: shape {x.shape} must be [m, k]; reshape it to two dimensions")
     m, k = x.shape
     quantizes = dtype.qmax is not None and not same
-    shape = (sm90.stages(pattern, k, dtype), -(-m // 8), 8, STAGE)
+    shape = (stages(pattern, k, dtype), -(-m // 8), 8, STAGE)
     out, scale = _results(out, shape, np.uint8, scale, (m, 1) if quantizes else None, stream)
     if m:
         launch = plan(name, dtype.name, k, x.strides, aligned(x), generation(current_device()), pattern)
@@ -240,7 +239,7 @@ def plan(
     columns = 16 // size
     if width is None:
         assert pattern is not None
-        width = STAGE * sm90.stages(pattern, k, packed_dtype(stored))
+        width = STAGE * stages(pattern, k, packed_dtype(stored))
     pieces = width // 16
     total = -(-width // (4 * words))
     if windows:  # all that the last piece is gathered from, and four words are read for it

@@ -1,7 +1,7 @@
 """y = x @ w.T on the GPU: one or two launches a call.
 
     x [m, k] --quantize (8-bit weights), or copy if its rows are not 16-byte aligned--> rows --gemm--> y [m, n]
-    x [m, k] --quantize (8-bit weights) or round, slide, swizzle--> image --gemm--> y [m, n]                     on sm_90
+    x [m, k] --quantize (8-bit weights) or round, slide, swizzle--> tiles --gemm--> y [m, n]         where a kernel loads tiles
 
 What can be made once is in plans.py. A call checks its operands, looks that up, finds memory for what lies between the
 kernels, and launches. Arrays are CuPy's at the borders only: a slice of one costs a microsecond. Nothing here waits for the
@@ -17,7 +17,8 @@ from typing import Any
 import cupy
 import numpy as np
 
-from ..arch import for_capability, sm90
+from ..arch import for_capability
+from ..arch.operand import image_rows
 from ..dtypes import CUDA_CODES, FLOATS, INT8, DType
 from ..errors import OperandError
 from ..operands import check_activations, check_bias, float_dtype, result_dtype
@@ -79,7 +80,7 @@ def matmul(
     ready = False  # x is the operand
     if quantized:
         lead, source = given.lead, float_dtype("x.source", given.source)
-        ready = given.image is not None and weight.family is sm90 and given.image.pattern == packed.pattern
+        ready = given.image is not None and weight.operand.tiled and given.image.pattern == packed.pattern
         if not ready and given.image is not None:
             x = rows_of_image(given.image, given.m, given.dtype)  # for this call, and in its stream: not kept
         scale_x = None if given.scale is None else as_cupy("x.scale", given.scale)
@@ -125,27 +126,20 @@ def matmul(
         if plan.quantizes and not quantized:
             scale = base + plan.scale_at
         feed(address, x.data.ptr, operand, scale)
-    rows: tuple[int, ...] = ()
-    split: tuple[int, ...] = ()
-    if not plan.image:
-        rows = (x.strides[0] if feed is None else plan.row_pitch, plan.x_bytes)
-        split = (base + plan.parts_at if plan.part_bytes else 0, counters)
     rows_y = y if y.ndim == 2 and (y.strides[1] == y.itemsize or n == 1) else _rows(y, m, n)
-    arguments = (
-        operand,
-        *rows,
-        weight.operand,
-        scale,
-        0 if weight.scale is None else weight.scale.data.ptr,
-        0 if bias is None else bias.data.ptr,
-        bias_type,
-        rows_y.data.ptr,
-        rows_y.strides[0] // rows_y.itemsize,
-        m,
-        n,
-    )
+    given = {
+        "x": operand,
+        "x_pitch": x.strides[0] if feed is None else plan.row_pitch,
+        "scale_x": scale,
+        "bias": 0 if bias is None else bias.data.ptr,
+        "bias_type": bias_type,
+        "y": rows_y.data.ptr,
+        "y_pitch": rows_y.strides[0] // rows_y.itemsize,
+        "parts": base + plan.parts_at if plan.part_bytes else 0,
+        "arrived": counters,
+    }
     for it in plan.launches:
-        it.run(it.grid, it.block, it.shared, address, it.programmatic, *arguments, *it.arguments, *split)
+        it.run(it.grid, it.block, it.shared, address, it.programmatic, *it.ordered({**it.fixed, **given}))
     if rows_y is not y and rows_y.data.ptr != y.data.ptr:
         y[...] = rows_y.reshape(y.shape)
     return y if out is None else out
@@ -171,8 +165,11 @@ def quantize(
     lead, source, k = x.shape[:-1], x.dtype, x.shape[-1]
     m = math.prod(lead)
     flat = x if x.ndim == 2 else x.reshape(m, k)
-    family = for_capability(device_facts(ordinal)[0]) if packed is None else to_device(packed, ordinal).family
-    if family is sm90:
+    if packed is not None:
+        tiled = to_device(packed, ordinal).operand.tiled
+    else:
+        tiled = for_capability(device_facts(ordinal)[0]).operand(pattern, k, dtype).tiled
+    if tiled:
         made, scale = activations.image(flat, dtype, pattern)
         return QuantizedActivations(None, scale, lead, dtype, source, ActivationImage(made, pattern, k))
     if dtype.qmax is not None:
@@ -189,7 +186,7 @@ def quantize(
 def rows_of_image(image: ActivationImage, m: int, dtype: DType) -> Any:
     """The values [m, k] that an image was made of: int8, or the bits of another type."""
     with cupy.cuda.Device(image.data.data.device_id):
-        rows = sm90.image_rows(image.data, m, image.k, image.pattern, dtype, cupy)
+        rows = image_rows(image.data, m, image.k, image.pattern, dtype, cupy)
         return rows.view(np.int8) if dtype is INT8 else rows
 
 

@@ -1,6 +1,6 @@
 """Launching a kernel, in a few microseconds of the caller's time, and with programmatic dependent launch.
 
-    arguments, 64-bit integers all --struct--> memory of a slot, beside the configuration --cuLaunchKernelEx--> stream
+    arguments, addresses and integers --struct--> memory of a slot, beside the configuration --cuLaunchKernelEx--> stream
 
 A launch may be programmatic: its blocks then start while the grid before it in the stream still runs, as soon as all blocks
 of that one have executed `griddepcontrol.launch_dependents` or are done. Such a kernel must execute `griddepcontrol.wait` in
@@ -14,12 +14,14 @@ import ctypes
 import functools
 import importlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from ..errors import SlideSparseError, UnsupportedError
 
 MOST_PARAMETERS = 32
+TYPES = {"address": "Q", "integer": "q"}
+"""What a kernel's parameter may be -> how it is packed, in eight bytes."""
 
 # struct CUlaunchConfig: grid, block, bytes of shared memory, stream, attributes, how many
 CONFIG = "=7I4xQQI4x"
@@ -61,16 +63,16 @@ class Launcher:
 
     Args:
         function: a CuPy function (`RawKernel.kernel`), or anything that has the address of a CUfunction in `ptr`; it is kept.
-        parameters: how many the kernel has, each a pointer or a 64-bit integer.
+        parameters: the types of the kernel's, of TYPES.
         launch: `cuLaunchKernelEx`; by default the driver's.
     """
 
-    def __init__(self, function: Any, parameters: int, launch: Callable[..., int] | None = None) -> None:
-        if parameters > MOST_PARAMETERS:
-            raise AssertionError(f"{parameters} parameters")
+    def __init__(self, function: Any, parameters: Collection[str], launch: Callable[..., int] | None = None) -> None:
+        if len(parameters) > MOST_PARAMETERS:
+            raise AssertionError(f"{len(parameters)} parameters")
         self.function = function
         self._address = ctypes.c_void_p(function.ptr)
-        self._pack = struct.Struct(f"{CONFIG}{parameters}q").pack_into
+        self._pack = struct.Struct(CONFIG + "".join(TYPES[of] for of in parameters)).pack_into
         self._launch = launch or driver().cuLaunchKernelEx
 
     def __call__(

@@ -248,7 +248,7 @@ class Kernel:
         allowed = max(48 << 10, shared, self._shared.get(device, 0))
         if allowed > 48 << 10:
             raw.max_dynamic_shared_size_bytes = allowed
-        loaded = Launcher(raw.kernel, len(self.parameters))
+        loaded = Launcher(raw.kernel, ["address" if p.endswith("*") else "integer" for p in self.parameters])
         self._loaded[device], self._shared[device] = loaded, allowed
         return loaded
 

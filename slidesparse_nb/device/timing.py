@@ -19,11 +19,12 @@ from typing import Any, Protocol
 import cupy
 import numpy as np
 
+from ..arch import Candidate
 from ..dtypes import BFLOAT16, FLOATS, INT8
 from ..packed import PackedWeight
+from ..problem import GemmProblem
 from . import gemm
 from .plans import Plan, to_device
-from .tuned import Product, Way
 
 CACHES = 5
 """Second-level caches that a graph's operands fill at least."""
@@ -43,7 +44,7 @@ since the fastest of many was also the luckiest."""
 
 APART = 0.25
 """How far results of floats may differ, in standard deviations of y: another order of addition is off by less, even in the 13
-bits of Hopper's float8 sums, and a tile that is wrong by more."""
+bits of a float8 sum (docs/hopper.md), and a tile that is wrong by more."""
 
 Launch = Callable[[], None]
 
@@ -68,7 +69,7 @@ class Lane:
         us: of a graph, a burst each.
     """
 
-    way: Way
+    way: Candidate
     launch: Launch
     kept: tuple[Any, ...]
     replays: int = 0
@@ -86,11 +87,11 @@ class Race:
         wrong: those whose results differ from the model's choice's, which were not.
     """
 
-    best: Way
+    best: Candidate
     model_us: float
     best_us: float
     ways: int
-    wrong: tuple[Way, ...]
+    wrong: tuple[Candidate, ...]
 
 
 class Track:
@@ -99,12 +100,12 @@ class Track:
     def __init__(self, packed: PackedWeight, clock: Clock) -> None:
         self.weights, self.clock = [packed], clock
 
-    def product(self, m: int, out: str) -> Product:
+    def problem(self, m: int, out: str) -> GemmProblem:
         """What is computed for m tokens into the type named `out`."""
-        return to_device(self.weights[0]).product(m, out)
+        return to_device(self.weights[0]).problem(m, out)
 
-    def race(self, m: int, out: str, ways: Sequence[Way]) -> Race:
-        """Time the ways to compute `product(m, out)`, the model's choice first."""
+    def race(self, m: int, out: str, ways: Sequence[Candidate]) -> Race:
+        """Time the ways to compute `problem(m, out)`, the model's choice first."""
         packed = self.weights[0]
         y_type = next(dtype for dtype, name in FLOATS.items() if name == out)
         touched = packed.nbytes + m * (packed.k * packed.dtype.bits // 8 + packed.n * y_type.itemsize)
@@ -121,7 +122,7 @@ class Track:
         calls = [partial(gemm.matmul, *of[:2], out=of[2], workspace=workspace) for of in zip(xs, weights, ys, strict=True)]
         wanted: Any = None
         lanes: list[Lane] = []
-        wrong: list[Way] = []
+        wrong: list[Candidate] = []
         try:
             for way, each in plans.items():
                 for weight, plan in zip(there, each, strict=True):
@@ -140,7 +141,7 @@ class Track:
         return run(lanes, self.clock, count, wrong)
 
 
-def run(lanes: Sequence[Lane], clock: Clock, calls: int, wrong: Sequence[Way] = ()) -> Race:
+def run(lanes: Sequence[Lane], clock: Clock, calls: int, wrong: Sequence[Candidate] = ()) -> Race:
     """Time lanes, the model's choice first, whose graphs hold so many calls."""
 
     def time_in_turns(lanes: Sequence[Lane], times: int) -> None:

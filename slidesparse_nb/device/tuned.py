@@ -1,6 +1,6 @@
-"""Every way to compute a product, and the one that `slidesparse tune` found to be the fastest on a GPU (docs/tuning.md).
+"""The ways to compute a product that are likely, and the one that `slidesparse tune` found to be the fastest (docs/tuning.md).
 
-    <cache>/tuned/NVIDIA-H200-132-sm90-gemm-<hash of the kernel's source>/16x4608x3584-6of8-int8-bfloat16.json
+    <cache>/tuned/<GPU>-<SMs>-<kernel>-<hash of its source>/16x4608x3584-6of8-int8-bfloat16.json
 
 One file a product, written beside its place and renamed: processes that tune at the same time need no lock, and the last one
 to write a product is right. A file says in words what its launches are. They are looked up among the ways that there are, so
@@ -15,22 +15,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 
-from .. import env
-from ..arch import Config, choose, sm80, sm90
-from ..dtypes import DType
+from .. import arch, env
+from ..arch import Candidate, Config, choose
 from ..errors import FormatError, UnsupportedError
-from ..pattern import Pattern
+from ..problem import GemmProblem
 from ..strict_json import parse_json
 from . import jit
-
-Way = tuple[Config, ...]
-"""The launches that compute a product."""
 
 WITHIN = 1.5
 """Ways that are estimated to take up to so many times as long as the cheapest are worth timing,"""
@@ -39,60 +33,31 @@ MOST_WAYS = 40
 """and of these so many, the cheapest."""
 
 
-@dataclass(frozen=True)
-class Product:
-    """y [m, n] = x [m, k] @ w.T on one kind of GPU.
+def best(problem: GemmProblem) -> Candidate:
+    """The way that was found for this very m, or else the model's choice."""
+    return (env.tuned() and found(problem)) or choose(problem)
 
-    Attributes:
-        k, pattern: `as_multiplied`.
-        family: whose kernel computes it.
-        sms, gpu: multiprocessors and name of the device.
-    """
 
-    m: int
-    n: int
-    k: int
-    pattern: Pattern
-    dtype: DType
-    out: str
-    family: ModuleType
-    capability: tuple[int, int]
-    sms: int
-    gpu: str
+def ranked(problem: GemmProblem) -> list[tuple[float, Candidate]]:
+    """Every candidate and its estimated cost, the cheapest first."""
+    own = arch.of(problem)
+    return sorted(((own.cost(way, problem), way) for way in own.candidates(problem)), key=lambda of: of[0])
 
-    def best(self) -> Way:
-        """The way that was found for this very m, or else the cheapest."""
-        return (env.tuned() and found(self)) or self.cheapest()
 
-    def cheapest(self) -> Way:
-        """The model's choice."""
-        m, n, k = self.m, self.n, self.k
-        return choose(self.family, m, n, k, self.pattern, self.dtype, self.out, self.capability, self.sms)
+def likely(problem: GemmProblem) -> list[Candidate]:
+    """The ways that are worth timing, the model's choice first."""
+    every = ranked(problem)
+    near = dict.fromkeys([choose(problem), *(way for cost, way in every if cost <= WITHIN * every[0][0])])
+    return list(near)[:MOST_WAYS]
 
-    def ways(self) -> Iterator[tuple[float, Way]]:
-        """Every way that the choice is made of, and its estimated cost."""
-        if self.family is sm90:
-            problem = sm90.Problem.of(self.m, self.n, self.k, self.pattern, self.dtype, self.out, self.sms)
-            for tile in sm90.TILES:
-                for way in sm90.options(tile, problem):
-                    yield sm90.cost(way, problem), way
-            return
-        m, n, k = self.m, self.n, self.k
-        for config in sm80.options(m, n, k, self.pattern, self.dtype, self.out, self.capability, self.sms):
-            yield sm80.cost(config, m, n, k, self.capability, self.sms), (config,)
 
-    def likely(self) -> list[Way]:
-        """The ways that are worth timing, the model's choice first."""
-        ranked = sorted(self.ways(), key=lambda of: of[0])
-        near = dict.fromkeys([self.cheapest(), *(way for cost, way in ranked if cost <= WITHIN * ranked[0][0])])
-        return list(near)[:MOST_WAYS]
-
-    def file(self) -> Path:
-        """Where the way that was found for it stands, or would."""
-        kernel = f"{self.family.KERNEL.removesuffix('.cu')}-{jit.source_hash(self.family.KERNEL)}"
-        device = re.sub(r"[^A-Za-z0-9]+", "-", f"{self.gpu}-{self.sms}-{kernel}")
-        pattern = str(self.pattern).replace(":", "of")
-        return folder() / device / f"{self.m}x{self.n}x{self.k}-{pattern}-{self.dtype}-{self.out}.json"
+def file(problem: GemmProblem) -> Path:
+    """Where the way that was found for it stands, or would."""
+    source, device = arch.of(problem).source, problem.device
+    kernel = f"{source.removesuffix('.cu')}-{jit.source_hash(source)}"
+    place = re.sub(r"[^A-Za-z0-9]+", "-", f"{device.name}-{device.sms}-{kernel}")
+    pattern = str(problem.pattern).replace(":", "of")
+    return folder() / place / f"{problem.m}x{problem.n}x{problem.k}-{pattern}-{problem.dtype}-{problem.out}.json"
 
 
 def folder() -> Path:
@@ -102,60 +67,51 @@ def folder() -> Path:
 
 def described(config: Config) -> str:
     """Everything that makes one launch differ from another; nothing that was fitted."""
-    values: dict[str, object] = dict(config.defines())
-    if isinstance(config, sm90.Config):
-        (first, last), begin, end = config.strips, config.begin, config.end
-        values |= {
-            "strips": f"{first}-{last}", "tiles": f"{begin}-{end}", "band": config.band, "blocks": config.blocks,
-            "order": config.order,
-        }  # fmt: skip
-    else:
-        values["splits"] = config.splits
-    return " ".join(f"{name}={value}" for name, value in values.items())
+    return " ".join(f"{name}={value}" for name, value in {**config.defines(), **config.shares()}.items())
 
 
 @lru_cache(maxsize=4096)
-def found(product: Product) -> Way | None:
+def found(problem: GemmProblem) -> Candidate | None:
     """The way that was found for a product; None if there is none, or none that this release has. Read once a process."""
     try:
         if not folder().is_dir():
             return None
-        launches = parse_json(product.file().read_bytes(), "tuned").get("launches")
+        launches = parse_json(file(problem).read_bytes(), "tuned").get("launches")
     except (OSError, FormatError):
         return None
-    return next((way for _, way in product.ways() if [*map(described, way)] == launches), None)
+    return next((way for way in arch.of(problem).candidates(problem) if [*map(described, way)] == launches), None)
 
 
-def keep(product: Product, way: Way, told: Mapping[str, object]) -> None:
+def keep(problem: GemmProblem, way: Candidate, told: Mapping[str, object]) -> None:
     """Write down the way that was found, and what else a reader may want to be told.
 
     Raises:
         UnsupportedError: the cache folder cannot be written.
     """
-    file = product.file()
+    place = file(problem)
     text = json.dumps({"launches": [*map(described, way)], **told}, indent=1) + "\n"
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        number, beside = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        number, beside = tempfile.mkstemp(dir=place.parent, prefix=".writing-")
         try:
             with os.fdopen(number, "w") as stream:
                 stream.write(text)
-            os.replace(beside, file)
+            os.replace(beside, place)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(beside)
             raise
     except OSError as error:
         raise UnsupportedError(
-            f"cache: {file.parent} cannot be written ({error}); set SLIDESPARSE_CACHE_DIR to a folder that can"
+            f"cache: {place.parent} cannot be written ({error}); set SLIDESPARSE_CACHE_DIR to a folder that can"
         ) from None
     found.cache_clear()
 
 
-def drop(product: Product) -> None:
+def drop(problem: GemmProblem) -> None:
     """Forget what was found for a product."""
     with contextlib.suppress(OSError):
-        product.file().unlink()
+        file(problem).unlink()
     found.cache_clear()
 
 

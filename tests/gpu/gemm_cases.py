@@ -117,9 +117,9 @@ def allowed(exact, magnitude, packed, y_dtype):
     if packed.dtype is INT8:
         return np.zeros_like(magnitude), None
     overall = None
-    if packed.dtype is FLOAT8 and for_capability(capability_here()) is sm90:
+    if packed.dtype is FLOAT8 and for_capability(capability_here()) is sm90.ARCH:
         steps = -(-packed.ks // 64)
-        bound = steps * sm90.FLOAT8_ERROR * magnitude
+        bound = sm90.ARCH.error(FLOAT8, packed.ks) * magnitude
         overall = sm90.FLOAT8_ERROR / 2 * steps**0.5 + ROUNDING[y_dtype.name]
     else:
         bound = (packed.ks + 4) * EXACT_ABOVE * magnitude

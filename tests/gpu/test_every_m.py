@@ -15,7 +15,8 @@ import pytest
 from gemm_cases import Wanted, capability_here, compile_ahead, family, gemm, on_gpu, product, sms_here, tokens, weight
 
 import slidesparse_nb as ss
-from slidesparse_nb.arch import sm80, sm90
+from slidesparse_nb.arch import choose, sm80, sm90
+from slidesparse_nb.device import tuned
 from slidesparse_nb.dtypes import BFLOAT16, INT8, PACKED
 from slidesparse_nb.pattern import Pattern
 
@@ -40,8 +41,9 @@ RUNS = 50
 def compiled_ahead(family):
     """Every kernel of the pattern, so that no m waits for one."""
     capability = capability_here()
-    every = [c for dtype in family.supported_dtypes(capability) for c in family.candidates(P, dtype, OUT, capability)]
-    if family is sm90:  # weights of 16 bits have no codes where groups are not full
+    dtypes = [dtype for dtype in PACKED if not family.refuses(capability, dtype)]
+    every = [c for dtype in dtypes for c in family.kernels(P, dtype, OUT, capability)]
+    if family is sm90.ARCH:  # weights of 16 bits have no codes where groups are not full
         every += [c.with_words() for c in every if c.dtype.bits == 16]
     compile_ahead(every)
 
@@ -94,7 +96,7 @@ def test_every_m(gemm, dtype, shape):
         y, beyond = multiplied(there, packed, m)
         tally.add((m, "chosen"), wanted.off(y), beyond)
         if m % 8 == 1:  # all tiles are of multiples of 8 tokens: those of seven more m are the same
-            ways = [way for _, way in device.product(m, OUT).ways()]
+            ways = list(device.arch.candidates(device.problem(m, OUT)))
         device.plans[m, OUT] = gemm.Plan(device, m, OUT, ways[m % len(ways)])
         y, beyond = multiplied(there, packed, m)
         tally.add((m, *map(str, ways[m % len(ways)])), wanted.off(y), beyond)
@@ -112,9 +114,9 @@ def kind(way):
 def ways_of_each_kind(asked):
     """The way that is chosen, and the cheapest of every kind."""
     best = {}
-    for _, way in sorted(asked.ways(), key=lambda of: of[0]):
+    for _, way in tuned.ranked(asked):
         best.setdefault(kind(way), way)
-    return list(dict.fromkeys([asked.cheapest(), *best.values()]))
+    return list(dict.fromkeys([choose(asked), *best.values()]))
 
 
 class Neighbour:
@@ -155,7 +157,7 @@ def test_every_run_gives_the_same_bits(gemm, family, dtype, shape):
             q = ss.quantize(x[:m], packed)
             bits = cp.empty((m, n), np.uint16)
             y = bits.view(BF16)
-            for way in ways_of_each_kind(device.product(m, OUT)):
+            for way in ways_of_each_kind(device.problem(m, OUT)):
                 kinds.add(kind(way))
                 device.plans[m, OUT] = gemm.Plan(device, m, OUT, way)
                 ss.matmul(q, packed, out=y)
@@ -172,7 +174,7 @@ def test_every_run_gives_the_same_bits(gemm, family, dtype, shape):
         main.synchronize()
     neighbour.stream.synchronize()
     tally.check()
-    if family is sm90:
+    if family is sm90.ARCH:
         assert any(cut for way in kinds for _, cut, _ in way)
         assert any(order == sm90.REST for way in kinds for order, _, _ in way) or shape != LAYERS[0]
     else:
@@ -210,7 +212,7 @@ def shared_out(config, m, n, stages, sms):
 def test_as_many_tiles_as_processors_and_few_stages(gemm, family, dtype, stages):
     """1 tile, one less than processors, as many, one more; with one row of tiles and two, of 1 token, or full."""
     sms = sms_here()
-    configs = list(family.candidates(P, dtype, OUT, capability_here()))
+    configs = list(family.kernels(P, dtype, OUT, capability_here()))
     widest, tallest = (max(size) for size in zip(*map(size_of, configs), strict=True))
     packed, x, exact, magnitude = made(dtype, widest * (sms + 1), few_stages(stages, dtype), tallest + 1, True)
     wanted, there, weights = Wanted(exact, magnitude, packed), on_gpu(x), {}

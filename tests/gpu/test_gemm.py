@@ -27,7 +27,7 @@ from gemm_cases import (
 
 import slidesparse_nb as ss
 from slidesparse_nb import reference
-from slidesparse_nb.arch import sm80, sm90
+from slidesparse_nb.arch import multiplied, sm80, sm90
 from slidesparse_nb.building import launches_of
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
 from slidesparse_nb.errors import OperandError
@@ -48,11 +48,11 @@ GUARD = 4096
 def compiled_ahead(family):
     """What the tests launch, compiled by all processors at once, as `slidesparse build` does it."""
     capability = capability_here()
-    dtypes = family.supported_dtypes(capability)
+    dtypes = multiplied(family, capability)
     wanted = [(Pattern.of(p), d, "bfloat16") for p in TILED for d in dtypes]
-    if family is sm80:  # of Hopper's many tiles, these types of y take few
+    if family is sm80.ARCH:  # of Hopper's many tiles, these types of y take few
         wanted += [(Pattern(6, 8), d, out) for d in dtypes for out in ("float32", "float16")]
-    configs = [c for w in wanted for c in family.candidates(*w, capability)]
+    configs = [c for w in wanted for c in family.kernels(*w, capability)]
     products = [(*shape, p, d, "bfloat16") for p, d, shape in itertools.product(known_patterns(), dtypes, SHAPES)]
     compile_ahead(configs + launches_of(products, capability, sms_here()))
 
@@ -112,11 +112,11 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
     k = 2100  # eight blocks of a cluster have a step each, whatever the type
     packed = weight(rng, 273, k, pattern, dtype, full=True)
     device = gemm.to_device(packed)
-    assert family is sm80 or device.arranged.codes == (pattern != "2:4")
+    assert family is sm80.ARCH or ("codes" in device.buffers) == (pattern != "2:4")
 
     def ways(config, m):
         """The launches to try: on few blocks and on many, k cut and not, one launch and two."""
-        if family is sm80:
+        if family is sm80.ARCH:
             return [(dataclasses.replace(config, splits=splits),) for splits in (1, 2, 5)]
         config = dataclasses.replace(config, strips=(0, 5))
         tiles = config.tiles(m)
@@ -137,8 +137,8 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
 
     def candidates(out):
         """Of other types than bfloat16, those whose epilogues differ most."""
-        every = family.candidates(packed.pattern, dtype, out, device.capability)
-        return [c for c in every if out == "bfloat16" or (family is sm90 and (c.tile.loads_itself or c.cut == 3))]
+        every = family.kernels(packed.pattern, dtype, out, device.device.capability)
+        return [c for c in every if out == "bfloat16" or (family is sm90.ARCH and (c.tile.loads_itself or c.cut == 3))]
 
     bias = rng.standard_normal(273).astype(np.float32)
 
@@ -150,7 +150,7 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
 
     for out, y_type in (("bfloat16", BF16), ("float16", F16), ("float32", F32)):
         for config in candidates(out):
-            each = config.tile.m if family is sm80 else config.tile.tokens
+            each = config.tile.m if family is sm80.ARCH else config.tile.tokens
             m = each + each // 2 + 1
             x, given, exact = operands(m, y_type != BF16)
             for launches in ways(config, m):
@@ -320,7 +320,7 @@ def test_one_quantized_x_for_several_weights(family, dtype, k):
     x = tokens(rng, 17, k, BF16)
     first, second, third = weight(rng, 30, k, "6:8", dtype), weight(rng, 50, k, "4:6", dtype), weight(rng, 20, k, "6:8", dtype)
     shared = ss.quantize(on_gpu(x).reshape(1, 17, k), first)
-    assert (shared.k, shared.image is not None) == (k, family is sm90)
+    assert (shared.k, shared.image is not None) == (k, family is sm90.ARCH)
     for given in (shared, ss.quantize(on_gpu(x)[None], "6:8", dtype)):
         for packed in (first, second, third):
             y = ss.matmul(given, packed)
@@ -450,13 +450,12 @@ def test_to_device_ahead_and_explanation(gemm, family, monkeypatch, capfd):
     packed = weight(np.random.default_rng(20), 64, 128, "6:8", INT8)
     assert packed.to_device() is packed
     assert set(packed.arranged) == {cp.cuda.runtime.getDevice()}
-    weight_there, twin = gemm.to_device(packed), family.arrange(packed)
-    if family is sm90:
-        np.testing.assert_array_equal(weight_there.arranged.values.get(), twin.values)
-        np.testing.assert_array_equal(weight_there.arranged.index.get(), twin.index)
-        assert weight_there.index(False) != weight_there.index(True)
-    else:
-        np.testing.assert_array_equal(weight_there.arranged.get(), twin)
+    weight_there, twin = gemm.to_device(packed), family.arrange(packed, np)
+    assert [*weight_there.buffers] == [*twin]
+    for name, buffer in twin.items():
+        np.testing.assert_array_equal(weight_there.buffers[name].get(), buffer)
+    if family is sm90.ARCH:
+        assert weight_there.address("words") != weight_there.address("codes")
     ss.matmul(cp.zeros((3, 128), F32), packed)
     told = capfd.readouterr().err
     assert "y[3, 64] = x[3, 128] @ w.T, 6:8 (2 zeros in 8) int8 -> float32" in told

@@ -44,11 +44,11 @@ def multiply(packed, x):
 def test_the_fastest_is_kept_and_used(dtype, monkeypatch):
     """Against the slowest way there is, in the place of the model's choice."""
 
-    def slowest_first(product):
-        ranked = sorted(product.ways(), key=lambda of: of[0])
+    def slowest_first(problem):
+        ranked = tuned.ranked(problem)
         return [ranked[-1][1], *(way for _, way in ranked[: MOST - 1])]
 
-    monkeypatch.setattr(tuned.Product, "likely", slowest_first)
+    monkeypatch.setattr(tuned, "likely", slowest_first)
     (found,) = ss.tune_products([(M, N, K, "6:8", dtype, "bfloat16")], tell=print)
     print(found)
     assert not found.wrong
@@ -65,9 +65,9 @@ def test_every_way_that_is_kept_is_used_and_right():
     rng = np.random.default_rng(4)
     x = tokens(rng, M, K, BFLOAT16.numpy)
     first = weight(rng, N, K, "6:8", INT8)
-    product = gemm.to_device(first).product(M, "bfloat16")
-    for way in product.likely():
-        tuned.keep(product, way, {})
+    problem = gemm.to_device(first).problem(M, "bfloat16")
+    for way in tuned.likely(problem):
+        tuned.keep(problem, way, {})
         packed = ss.PackedWeight(first.values, first.meta, first.scale, first.pattern, first.shape, first.dtype)
         y, used = multiply(packed, x)
         assert used == way

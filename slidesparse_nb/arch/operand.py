@@ -1,0 +1,102 @@
+"""How kernels load activations: as rows, or slid and in swizzled tiles. NumPy, or CuPy by the same lines.
+
+Rows are x as it stands, 16-byte aligned; a kernel that cannot lift a pattern gets them lifted. Tiles are an image of shared
+memory, [stages, groups of 8 tokens, 8 x 128 bytes]: a stage is 128 slid bytes along k, and any run of groups is a tile, which
+one bulk copy moves. The 16-byte pieces of a 128-byte row are swizzled (PTX ISA, "Asynchronous warpgroup level matrix
+multiply-accumulate", "Shared memory matrix layout"); those of an 8-bit type in the order `HALVES`, which puts the windows of an
+instruction side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import DType
+from ..pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The layout of x [m, k] that a kernel loads.
+
+    Attributes:
+        tiled: swizzled tiles; else rows.
+        lift: the pattern by which x is lifted in memory; None: the kernel lifts it.
+        row_bytes: of a token.
+    """
+
+    tiled: bool
+    lift: Pattern | None
+    row_bytes: int
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from one token to the next, where they are made here."""
+        return -(-self.row_bytes // 16) * 16
+
+    def bytes(self, m: int) -> int:
+        """Bytes of m tokens; tiles are of whole groups."""
+        return (-(-m // 8) * 8 if self.tiled else m) * self.pitch
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+STAGE = 128
+"""Slid bytes of one token in a stage."""
+
+HALVES = np.array([0, 1, 4, 5, 2, 3, 6, 7])
+"""Where the 16-byte pieces of a stage of an 8-bit type stand: both instructions' windows 0-15, then 16-31. Its own inverse."""
+
+TOKEN, PIECE = np.arange(8)[:, None], np.arange(8)
+
+
+def piece_at(size: int) -> Any:
+    """Where the pieces of each of eight tokens stand in their stage, elements being `size` bytes: int [token, piece]."""
+    return (HALVES if size == 1 else PIECE) ^ TOKEN
+
+
+def piece_from(size: int) -> Any:
+    """Which piece stands at each place: the inverse of `piece_at`."""
+    place = PIECE ^ TOKEN
+    return HALVES[place] if size == 1 else place
+
+
+def stages(pattern: Pattern, k: int, dtype: DType) -> int:
+    """Stages that cover a row of k columns: an even number, since kernels for few tokens take two at a time."""
+    return _stages_of(pattern.slid_k(k) * dtype.bits // 8)
+
+
+def _stages_of(slid_bytes: int) -> int:
+    return max(2, -(-slid_bytes // (2 * STAGE)) * 2)
+
+
+def image(x: Any, pattern: Pattern, xp: Any = np) -> Any:
+    """Activations [m, k] of a packed type, slid and laid out: uint8 [stages, ceil(m / 8), 8, 128].
+
+    Piece p of 16 bytes of a token's stage stands at `piece_at`, which swizzles.
+    """
+    m, k = x.shape
+    size = x.dtype.itemsize
+    ks = pattern.slid_k(k)
+    count = _stages_of(ks * size)
+    raw = x.view(f"u{size}")
+    padded = xp.zeros((-(-m // 8) * 8, pattern.padded_k(k)), raw.dtype)
+    padded[:m, :k] = raw
+    slid = xp.zeros((padded.shape[0], count * STAGE // size), raw.dtype)
+    slid[:, :ks] = padded[:, xp.asarray(pattern.lift_index(k))]
+    slid = slid.view(np.uint8).reshape(-1, 8, count, 8, 16)  # group, token, stage, piece, byte
+    slid = slid[:, xp.asarray(TOKEN), :, xp.asarray(piece_from(size))]  # [token, place, group, stage, byte]
+    return xp.ascontiguousarray(slid.transpose(3, 2, 0, 1, 4)).reshape(count, -1, 8, STAGE)
+
+
+def image_rows(made: Any, m: int, k: int, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
+    """Inverse of `image`: activations [m, k] as their bits (`dtype.raw`), from the first window that holds each."""
+    count = made.shape[0]
+    pieces = made.reshape(count, -1, 8, 8, 16)[:, :, xp.asarray(TOKEN), xp.asarray(piece_at(dtype.bits // 8))]
+    slid = xp.ascontiguousarray(pieces.transpose(1, 2, 0, 3, 4)).reshape(-1, count * STAGE).view(dtype.raw)
+    group, inside = np.divmod(np.arange(k), pattern.group)
+    window = np.minimum(inside // 2, pattern.windows - 1)
+    return slid[:m, xp.asarray((group * pattern.windows + window) * 4 + inside - 2 * window)]

@@ -1,0 +1,180 @@
+"""The protocol of architectures: nothing outside arch/ names one, and a new one is a row of a table."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy_gpu import BF16, array, close, numpy_for_cupy, ops, wanted, weight
+
+from slidesparse_nb import arch, building, diagnosis
+from slidesparse_nb.arch import sm80, sm90
+from slidesparse_nb.arch.operand import Operand
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
+from slidesparse_nb.errors import UnsupportedError
+from slidesparse_nb.pattern import Pattern
+from slidesparse_nb.problem import Device, GemmProblem
+
+ROOT = Path(__file__).parent.parent
+NAMED = re.compile(r"sm_?\d\d|hopper|ampere|blackwell", re.IGNORECASE)
+FILES = sorted(
+    {*(ROOT / "slidesparse_nb").rglob("*.py"), *(ROOT / "tools").rglob("*.py")} - {*(ROOT / "slidesparse_nb/arch").glob("*")}
+)
+
+TARGETS = {"tools/build.py"}
+"""Whose strings name the compiler's targets, as users name them: --arch sm_90."""
+
+
+def words(file: Path) -> Iterator[str]:
+    """Every name and string of a file, but its docstrings."""
+    tree, targets = ast.parse(file.read_text()), str(file.relative_to(ROOT)) in TARGETS
+    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    for node in ast.walk(tree):
+        for name in ("id", "attr", "name", "module", "asname", "arg"):
+            if isinstance(value := getattr(node, name, None), str):
+                yield value
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told and not targets:
+            yield node.value
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_nothing_outside_names_an_architecture(file: Path) -> None:
+    assert not [word for word in words(file) if NAMED.search(word)]
+
+
+# ---- an architecture that nobody knows -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A launch of the toy's kernel, on so many blocks."""
+
+    many: int
+    threads = 64
+    shared_bytes = 1024
+    buffers = {"w": "everything"}  # noqa: RUF012  a field otherwise
+
+    def defines(self) -> dict[str, int | str]:
+        return {"THREADS": self.threads, "SHARED_BYTES": self.shared_bytes}
+
+    def shares(self) -> dict[str, object]:
+        return {"many": self.many}
+
+    def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
+        return self.many, 1, 1
+
+    def arguments(self, problem: GemmProblem) -> dict[str, int]:
+        return {"many": self.many}
+
+    def early(self, problem: GemmProblem) -> bool:
+        return False
+
+    def counters(self, problem: GemmProblem) -> int:
+        return 3
+
+    def part_bytes(self, problem: GemmProblem) -> int:
+        return 40
+
+
+class Toy:
+    """Rows of x, weights in one buffer, parameters in an order of its own; two launches, of which more blocks are cheaper."""
+
+    source, suffix, portable = "toy/gemm.cu", "t", False
+    parameters = {  # noqa: RUF012
+        "w": "address", "many": "integer", "n": "integer", "m": "integer", "y": "address", "y_pitch": "integer", "x": "address",
+        "x_bytes": "integer", "x_pitch": "integer", "bias_type": "integer", "bias": "address", "scale_w": "address",
+        "scale_x": "address", "arrived": "address", "parts": "address",
+    }  # fmt: skip
+
+    def serves(self, capability: tuple[int, int]) -> bool:
+        return capability == (9, 0)
+
+    def refuses(self, capability: tuple[int, int], dtype: Any) -> str:
+        return "" if dtype is INT8 else f"packed: the toy has no {dtype}"
+
+    def operand(self, pattern: Pattern, k: int, dtype: Any) -> Operand:
+        return Operand(False, None, k * dtype.bits // 8)
+
+    def arrange(self, packed: Any, xp: Any) -> dict[str, Any]:
+        return {}
+
+    def derive(self, buffer: str, buffers: Any, packed: Any, xp: Any) -> Any:
+        return {"everything": xp.asarray(packed.values)}[buffer]
+
+    def fitted(self, config: Whole, buffers: Any) -> Whole:
+        return config
+
+    def kernels(self, pattern: Pattern, dtype: Any, out: str, capability: tuple[int, int]) -> Iterator[Whole]:
+        yield Whole(1)
+
+    def candidates(self, problem: GemmProblem) -> Iterator[tuple[Whole, ...]]:
+        yield from ((Whole(2),), (Whole(5), Whole(6)))
+
+    def cost(self, candidate: tuple[Whole, ...], problem: GemmProblem) -> float:
+        return 1 / len(candidate)
+
+    def error(self, dtype: Any, ks: int) -> float:
+        return 0.0
+
+
+def test_a_row_of_the_table_is_all_that_an_architecture_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(arch, "ARCHITECTURES", (Toy(), *arch.ARCHITECTURES))
+    arch.choose.cache_clear()
+    try:
+        with numpy_for_cupy(monkeypatch, False) as gpu:
+            packed, x = weight(40, 96, INT8), array(np.random.default_rng(0).standard_normal((7, 96)).astype(BF16))
+            close(ops().matmul(x, packed), wanted(x, packed))
+            close(ops().matmul(ops().quantize(x, packed), packed), wanted(x, packed))
+            plan = gpu.gemm.to_device(packed).plan(7, "bfloat16")
+            assert plan.configs == (Whole(5), Whole(6))
+            assert [launch.grid[0] for launch in plan.launches] == [5, 6]
+            assert gpu.launched == ["rows bfloat16 int8", *["gemm"] * 2, "rows bfloat16 int8", *["gemm"] * 2]
+            with pytest.raises(UnsupportedError, match="packed: the toy has no bfloat16"):
+                ops().matmul(x, weight(40, 96, BFLOAT16))
+        assert diagnosis._multiplied((9, 0)) == (INT8,)
+        jobs = [job for job, _ in building._jobs([(9, 0)], [Pattern(6, 8)], [INT8, FLOAT8], "bfloat16")]
+        assert jobs[0] == ("toy/gemm.cu", {"THREADS": 64, "SHARED_BYTES": 1024}, "sm_90t")
+        assert {job[0] for job in jobs} == {family.source for family in arch.ARCHITECTURES}
+        assert building.launches_of([(7, 40, 96, "6:8", "int8", "bfloat16")], (9, 0), 132) == [Whole(5), Whole(6)]
+    finally:
+        arch.choose.cache_clear()
+
+
+# ---- problems, and what is refused -----------------------------------------------------------------------------------
+
+
+def test_a_problem_is_a_plain_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = GemmProblem.of((3, 64, 128, "6:8", "fp8", "bfloat16"), Device((9, 0), 132))
+    assert str(problem) == "y[3, 64] = x[3, 128] @ w.T, 6:8 (2 zeros in 8) float8_e4m3fn -> bfloat16"
+    assert len({problem, replace(problem), replace(problem, m=4)}) == 2
+    assert arch.of(problem) is sm90.ARCH
+    monkeypatch.setenv("SLIDESPARSE_PORTABLE", "1")
+    assert arch.of(problem) is sm90.ARCH, "a device is what it was when it was named"
+    assert arch.of(replace(problem, device=Device((9, 0), 132))) is sm80.ARCH
+
+
+def test_what_no_kernel_multiplies() -> None:
+    problem = GemmProblem.of((3, 64, 128, "6:8", "int8", "bfloat16"), Device((9, 0), 132))
+    with pytest.raises(UnsupportedError, match=r"^problem: 2 x y\[3, 64\] = .*: no kernel multiplies groups"):
+        arch.choose(replace(problem, groups=2))
+    for device in (Device((9, 0), 132), Device((12, 0), 188)):
+        with pytest.raises(UnsupportedError, match="packed: float5 weights have no kernel for this device"):
+            arch.choose(replace(problem, device=device, dtype=replace(FLOAT8, name="float5")))
+
+
+def test_wide_groups_are_lifted_in_memory_where_registers_are_too_few() -> None:
+    wide = Pattern(16, 18)
+    assert sm80.ARCH.operand(Pattern(14, 16), 100, INT8) == Operand(False, None, 100)
+    assert sm80.ARCH.operand(wide, 100, INT8) == Operand(False, wide, wide.slid_k(100))
+    (config,) = arch.choose(GemmProblem(8, 64, 100, wide, INT8, "bfloat16", Device((8, 6), 84)))
+    assert config.layout.pattern == Pattern(2, 4)
+    assert config.arguments(GemmProblem(8, 64, 100, wide, INT8, "bfloat16", Device((8, 6), 84))) == {
+        "blocks": config.layout.blocks(wide.slid_k(100))
+    }
