@@ -400,13 +400,13 @@ def test_readme_section_of_results(tmp_path: Path) -> None:
     text = readme.section(made_up())
     assert "| m | 16 | 4096 |" in text
     assert "| FP8 | 20.0: 1.20 / 2.00 | 20.0: 0.90 / 2.00 |" in text
-    assert "was cut short" not in text
-    assert "was cut short after all that is above." in readme.section(Results("2000", {}, {}, {}))
+    assert "time budget" not in text
+    assert "time budget; everything shown was measured." in readme.section(Results("2000", {}, {}, {}))
     blank = made_up()
     blank.complete = False
     blank.add(Cell("ours", "gemm", "model", "a", 64, 256, "int8", "6:8", 16, "burst", blank="not measured: no time"))
     blank.add(Cell("dense", "gemm", "model", "a", 64, 256, "int8", None, 16, "burst", us=9, rows=32))
-    assert "cut short: what is missing above was not measured." in readme.section(blank)
+    assert "time budget; what is missing was not measured." in readme.section(blank)
     assert "more tokens than m, since they take no fewer: dense INT8 32 at m = 16." in readme.section(blank)
     page = tmp_path / "README.md"
     page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")

@@ -175,6 +175,24 @@ def test_unpack_of_packed_is_the_dense_format_byte_for_byte(tmp_path: Path, sche
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["slidesparse"]["pattern"] == {"nnz": 6, "group": 8}
 
 
+def test_where_all_modules_break_the_pattern_none_can_be_skipped(tmp_path: Path) -> None:
+    source = models.folder(tmp_path / "in", models.tensors(layers=1, prune=None))
+    with pytest.raises(ss.PatternError, match=r"nothing to pack: all 7 modules break 6:8.*, the first: model.*; prune with"):
+        ss.pack_checkpoint(source, tmp_path / "out", options(skip_bad=True), FAST)
+    with pytest.raises(ss.UnsupportedError, match=r"fused by engines with .*; name all that engines fuse"):
+        ss.pack_checkpoint(source, tmp_path / "out", options(targets=("*q_proj",)), FAST)
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_what_is_shown_of_an_output_adds_up(tmp_path: Path, format: str) -> None:
+    source = models.folder(tmp_path / "in")
+    report = ss.pack_checkpoint(source, tmp_path / "out", options(scheme="int8", prune="magnitude", format=format), FAST)
+    facts = ss.inspect_checkpoint(tmp_path / "out")
+    assert sum(m.bytes for m in facts.modules) + facts.other_bytes == facts.bytes
+    shown = {m.name: m.bytes for m in facts.modules}
+    assert all(shown[m.name] == m.bytes for m in report.modules)
+
+
 def test_random_pruning_depends_on_the_seed_alone(tmp_path: Path) -> None:
     source = models.folder(tmp_path / "in", models.tensors(prune=None))
     made = []

@@ -353,3 +353,10 @@ def test_a_full_disk_names_the_file_of_the_output(tmp_path: Path, monkeypatch: p
             ss.save(tmp_path / "f.safetensors", {"x": np.ones(1)})
     ss.pack_checkpoint(source, tmp_path / "out", None, ss.Run(resume=True))
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+@pytest.mark.parametrize("out", ["/proc/out", "/proc/self/mem/x"])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, out: str) -> None:
+    source = models.folder(tmp_path / "in")
+    with pytest.raises(OSError, match=r"cannot be written \(.*\); name another place: '/proc/"):
+        ss.pack_checkpoint(source, out, ss.Options())

@@ -77,6 +77,19 @@ def test_an_ignored_name_that_matches_nothing_is_noted(tmp_path: Path) -> None:
     assert names(selection) == set(models.MODULES)
 
 
+def test_a_mistyped_name_to_ignore_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ss.OperandError, match=rf"ignore: 'o_prj' is the name of no matrix here, but '{LAYER}.self_attn.o_proj' is"
+    ):
+        chosen(tmp_path, ignore=("o_prj",))
+
+
+def test_an_embedding_is_never_packed(tmp_path: Path) -> None:
+    selection = chosen(tmp_path, targets=("model.embed_tokens", "*o_proj"))
+    assert names(selection) == {"self_attn.o_proj"}
+    assert selection.left_dense["model.embed_tokens"] == "an embedding"
+
+
 def test_matcher_tells_which_pattern_matched() -> None:
     match, astray = matcher(["a", "b*", "x"], "ignore", ["a", "bc", "d"])
     assert [match(name) for name in ("a", "bc", "d")] == ["a", "b*", None]

@@ -114,7 +114,7 @@ def test_dry_run_fails_as_the_run_would(tmp_path: Path) -> None:
     source = models.folder(tmp_path / "in", models.tensors(prune=None))
     result = call("pack", source, "--dry-run")
     assert result.exit_code == 3
-    assert "dry run: would write" in result.stdout
+    assert "dry run: a run would fail, and write nothing" in result.stdout
     assert "14 of 14 modules would be refused" in result.stderr
 
 

@@ -19,7 +19,7 @@ import slidesparse_nb as ss
 
 from .terminal import EXIT_CODES, Size, command, count, exits, print_json, print_table, progress_bar, say, size_text, write_json
 
-SCHEMES = ("auto", "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16")
+SCHEMES = ("auto", "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16", "int8", "fp8")
 
 
 @command(epilog=EXIT_CODES)
@@ -112,7 +112,8 @@ def pack(
         first = done.refused[next(iter(done.unsupported or done.refused))]
         kind = ss.UnsupportedError if done.unsupported else ss.PatternError
         total = len({*done.refused, *(m.name for m in done.modules)})
-        raise kind(f"{len(done.refused)} of {count(total, 'module')} would be refused, the first: {first}")
+        way = "" if done.unsupported else "; prune with --prune magnitude, or leave such modules dense with --skip-bad"
+        raise kind(f"{len(done.refused)} of {count(total, 'module')} would be refused, the first: {first}{way}")
 
 
 def _check_report(report: Path, source: Path, overwrite: bool) -> None:
@@ -172,7 +173,10 @@ def _print(done: ss.Report, pattern: ss.Pattern, verbose: int) -> None:
         sums = [f"{size_text(size)} {name}" for name, size in parts.items() if size or name != "refused"]
         say(f"of {size_text(done.source_bytes)}: {', '.join(sums)}, {size_text(done.other_bytes)} norms, biases and the like")
     if done.dry_run:
-        say(f"dry run: would write {size_text(done.output_bytes)}{copied} to {done.output}")
+        if done.refused:
+            say("dry run: a run would fail, and write nothing")
+        else:
+            say(f"dry run: would write {size_text(done.output_bytes)}{copied} to {done.output}")
     elif done.already_complete:
         say(f"{done.output} is complete already, and proved so")
     else:

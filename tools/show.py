@@ -83,6 +83,8 @@ def _unpacked_text(result: ss.Report) -> str:
 
 def _proof_text(proof: ss.Verification) -> str:
     text = f"verified: {count(proof.modules, 'module')}, {proof.weights:,} weights in canonical form"
+    if not proof.against_source:
+        text += "; values were not compared, since no source is given"
     if proof.against_source:
         how = f" ({'by' if proof.by_magnitude else 'not by'} magnitude)" if proof.pruned else ""
         text += f"; every stored weight is its source's: {proof.pruned:,} of the source were pruned{how},"
@@ -104,9 +106,12 @@ def _print(facts: ss.Facts) -> None:
     if rows:
         left = [j for j, i in enumerate(used) if i in (0, 1, 7, 8)]
         print_table([head[i] for i in used], [[row[i] for i in used] for row in rows], left=left)
+    packed = [m for m in facts.modules if m.packed]
+    dense = [m for m in facts.modules if not m.packed]
     say(
         f"{facts.path}: {facts.tensors} tensors, {size_text(facts.bytes)} in {count(facts.files, 'file')};"
-        f" {count(sum(m.packed is not None for m in facts.modules), 'packed module')},"
+        f" {count(len(packed), 'packed module')} ({size_text(sum(m.bytes for m in packed))}),"
+        f" {count(len(dense), 'dense matrix', 'dense matrices')} ({size_text(sum(m.bytes for m in dense))}),"
         f" {count(facts.other_tensors, 'other tensor')} ({size_text(facts.other_bytes)})"
     )
     for note in facts.notes:

@@ -105,9 +105,9 @@ def size_text(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def count(number: int, noun: str) -> str:
-    """ "1 module", "2 modules"."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+def count(number: int, noun: str, many: str = "") -> str:
+    """ "1 module", "2 modules"; `many` for a plural without s."""
+    return f"{number:,} {noun if number == 1 else many or f'{noun}s'}"
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ class ModuleFacts:
 
     Attributes:
         n, k: its rows and columns; of a stack of matrices, the rows of all of them.
+        bytes: of its tensors: values, indices, scales.
         packed: the pattern it is packed in; None for a dense weight.
         satisfies: known patterns that a dense weight's zeros already obey, the sparsest first.
         zeros: share of weights that are zero, 0 to 1; None for a packed weight.
@@ -82,7 +83,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Progress | Non
                     packed.n,
                     packed.k,
                     packed.dtype.safetensors,
-                    packed.nbytes,
+                    sum(sizes[part] for part in packed_names(name, packed)),
                     packed.bits_per_weight,
                     str(packed.pattern),
                 )
@@ -90,9 +91,10 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Progress | Non
         dense = _dense_matrices(checkpoint, facts, counted)
         add = Run(progress=progress).counter("reading", sum(sizes[_tensor(checkpoint, name)] for name in dense))
         for name, why in dense.items():
-            facts.modules.append(_dense_facts(checkpoint, name, why))
-            counted.add(_tensor(checkpoint, name))
-            add(sizes[_tensor(checkpoint, name)])
+            parts = [part for part in (_tensor(checkpoint, name), f"{name}.weight_scale") if part in sizes]
+            facts.modules.append(_dense_facts(checkpoint, name, why, sum(sizes[part] for part in parts)))
+            counted.update(parts)
+            add(sizes[parts[0]])
         facts.other_tensors = len(sizes.keys() - counted)
         facts.other_bytes = sum(size for name, size in sizes.items() if name not in counted)
         return facts
@@ -121,7 +123,7 @@ def _tensor(checkpoint: Checkpoint, name: str) -> str:
     return f"{name}.weight" if f"{name}.weight" in checkpoint.tensors else name
 
 
-def _dense_facts(checkpoint: Checkpoint, name: str, reason: str) -> ModuleFacts:
+def _dense_facts(checkpoint: Checkpoint, name: str, reason: str, nbytes: int) -> ModuleFacts:
     info = checkpoint.tensors[_tensor(checkpoint, name)][0]
     n, k = math.prod(info.shape[:-1]), info.shape[-1]
     patterns = known_patterns()
@@ -134,8 +136,8 @@ def _dense_facts(checkpoint: Checkpoint, name: str, reason: str) -> ModuleFacts:
             patterns = [p for p in patterns if not len(violations(w, p))] if zeros else []
             checkpoint.release(info.name)
     satisfies = tuple(str(p) for p in patterns) if readable else ()
-    bits = 8 * info.nbytes / max(1, n * k)
-    return ModuleFacts(name, n, k, info.code, info.nbytes, bits, None, satisfies, zeros / (n * k) if readable else None, reason)
+    bits = 8 * nbytes / max(1, n * k)
+    return ModuleFacts(name, n, k, info.code, nbytes, bits, None, satisfies, zeros / (n * k) if readable else None, reason)
 
 
 @dataclass

@@ -201,15 +201,18 @@ def carry_out(
     refuse_existing(target, single, run.overwrite)
     identity = [(str(f.path.resolve()), f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in checkpoint.files]
     fingerprint = layout.fingerprint({**facts, "source": identity})
-    staging = Staging(
-        target,
-        single=single,
-        fingerprint=fingerprint,
-        keep={shard.name for shard in layout.shards},
-        names=layout.names,
-        resume=run.resume,
-        may_replace=partial(_is_ours, target, single) if run.overwrite else None,
-    )
+    try:
+        staging = Staging(
+            target,
+            single=single,
+            fingerprint=fingerprint,
+            keep={shard.name for shard in layout.shards},
+            names=layout.names,
+            resume=run.resume,
+            may_replace=partial(_is_ours, target, single) if run.overwrite else None,
+        )
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written ({error.strerror}); name another place", str(target)) from error
     report.resumed = bool(staging.done)
     try:
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,8 @@ class Options:
 
     Attributes:
         pattern: (2N-2):2N.
-        scheme: "auto" keeps the source's type (float32 becomes bfloat16), or INT8_W8A8, FP8_DYNAMIC, BF16, FP16.
+        scheme: "auto" keeps the source's type (float32 becomes bfloat16), or INT8_W8A8, FP8_DYNAMIC, BF16, FP16, or the type:
+            int8, fp8, bf16, fp16.
         prune: none (weights that break the pattern are refused), magnitude, or random (with `seed`).
         targets, ignore: which modules (exact name, glob, or "re:" regular expression).
         format: "packed", or "dense": pruned and quantized under the weights' own names, for engines that know no sparsity.
@@ -51,7 +53,10 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", Pattern.of(self.pattern))
-        object.__setattr__(self, "scheme", {name.lower(): name for name in SCHEMES}.get(str(self.scheme).lower(), self.scheme))
+        with contextlib.suppress(OperandError):  # then the check below tells
+            object.__setattr__(
+                self, "scheme", "auto" if str(self.scheme).lower() == "auto" else dtypes.packed_dtype(self.scheme).scheme
+            )
         for name in ("targets", "ignore"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))

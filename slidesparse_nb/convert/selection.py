@@ -6,6 +6,7 @@ are decided together: all are packed or none. Every tensor of two or more dimens
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -156,8 +157,16 @@ def select(
             f"targets: {shown(astray[0])} matches no two-dimensional weight; names look like {shown(example)} (exact, a glob"
             " such as '*_proj', or 're:...'; they are names of modules, not of classes)"
         )
-    ignored, astray = matcher(ignore, "ignore", [*candidates, *(name for name in tensors if len(shapes[name]) > 2)])
-    selection.notes += [f"--ignore {shown(text)} matches nothing here" for text in astray]
+    ignored, unmet = matcher(ignore, "ignore", [*candidates, *(name for name in tensors if len(shapes[name]) > 2)])
+    for text in unmet:
+        name = text.removesuffix(".weight")
+        if not any(c in text for c in "*?[") and not text.startswith("re:") and kinds.not_linear(name, ()) is None:
+            close = difflib.get_close_matches(name, candidates, 1, 0) if len(candidates) < 10_000 else []
+            raise OperandError(
+                f"ignore: {shown(text)} is the name of no matrix here{f', but {shown(close[0])} is' if close else ''}; give"
+                " a whole name, a glob such as '*q_proj', or 're:...'"
+            )
+        selection.notes.append(f"--ignore {shown(text)} matches nothing here")
     wanted: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         module = name.removesuffix(".weight")
@@ -167,7 +176,7 @@ def select(
             selection.left_dense[module] = f"ignored by {shown(by)}"
         elif targets and targeted(module) is None:
             selection.left_dense[module] = "not among the targets"
-        elif roles[module] is not None and module not in targets and name not in targets:
+        elif roles[module] == "an embedding" or (roles[module] is not None and not {module, name} & {*targets}):
             selection.left_dense[module] = roles[module] or ""
         elif pattern is not None and info.shape[1] < pattern.group:
             selection.left_dense[module] = f"narrower than a group of {pattern}"
@@ -194,7 +203,10 @@ def select(
             selection.bad[module] = why
         else:
             _add(selection, module, info, checkpoint, scheme)
+    before = len(selection.left_dense)
     selection.keep_fused_together()
+    if (dragged := len(selection.left_dense) - before) and selection.modules:
+        selection.notes.append(f"{dragged} layers stay dense because engines fuse them with one that does (-v lists them)")
     _one_type(selection)
     return selection
 
@@ -332,7 +344,8 @@ def _one_type(selection: Selection) -> None:
         )
     if any(m.code == "F32" and m.dtype is dtypes.BFLOAT16 for m in selection.modules):
         selection.notes.append("float32 weights are stored as bfloat16 (8 bits of precision); --scheme FP16 keeps 11")
-    if any(part.endswith(".input_scale") for m in selection.modules for part in m.replaced):
+    static = any((group.get("input_activations") or {}).get("dynamic") is False for group in selection.source.groups.values())
+    if static or any(part.endswith(".input_scale") for m in selection.modules for part in m.replaced):
         selection.notes.append(
             "static activation scales (input_scale) are dropped: activations are quantized per token at run time"
         )

@@ -141,7 +141,8 @@ def read_source(checkpoint: Checkpoint) -> Source:
     for at, kind in model_types.items():
         if kind in TRANSPOSED:
             raise UnsupportedError(
-                f"{CONFIG}: {_path(at, 'model_type')} {kind!r} stores Conv1D weights as [k, n]; transpose them to [n, k] first"
+                f"{CONFIG}: {_path(at, 'model_type')} {kind!r} stores Conv1D weights as [k, n], which packing cannot"
+                " read; transpose them to [n, k], and pack them as one .safetensors file without this config"
             )
     statements = [(f"{CONFIG}: {at}", value) for at, value in _statements(config)]
     statements += [

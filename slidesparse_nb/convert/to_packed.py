@@ -115,6 +115,8 @@ def pack_checkpoint(
             if not options.skip_bad:  # then they are among the skipped
                 report.refused = refused | maker.check_all(selection.modules, run)
                 report.unsupported = sorted(refused)
+            if os.path.lexists(target) and not (run.overwrite or run.resume):
+                report.notes.append(f"{target} exists: a run needs --overwrite, --resume or another place")
             _count_bytes(report, selection, checkpoint, single)
         else:
             facts = {"options": asdict(options), "version": __version__}
@@ -193,22 +195,27 @@ def _settle_bad(checkpoint: Checkpoint, selection: Selection, options: Options, 
     """With `skip_bad`, leave modules dense that cannot be packed: name -> why. Fail where none is left.
 
     Raises:
-        UnsupportedError: nothing is left to pack.
+        PatternError: nothing is left to pack, since all modules break the pattern. UnsupportedError: nothing is left otherwise.
     """
-    skipped = {}
+    skipped, broken = dict[str, str](), dict[str, str]()
     if options.skip_bad:
-        skipped = dict(selection.bad)
-        bad = _Maker(checkpoint, options).check_all(selection.modules, run)
-        skipped |= bad
-        selection.drop(bad)
+        broken = _Maker(checkpoint, options).check_all(selection.modules, run)
+        skipped = selection.bad | broken
+        selection.drop(broken)
     for name in skipped:
         selection.left_dense.pop(name, None)
     if not selection.modules:
-        reasons = [f"{shown(name)}: {why}" for name, why in {**selection.bad, **skipped, **selection.left_dense}.items()]
+        if broken and len(broken) == len(skipped):
+            raise PatternError(
+                f"nothing to pack: all {len(broken)} modules break {options.pattern.described}, the first:"
+                f" {next(iter(broken.values()))}; prune with --prune magnitude"
+            )
+        reasons = [*selection.bad.values(), *(f"{shown(name)}: {why}" for name, why in selection.left_dense.items())]
         reasons.sort(key=lambda reason: "fused by engines" not in reason)  # the one that a user may not expect
+        together = "; name all that engines fuse, as in --targets '*[qkv]_proj'" if "fused by" in "".join(reasons[:1]) else ""
         raise UnsupportedError(
             "nothing to pack: no two-dimensional .weight tensor qualifies"
-            + (f" ({'; '.join(reasons[:3])}{'; ...' * (len(reasons) > 3)})" if reasons else "")
+            + (f" ({'; '.join(reasons[:3])}{'; ...' * (len(reasons) > 3)}){together}" if reasons else "")
         )
     return skipped
 
@@ -278,8 +285,11 @@ class _Maker:
             raise _Broken(module, error.row, error.group) from None
         return PackedWeight(values, meta, scale, self.options.pattern, (last - first, module.shape[1]), module.dtype)
 
-    def explain(self, broken: _Broken) -> PatternError:
-        """The error for a user: tensor and place, how many groups violate the pattern, what the weights look like instead."""
+    def explain(self, broken: _Broken, *, alone: bool = True) -> PatternError:
+        """The error for a user: tensor and place, how many groups violate the pattern, what the weights look like instead.
+
+        `alone`: with advice; False for one of many.
+        """
         module, row, group = broken.module, broken.row, broken.group
         pattern, (n, k) = self.options.pattern, module.shape
         count = 0
@@ -291,7 +301,9 @@ class _Maker:
         return PatternError(
             f"{module.weight}: row {row}, group {group} (columns {column} to {min(column + pattern.group, k) - 1}) has more"
             f" than {pattern.nnz} non-zeros; {count} of {groups} groups ({100 * count / groups:.3g} %) break"
-            f" {pattern.described}; prune with --prune magnitude" + self.advice + (f"; {hint}" if hint else ""),
+            f" {pattern.described}"
+            + ("; prune with --prune magnitude" + self.advice if alone else "")
+            + (f"; {hint}" if hint else ""),
             row=row,
             group=group,
             count=count,
@@ -318,7 +330,7 @@ class _Maker:
             elif error is not None:
                 refused.setdefault(module.name, str(error))
             add((last - first) * extent(self.checkpoint, module)[1])
-        refused |= {name: str(self.explain(error)) for name, error in broken.items() if name not in refused}
+        refused |= {name: str(self.explain(error, alone=False)) for name, error in broken.items() if name not in refused}
         return refused
 
     def _each(self, modules: list[Module], work: Callable[[_Rows], T], run: Run) -> Iterator[tuple[_Rows, T]]:

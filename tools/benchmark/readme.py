@@ -50,8 +50,7 @@ def _lines(results: Results) -> Iterator[str]:
     yield from _padded(shown)
     if not results.complete:
         missing = any(c.untried for c in shown)
-        what = ": what is missing above was not measured." if missing else " after all that is above."
-        yield f"This run was cut short{what}"
+        yield f"The run reached its time budget; {'what is missing was not' if missing else 'everything shown was'} measured."
     sentences = [s for s in crossovers(results) if f" {PATTERN} " in s]
     if sentences:
         yield ""
