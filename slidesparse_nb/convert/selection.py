@@ -161,9 +161,10 @@ def select(
     for text in unmet:
         name = text.removesuffix(".weight")
         if not any(c in text for c in "*?[") and not text.startswith("re:") and kinds.not_linear(name, ()) is None:
-            close = difflib.get_close_matches(name, candidates, 1, 0) if len(candidates) < 10_000 else []
+            ends = {candidate.rpartition(".")[2]: candidate for candidate in reversed(candidates)}
+            close = difflib.get_close_matches(name.rpartition(".")[2], ends, 1)
             raise OperandError(
-                f"ignore: {shown(text)} is the name of no matrix here{f', but {shown(close[0])} is' if close else ''}; give"
+                f"ignore: {shown(text)} is the name of no matrix here{f', but {shown(ends[close[0]])} is' if close else ''}; give"
                 " a whole name, a glob such as '*q_proj', or 're:...'"
             )
         selection.notes.append(f"--ignore {shown(text)} matches nothing here")
