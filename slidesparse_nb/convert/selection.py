@@ -164,8 +164,8 @@ def select(
             ends = {candidate.rpartition(".")[2]: candidate for candidate in reversed(candidates)}
             close = difflib.get_close_matches(name.rpartition(".")[2], ends, 1)
             raise OperandError(
-                f"ignore: {shown(text)} is the name of no matrix here{f', but {shown(ends[close[0]])} is' if close else ''}; give"
-                " a whole name, a glob such as '*q_proj', or 're:...'"
+                f"ignore: {shown(text)} is the name of no matrix here{f', but {shown(ends[close[0]])} is' if close else ''};"
+                " give a whole name, a glob such as '*q_proj', or 're:...'"
             )
         selection.notes.append(f"--ignore {shown(text)} matches nothing here")
     wanted: dict[str, TensorInfo] = {}
