@@ -54,12 +54,12 @@ TOKEN, PIECE = np.arange(8)[:, None], np.arange(8)
 
 
 def piece_at(size: int) -> Any:
-    """Where the pieces of each of eight tokens stand in their stage, elements being `size` bytes: int [token, piece]."""
+    """Positions of the 16-byte chunks of each of eight tokens in their stage, elements being `size` bytes: int [token, chunk]."""
     return (HALVES if size == 1 else PIECE) ^ TOKEN
 
 
 def piece_from(size: int) -> Any:
-    """Which piece stands at each place: the inverse of `piece_at`."""
+    """Which chunk is stored at each position: the inverse of `piece_at`."""
     place = PIECE ^ TOKEN
     return HALVES[place] if size == 1 else place
 
@@ -76,7 +76,7 @@ def _stages_of(slid_bytes: int) -> int:
 def image(x: Any, pattern: Pattern, xp: Any = np) -> Any:
     """Activations [m, k] of a packed type, slid and laid out: uint8 [stages, ceil(m / 8), 8, 128].
 
-    Piece p of 16 bytes of a token's stage stands at `piece_at`, which swizzles.
+    Chunk p of 16 bytes of a token's stage is stored at `piece_at`, which swizzles.
     """
     m, k = x.shape
     size = x.dtype.itemsize

@@ -318,7 +318,7 @@ def scale_problem(checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | 
 
 
 def named(checkpoint: Checkpoint, stored: Mapping[str, DType]) -> dict[str, Module]:
-    """Modules by their exact names, whatever they are and whatever stands beside them, with the types they are stored in.
+    """Modules by their exact names, whatever their role and their siblings, with the types they are stored in.
 
     Raises:
         VerificationError: the weight of that name could not have been packed into that type.
