@@ -85,7 +85,7 @@ class Staging:
             with contextlib.suppress(FileNotFoundError), _lock(self.journal, os.O_RDWR, out) as file:  # says so if it is alive
                 if _read_journal(file, self.journal)[2]:
                     raise OperandError(
-                        f"out: an unfinished run of {out} stands at {self.folder}; continue it with --resume, or start over"
+                        f"out: an unfinished run of {out} is stored at {self.folder}; continue it with --resume, or start over"
                         " with --overwrite"
                     )
         self._refuse_strangers(ours)
