@@ -133,7 +133,7 @@ else:
             for source in weight_kernels.BITS
             for stored in PACKED
             for windows in (1, 3)
-            for prune in (*pruning.METHODS, "scores")
+            for prune in weight_kernels.METHODS
             for vector in (0, 1, 4)
             for native in (True, False)
         ]

@@ -49,7 +49,7 @@ def test_golden_random_scores() -> None:
 def test_zero_weights_go_first() -> None:
     w = np.array([[5, 0, -0.0, 1, 2, 3, 4, 9]], np.float32)
     given = np.array([[0, 9, 9, 0, 0, 0, 0, 0]], np.float32)
-    assert (pruning.scores(w, given) < 0).tolist() == [[False, True, True, False, False, False, False, False]]
+    assert (pruning.bind(given, w.shape).scores(w) < 0).tolist() == [[False, True, True, False, False, False, False, False]]
     for method in ("random", "magnitude", given):
         assert (unpack(pack(w, "6:8", "float16", prune=method)) == w).all()
 
