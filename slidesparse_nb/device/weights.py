@@ -15,7 +15,7 @@ import numpy as np
 
 from ..dtypes import FLOAT8, FLOAT16, FLOAT32, INT8, DType, packed_dtype
 from ..errors import OperandError
-from ..operands import SOURCES, has_scales, is_real, require_size, row_scale, stored_dtype, unpackable
+from ..operands import SOURCES, has_scales, is_real, require_finite, require_size, row_scale, stored_dtype, unpackable
 from ..packed import PackedWeight
 from ..pattern import Pattern
 from ..pruning import GIVEN, bind, require_no_statistics
@@ -105,7 +105,8 @@ def _method(prune: Any, w: Any, source: str, seed: int, statistics: Any) -> tupl
         return method.kernel, None
     if method.pruner is GIVEN:
         return "scores", method.statistics
-    return "scores", np.maximum(method.scores(_values(w, slice(None), source).astype(np.float32)), 0)
+    require_finite(dense := _values(w, slice(None), source))
+    return "scores", np.maximum(method.scores(dense.astype(np.float32)), 0)  # the kernel itself tells zeros
 
 
 def _scores(prune: Any, w: Any) -> Any:
