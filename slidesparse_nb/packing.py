@@ -15,6 +15,7 @@ from .errors import FormatError, PatternError
 from .operands import check_weights, on_gpu, require_finite, require_no_overflow, require_size, row_scales, stored_dtype
 from .packed import PackedWeight, require_packed
 from .pattern import Pattern, known_patterns
+from .pruning import NOTHING, Pruning
 from .reference import window_index
 from .verification import cut, verify, verify_rows
 
@@ -37,6 +38,7 @@ def pack(
     scale: Array | float | None = None,
     prune: str | Array = "none",
     seed: int = 0,
+    statistics: Array | None = None,
     max_workers: int | None = None,
 ) -> PackedWeight:
     """Pack weights: (prune), quantize, slide and compress.
@@ -52,6 +54,7 @@ def pack(
             weights in a group, those with the highest stay. Pruning comes before quantization; 8-bit w is pruned by its |q|.
             Scores and scales of a w on a GPU may be there or on the host; "random" draws there what it draws on the CPU.
         seed: of prune="random", any integer, modulo 2^64.
+        statistics: of a method that needs more than the weights, on the host: real numbers [k] or [n, k], as it asks for.
         max_workers: threads; by default as many as there are processors, up to 8.
 
     Returns:
@@ -63,13 +66,13 @@ def pack(
     """
     pattern = Pattern.of(pattern)
     if on_gpu(w):
-        return _pack_on_gpu(w, pattern, dtype, scale, prune, pruning.check_seed(seed))
+        return _pack_on_gpu(w, pattern, dtype, scale, prune, pruning.check_seed(seed), statistics)
     w = check_weights(w)
     stored = stored_dtype(w, dtype)
     require_size(pattern, w.shape, stored)
     n, k = w.shape
     scales = row_scales(w, scale)
-    method, seed = pruning.check(prune, w.shape), pruning.check_seed(seed)
+    method = pruning.bind(prune, w.shape, pruning.check_seed(seed), statistics)
     ks = pattern.slid_k(k)
     values, meta = np.empty((n, ks // 2), stored.numpy), np.empty((n, ks // 8), np.uint8)
     out_scale = None if stored.qmax is None else np.empty((n, 1), np.float32)
@@ -80,8 +83,7 @@ def pack(
             pattern,
             stored,
             scale=None if scales is None else scales[rows],
-            prune=method if isinstance(method, str) else method[rows],
-            seed=seed,
+            prune=method.rows(rows),
             first_row=rows.start,
         )
         if out_scale is not None:
@@ -99,14 +101,14 @@ def pack(
     return PackedWeight(values, meta, out_scale, pattern, (n, k), stored)
 
 
-def _pack_on_gpu(w: Any, pattern: Pattern, dtype: object, scale: Any, prune: Any, seed: int) -> PackedWeight:
+def _pack_on_gpu(w: Any, pattern: Pattern, dtype: object, scale: Any, prune: Any, seed: int, statistics: Any) -> PackedWeight:
     """`pack` on the device of w."""
     arrays, weights = device.module("arrays", "pack"), device.module("weights", "pack")
     given = arrays.as_cupy("w", w)
     scale = arrays.as_cupy("scale", scale) if on_gpu(scale) else scale
-    method = arrays.as_cupy("prune", prune) if on_gpu(prune) else pruning.check(prune, given.shape)
+    prune = arrays.as_cupy("prune", prune) if on_gpu(prune) else prune
     try:
-        packed: PackedWeight = weights.pack(given, pattern, dtype, scale=scale, prune=method, seed=seed)
+        packed: PackedWeight = weights.pack(given, pattern, dtype, scale=scale, prune=prune, seed=seed, statistics=statistics)
     except PatternError as error:
         hint = violations_hint(given, pattern, functools.partial(weights.obeys, dtype=dtype))
         raise pattern.violated(error.row, error.group, error.count, hint) from None
@@ -181,15 +183,14 @@ def store_rows(
     dtype: DType | str,
     *,
     scale: Array | float | None = None,
-    prune: str | Array = "none",
-    seed: int = 0,
+    prune: Pruning = NOTHING,
     first_row: int = 0,
 ) -> tuple[Array, Array | None]:
     """Prune and quantize a block of rows, on one thread; whether the pattern holds is for `pack_rows` to find.
 
     Args:
         w: [rows, k], rows first_row ... of the whole matrix; types as for `pack`.
-        scale, prune: as for `pack`, of these rows.
+        scale: as for `pack`, of these rows. prune: of these rows too.
         first_row: what errors and random scores count rows from.
 
     Returns:
@@ -204,9 +205,10 @@ def store_rows(
     require_size(pattern, w.shape, stored)
     scales = row_scales(w, scale, first_row)
     require_finite(w, first_row)
-    method = pruning.check(prune, w.shape)
     q = np.array(w, order="C", subok=False) if w.dtype == stored.numpy else cpu.to_float32(w)
-    pruning.prune(q, pattern, method, seed=seed, first_row=first_row)
+    if prune.pruner is not None:  # |w| is what cpu.prune goes by where it gets no scores
+        by_magnitude = prune.kernel == "magnitude"
+        cpu.prune(q, pattern, None if by_magnitude else prune.scores(cpu.to_float32(q), first_row))
     if w.dtype == stored.numpy:
         return q, scales
     if stored.qmax is not None:

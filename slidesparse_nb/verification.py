@@ -17,6 +17,7 @@ from .errors import OperandError, VerificationError
 from .operands import check_weights, infinite, require_finite, row_scales
 from .packed import PackedWeight, require_packed
 from .pattern import Pattern
+from .pruning import NOTHING, Pruning
 from .reference import TINY, in_groups
 
 Array = NDArray[Any]
@@ -29,6 +30,7 @@ def verify(
     scale: Array | float | None = None,
     prune: str | Array = "none",
     seed: int | None = 0,
+    statistics: Array | None = None,
     max_workers: int | None = None,
 ) -> None:
     """Prove that `packed` is what `pack` makes.
@@ -39,14 +41,14 @@ def verify(
 
     Args:
         packed: arrays are NumPy's.
-        w, scale, prune: as they were given to `pack`.
+        w, scale, prune, statistics: as they were given to `pack`.
         seed: as given to `pack`; None if it is not known: prune="random" may then have dropped any weights of a group, but no
             more than the pattern demands.
 
     Raises:
         FormatError: a tensor has the wrong dtype or shape, an index is out of order, a scale negative or not finite.
         VerificationError: anything else that is not as `pack` makes it.
-        OperandError: packed is no PackedWeight; w, scale, prune or seed are nothing that could have been packed.
+        OperandError: packed is no PackedWeight; w, scale, prune, seed or statistics are nothing that could have been packed.
     """
     require_packed(packed).validate()
     if not isinstance(packed.values, np.ndarray):
@@ -54,12 +56,11 @@ def verify(
             f"packed: arrays are {type(packed.values).__name__}; verify needs NumPy arrays, bring it to the host"
         )
     scales: Array | None = None
-    method: str | Array = "none"
+    method = NOTHING
     if w is not None:
         w = check_source(packed, w)
         scales = row_scales(w, scale)
-        method = pruning.check(prune, w.shape)
-        seed = None if seed is None else pruning.check_seed(seed)
+        method = pruning.bind(prune, w.shape, None if seed is None else pruning.check_seed(seed), statistics)
 
     def block(rows: slice) -> None:
         part = cut(packed, rows)
@@ -67,8 +68,7 @@ def verify(
             part,
             None if w is None else w[rows],
             scale=None if scales is None else scales[rows],
-            prune=method if isinstance(method, str) else method[rows],
-            seed=seed,
+            prune=method.rows(rows),
             first_row=rows.start,
         )
 
@@ -88,8 +88,7 @@ def verify_rows(
     w: Array | None = None,
     *,
     scale: Array | float | None = None,
-    prune: str | Array = "none",
-    seed: int | None = 0,
+    prune: Pruning = NOTHING,
     first_row: int = 0,
 ) -> None:
     """`verify` for a block of rows, on one thread: `packed` and w are rows first_row ... of the whole, as errors name them."""
@@ -99,7 +98,6 @@ def verify_rows(
         return
     w = check_source(packed, w)
     require_finite(w, first_row)
-    method = pruning.check(prune, w.shape)
     weights = w.astype(np.float32)
     mask = np.array(packed.dtype.nonzero_mask, packed.dtype.raw)
     stored = q.view(packed.dtype.raw)
@@ -125,10 +123,10 @@ def verify_rows(
             f" what w = {w[row, column]} is stored as"
         )
     lost = ~kept & ((bits & mask) != 0)
-    illegal = _illegal(lost, kept, w, packed.pattern, method, seed, first_row)
+    illegal = _illegal(lost, kept, weights, packed.pattern, prune, first_row)
     if illegal.any():
         row, column = map(int, np.argwhere(illegal)[0])
-        how = "the scores" if not isinstance(method, str) else f"prune={method!r}" if seed is not None else "pruning"
+        how = "the scores" if prune.name == "scores" else f"prune={prune.name!r}" if prune.seed is not None else "pruning"
         state = "kept" if kept[row, column] else "lost"
         raise VerificationError(
             f"packed.values: w = {w[row, column]} at row {first_row + row}, column {column} was {state},"
@@ -191,19 +189,17 @@ def quantized(weights: Array, kept: Array, dtype: DType) -> tuple[Array, Array]:
     return np.clip(scaled, -t, t, out=scaled).astype(dtype.numpy), np.where(live, safe / t, np.float32(1))
 
 
-def _illegal(
-    lost: Array, kept: Array, w: Array, pattern: Pattern, method: str | Array, seed: int | None, first_row: int
-) -> Array:
+def _illegal(lost: Array, kept: Array, w: Array, pattern: Pattern, prune: Pruning, first_row: int) -> Array:
     """Which weights were lost that pruning keeps, or kept that it drops: bool [rows, k]."""
-    if isinstance(method, str) and method == "none":
+    if prune.pruner is None:
         return lost
-    if isinstance(method, str) and method == "random" and seed is None:
+    if prune.pruner.seeded and prune.seed is None:
         over = np.maximum(_padded_groups(w != 0, pattern).sum(axis=2) - pattern.nnz, 0)
         too_many = _padded_groups(lost, pattern).sum(axis=2) > over
         return np.asarray(lost & np.repeat(too_many, pattern.group, axis=1)[:, : w.shape[1]])
     if not lost.any() and not cpu.violations(w, pattern).size:
         return lost  # nothing had to go, nothing went
-    dropped = lowest_two(pruning.scores(w, method, seed=seed or 0, first_row=first_row), pattern)
+    dropped = lowest_two(prune.scores(w, first_row), pattern)
     return np.asarray((lost & ~dropped) | (kept & dropped))
 
 

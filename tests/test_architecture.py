@@ -17,10 +17,10 @@ PACKAGE = ROOT / "slidesparse_nb"
 
 FLOORS = (  # an import goes down, or to the left on its own floor
     ("errors", "env", "file_kind", "strict_json", "dtypes", "pattern"),
-    ("packed", "operands", "problem", "safetensors_file", "packed_tensors", "model_folder"),
+    ("packed", "operands", "pruning", "problem", "safetensors_file", "packed_tensors", "model_folder"),
     ("reference", "arch"),
     ("cpu", "cpu_matmul", "device"),
-    ("pruning", "verification", "packing", "checkpoint", "ops"),
+    ("verification", "packing", "checkpoint", "ops"),
     ("convert", "diagnosis", "building", "tuning"),
     ("tools", "integrations"),
 )

@@ -382,7 +382,14 @@ def test_inspection_names_patterns_that_dense_weights_satisfy(tmp_path: Path) ->
 
 
 def test_options_and_run_refuse_what_they_do_not_know() -> None:
-    for bad in ({"scheme": "INT4"}, {"prune": "wanda"}, {"format": "zip"}, {"max_shard_size": 0}, {"pattern": "2:8"}):
+    for bad in (
+        {"scheme": "INT4"},
+        {"prune": "wanda"},
+        {"statistics": {"a": np.ones(3)}},
+        {"format": "zip"},
+        {"max_shard_size": 0},
+        {"pattern": "2:8"},
+    ):
         with pytest.raises(ss.OperandError):
             options(**bad)
     for bad_run in ({"max_workers": 0}, {"max_memory": 1 << 20}):

@@ -25,6 +25,7 @@ if not SIMULATED:
 else:
     from cases import drop_two, faulty, stored, stored_twice
     from device_cases import SOURCES, bits, same_weight
+    from toy_pruner import Toy
 
     import slidesparse_nb.device
     from slidesparse_nb import packing, pruning, reference
@@ -133,7 +134,7 @@ else:
             for source in weight_kernels.BITS
             for stored in PACKED
             for windows in (1, 3)
-            for prune in (*pruning.METHODS, "scores")
+            for prune in weight_kernels.METHODS
             for vector in (0, 1, 4)
             for native in (True, False)
         ]
@@ -198,6 +199,18 @@ else:
     def test_scores_that_are_none(prune) -> None:
         w = np.ones((2, 8), np.float32)
         assert str(raised(weights.pack, w, Pattern(6, 8), prune=prune)) == str(raised(packing.pack, w, prune=prune))
+
+    def test_methods_that_the_kernel_does_not_know(monkeypatch) -> None:
+        monkeypatch.setitem(pruning.PRUNERS, "toy", Toy())
+        norms = np.random.default_rng(1).random(40)
+        for source in SOURCES:
+            w = np.random.default_rng(0).standard_normal((3, 40)).astype(source)
+            options = {"prune": "toy", "seed": 5, "statistics": norms}
+            same_weight(weights.pack(w, Pattern(6, 8), INT8, **options), packing.pack(w, "6:8", INT8, **options))
+        for options in ({"prune": "wanda"}, {"prune": "toy"}, {"prune": "random", "statistics": norms}):
+            assert str(raised(weights.pack, w, Pattern(6, 8), **options)) == str(raised(packing.pack, w, **options))
+        w[1, 2], options = np.nan, {"prune": "toy", "statistics": norms}
+        assert str(raised(weights.pack, w, Pattern(6, 8), **options)) == str(raised(packing.pack, w, **options))
 
     # ---- the public functions ------------------------------------------------------------------------------------
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import models
 import numpy as np
 import pytest
 from cases import weights
+from click.testing import CliRunner
+from toy_pruner import Toy
 
-from slidesparse_nb import OperandError, Pattern, pack, pruning, reference, unpack, verify
+import slidesparse_nb as ss
+from slidesparse_nb import OperandError, Pattern, VerificationError, pack, pruning, reference, unpack, verify
+from tools.cli import main
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """A method that is new here, by its row in the table."""
+    monkeypatch.setitem(pruning.PRUNERS, "toy", method := Toy())
+    return method
 
 
 def test_uniform_is_a_function_of_seed_row_and_column() -> None:
@@ -49,7 +62,7 @@ def test_golden_random_scores() -> None:
 def test_zero_weights_go_first() -> None:
     w = np.array([[5, 0, -0.0, 1, 2, 3, 4, 9]], np.float32)
     given = np.array([[0, 9, 9, 0, 0, 0, 0, 0]], np.float32)
-    assert (pruning.scores(w, given) < 0).tolist() == [[False, True, True, False, False, False, False, False]]
+    assert (pruning.bind(given, w.shape).scores(w) < 0).tolist() == [[False, True, True, False, False, False, False, False]]
     for method in ("random", "magnitude", given):
         assert (unpack(pack(w, "6:8", "float16", prune=method)) == w).all()
 
@@ -132,3 +145,81 @@ def test_seeds_that_are_none(seed: Any, shape: tuple[int, int]) -> None:
 def test_refusals(prune: Any, message: str) -> None:
     with pytest.raises(OperandError, match=f"^{message}"):
         pack(np.ones((1, 8), np.float32), "6:8", prune=prune)
+
+
+# ---- a method that is new: a file and a row ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_new_method_packs_and_verifies(toy: Toy, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 100)
+    w, norms = weights((23, 37)), np.random.default_rng(1).random(37)
+    score = np.where(w == 0, -1, toy.scores(w, 3, 0, norms)).astype(np.float32)
+    packed = pack(w, "6:8", "bfloat16", prune="toy", seed=3, statistics=norms, max_workers=workers)
+    assert (unpack(packed) == reference.prune(w, Pattern(6, 8), score).astype(packed.dtype.numpy)).all()
+    verify(packed, w, prune="toy", seed=3, statistics=norms, max_workers=workers)
+    verify(packed, w, prune="toy", seed=None, statistics=norms)
+    for other in ({"seed": 4, "statistics": norms}, {"seed": 3, "statistics": norms[::-1]}):
+        with pytest.raises(VerificationError, match="prune='toy' would not have"):
+            verify(packed, w, prune="toy", **other)
+
+
+@pytest.mark.parametrize(
+    ("method", "statistics", "message"),
+    [
+        ("toy", None, r"statistics: are missing; prune='toy' needs one number a column, an array of shape \(8,\)$"),
+        ("toy", np.ones(7), r"statistics: shape \(7,\) must be \(8,\), one number a column$"),
+        ("toy", np.array(["a"] * 8), "statistics: <U1 must be real numbers$"),
+        ("toy", np.full(8, -2.0), "prune: score -2.0 at row 0, column 0 must be finite and not negative$"),
+        ("magnitude", np.ones(8), "statistics: ndarray is given, but prune='magnitude' takes none; leave it out$"),
+        (np.ones((1, 8)), np.ones(8), "statistics: ndarray is given, but scores takes none; leave it out$"),
+    ],
+)
+def test_statistics_are_refused(toy: Toy, method: Any, statistics: Any, message: str) -> None:
+    with pytest.raises(OperandError, match=f"^{message}"):
+        pack(np.ones((1, 8), np.float32), "6:8", prune=method, statistics=statistics)
+
+
+def test_an_unknown_method_is_refused_by_verify() -> None:
+    w = np.ones((1, 8), np.float32)
+    with pytest.raises(OperandError, match=r"^prune: 'wanda' is not a method; it must be one of none"):
+        verify(pack(w, prune="magnitude"), w, prune="wanda")
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_statistics_of_a_checkpoint(toy: Toy, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slidesparse_nb.convert.job.UNIT_BYTES", 1024)  # several blocks a module
+    source, out = models.folder(tmp_path / "in", parts := models.tensors(prune=None)), tmp_path / "out"
+    modules = {name.removesuffix(".weight"): w for name, w in parts.items() if name.endswith(".weight") and w.ndim == 2}
+    rng = np.random.default_rng(0)
+    norms = {name: rng.random(w.shape[1]) for name, w in modules.items()}
+    options = {"prune": "toy", "format": format}
+    with pytest.raises(OperandError, match=r"^model\.layers\..*: statistics: are missing; prune='toy' needs one number"):
+        ss.pack_checkpoint(source, out, ss.Options(**options, skip_bad=True))
+    chosen, others = (ss.Options(**options, statistics=s) for s in (norms, {name: a[::-1] for name, a in norms.items()}))
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ss.pack_checkpoint(source, out, chosen, ss.Run(progress=stop))
+    with pytest.raises(OperandError, match="was started with other options"):
+        ss.pack_checkpoint(source, out, others, ss.Run(resume=True))
+    assert ss.pack_checkpoint(source, out, chosen, ss.Run(resume=True)).resumed
+    assert ss.pack_checkpoint(source, out, chosen, ss.Run(resume=True)).already_complete
+    with pytest.raises(OperandError, match="is not what these options make"):
+        ss.pack_checkpoint(source, out, others, ss.Run(resume=True))
+    ss.pack_checkpoint(source, whole := tmp_path / "whole", chosen)
+    made = [[p.read_bytes() for p in sorted(folder.glob("*.safetensors"))] for folder in (whole, out)]
+    assert made[0] == made[1] != []
+
+
+def test_a_new_method_on_the_command_line(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Toy, "statistics", "none")
+    monkeypatch.setattr(Toy, "scores", lambda self, w, *_: 1 / (1 + np.abs(w)))
+    source = models.folder(tmp_path / "in", models.tensors(prune=None))
+    for method, code in {"toy": 0, "wanda": 2}.items():
+        result = CliRunner().invoke(main, ["pack", str(source), "-o", str(tmp_path / method), "--prune", method])
+        assert result.exit_code == code, result.output
+    assert "prune: 'wanda' must be one of none, magnitude, random, toy" in result.stderr

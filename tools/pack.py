@@ -37,10 +37,10 @@ SCHEMES = ("auto", "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16", "int8", "fp8")
 )
 @click.option(
     "--prune",
-    type=click.Choice(["none", "magnitude", "random"]),
+    metavar="METHOD",
     default="none",
     show_default=True,
-    help="What to do with weights that break the pattern; none refuses them.",
+    help="What to do with weights that break the pattern: none refuses them; magnitude or random prunes them.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of --prune random.")
 @click.option(

@@ -16,6 +16,7 @@ from ..cpu import violations
 from ..errors import FormatError, UnsupportedError, VerificationError
 from ..packed import PackedWeight
 from ..pattern import known_patterns
+from ..pruning import bind
 from ..reference import Array
 from ..verification import cut, quantized
 from .job import source_scale
@@ -216,11 +217,11 @@ def _against(
             scale = source_scale(dense, module, first, last)  # noqa: B023
             if result.by_magnitude:
                 try:
-                    packing.verify_rows(block, w, scale=scale, prune="magnitude", first_row=first)
+                    packing.verify_rows(block, w, scale=scale, prune=bind("magnitude", w.shape), first_row=first)
                 except VerificationError:
                     result.by_magnitude = False
             if not result.by_magnitude:
-                packing.verify_rows(block, w, scale=scale, prune="random", seed=None, first_row=first)
+                packing.verify_rows(block, w, scale=scale, prune=bind("random", w.shape, None), first_row=first)
             pruned, rounded = dropped(block, w)
             result.pruned += pruned
             result.rounded += rounded

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from .. import dtypes, pruning
-from ..errors import OperandError
+from ..errors import OperandError, shown
+from ..operands import real_numbers
 from ..pattern import Pattern
 
 SCHEMES = ("auto", *(t.scheme for t in dtypes.PACKED))
@@ -33,6 +37,7 @@ class Options:
             int8, fp8, bf16, fp16.
         prune: none (weights that break the pattern are refused), magnitude, or random (with `seed`).
         targets, ignore: which modules (exact name, glob, or "re:" regular expression).
+        statistics: module -> array, of a method that needs more than the weights: real numbers [k] or [n, k]. Not compared.
         format: "packed", or "dense": pruned and quantized under the weights' own names, for engines that know no sparsity.
         max_shard_size: bytes of one output file; None for 5 GB in a folder, and for no limit in a single file.
         skip_bad: leave modules dense that cannot be packed, instead of failing.
@@ -50,6 +55,7 @@ class Options:
     format: str = "packed"
     max_shard_size: int | None = None
     skip_bad: bool = False
+    statistics: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", Pattern.of(self.pattern))
@@ -60,11 +66,27 @@ class Options:
         for name in ("targets", "ignore"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        for name, allowed in {"scheme": SCHEMES, "prune": pruning.METHODS, "format": FORMATS}.items():
+        for name, allowed in {"scheme": SCHEMES, "prune": tuple(pruning.PRUNERS), "format": FORMATS}.items():
             if (value := getattr(self, name)) not in allowed:
                 raise OperandError(f"{name}: {value!r} must be one of {', '.join(allowed)}")
         if self.max_shard_size is not None and self.max_shard_size < 1:
             raise OperandError(f"max_shard_size: {self.max_shard_size} must be at least one byte")
+        if not isinstance(self.statistics, Mapping):
+            raise OperandError(f"statistics: {type(self.statistics).__name__} must be a mapping of modules to arrays")
+        if not pruning.takes_statistics(self.prune):
+            pruning.require_no_statistics(self.statistics or None, self.prune)
+        given = {name: real_numbers(f"statistics of {shown(name)}", a) for name, a in self.statistics.items()}
+        object.__setattr__(self, "statistics", given)
+
+    def facts(self) -> dict[str, Any]:
+        """All options in plain types, to tell runs apart; of statistics, a hash of every array."""
+        facts = asdict(replace(self, statistics={}))
+        del facts["statistics"]
+        hashes = {
+            name: f"{a.dtype} {a.shape} {hashlib.sha256(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data).hexdigest()}"
+            for name, a in self.statistics.items()
+        }
+        return {**facts, "statistics": hashes} if hashes else facts
 
 
 @dataclass(frozen=True)

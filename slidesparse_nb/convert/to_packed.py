@@ -7,12 +7,12 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 
-from .. import __version__, packing
+from .. import __version__, packing, pruning
 from ..checkpoint import Checkpoint, packed_entries, read_packed
 from ..cpu import violations
 from ..dtypes import DType
@@ -20,6 +20,7 @@ from ..errors import OperandError, PatternError, SlideSparseError, UnsupportedEr
 from ..model_folder import OTHER_WEIGHTS
 from ..packed import PackedWeight
 from ..packing import violations_hint
+from ..pruning import Pruning
 from ..safetensors_file import checked_path
 from ..strict_json import frozen, uncollected
 from ..verification import cut
@@ -70,12 +71,14 @@ def pack_checkpoint(
         refused = {} if options.skip_bad else selection.bad
         if refused and not dry_run:
             raise UnsupportedError(f"{next(iter(refused.values()))}, {_SKIP}")
+        maker = _Maker(checkpoint, options)
+        for module in selection.modules if pruning.takes_statistics(options.prune) else ():
+            maker.pruning(module)
         skipped = _settle_bad(checkpoint, selection, options, run)
         dtype = selection.modules[0].dtype
         target, single = output_target(source, checkpoint, out, _label(options, dtype))
         if single and options.max_shard_size is not None:
             raise OperandError(f"max_shard_size: {target} is one file and is not split; name a folder as the output")
-        maker = _Maker(checkpoint, options)
         with uncollected():
             layout = output_layout(
                 all_items(checkpoint, selection.modules, maker.item),
@@ -119,7 +122,7 @@ def pack_checkpoint(
                 report.notes.append(f"{target} exists: a run needs --overwrite, --resume or another place")
             _count_bytes(report, selection, checkpoint, single)
         else:
-            facts = {"options": asdict(options), "version": __version__}
+            facts = {"options": options.facts(), "version": __version__}
             maker.warm_up(selection.modules[0])
 
             def prove(written: Checkpoint, add: Callable[[int], None]) -> None:
@@ -265,16 +268,19 @@ class _Maker:
                 self.options.pattern,
                 module.dtype,
                 scale=source_scale(self.checkpoint, module, first, last),
-                prune=self.options.prune,
-                seed=self.seed(module),
+                prune=self.pruning(module).rows(slice(first, last)),
                 first_row=first,
             )
         except OperandError as error:
             raise UnsupportedError(f"{module.weight}: {error}{self.advice}") from None
 
-    def seed(self, module: Module) -> int:
-        """Every module draws its own random numbers, whatever the order of work."""
-        return int.from_bytes(hashlib.sha256(f"{self.options.seed} {module.name}".encode()).digest()[:8], "little")
+    def pruning(self, module: Module) -> Pruning:
+        """Every module has its own statistics, and draws its own random numbers, whatever the order of work."""
+        seed = int.from_bytes(hashlib.sha256(f"{self.options.seed} {module.name}".encode()).digest()[:8], "little")
+        try:
+            return pruning.bind(self.options.prune, module.shape, seed, self.options.statistics.get(module.name))
+        except OperandError as error:
+            raise OperandError(f"{module.name}: {error}") from None
 
     def packed_rows(self, module: Module, first: int, last: int) -> PackedWeight:
         """Rows first..last-1, packed. Raises _Broken."""
@@ -380,7 +386,7 @@ class _Maker:
 
     def key(self, module: Module) -> object:
         """Modules of one key can be packed and proved as one matrix, row below row; None for those that must stand alone."""
-        small = self.checkpoint.tensors[module.weight][0].nbytes <= SMALL and self.options.prune != "random"
+        small = self.checkpoint.tensors[module.weight][0].nbytes <= SMALL and pruning.by_row(self.options.prune)
         return (module.shape[1], module.code, module.dtype.name) if small else None
 
     def stacked(self, modules: Sequence[Module]) -> tuple[Any, Any]:
@@ -396,7 +402,7 @@ class _Maker:
         """Whole modules of one key, packed. Raises SlideSparseError if one of them cannot be."""
         w, scale = self.stacked(modules)
         pattern, dtype = self.options.pattern, modules[0].dtype
-        q, scale = packing.store_rows(w, pattern, dtype, scale=scale, prune=self.options.prune)
+        q, scale = packing.store_rows(w, pattern, dtype, scale=scale, prune=pruning.bind(self.options.prune, w.shape))
         values, meta = packing.pack_rows(q, pattern)
         whole, first = PackedWeight(values, meta, scale, pattern, (w.shape[0], w.shape[1]), dtype), 0
         for module in modules:
@@ -422,7 +428,7 @@ class _Maker:
         w, source_scales = self.stacked(modules)
         whole = PackedWeight(values, meta, scale, self.options.pattern, (w.shape[0], w.shape[1]), modules[0].dtype)
         try:
-            packing.verify_rows(whole, w, scale=source_scales, prune=self.options.prune)
+            packing.verify_rows(whole, w, scale=source_scales, prune=pruning.bind(self.options.prune, w.shape))
         except SlideSparseError:
             return False
         return True
@@ -486,8 +492,7 @@ class _Maker:
                 block,
                 self.checkpoint.array(module.weight)[first:last],
                 scale=source_scale(self.checkpoint, module, first, last),
-                prune=self.options.prune,
-                seed=self.seed(module),
+                prune=self.pruning(module).rows(slice(first, last)),
                 first_row=first,
             )
         except VerificationError as error:

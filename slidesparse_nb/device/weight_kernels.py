@@ -53,6 +53,14 @@ NUMBERS = {"float32": INFINITY} | {d.name: np.uint32(d.inf_bits or 2**32 - 1) fo
 NONE = np.uint32(2**32 - 1)
 """No column."""
 
+METHODS = {
+    "none": (False, False, False),
+    "magnitude": (True, False, False),
+    "scores": (True, True, False),
+    "random": (True, False, True),
+}
+"""Of each method that a kernel knows: whether it prunes, by scores that are given, by random numbers."""
+
 Int: Any = np.int64
 """Indices in kernels; of no type that a type checker would hold them to."""
 
@@ -65,7 +73,7 @@ class Variant:
         source: type of w: "float32", "float16", "bfloat16", "int8" or "float8_e4m3fn".
         stored: type of the values; quantized here if it has 8 bits and w has more.
         windows: of the pattern, windows a group.
-        prune: "none", "magnitude", "random" or "scores".
+        prune: a name in METHODS.
         vector: words of 4 bytes that are loaded at once, 4 or 1; 0: element by element, any row.
         native: the architecture converts to float8 itself (sm_89 and later).
     """
@@ -170,7 +178,7 @@ def pack_kernel(variant: Variant) -> Kernel:
     words, outs = span * group * bits // 32 if vector else 1, 2 * span
     loads = words // vector if vector else 0
 
-    pruned, scored, random = variant.prune != "none", variant.prune == "scores", variant.prune == "random"
+    pruned, scored, random = METHODS[variant.prune]
     ranked = scored or random
     Key = np.uint32 if bits <= 16 and not ranked else np.uint64
     shift, places, highest = Key(16 if Key is np.uint32 else 32), Key(0xFFFF), Key(2 ** (32 if Key is np.uint32 else 64) - 1)

@@ -15,9 +15,10 @@ import numpy as np
 
 from ..dtypes import FLOAT8, FLOAT16, FLOAT32, INT8, DType, packed_dtype
 from ..errors import OperandError
-from ..operands import SOURCES, has_scales, is_real, require_size, row_scale, stored_dtype, unpackable
+from ..operands import SOURCES, has_scales, is_real, require_finite, require_size, row_scale, stored_dtype, unpackable
 from ..packed import PackedWeight
 from ..pattern import Pattern
+from ..pruning import GIVEN, bind, require_no_statistics
 from . import activations
 from .numba_kernel import SIMULATED, arrays, current_device
 from .ptx import LANES
@@ -44,7 +45,14 @@ ELEMENTS_AT_ONCE = 2**26
 
 
 def pack(
-    w: Any, pattern: Pattern, dtype: object = None, *, scale: Any = None, prune: Any = "none", seed: int = 0
+    w: Any,
+    pattern: Pattern,
+    dtype: object = None,
+    *,
+    scale: Any = None,
+    prune: Any = "none",
+    seed: int = 0,
+    statistics: Any = None,
 ) -> PackedWeight:
     """`slidesparse_nb.pack` on the device of w; waits for it once, for the report.
 
@@ -52,15 +60,16 @@ def pack(
         w: [n, k] CuPy array, any strides: float32, float16 or bfloat16; or int8, or the bits of `dtype` as uint8
             (float8_e4m3fn), and their `scale`.
         dtype, scale: as for `slidesparse_nb.pack`. Scales of a device are checked on the host, and go back as float32.
-        prune: "none", "magnitude", "random", or scores [n, k] >= 0 of any real type, on the device of w; or NumPy's that
-            `pruning.check` has seen, which are copied there.
+        prune: a name in `pruning.PRUNERS`, or scores [n, k] >= 0 of any real type, on the device of w or the host.
         seed: of "random", below 2^64.
+        statistics: as for `slidesparse_nb.pack`.
 
     Returns:
         The packed weight; its arrays stay on the device, float8 and bfloat16 values as their bits (`dtype.raw`).
 
     Raises:
-        OperandError: w, scale or prune has the wrong type, shape or value; NaN, infinity, or overflow of a 16-bit dtype in w.
+        OperandError: w, scale, prune or statistics has the wrong type, shape or value; NaN, infinity, or overflow of a 16-bit
+            dtype in w.
         PatternError: weights as stored have a group with more than nnz non-zeros.
     """
     source, stored = _types(w, dtype)
@@ -68,10 +77,10 @@ def pack(
     scaled = has_scales(w.dtype.itemsize, source, scale)
     scales = row_scale(_host(scale) if isinstance(scale, arrays.ndarray) else scale, w.shape[0]) if scaled else None
     with contextlib.nullcontext() if SIMULATED else w.device:
-        score = None if isinstance(prune, str) else _scores(prune, w)
-        method = prune if score is None else "scores"
+        method, given = _method(prune, w, source, seed, statistics)
+        score = None if given is None else _scores(given, w)
         packed, report = launch(w, source, pattern, stored, scales, method, score, seed)
-        _raise_for(_host(report), w, source, pattern, stored, prune)
+        _raise_for(_host(report), w, source, pattern, stored, given)
     return packed
 
 
@@ -84,6 +93,20 @@ def _types(w: Any, dtype: object) -> tuple[str, DType]:
     if w.dtype not in SOURCES:
         raise unpackable(w.dtype, "of float8_e4m3fn weights pass the bits as uint8, and the dtype")
     return w.dtype.name, stored_dtype(w, dtype)
+
+
+def _method(prune: Any, w: Any, source: str, seed: int, statistics: Any) -> tuple[str, Any]:
+    """What the kernel calls the method, and the scores that it goes by, wherever they are; None where it makes its own."""
+    if isinstance(prune, arrays.ndarray):
+        require_no_statistics(statistics)
+        return "scores", prune
+    method = bind(prune, w.shape, seed, statistics)
+    if method.kernel != "scores":
+        return method.kernel, None
+    if method.pruner is GIVEN:
+        return "scores", method.statistics
+    require_finite(dense := _values(w, slice(None), source))
+    return "scores", np.maximum(method.scores(dense.astype(np.float32)), 0)  # the kernel itself tells zeros
 
 
 def _scores(prune: Any, w: Any) -> Any:
@@ -183,8 +206,8 @@ def _raise_for(report: Any, w: Any, source: str, pattern: Pattern, stored: DType
         raise pattern.violated(row, group, first[COUNT])
 
 
-def _values(w: Any, row: int, source: str) -> Any:
-    """One row as NumPy numbers."""
+def _values(w: Any, row: int | slice, source: str) -> Any:
+    """One row, or several, as NumPy numbers."""
     return _host(arrays.ascontiguousarray(w[row])).view(FLOAT32 if source == "float32" else packed_dtype(source).numpy)
 
 
