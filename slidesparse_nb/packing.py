@@ -16,7 +16,7 @@ from .operands import check_weights, on_gpu, require_finite, require_no_overflow
 from .packed import PackedWeight, require_packed
 from .pattern import Pattern, known_patterns
 from .reference import window_index
-from .verification import cut, verify, verify_rows
+from .verification import verify, verify_rows
 
 __all__ = ["pack", "pack_rows", "store_rows", "unpack", "verify", "verify_rows", "violations_hint"]
 
@@ -129,7 +129,7 @@ def unpack(packed: PackedWeight) -> Array:
     out = np.empty(packed.shape, packed.dtype.numpy)
 
     def block(rows: slice) -> None:
-        out[rows] = _unpack_rows(cut(packed, rows), rows.start)
+        out[rows] = _unpack_rows(packed.rows(rows.start, rows.stop), rows.start)
 
     for _ in cpu.over_blocks(block, packed.n, packed.k, None):
         pass
