@@ -6,12 +6,13 @@ import contextlib
 import importlib
 import math
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from .dtypes import FLOAT32, INT8, DType
+from .dtypes import FLOAT32, INT8, DType, packed_dtype
 from .errors import FormatError, OperandError, shown
 from .pattern import Pattern
 
@@ -23,6 +24,9 @@ LARGEST_DIMENSION = 2**31 - 1
 
 LARGEST_INT8_SLOTS = 2**17 - 1
 """Slots of a row of int8 values, at most: each adds up to 2^14 to a sum that is kept in int32."""
+
+PARTS = {"weight_packed": "values", "weight_meta": "meta", "weight_scale": "scale", "weight_shape": "shape"}
+"""Last part of a tensor's name in the packed format -> the attribute of PackedWeight that it holds."""
 
 _LEGAL_BYTE = np.zeros(256, bool)
 _LEGAL_BYTE[[low | high << 4 for low in ORDERED_NIBBLES for high in ORDERED_NIBBLES]] = True
@@ -88,6 +92,147 @@ class PackedWeight:
         size = f"{self.bits_per_weight:.2f} bits a weight"
         return f"PackedWeight({self.n} x {self.k}, {self.pattern.described}, {self.dtype}, {size})"
 
+    # ---- named tensors
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Any],
+        pattern: Pattern | str | tuple[int, int],
+        dtype: object = None,
+        *,
+        name: str = "",
+    ) -> PackedWeight:
+        """The packed weight of a module from its tensors of the packed format (docs/format.md); nothing is copied.
+
+        Args:
+            tensors: by name, NumPy or CuPy: weight_packed [n, ks/2] of `dtype` or its bits; weight_meta [n, ks/8] uint8;
+                weight_scale [n, 1] float32, for 8-bit types only; weight_shape [2], the integers n and k. Others are not read.
+            pattern: "6:8", (6, 8) or a Pattern: a file's metadata tell it.
+            dtype: storage type, by name or NumPy dtype; by default that of weight_packed. Needed if those are raw bits.
+            name: the module's, before the dot in the tensors' names; "" if they are bare, as in a module's own state.
+
+        Raises:
+            OperandError: `pattern` or `dtype` is none, or `tensors` is no mapping.
+            FormatError: a tensor is missing, or `validate` refuses it.
+        """
+        if not isinstance(tensors, Mapping):
+            raise OperandError(f"tensors: {type(tensors).__name__} must be a dictionary, such as packed.tensors()")
+        pattern = Pattern.of(pattern)
+        given = {part: tensors.get(_full(name, tensor)) for tensor, part in PARTS.items()}
+        for tensor, part in PARTS.items():
+            if given[part] is None and part != "scale":
+                raise FormatError(f"tensors: {shown(_full(name, tensor))} is missing; a packed weight needs it")
+        stored = packed_dtype(getattr(given["values"], "dtype", None) if dtype is None else dtype)
+        shape = getattr(given.pop("shape"), "tolist", lambda: tensors[_full(name, "weight_shape")])()
+        return cls(**given, pattern=pattern, shape=shape, dtype=stored).validate(name or "packed")
+
+    def tensors(self, name: str = "") -> dict[str, Any]:
+        """The tensors of the packed format, as `from_tensors` takes them: these arrays themselves, and int64 [2] on the host.
+
+        Args:
+            name: of the module; "" for bare names.
+
+        Raises:
+            FormatError: a tensor has the wrong dtype or shape.
+        """
+        self.check_shapes(name or "packed")
+        held = {tensor: getattr(self, part) for tensor, part in PARTS.items()} | {
+            "weight_shape": np.array(self.shape, np.int64)
+        }
+        return {_full(name, tensor): array for tensor, array in held.items() if array is not None}
+
+    # ---- parts, for tensor parallelism and fused layers
+
+    def rows(self, a: int, b: int) -> PackedWeight:
+        """Outputs a to b-1 (column parallelism, one of q/k/v): shape (b - a, k); views, arranged for no device yet.
+
+        Raises:
+            OperandError: not 0 <= a <= b <= n.
+            FormatError: a tensor has the wrong dtype or shape.
+        """
+        a, b = self._range("rows", a, b, 0, 1)
+        scale = None if self.scale is None else self.scale[a:b]
+        return replace(self, values=self.values[a:b], meta=self.meta[a:b], scale=scale, shape=(b - a, self.k))
+
+    def columns(self, a: int, b: int) -> PackedWeight:
+        """Inputs a to b-1 (row parallelism): shape (n, b - a); views, arranged for no device yet.
+
+        The parts' products with x[..., a:b] add up to the product of the whole. Scales stay those of whole rows, so 8-bit
+        parts are not what `pack` makes of w[:, a:b]. If x is quantized part by part, each part has scales of its own.
+
+        Args:
+            a, b: multiples of `pattern.slice_unit`, or k.
+
+        Raises:
+            OperandError: another cut, or not 0 <= a <= b <= k.
+            FormatError: a tensor has the wrong dtype or shape.
+        """
+        a, b = self._range("columns", a, b, 1, self.pattern.slice_unit)
+        start, stop = self.pattern.slid_k(a), self.pattern.slid_k(b)
+        values, meta = self.values[:, start // 2 : stop // 2], self.meta[:, start // 8 : stop // 8]
+        return replace(self, values=values, meta=meta, shape=(self.n, b - a))
+
+    def _range(self, of: str, a: int, b: int, axis: int, unit: int) -> tuple[int, int]:
+        """a and b as integers, or OperandError unless the axis may be cut there."""
+        self.check_shapes()
+        size, letter = self.shape[axis], "nk"[axis]
+        try:
+            first, last = operator.index(a), operator.index(b)
+        except TypeError:
+            raise OperandError(f"{of}: {shown(a)} to {shown(b)} must be two integers") from None
+        if not 0 <= first <= last <= size:
+            raise OperandError(f"{of}: {shown(a)} to {shown(b)} must be a range within 0 to {size}, the {letter} of the weight")
+        for at in (first, last):
+            if at % unit and at != size:
+                below = at // unit * unit
+                raise OperandError(
+                    f"{of}: {first} to {last} must be cut at multiples of {unit}, the slice unit of {self.pattern.described},"
+                    f" or at {letter} = {size}; nearest to {at} are {below} and {min(below + unit, size)}"
+                )
+        return first, last
+
+    @classmethod
+    def concat(cls, weights: Iterable[PackedWeight]) -> PackedWeight:
+        """Weights of the same x as one, outputs below outputs (fused q/k/v, gate/up); the inverse of `rows`. Copies.
+
+        Args:
+            weights: shapes (n_i, k) of one k, pattern and dtype, in one place: all on the host, or all on one GPU.
+
+        Returns:
+            Shape (sum of n_i, k), where the weights are; raw bits if one of them holds raw bits.
+
+        Raises:
+            OperandError: there is none, one is no PackedWeight, they differ, or they are too large together.
+            FormatError: a tensor has the wrong dtype or shape.
+        """
+        listed = list(weights) if isinstance(weights, Iterable) else []
+        if not listed:
+            raise OperandError(f"weights: {shown(weights)} must be a list of PackedWeights, at least one")
+        first = require_packed(listed[0], "weights[0]")
+        for i, weight in enumerate(listed):
+            require_packed(weight, f"weights[{i}]").check_shapes(f"weights[{i}]")
+            for fact in ("k", "pattern", "dtype", "_place"):
+                if (found := getattr(weight, fact)) != (wanted := getattr(first, fact)):
+                    raise OperandError(f"weights[{i}].{fact.strip('_')}: {found} must be {wanted}, as of weights[0]")
+        shape = (sum(weight.n for weight in listed), first.k)
+        if problem := size_problem(first.pattern, shape, first.dtype):
+            raise OperandError(f"weights: together {problem}")
+        parts = [[getattr(weight, part) for weight in listed] for part in ("values", "meta", "scale")]
+        if any(array.dtype != first.values.dtype for array in parts[0]):
+            parts[0] = [array.view(first.dtype.raw) for array in parts[0]]
+        with contextlib.nullcontext() if isinstance(first.values, np.ndarray) else first.values.device:
+            # NumPy hands CuPy's arrays to CuPy
+            values, meta, scale = (None if part[0] is None else np.concatenate(part) for part in parts)
+        return cls(values, meta, scale, first.pattern, shape, first.dtype)
+
+    @property
+    def _place(self) -> str:
+        """The memory that holds the arrays."""
+        return "host" if isinstance(self.values, np.ndarray) else str(getattr(self.values, "device", type(self.values)))
+
+    # ---- on a GPU
+
     def to_device(self, device: int | None = None) -> PackedWeight:
         """Arrange the weight for a GPU ahead of its first product; return self.
 
@@ -102,6 +247,8 @@ class PackedWeight:
         device_code = importlib.import_module(f"{__package__}.device")  # looked up when called: it stands above
         device_code.module("plans", "to_device").to_device(self, device)
         return self
+
+    # ---- checks
 
     def validate(self, name: str = "packed", *, first_row: int = 0) -> PackedWeight:
         """Check dtypes, shapes and index order; return self. (`verify` proves the values.)
@@ -182,10 +329,15 @@ def size_problem(pattern: Pattern, shape: tuple[int, int], dtype: DType) -> str:
     return ""
 
 
-def require_packed(packed: object) -> PackedWeight:
+def _full(name: str, tensor: str) -> str:
+    """A tensor's name in a module."""
+    return f"{name}.{tensor}" if name else tensor
+
+
+def require_packed(packed: object, name: str = "packed") -> PackedWeight:
     """`packed`, or OperandError unless it is a PackedWeight."""
     if not isinstance(packed, PackedWeight):
-        raise OperandError(f"packed: {type(packed).__name__} must be a PackedWeight; pack(w) or load(path) makes one")
+        raise OperandError(f"{name}: {type(packed).__name__} must be a PackedWeight; pack(w) or load(path) makes one")
     return packed
 
 

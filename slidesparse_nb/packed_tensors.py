@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -105,13 +105,8 @@ def packed_names(module: str, packed: PackedWeight) -> list[str]:
 
 def packed_arrays(module: str, packed: PackedWeight) -> dict[str, NDArray[Any]]:
     """The tensors of `packed_entries`, on the host."""
-    arrays = {
-        f"{module}.weight_packed": on_host(packed.values).view(packed.dtype.numpy),
-        f"{module}.weight_meta": on_host(packed.meta),
-    }
-    if packed.scale is not None:
-        arrays[f"{module}.weight_scale"] = on_host(packed.scale)
-    return {**arrays, f"{module}.weight_shape": np.array(packed.shape, np.int64)}
+    there = replace(packed, values=on_host(packed.values).view(packed.dtype.numpy))
+    return {f"{module}.{part}": on_host(array) for part, array in there.tensors().items()}
 
 
 def on_host(array: Any) -> NDArray[Any]:

@@ -17,7 +17,7 @@ from .packed import PackedWeight, require_packed
 from .pattern import Pattern, known_patterns
 from .pruning import NOTHING, Pruning
 from .reference import window_index
-from .verification import cut, verify, verify_rows
+from .verification import verify, verify_rows
 
 __all__ = ["pack", "pack_rows", "store_rows", "unpack", "verify", "verify_rows", "violations_hint"]
 
@@ -45,7 +45,8 @@ def pack(
 
     Args:
         w: [n, k] NumPy array of any strides: float32, float16 or bfloat16; or int8 or float8_e4m3fn with `scale`. Or an array
-            on a GPU, which is packed there and never leaves it; float8_e4m3fn as its bits, uint8, with `dtype`.
+            on a GPU, which is packed there (a method that no kernel knows scores a copy on the host); float8_e4m3fn as its
+            bits, uint8, with `dtype`.
         pattern: "6:8", (6, 8) or a Pattern: non-zeros:total.
         dtype: what is stored: int8, float8_e4m3fn, bfloat16 or float16, by name or NumPy dtype. By default the type of w;
             bfloat16 for float32. Weights of 8 bits keep their bytes and scales: asking for another type is refused.
@@ -131,7 +132,7 @@ def unpack(packed: PackedWeight) -> Array:
     out = np.empty(packed.shape, packed.dtype.numpy)
 
     def block(rows: slice) -> None:
-        out[rows] = _unpack_rows(cut(packed, rows), rows.start)
+        out[rows] = _unpack_rows(packed.rows(rows.start, rows.stop), rows.start)
 
     for _ in cpu.over_blocks(block, packed.n, packed.k, None):
         pass

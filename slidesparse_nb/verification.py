@@ -63,9 +63,8 @@ def verify(
         method = pruning.bind(prune, w.shape, None if seed is None else pruning.check_seed(seed), statistics)
 
     def block(rows: slice) -> None:
-        part = cut(packed, rows)
         verify_rows(
-            part,
+            packed.rows(rows.start, rows.stop),
             None if w is None else w[rows],
             scale=None if scales is None else scales[rows],
             prune=method.rows(rows),
@@ -74,13 +73,6 @@ def verify(
 
     for _ in cpu.over_blocks(block, packed.n, packed.k, max_workers):
         pass
-
-
-def cut(packed: PackedWeight, rows: slice) -> PackedWeight:
-    """Some rows of a packed weight, as views."""
-    scale = None if packed.scale is None else packed.scale[rows]
-    values = packed.values[rows]
-    return PackedWeight(values, packed.meta[rows], scale, packed.pattern, (values.shape[0], packed.k), packed.dtype)
 
 
 def verify_rows(

@@ -44,6 +44,18 @@ def test_matmul(gpu: Any, dtype: DType, source: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_parts(gpu: Any, dtype: DType) -> None:
+    """Rows, columns and concatenated weights are arranged anew, from views."""
+    packed = weight(40, 90, dtype)
+    parts = [packed.rows(8, 37), packed.columns(16, 64), packed.columns(64, 90), packed.rows(1, 9).columns(32, 90)]
+    parts.append(type(packed).concat([parts[0], packed.to_device(0).rows(0, 8)]))
+    for part in parts:
+        x = array(np.random.default_rng(5).standard_normal((7, part.k)).astype(BF16))
+        close(ops().matmul(x, part), wanted(x, part))
+        assert part.arranged.keys() == {0}
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("k", [64, 61])
 def test_quantized_once(gpu: Any, dtype: DType, k: int) -> None:
     first, second = weight(24, k, dtype), weight(16, k, dtype, seed=1)

@@ -1,17 +1,35 @@
-"""PackedWeight.validate refuses what no packer writes, by name."""
+"""PackedWeight: validate refuses what no packer writes, by name; named tensors, rows, columns and concat."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cases import Array, drop_two, sparse_rows, weights
+from device_cases import same_weight
+from hypothesis import given
+from hypothesis import strategies as st
 
-from slidesparse_nb import FormatError, OperandError, PackedWeight, QuantizedActivations, matmul, pack, reference
-from slidesparse_nb.dtypes import BFLOAT16, INT8
+from slidesparse_nb import (
+    FormatError,
+    OperandError,
+    PackedWeight,
+    QuantizedActivations,
+    load,
+    matmul,
+    pack,
+    reference,
+    save,
+    unpack,
+    verify,
+)
+from slidesparse_nb.dtypes import BFLOAT16, FLOAT32, INT8, PACKED, DType
 from slidesparse_nb.packed import ORDERED_NIBBLES
-from slidesparse_nb.pattern import Pattern
+from slidesparse_nb.pattern import Pattern, known_patterns
 
 
 @pytest.fixture
@@ -126,3 +144,183 @@ def test_empty_weights() -> None:
 def test_quantized_activations() -> None:
     x = QuantizedActivations(np.zeros((6, 5), np.int8), np.ones((6, 1), np.float32), (2, 3), INT8, np.dtype(np.float32))
     assert x.k == 5
+
+
+# ---- named tensors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "model.layers.0.q_proj"])
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_named_tensors(dtype: DType, name: str, tmp_path: Path) -> None:
+    """`tensors` and `from_tensors` are inverse, copy nothing, and name what a file names."""
+    packed = pack(weights((3, 20)), "6:8", dtype, prune="magnitude")
+    tensors = packed.tensors(name)
+    again = PackedWeight.from_tensors({"bias": None, **tensors}, "6:8", name=name)
+    same_weight(again, packed)
+    assert all(getattr(again, part) is getattr(packed, part) for part in ("values", "meta", "scale"))
+    raw = replace(packed, values=packed.values.view(dtype.raw))
+    same_weight(PackedWeight.from_tensors(raw.tensors(), (6, 8), dtype.scheme), raw)
+    save(tmp_path / "f.safetensors", {"fc": packed})
+    with (tmp_path / "f.safetensors").open("rb") as file:
+        header = file.read(2000).decode("latin-1")
+    assert all(f'"{tensor}"' in header for tensor in packed.tensors("fc"))
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "error", "message"),
+    [
+        ({"weight_packed": None}, {}, FormatError, "tensors: 'weight_packed' is missing"),
+        ({}, {"name": "fc"}, FormatError, "tensors: 'fc.weight_packed' is missing; a packed weight needs it"),
+        ({"weight_shape": None}, {}, FormatError, "tensors: 'weight_shape' is missing"),
+        ({"weight_shape": np.ones(2)}, {}, FormatError, r"packed.shape: \[1.0, 1.0\] must be two integers \(n, k\)"),
+        ({"weight_shape": np.array([3, 40])}, {}, FormatError, r"packed.values: is int8 \(3, 24\), must be int8 \(3, 36\)"),
+        ({"weight_scale": None}, {}, FormatError, "packed.scale: is missing; int8 weights need it"),
+        ({"weight_meta": np.zeros((3, 6), np.uint8)}, {}, FormatError, "packed.meta: byte 0x00 at row 0, column 0"),
+        ({}, {"pattern": "3:4"}, OperandError, "pattern: 3:4 is not of the form"),
+        ({"weight_packed": np.zeros((3, 24), np.uint16)}, {}, OperandError, r"dtype: dtype\('uint16'\) is not a packed type"),
+        (None, {}, OperandError, "tensors: list must be a dictionary"),
+    ],
+)
+def test_from_tensors_refuses(
+    packed: PackedWeight, change: dict[str, Any] | None, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    tensors: Any = [] if change is None else packed.tensors() | change
+    with pytest.raises(error, match=f"^{message}"):
+        PackedWeight.from_tensors(tensors, **{"pattern": "6:8", **arguments})
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def whole_numbers(x: Array, dtype: DType) -> QuantizedActivations:
+    """x as it is: whole numbers, whose products every type adds up exactly."""
+    scale = None if dtype.qmax is None else np.ones((len(x), 1), np.float32)
+    return QuantizedActivations(x.astype(dtype.numpy), scale, (len(x),), dtype, FLOAT32)
+
+
+def cuts(size: int, unit: int, seed: int) -> list[tuple[int, int]]:
+    """Adjacent ranges, some of them empty, from 0 to size: cut at multiples of unit."""
+    inner = np.random.default_rng(seed).integers(0, size // unit + 1, 3) * unit
+    return list(pairwise([0, *sorted(inner.tolist()), size]))
+
+
+@given(rows=sparse_rows(known_patterns()), dtype=st.sampled_from(PACKED), seed=st.integers(0, 99))
+def test_parts(rows: tuple[Array, Pattern], dtype: DType, seed: int) -> None:
+    """Parts are what the parts of w pack to; rows and concat are inverse; products of column parts add up to the whole."""
+    w, pattern = rows[0].astype(dtype.numpy), rows[1]
+    scale = None if dtype.qmax is None else np.random.default_rng(seed).integers(1, 5, (len(w), 1)).astype(np.float32)
+    packed = pack(w, pattern, scale=scale)
+
+    parts = []
+    for a, b in cuts(packed.n, 1, seed):
+        part = packed.rows(a, b)
+        same_weight(part, pack(w[a:b], pattern, scale=None if scale is None else scale[a:b]))
+        parts.append(part)
+    same_weight(PackedWeight.concat(parts).validate(), packed)
+
+    x = np.random.default_rng(seed).integers(-3, 4, (3, packed.k))
+    total = np.zeros((3, packed.n), np.float32)
+    for a, b in cuts(packed.k, pattern.slice_unit, seed):
+        part = packed.columns(a, b)
+        same_weight(part, pack(w[:, a:b], pattern, scale=scale))
+        verify(part, w[:, a:b], scale=scale)
+        total += matmul(whole_numbers(x[:, a:b], dtype), part)
+    np.testing.assert_array_equal(total, matmul(whole_numbers(x, dtype), packed))
+    np.testing.assert_array_equal(total, x @ (w.astype(np.float64) * (1 if scale is None else scale)).T)
+
+
+@pytest.mark.parametrize("pattern", known_patterns(), ids=str)
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_columns_of_quantized_weights(dtype: DType, pattern: Pattern) -> None:
+    """Stored values and scales are those of the whole; so is the product, to the order of addition in float32."""
+    w = drop_two(weights((7, 9 * pattern.group + 3)), pattern)
+    packed = pack(w, pattern, dtype)
+    total: Any = 0
+    x = np.random.default_rng(1).standard_normal((4, packed.k)).astype(np.float32)
+    q, scale = reference.quantize(x, dtype) if dtype.qmax else (x.astype(dtype.numpy), None)
+    for a, b in pairwise([0, pattern.slice_unit, 2 * pattern.slice_unit, packed.k]):
+        part = packed.columns(a, b)
+        verify(part)
+        assert part.scale is packed.scale
+        np.testing.assert_array_equal(unpack(part), unpack(packed)[:, a:b])
+        total = total + matmul(QuantizedActivations(q[:, a:b], scale, (4,), dtype, FLOAT32), part)
+    whole = matmul(QuantizedActivations(q, scale, (4,), dtype, FLOAT32), packed)
+    np.testing.assert_allclose(total, whole, rtol=1e-5, atol=1e-4)
+
+
+def test_parts_are_views_arranged_for_no_device(packed: PackedWeight) -> None:
+    packed.arranged[0] = "buffers of the whole"
+    for part in (packed.rows(0, 3), packed.columns(16, 20), packed.rows(np.int64(1), np.int8(2))):  # type: ignore[arg-type]
+        assert part.arranged == {}
+        assert all(np.shares_memory(getattr(part, name), getattr(packed, name)) for name in ("values", "meta", "scale"))
+    one = PackedWeight.concat(iter([packed]))
+    assert one.arranged == {}
+    assert not np.shares_memory(one.values, packed.values)
+
+
+def test_concat_of_raw_bits(packed: PackedWeight) -> None:
+    mixed = PackedWeight.concat([packed, replace(packed, values=packed.values.view(np.uint8))]).validate()
+    np.testing.assert_array_equal(mixed.values, np.concatenate([packed.values] * 2).view(np.uint8))
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_cut_weights_are_saved(tmp_path: Path, dtype: DType) -> None:
+    packed = pack(weights((6, 50)), "6:8", dtype, prune="magnitude")
+    parts = {"rows": packed.rows(2, 5), "columns": packed.columns(16, 50), "both": packed.rows(1, 6).columns(16, 32)}
+    parts["fused"] = PackedWeight.concat([parts["columns"], parts["columns"].rows(0, 1)])
+    save(tmp_path / "parts.safetensors", parts)
+    loaded = load(tmp_path / "parts.safetensors")
+    for name, part in parts.items():
+        same_weight(loaded[name], part)
+
+
+@pytest.mark.parametrize(
+    ("cut", "a", "b", "message"),
+    [
+        ("rows", 2, 4, "rows: 2 to 4 must be a range within 0 to 3, the n of the weight"),
+        ("rows", -1, 2, "rows: -1 to 2 must be a range within 0 to 3"),
+        ("rows", 2, 1, "rows: 2 to 1 must be a range"),
+        ("rows", 0, 1.5, "rows: 0 to 1.5 must be two integers"),
+        ("columns", 0, 32, "columns: 0 to 32 must be a range within 0 to 20, the k of the weight"),
+        ("columns", 0, None, "columns: 0 to None must be two integers"),
+        (
+            "columns", 8, 20,
+            r"columns: 8 to 20 must be cut at multiples of 16, the slice unit of 6:8 \(2 zeros in 8\), or at k = 20;"
+            " nearest to 8 are 0 and 16$",
+        ),
+        ("columns", 0, 18, "columns: 0 to 18 must be cut at .*; nearest to 18 are 16 and 20$"),
+    ],
+)  # fmt: skip
+def test_bad_cuts(packed: PackedWeight, cut: str, a: Any, b: Any, message: str) -> None:
+    with pytest.raises(OperandError, match=f"^{message}"):
+        getattr(packed, cut)(a, b)
+
+
+def test_parts_of_what_is_inconsistent(packed: PackedWeight) -> None:
+    bad = replace(packed, scale=None)
+    for call in (lambda: bad.rows(0, 1), lambda: bad.columns(0, 16), bad.tensors):
+        with pytest.raises(FormatError, match=r"^packed.scale: is missing"):
+            call()
+    with pytest.raises(FormatError, match=r"^weights\[1\].scale: is missing"):
+        PackedWeight.concat([packed, bad])
+
+
+def test_concat_refuses(packed: PackedWeight) -> None:
+    class Elsewhere:
+        def __init__(self, array: np.ndarray) -> None:
+            self.shape, self.dtype, self.device = array.shape, array.dtype, "GPU 1"
+
+    there = {part: Elsewhere(getattr(packed, part)) for part in ("values", "meta", "scale")}
+    tall = PackedWeight(*(np.zeros((2**30, 0), t) for t in ("f2", "u1")), None, Pattern(6, 8), (2**30, 0), PACKED[3])
+    for weights_, message in (
+        ([], r"weights: \[\] must be a list of PackedWeights, at least one"),
+        (packed, r"weights: PackedWeight\(3 x 20, .*\) must be a list"),
+        ([packed, 3], r"weights\[1\]: int must be a PackedWeight"),
+        ([packed, packed.columns(0, 16)], r"weights\[1\].k: 16 must be 20, as of weights\[0\]"),
+        ([packed, pack(np.zeros((1, 20), np.float32), "4:6", "int8")], r"weights\[1\].pattern: 4:6 must be 6:8"),
+        ([packed, pack(np.zeros((1, 20), np.float32), "6:8", "fp8")], r"weights\[1\].dtype: float8_e4m3fn must be int8"),
+        ([packed, replace(packed, **there)], r"weights\[1\].place: GPU 1 must be host"),
+        ([tall, tall], r"weights: together shape \(2147483648, 0\) must be below 2\^31"),
+    ):
+        with pytest.raises(OperandError, match=f"^{message}"):
+            PackedWeight.concat(weights_)  # type: ignore[arg-type]

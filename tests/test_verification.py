@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from slidesparse_nb import FormatError, OperandError, PackedWeight, Pattern, VerificationError, pack, reference, unpack, verify
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
 from slidesparse_nb.packing import verify_rows
-from slidesparse_nb.verification import cut, lowest_two
+from slidesparse_nb.verification import lowest_two
 
 P = Pattern(6, 8)
 
@@ -79,7 +79,7 @@ def test_threads_name_the_true_row(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(VerificationError, match="for row 33, column"):
             verify(packed, other, max_workers=workers)
     with pytest.raises(VerificationError, match="for row 1033, column"):
-        verify_rows(cut(packed, slice(20, 40)), other[20:], first_row=1020)
+        verify_rows(packed.rows(20, 40), other[20:], first_row=1020)
 
 
 # ---- what is wrong with the packed form --------------------------------------------------------------------------

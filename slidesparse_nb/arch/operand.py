@@ -54,7 +54,7 @@ TOKEN, PIECE = np.arange(8)[:, None], np.arange(8)
 
 
 def piece_at(size: int) -> Any:
-    """Positions of the 16-byte chunks of each of eight tokens in their stage, elements being `size` bytes: int [token, chunk]."""
+    """Positions of the 16-byte chunks of eight tokens in a stage, elements of `size` bytes: int [token, chunk]."""
     return (HALVES if size == 1 else PIECE) ^ TOKEN
 
 

@@ -18,7 +18,7 @@ from ..packed import PackedWeight
 from ..pattern import known_patterns
 from ..pruning import bind
 from ..reference import Array
-from ..verification import cut, quantized
+from ..verification import quantized
 from .job import source_scale
 from .kinds import not_linear
 from .layout import row_ranges
@@ -194,7 +194,7 @@ def _each_block(written: Checkpoint, name: str, weight: PackedWeight, check: Cal
     """Call `check` on ranges of rows; the error it raises gets the module's name."""
     for first, last in row_ranges(weight.n, weight.nbytes // max(1, weight.n), UNIT_BYTES):
         try:
-            check(cut(weight, slice(first, last)), first, last)
+            check(weight.rows(first, last), first, last)
         except (FormatError, VerificationError) as error:
             raise type(error)(f"{name}: {error}") from None
     for tensor in packed_names(name, weight):

@@ -12,7 +12,6 @@ from ..dtypes import DType
 from ..errors import UnsupportedError, VerificationError
 from ..packed import PackedWeight
 from ..safetensors_file import checked_path
-from ..verification import cut
 from .config import output_config, output_metadata
 from .job import all_items, carry_out, new_report, output_target
 from .layout import Item, Piece, dense_entries, dense_pieces, output_layout, row_ranges
@@ -66,7 +65,7 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
         def prove(written: Checkpoint, add: Callable[[int], None]) -> None:
             for module in modules:
                 for first, last in row_ranges(*_extent(weights[module.name]), UNIT_BYTES):
-                    _prove_rows(module, written, cut(weights[module.name], slice(first, last)), first, last)
+                    _prove_rows(module, written, weights[module.name].rows(first, last), first, last)
                 _release(checkpoint, module)
                 add(sum(checkpoint.tensors[name][0].nbytes for name in module.replaced))
             replaced = [name for module in modules for name in module.replaced]
@@ -99,7 +98,7 @@ def _extent(packed: PackedWeight) -> tuple[int, int]:
 
 def _item(checkpoint: Checkpoint, module: Module, packed: PackedWeight) -> Item:
     def make(first: int, last: int) -> Iterator[Piece]:
-        block = cut(packed, slice(first, last)).validate(module.name, first_row=first)
+        block = packed.rows(first, last).validate(module.name, first_row=first)
         yield from dense_pieces(module.name, packing.unpack(block), block.scale, first)
         if last == packed.n:
             _release(checkpoint, module)

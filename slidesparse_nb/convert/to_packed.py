@@ -23,7 +23,6 @@ from ..packing import violations_hint
 from ..pruning import Pruning
 from ..safetensors_file import checked_path
 from ..strict_json import frozen, uncollected
-from ..verification import cut
 from .config import is_renamed, output_config, output_metadata
 from .job import all_items, carry_out, extent, new_report, output_target, release_rows, source_scale
 from .kinds import in_block
@@ -406,7 +405,7 @@ class _Maker:
         values, meta = packing.pack_rows(q, pattern)
         whole, first = PackedWeight(values, meta, scale, pattern, (w.shape[0], w.shape[1]), dtype), 0
         for module in modules:
-            yield module, cut(whole, slice(first, first := first + module.shape[0]))
+            yield module, whole.rows(first, first := first + module.shape[0])
             release_rows(self.checkpoint, module, 0, module.shape[0])
 
     def batches(self, modules: Sequence[Module]) -> Iterator[list[Module]]:
@@ -422,12 +421,9 @@ class _Maker:
 
     def proved_together(self, modules: Sequence[Module], packed: Mapping[str, PackedWeight]) -> bool:
         """Whether whole modules of one key are proved at once; False if one of them must be looked at alone."""
-        blocks = [packed[m.name] for m in modules]
-        scale = None if blocks[0].scale is None else np.concatenate([b.scale for b in blocks])
-        values, meta = (np.concatenate([getattr(b, part) for b in blocks]) for part in ("values", "meta"))
         w, source_scales = self.stacked(modules)
-        whole = PackedWeight(values, meta, scale, self.options.pattern, (w.shape[0], w.shape[1]), modules[0].dtype)
         try:
+            whole = PackedWeight.concat(packed[m.name] for m in modules)
             packing.verify_rows(whole, w, scale=source_scales, prune=pruning.bind(self.options.prune, w.shape))
         except SlideSparseError:
             return False
@@ -477,7 +473,7 @@ class _Maker:
     ) -> PackedWeight:
         """Rows of a module as they were written, in packed form whatever the format."""
         if self.options.format == "packed":
-            return cut(packed[module.name], slice(first, last))
+            return packed[module.name].rows(first, last)
         q = written.array(module.weight)[first:last]
         scale = None if module.dtype.qmax is None else written.array(f"{module.name}.weight_scale")[first:last]
         try:

@@ -105,7 +105,7 @@ def image(
     scale: Any = None,
     stream: Any = None,
 ) -> tuple[Any, Any]:
-    """x quantized (8-bit `dtype`) or rounded (16-bit), lifted by `pattern` and laid out in tiles; the Numba version of `operand.image`.
+    """x quantized (8-bit `dtype`) or rounded (16-bit), lifted by `pattern` and in tiles; the Numba version of `operand.image`.
 
     With `out`, and `scale` for an 8-bit type, it allocates nothing; it never waits for the device.
 

@@ -218,16 +218,11 @@ def test_as_many_tiles_as_processors_and_few_stages(gemm, family, dtype, stages)
     wanted, there, weights = Wanted(exact, magnitude, packed), on_gpu(x), {}
     tally = Tally()
 
-    def narrow(n):
-        """The first n outputs of the weight."""
-        scale = None if packed.scale is None else packed.scale[:n]
-        return ss.PackedWeight(packed.values[:n], packed.meta[:n], scale, P, (n, packed.k), dtype)
-
     for config in configs:
         outputs, full = size_of(config)
         for columns, m in [(c, m) for c in (1, sms - 1, sms, sms + 1) for m in (1, full)] + [(sms // 2, full + 1)]:
             n = outputs * columns - 3
-            part = weights[n] = weights.get(n) or narrow(n)
+            part = weights[n] = weights.get(n) or packed.rows(0, n)
             device = gemm.to_device(part)
             for way in shared_out(config, m, n, sm90.stages(P, packed.k, dtype), sms):
                 device.plans[m, OUT] = gemm.Plan(device, m, OUT, way)
