@@ -218,13 +218,13 @@ class PackedWeight:
         shape = (sum(weight.n for weight in listed), first.k)
         if problem := size_problem(first.pattern, shape, first.dtype):
             raise OperandError(f"weights: together {problem}")
-        parts = [[getattr(weight, part) for weight in listed] for part in ("values", "meta", "scale")]
-        if any(array.dtype != first.values.dtype for array in parts[0]):
-            parts[0] = [array.view(first.dtype.raw) for array in parts[0]]
+        raw = first.dtype.raw  # CuPy joins no bfloat16
+        parts = [[w.values.view(raw) for w in listed], [w.meta for w in listed], [w.scale for w in listed]]
         with contextlib.nullcontext() if isinstance(first.values, np.ndarray) else first.values.device:
             # NumPy hands CuPy's arrays to CuPy
-            values, meta, scale = (None if part[0] is None else np.concatenate(part) for part in parts)
-        return cls(values, meta, scale, first.pattern, shape, first.dtype)
+            values, meta, *scale = (np.concatenate(part) for part in parts if part[0] is not None)
+        stored = first.values.dtype if len({w.values.dtype for w in listed}) == 1 else raw
+        return cls(values.view(stored), meta, scale[0] if scale else None, first.pattern, shape, first.dtype)
 
     @property
     def _place(self) -> str:

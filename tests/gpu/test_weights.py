@@ -10,7 +10,7 @@ import pytest
 from cases import faulty
 from device_cases import SOURCES, bits, same_weight
 
-from slidesparse_nb import packing, reference
+from slidesparse_nb import matmul, packing, reference
 from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
 from slidesparse_nb.errors import FormatError, OperandError, PatternError
 from slidesparse_nb.packed import PackedWeight
@@ -228,3 +228,22 @@ def test_unpack_refuses_what_the_cpu_refuses(fault, dtype) -> None:
     with pytest.raises(FormatError) as error:
         packing.unpack(given)
     assert str(error.value) == str(wanted.value)
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_parts_stay_on_the_device(dtype) -> None:
+    """Rows, columns and concatenated weights are what they are on the host, and are multiplied from views."""
+    w = reference.prune(awkward_weights(40, 90, SOURCES[0]), Pattern(6, 8))
+    packed, there = packing.pack(w, "6:8", dtype), packing.pack(on_device(w), "6:8", dtype)
+    there.to_device()
+    x = np.random.default_rng(0).standard_normal((7, 90)).astype(np.float32)
+    for a, b, first, last in ((8, 37, 0, 90), (0, 40, 16, 64), (0, 40, 64, 90), (1, 9, 32, 90)):
+        part, expected = (p.rows(a, b).columns(first, last) for p in (there, packed))
+        fused = PackedWeight.concat([part, part.rows(0, 3)])
+        assert isinstance(fused.meta, cp.ndarray)
+        same_weight(on_host(fused), PackedWeight.concat([expected, expected.rows(0, 3)]))
+        same_weight(on_host(PackedWeight.from_tensors(part.tensors("fc"), "6:8", dtype, name="fc")), expected)
+        y, wanted = matmul(cp.asarray(x[:, first:last]), part), matmul(x[:, first:last], expected)
+        np.testing.assert_allclose(y.get(), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+    with pytest.raises(OperandError, match=r"^weights\[1\].place: host must be <CUDA Device 0>"):
+        PackedWeight.concat([there, packed])
