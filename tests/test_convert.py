@@ -420,6 +420,10 @@ def test_dense_format_may_hold_a_tensor_of_a_modules_name(tmp_path: Path) -> Non
     report = ss.pack_checkpoint(file, tmp_path / "d.safetensors", options(scheme="INT8_W8A8", format="dense"), FAST)
     assert (ss.load(tmp_path / "d.safetensors")["a"] == parts["a"]).all()
     assert report.left_dense == {"a (the tensor)": "not named .weight"}
+    for path in (file, tmp_path / "d.safetensors"):
+        facts = ss.inspect_checkpoint(path)
+        assert [m.name for m in facts.modules] == ["a", "a (the tensor)"]
+        assert sum(m.bytes for m in facts.modules) + facts.other_bytes == facts.bytes
 
 
 @pytest.mark.parametrize("extra", ["a", "a.weight_scale", "weight_shape"])

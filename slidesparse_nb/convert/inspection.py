@@ -24,7 +24,7 @@ from .kinds import not_linear
 from .layout import row_ranges
 from .options import UNIT_BYTES, Progress, Run
 from .proof import prove_copies
-from .selection import QUANTIZED_PARTS, SOURCE_CODES, Selection, named, select
+from .selection import QUANTIZED_PARTS, SOURCE_CODES, Selection, named, select, tensor_of
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Progress | Non
                 )
             )
         dense = _dense_matrices(checkpoint, facts, counted)
-        add = Run(progress=progress).counter("reading", sum(sizes[_tensor(checkpoint, name)] for name in dense))
+        add = Run(progress=progress).counter("reading", sum(sizes[tensor_of(sizes, name)] for name in dense))
         for name, why in dense.items():
-            parts = [part for part in (_tensor(checkpoint, name), f"{name}.weight_scale") if part in sizes]
+            parts = [part for part in (tensor_of(sizes, name), f"{name}.weight_scale") if part in sizes]
             facts.modules.append(_dense_facts(checkpoint, name, why, sum(sizes[part] for part in parts)))
             counted.update(parts)
             add(sizes[parts[0]])
@@ -119,13 +119,8 @@ def _dense_matrices(checkpoint: Checkpoint, facts: Facts, counted: set[str]) -> 
     return found
 
 
-def _tensor(checkpoint: Checkpoint, name: str) -> str:
-    """The tensor of a module, or that of this name."""
-    return f"{name}.weight" if f"{name}.weight" in checkpoint.tensors else name
-
-
 def _dense_facts(checkpoint: Checkpoint, name: str, reason: str, nbytes: int) -> ModuleFacts:
-    info = checkpoint.tensors[_tensor(checkpoint, name)][0]
+    info = checkpoint.tensors[tensor_of(checkpoint.tensors, name)][0]
     n, k = math.prod(info.shape[:-1]), info.shape[-1]
     patterns = known_patterns()
     zeros = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .. import dtypes
@@ -27,6 +27,8 @@ FLOAT_CODES = ("F32", "F16", "BF16", "F64")
 
 PARTS = {"weight", "bias", "k_scale", "v_scale", "q_scale", "output_scale"}
 """Tensors X.* of a linear layer X that packing leaves as they are, beside its weight; the last four belong to a KV cache."""
+APART = " (the tensor)"
+"""After the name of a tensor X in a selection where X.weight, a module's, is beside it."""
 QUANTIZED_PARTS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
 """Tensors of an 8-bit layer that packing replaces."""
 
@@ -172,7 +174,7 @@ def select(
     for name, info in tensors.items():
         module = name.removesuffix(".weight")
         if module not in candidates or name == module:
-            _other(selection, info, shapes, ignored, name if name not in candidates else f"{name} (the tensor)")
+            _other(selection, info, shapes, ignored, name if name not in candidates else name + APART)
         elif (by := ignored(module)) is not None:
             selection.left_dense[module] = f"ignored by {shown(by)}"
         elif targets and targeted(module) is None:
@@ -230,6 +232,11 @@ def _other(selection: Selection, info: TensorInfo, shapes: kinds.Shapes, ignored
         selection.left_dense[called] = "not named .weight"
     else:
         selection.left_dense[called] = f"of {len(shape)} dimensions"
+
+
+def tensor_of(tensors: Container[str], name: str) -> str:
+    """The tensor behind a name of a selection: a module's weight, or the tensor of that name."""
+    return next((each for each in (f"{name}.weight", name) if each in tensors), name.removesuffix(APART))
 
 
 def _refuse_unmerged(selection: Selection, tensors: dict[str, TensorInfo], ignored: Matcher) -> None:

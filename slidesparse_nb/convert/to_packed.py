@@ -29,7 +29,7 @@ from .kinds import in_block
 from .layout import Item, Piece, dense_entries, dense_pieces, output_layout, row_ranges
 from .options import UNIT_BYTES, Options, Report, Run
 from .proof import prove_copies
-from .selection import Module, Selection, select
+from .selection import APART, Module, Selection, select
 
 SMALL = 2**16
 """Bytes of a source weight up to which modules are packed and proved several at a time."""
@@ -141,7 +141,7 @@ def _count_bytes(report: Report, selection: Selection, checkpoint: Checkpoint, s
     refused = set(report.refused)
     packed = {name for m in selection.modules if m.name not in refused for name in m.replaced}
     for name, (info, _) in checkpoint.tensors.items():
-        owners = {name, name.removesuffix(".weight"), name.rpartition(".")[0], f"{name} (the tensor)"}
+        owners = {name, name.removesuffix(".weight"), name.rpartition(".")[0], name + APART}
         if name in packed:
             report.packed_bytes += info.nbytes
         elif owners & refused:
