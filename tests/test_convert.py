@@ -193,6 +193,16 @@ def test_what_is_shown_of_an_output_adds_up(tmp_path: Path, format: str) -> None
     assert all(shown[m.name] == m.bytes for m in report.modules)
 
 
+def test_a_packed_folder_that_ignores_what_is_no_expression_is_refused(tmp_path: Path) -> None:
+    ss.pack_checkpoint(models.folder(tmp_path / "in"), tmp_path / "out", options(scheme="int8"), FAST)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["re:("]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ss.UnsupportedError, match=r"ignore: 're:\(' is no regular expression"):
+        ss.unpack_checkpoint(tmp_path / "out", tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
 def test_random_pruning_depends_on_the_seed_alone(tmp_path: Path) -> None:
     source = models.folder(tmp_path / "in", models.tensors(prune=None))
     made = []

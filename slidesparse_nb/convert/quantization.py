@@ -53,11 +53,12 @@ def understood(where: str, quantization: Any) -> dict[str, Any]:
     if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
         raise UnsupportedError(f"{where}.ignore is {shown(ignore)}, must be a list of names")
     for name in ignore:
-        _regular(f"{where}.ignore", name)
+        require_regular(f"{where}.ignore", name)
     return dict(quantization)
 
 
-def _regular(where: str, name: str) -> None:
+def require_regular(where: str, name: str) -> None:
+    """Raise UnsupportedError unless a name is exact, or "re:" and a regular expression."""
     try:
         re.compile(name[3:] if name.startswith("re:") else "")
     except re.error as error:
@@ -100,7 +101,7 @@ def _refuse_group(where: str, group: Any) -> None:
     if targets is not None and (not isinstance(targets, list) or not all(isinstance(name, str) for name in targets)):
         raise UnsupportedError(f"{where}: targets is {shown(targets)}, must be a list of names")
     for name in targets or ():
-        _regular(f"{where}.targets", name)
+        require_regular(f"{where}.targets", name)
     if group.get("output_activations"):
         raise UnsupportedError(f"{where}: output_activations are quantized, which packed weights do not; leave them out")
     facts = {"num_bits": (8,), "type": ("int", "float"), "strategy": ("channel", "tensor"), "symmetric": (True,)}

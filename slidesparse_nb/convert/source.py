@@ -22,7 +22,7 @@ from ..checkpoint import Checkpoint
 from ..errors import FormatError, UnsupportedError, shown
 from ..model_folder import CONFIG, member, read_json
 from . import kinds
-from .quantization import NOTHING, understood
+from .quantization import NOTHING, require_regular, understood
 
 STATEMENTS = (
     "quantization_config", "compression_config", "quantization", "quant_config", "quantize_config", "sparsity_config",
@@ -167,15 +167,22 @@ def read_source(checkpoint: Checkpoint) -> Source:
 
 
 def read_packed_source(checkpoint: Checkpoint) -> Source:
-    """What a packed checkpoint says of itself: the names that its config.json ignores, and its vocabularies."""
+    """What a packed checkpoint says of itself: the names that its config.json ignores, and its vocabularies.
+
+    Raises:
+        UnsupportedError: one of these names is no regular expression.
+    """
     config: Mapping[str, Any] = checkpoint.config or {}
     shapes = {name: info.shape for name, (info, _) in checkpoint.tensors.items()}
     quantization = config.get("quantization_config")
     ignore = quantization.get("ignore") if isinstance(quantization, Mapping) else None
+    names = tuple(name for name in ignore if isinstance(name, str)) if isinstance(ignore, list) else ()
+    for name in names:
+        require_regular(f"{CONFIG}: quantization_config.ignore", name)
     return Source(
         model_types=_model_types(config),
         vocabularies=frozenset(_vocabularies(config, shapes)),
-        ignore=tuple(name for name in ignore if isinstance(name, str)) if isinstance(ignore, list) else (),
+        ignore=names,
     )
 
 
