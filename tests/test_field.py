@@ -235,6 +235,13 @@ def test_a_table_of_small_integers_is_no_quantized_layer(tmp_path: Path) -> None
     assert len([w for w in ss.load(tmp_path / "out").values() if isinstance(w, ss.PackedWeight)]) == 7
 
 
+def test_a_layer_whose_name_looks_like_an_expression_is_ignored_by_name(tmp_path: Path) -> None:
+    made = pack(tmp_path, {**layer(), "re:(.weight": matrix(D, F)}, ignore=("re:re:",), scheme="int8", format="dense")
+    names = made["quantization_config"]["ignore"]
+    assert any(re.match(name[3:], "re:(") for name in names if name.startswith("re:"))
+    assert not any(re.match(name[3:], "model.layers.0.mlp.up_proj") for name in names if name.startswith("re:"))
+
+
 def test_names_that_the_source_ignores_are_kept_and_nothing_else_of_its_config(tmp_path: Path) -> None:
     config = fp8_config(ignore=["lm_head", "re:vision.*"], global_compression_ratio=1.5, kv_cache_scheme={"num_bits": 8})
     config["text_config"] = {"quantization_config": config["quantization_config"], "hidden_size": D}

@@ -80,7 +80,7 @@ def output_config(
             if group is None:
                 groups.append(group := {**scheme, "format": name, "targets": []})
             if group is not main or kinds.not_linear(module, ()) is not None:  # no engine counts a head among "Linear"
-                group["targets"] += [module, *(kinds.fused_names(module) if group is not main else [])]
+                group["targets"] += [_entry(module), *(kinds.fused_names(module) if group is not main else [])]
                 others = {*packed, *(other for other in kept if kept[other] != scheme)}
                 form = next((form for form in _forms(module) if not _covers(form, others)), None)
                 group["targets"] += [form] if form and form not in group["targets"] and is_renamed(source, said) else []
@@ -163,9 +163,9 @@ def _ignored(source: Checkpoint, said: Source, quantized: set[str]) -> list[str]
         module = name.removesuffix(".weight")
         parent, _, last = name.rpartition(".")
         if len(info.shape) >= 2 and not {module, parent} & quantized and last not in QUANTIZED_PARTS:
-            names.add(module)
+            names.add(_entry(module))
             if module == name and kinds.stacked(name, info.shape, {}):
-                names.add(parent)  # experts: engines know the module by its parent's name
+                names.add(_entry(parent))  # experts: engines know the module by its parent's name
             if len(info.shape) == 2:
                 anywhere.add(module)
     if is_renamed(source, said):
@@ -193,6 +193,11 @@ def is_renamed(source: Checkpoint, said: Source) -> bool:
     """Whether loaders may give modules other names than the files: a model of several, or one saved without its head."""
     usual = {"model", "transformer", "lm_head"}
     return len(said.model_types) > 1 or any(name.partition(".")[0] not in usual for name in source.tensors)
+
+
+def _entry(module: str) -> str:
+    """A name for `ignore` or `targets`; one that begins like a regular expression becomes the expression for itself."""
+    return f"re:{re.escape(module)}$" if module.startswith("re:") else module
 
 
 def _forms(module: str) -> Iterator[str]:
