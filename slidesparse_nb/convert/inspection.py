@@ -90,9 +90,9 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Progress | Non
                 )
             )
         dense = _dense_matrices(checkpoint, facts, counted)
-        add = Run(progress=progress).counter("reading", sum(sizes[tensor_of(sizes, name)] for name in dense))
+        add = Run(progress=progress).counter("reading", sum(sizes[tensor_of(checkpoint, name)] for name in dense))
         for name, why in dense.items():
-            parts = [part for part in (tensor_of(sizes, name), f"{name}.weight_scale") if part in sizes]
+            parts = [part for part in (tensor_of(checkpoint, name), f"{name}.weight_scale") if part in sizes]
             facts.modules.append(_dense_facts(checkpoint, name, why, sum(sizes[part] for part in parts)))
             counted.update(parts)
             add(sizes[parts[0]])
@@ -120,7 +120,7 @@ def _dense_matrices(checkpoint: Checkpoint, facts: Facts, counted: set[str]) -> 
 
 
 def _dense_facts(checkpoint: Checkpoint, name: str, reason: str, nbytes: int) -> ModuleFacts:
-    info = checkpoint.tensors[tensor_of(checkpoint.tensors, name)][0]
+    info = checkpoint.tensors[tensor_of(checkpoint, name)][0]
     n, k = math.prod(info.shape[:-1]), info.shape[-1]
     patterns = known_patterns()
     zeros = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .. import dtypes
@@ -234,9 +234,11 @@ def _other(selection: Selection, info: TensorInfo, shapes: kinds.Shapes, ignored
         selection.left_dense[called] = f"of {len(shape)} dimensions"
 
 
-def tensor_of(tensors: Container[str], name: str) -> str:
+def tensor_of(checkpoint: Checkpoint, name: str) -> str:
     """The tensor behind a name of a selection: a module's weight, or the tensor of that name."""
-    return next((each for each in (f"{name}.weight", name) if each in tensors), name.removesuffix(APART))
+    tensors = checkpoint.tensors
+    matrices = (each for each in (f"{name}.weight", name) if each in tensors and len(tensors[each][0].shape) >= 2)
+    return next(matrices, name.removesuffix(APART))
 
 
 def _refuse_unmerged(selection: Selection, tensors: dict[str, TensorInfo], ignored: Matcher) -> None:
