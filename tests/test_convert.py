@@ -430,9 +430,7 @@ def test_dense_format_may_hold_a_tensor_of_a_modules_name(tmp_path: Path) -> Non
     report = ss.pack_checkpoint(file, tmp_path / "d.safetensors", options(scheme="INT8_W8A8", format="dense"), FAST)
     assert (ss.load(tmp_path / "d.safetensors")["a"] == parts["a"]).all()
     assert report.left_dense == {"a (the tensor)": "not named .weight"}
-    scalar = models.write(
-        tmp_path / "s.safetensors", {"a": np.ones((16, 32), np.float32), "a.weight": np.float32(1).reshape(())}
-    )
+    scalar = models.write(tmp_path / "s.safetensors", {"a": np.ones((16, 32), np.float32), "a.weight": np.array(1, np.float32)})
     assert [(m.name, m.n, m.k) for m in ss.inspect_checkpoint(scalar).modules] == [("a", 16, 32)]
     for path in (file, tmp_path / "d.safetensors"):
         facts = ss.inspect_checkpoint(path)
