@@ -36,7 +36,7 @@ COPIES = re.compile(
     r"(encoder|decoder|decoder_with_past)_model)[^/]*",
     re.IGNORECASE,
 )
-"""Names under which tools store a whole model; another file of weights is a part of the model that nothing stands in for."""
+"""Names under which tools store a whole model; a file of weights with another name is a part of the model."""
 ALWAYS_COPIES = (".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".tflite")
 """Formats that hold a whole model, whatever the file's name."""
 TRAINING = re.compile(

@@ -23,7 +23,7 @@ VERSION = 1
 TOOL = f"slidesparse_nb {__version__}"
 
 OF_CODE = {dtype.safetensors: dtype for dtype in PACKED}
-"""Safetensors code -> the packed type it stands for."""
+"""Safetensors code -> packed type."""
 
 # ---- a file's metadata -------------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ def on_host(array: Any) -> NDArray[Any]:
 def module_names(tensors: Mapping[str, str], marked: bool, where: object) -> list[str]:
     """The packed modules among tensors: X of every X.weight_packed, if a file is `marked` as having some.
 
-    What may stand beside what is decided here, for those who read a checkpoint and (by `unreadable`) for those who write one.
+    Readers, and writers through `unreadable`, decide here which tensors may be in one checkpoint.
     Other formats use these names, too: compressed-tensors' pack-quantized holds 32-bit words under X.weight_packed.
 
     Args:

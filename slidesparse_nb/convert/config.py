@@ -187,6 +187,7 @@ def _ignored(source: Checkpoint, said: Source, quantized: set[str]) -> list[str]
 
 
 ROUTERS = "re:.*[.](gate|router)$"
+"""Routers, whatever module loaders put them into."""
 
 
 def is_renamed(source: Checkpoint, said: Source) -> bool:
