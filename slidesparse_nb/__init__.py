@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Pattern": "pattern",
-    "PackedWeight": "packed",
-    "QuantizedActivations": "packed",
+    "Pattern": "core.pattern",
+    "PackedWeight": "core.packed",
+    "QuantizedActivations": "core.packed",
     "pack": "packing",
     "unpack": "packing",
     "verify": "packing",
     "matmul": "ops",
     "quantize": "ops",
     "workspace_bytes": "ops",
-    "build_kernels": "building",
-    "build_products": "building",
-    "tune_products": "tuning",
-    "forget_tuned": "tuning",
-    "diagnose": "diagnosis",
+    "build_kernels": "cuda.ahead_of_time",
+    "build_products": "cuda.ahead_of_time",
+    "tune_products": "tuning.search",
+    "forget_tuned": "tuning.search",
+    "diagnose": "doctor",
     "load": "checkpoint",
     "save": "checkpoint",
     "pack_checkpoint": "convert",
@@ -52,9 +52,6 @@ _HOME = {
 __all__ = [*_HOME, "reference"]
 
 if TYPE_CHECKING:
-    from . import reference as reference
-    from .building import build_kernels as build_kernels
-    from .building import build_products as build_products
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .convert import Facts as Facts
@@ -66,7 +63,13 @@ if TYPE_CHECKING:
     from .convert import pack_checkpoint as pack_checkpoint
     from .convert import unpack_checkpoint as unpack_checkpoint
     from .convert import verify_checkpoint as verify_checkpoint
-    from .diagnosis import diagnose as diagnose
+    from .core import reference
+    from .core.packed import PackedWeight as PackedWeight
+    from .core.packed import QuantizedActivations as QuantizedActivations
+    from .core.pattern import Pattern as Pattern
+    from .cuda.ahead_of_time import build_kernels as build_kernels
+    from .cuda.ahead_of_time import build_products as build_products
+    from .doctor import diagnose as diagnose
     from .errors import FormatError as FormatError
     from .errors import OperandError as OperandError
     from .errors import PatternError as PatternError
@@ -76,19 +79,16 @@ if TYPE_CHECKING:
     from .ops import matmul as matmul
     from .ops import quantize as quantize
     from .ops import workspace_bytes as workspace_bytes
-    from .packed import PackedWeight as PackedWeight
-    from .packed import QuantizedActivations as QuantizedActivations
     from .packing import pack as pack
     from .packing import unpack as unpack
     from .packing import verify as verify
-    from .pattern import Pattern as Pattern
-    from .tuning import forget_tuned as forget_tuned
-    from .tuning import tune_products as tune_products
+    from .tuning.search import forget_tuned as forget_tuned
+    from .tuning.search import tune_products as tune_products
 
 
 def __getattr__(name: str) -> Any:
     if name == "reference":
-        return importlib.import_module(f"{__name__}.reference")
+        return importlib.import_module(f"{__name__}.core.reference")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import cpu, cpu_matmul, device
-from .dtypes import DType, packed_dtype
-from .errors import OperandError, shown
-from .operands import (
+from . import cuda
+from .core.checks import (
     check_activations,
     check_bias,
     float_dtype,
@@ -21,8 +19,12 @@ from .operands import (
     result_dtype,
     share_memory,
 )
-from .packed import PackedWeight, QuantizedActivations, require_packed
-from .pattern import Pattern
+from .core.dtypes import DType, packed_dtype
+from .core.packed import PackedWeight, QuantizedActivations, require_packed
+from .core.pattern import Pattern
+from .cpu import kernels
+from .cpu import matmul as cpu_matmul
+from .errors import OperandError, shown
 
 Array = NDArray[Any]
 
@@ -145,7 +147,7 @@ def _on_gpu(a: Any) -> bool:
 
 
 def _gemm(what: str) -> Any:
-    return device.module("gemm", what)
+    return cuda.module("matmul", what)
 
 
 # ---- NumPy -------------------------------------------------------------------------------------------------------
@@ -211,8 +213,8 @@ def _flat(x: Array) -> tuple[tuple[int, ...], Array]:
 def _quantized(x: Array, dtype: DType) -> tuple[Array, Array | None]:
     """x [m, k] of the weights' type: quantized, with its scales [m, 1]; or rounded, x itself if it is of that type."""
     if dtype.qmax is not None:
-        return cpu.quantize(cpu.to_float32(x), dtype)
-    return x if x.dtype == dtype.numpy else cpu.round16(cpu.to_float32(x), dtype), None
+        return kernels.quantize(kernels.to_float32(x), dtype)
+    return x if x.dtype == dtype.numpy else kernels.round16(kernels.to_float32(x), dtype), None
 
 
 def _result(shape: tuple[int, ...], source: np.dtype[Any], out: Array | None, out_dtype: Any) -> Array:

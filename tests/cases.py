@@ -11,8 +11,9 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from slidesparse_nb import PackedWeight, Pattern, reference
-from slidesparse_nb.dtypes import DType
+from slidesparse_nb import PackedWeight, Pattern
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import DType
 
 Array = NDArray[Any]
 

@@ -29,9 +29,9 @@ from numpy_gpu import BF16, array, empty, numpy_for_cupy, ops, weight
 
 import slidesparse_nb as ss
 from slidesparse_nb.arch import sm90
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOATS, INT8, DType
-from slidesparse_nb.pattern import Pattern
-from slidesparse_nb.safetensors_file import SafetensorsFile, SafetensorsWriter
+from slidesparse_nb.checkpoint.safetensors import SafetensorsFile, SafetensorsWriter
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOATS, INT8, DType
+from slidesparse_nb.core.pattern import Pattern
 
 BUFFERS_BYTES = 1 << 29
 """Bytes that a bandwidth is measured over: several times an L2."""
@@ -56,7 +56,7 @@ def launcher(parameters: Sequence[str]) -> Any:
     """A launcher with a function of the C library that does nothing in the driver's place."""
     nothing = ctypes.CDLL(None).getppid
     nothing.restype = None  # counts as 0, the status of success
-    return importlib.import_module("slidesparse_nb.device.launch").Launcher(SimpleNamespace(ptr=1), parameters, nothing)
+    return importlib.import_module("slidesparse_nb.cuda.launch").Launcher(SimpleNamespace(ptr=1), parameters, nothing)
 
 
 def python_costs(portable: bool) -> None:
@@ -136,7 +136,7 @@ def device_seconds(cp: Any, launches: Sequence[Callable[[Any], object]]) -> floa
 
 def bandwidths(cp: Any, m: int, k: int, source: np.dtype[Any], dtype: DType, pattern: Pattern | None) -> tuple[float, float]:
     """GB/s, read and written, of quantization to rows (no pattern) or to Hopper's image, and of a copy of as many bytes."""
-    from slidesparse_nb.device import activations
+    from slidesparse_nb.cuda import quantize as activations
 
     if pattern is None:
         width = activations.row_pitch(k, None)
@@ -185,7 +185,7 @@ def clocks(cp: Any) -> None:
     """Adding nothing to 256 MiB, timed by `slidesparse tune` and by CuPy."""
     from cupyx.profiler import benchmark
 
-    from slidesparse_nb.device import timing
+    from slidesparse_nb.tuning import race as timing
 
     clock = timing.GpuClock()
     source, target = cp.ones(1 << 28, np.uint8), cp.empty(1 << 28, np.uint8)

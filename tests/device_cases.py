@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from slidesparse_nb import reference
 from slidesparse_nb.arch.operand import image
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from slidesparse_nb.pattern import Pattern
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from slidesparse_nb.core.pattern import Pattern
 
 SOURCES = [BFLOAT16.numpy, FLOAT16.numpy, FLOAT32]
 

@@ -44,8 +44,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 import slidesparse_nb as ss
-from slidesparse_nb import reference
-from slidesparse_nb.dtypes import PACKED, packed_dtype
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import PACKED, packed_dtype
 from slidesparse_nb.errors import LONGEST_MESSAGE
 
 BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)

@@ -15,10 +15,10 @@ from pathlib import Path
 from slidesparse_nb.tools.cli import COMMANDS
 
 import slidesparse_nb
-from slidesparse_nb import building
-from slidesparse_nb.device import jit
-from slidesparse_nb.dtypes import INT8
-from slidesparse_nb.pattern import Pattern
+from slidesparse_nb.core.dtypes import INT8
+from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.cuda import ahead_of_time
+from slidesparse_nb.cuda.jit import cache
 
 ROOT = Path(sys.prefix).resolve()
 
@@ -30,16 +30,16 @@ def kernels() -> None:
         assert file is None or ROOT in Path(file).resolve().parents, f"{file} is not of the installed package"
     print(f"{len(names)} modules imported")
 
-    folder = jit.source_folder()
+    folder = cache.source_folder()
     assert ROOT in folder.resolve().parents, f"{folder} is not of the installed package"
     jobs = {}
-    for capability in building.ARCHITECTURES:
-        jobs["common/rows.cu", capability] = ("common/rows.cu", {}, jit.architecture(capability))
-        for job, _ in building._jobs([capability], [Pattern(6, 8)], [INT8], "bfloat16"):
+    for capability in ahead_of_time.ARCHITECTURES:
+        jobs["common/rows.cu", capability] = ("common/rows.cu", {}, cache.architecture(capability))
+        for job, _ in ahead_of_time._jobs([capability], [Pattern(6, 8)], [INT8], "bfloat16"):
             jobs.setdefault((job[0], capability), job)
     sources = {path.relative_to(folder).as_posix() for path in folder.rglob("*.cu")}
     assert sources == {source for source, _ in jobs}, f"{sources} are installed, and not all are compiled here"
-    assert all(built.registers for built in building.compile_all(list(jobs.values())))
+    assert all(built.registers for built in ahead_of_time.compile_all(list(jobs.values())))
     print(f"{len(sources)} sources compiled, {len(jobs)} kernels")
 
 

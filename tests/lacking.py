@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from slidesparse_nb.device import driver
+from slidesparse_nb.cuda import driver
 
 LACKS = ("driver", "GPU", "CuPy")
 """What a machine may lack, with what comes before it."""

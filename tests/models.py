@@ -9,10 +9,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from slidesparse_nb import Pattern, reference
+from slidesparse_nb import Pattern
 from slidesparse_nb.checkpoint import index_bytes
-from slidesparse_nb.dtypes import CODE_OF, FLOAT8, INT8
-from slidesparse_nb.safetensors_file import SafetensorsWriter
+from slidesparse_nb.checkpoint.safetensors import SafetensorsWriter
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import CODE_OF, FLOAT8, INT8
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slidesparse_nb import reference
 from slidesparse_nb.arch.operand import image, image_rows
-from slidesparse_nb.dtypes import BFLOAT16, CUDA_CODES, FLOAT16, DType, packed_dtype
-from slidesparse_nb.packed import PackedWeight
-from slidesparse_nb.pattern import Pattern
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT16, DType, packed_dtype
+from slidesparse_nb.core.packed import PackedWeight
+from slidesparse_nb.core.pattern import Pattern
 
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
@@ -188,7 +188,7 @@ class Gpu:
 
 
 class Activations:
-    """The kernel of a variant of activation_kernels.py."""
+    """The kernel of a variant of cuda/kernels/quantize.py."""
 
     def __init__(self, gpu: Gpu, kernel: Any) -> None:
         self.gpu, self.kernel = gpu, kernel
@@ -311,15 +311,15 @@ def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool) -> Iterator[
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(portable)))
     made = Gpu()
     cupy = made.module()
-    names = [name for name in sys.modules if name.startswith("slidesparse_nb.device")]
+    names = [name for name in sys.modules if name.startswith("slidesparse_nb.cuda")]
     kept = {name: sys.modules.pop(name) for name in names}
     parent = importlib.import_module("slidesparse_nb")
-    before = parent.__dict__.get("device")
+    before = parent.__dict__.get("cuda")
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     try:
-        gemm: Any = importlib.import_module("slidesparse_nb.device.gemm")
-        plans: Any = importlib.import_module("slidesparse_nb.device.plans")
-        kernels: Any = importlib.import_module("slidesparse_nb.device.numba_kernel")
+        gemm: Any = importlib.import_module("slidesparse_nb.cuda.matmul")
+        plans: Any = importlib.import_module("slidesparse_nb.cuda.plan")
+        kernels: Any = importlib.import_module("slidesparse_nb.cuda.jit.numba")
         built = SimpleNamespace(folder=sys.prefix, registers=1)
         raw = SimpleNamespace(kernel=SimpleNamespace(ptr=1), max_dynamic_shared_size_bytes=0)
         plans.jit = SimpleNamespace(
@@ -346,11 +346,11 @@ def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool) -> Iterator[
         made.own = not portable
         yield made
     finally:
-        for name in [name for name in sys.modules if name.startswith("slidesparse_nb.device")]:
+        for name in [name for name in sys.modules if name.startswith("slidesparse_nb.cuda")]:
             del sys.modules[name]
         sys.modules.update(kept)
         if before is not None:
-            parent.__dict__["device"] = before
+            parent.__dict__["cuda"] = before
 
 
 # ---- operands, and what is wanted of them ------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from numpy_gpu import BF16, array, close, numpy_for_cupy, ops, wanted, weight
 
-from slidesparse_nb import arch, building, diagnosis
+from slidesparse_nb import arch, doctor
 from slidesparse_nb.arch import sm80, sm90
 from slidesparse_nb.arch.operand import Operand
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8
+from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.core.problem import Device, GemmProblem
+from slidesparse_nb.cuda import ahead_of_time
 from slidesparse_nb.errors import UnsupportedError
-from slidesparse_nb.pattern import Pattern
-from slidesparse_nb.problem import Device, GemmProblem
 
 ROOT = Path(__file__).parent.parent
 NAMED = re.compile(r"sm_?\d\d|hopper|ampere|blackwell", re.IGNORECASE)
@@ -138,11 +139,11 @@ def test_a_row_of_the_table_is_all_that_an_architecture_needs(monkeypatch: pytes
             assert gpu.launched == ["rows bfloat16 int8", *["gemm"] * 2, "rows bfloat16 int8", *["gemm"] * 2]
             with pytest.raises(UnsupportedError, match="packed: the toy has no bfloat16"):
                 ops().matmul(x, weight(40, 96, BFLOAT16))
-        assert diagnosis._multiplied((9, 0)) == (INT8,)
-        jobs = [job for job, _ in building._jobs([(9, 0)], [Pattern(6, 8)], [INT8, FLOAT8], "bfloat16")]
+        assert doctor._multiplied((9, 0)) == (INT8,)
+        jobs = [job for job, _ in ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [INT8, FLOAT8], "bfloat16")]
         assert jobs[0] == ("toy/gemm.cu", {"THREADS": 64, "SHARED_BYTES": 1024}, "sm_90t")
         assert {job[0] for job in jobs} == {family.source for family in arch.ARCHITECTURES}
-        assert building.launches_of([(7, 40, 96, "6:8", "int8", "bfloat16")], (9, 0), 132) == [Whole(5), Whole(6)]
+        assert ahead_of_time.launches_of([(7, 40, 96, "6:8", "int8", "bfloat16")], (9, 0), 132) == [Whole(5), Whole(6)]
     finally:
         arch.choose.cache_clear()
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from slidesparse_nb import reference
 from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm80_layout
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT16, INT8, PACKED
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16, INT8, PACKED
+from slidesparse_nb.core.pattern import Pattern, known_patterns
+from slidesparse_nb.core.problem import Device, GemmProblem
 from slidesparse_nb.errors import UnsupportedError
-from slidesparse_nb.pattern import Pattern, known_patterns
-from slidesparse_nb.problem import Device, GemmProblem
 
 PATTERNS = known_patterns()
 LANE = np.arange(32)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slidesparse_nb import reference
 from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm90, sm90_layout
 from slidesparse_nb.arch.operand import image, image_rows, stages
 from slidesparse_nb.arch.sm90_layout import arrange, expand, restore
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
-from slidesparse_nb.packed import PackedWeight
-from slidesparse_nb.pattern import Pattern, known_patterns
-from slidesparse_nb.problem import Device, GemmProblem
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb.core.packed import PackedWeight
+from slidesparse_nb.core.pattern import Pattern, known_patterns
+from slidesparse_nb.core.problem import Device, GemmProblem
 
 HOPPER = (9, 0)
 DEVICE = Device(HOPPER, 132, portable=False)

@@ -15,18 +15,18 @@ import pytest
 from click.testing import CliRunner
 from compilers import most_spilled
 
-from slidesparse_nb import building
 from slidesparse_nb.arch import multiplied, sm80
-from slidesparse_nb.device import jit
-from slidesparse_nb.dtypes import FLOAT16, PACKED, DType
+from slidesparse_nb.core.dtypes import FLOAT16, PACKED, DType
+from slidesparse_nb.core.pattern import Pattern, known_patterns
+from slidesparse_nb.cuda import ahead_of_time
+from slidesparse_nb.cuda.jit import cache as jit
 from slidesparse_nb.errors import OperandError
-from slidesparse_nb.pattern import Pattern, known_patterns
 from tools.cli import main
 
-Work = tuple[building.Job, tuple[str, str, str, str, int]]
+Work = tuple[ahead_of_time.Job, tuple[str, str, str, str, int]]
 """How a kernel is built, and what `slidesparse build` says of it."""
 
-CASES = [(c, d) for c in building.ARCHITECTURES for d in PACKED if d is not FLOAT16 or c == (8, 0)]
+CASES = [(c, d) for c in ahead_of_time.ARCHITECTURES for d in PACKED if d is not FLOAT16 or c == (8, 0)]
 """float16 is bfloat16 with another instruction: once is enough."""
 
 
@@ -40,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tiles(capability: tuple[int, int], dtype: DType) -> list[list[Work]]:
     """The kernels of an architecture and type: a list for every tile, of what it is for each pattern."""
     found: dict[tuple[str, str, bool], list[Work]] = {}
-    for job, told in building._jobs([capability], known_patterns(), [dtype], "bfloat16"):
+    for job, told in ahead_of_time._jobs([capability], known_patterns(), [dtype], "bfloat16"):
         tile = told[3].split(" stages")[0].rsplit(",", 1)[0]  # their number differs between patterns
         found.setdefault((told[0], tile, " with codes" in told[3]), []).append((job, told))
     assert bool(found) == (dtype in multiplied(sm80.ARCH, capability))
@@ -58,9 +58,9 @@ def form(work: Work) -> tuple[object, ...]:
 def compiles(chosen: Sequence[Work]) -> None:
     """Assert that these compile to what they are meant to be."""
     most = most_spilled("nvidia-cuda-nvrtc")
-    for built, (_, told) in zip(building.compile_all([job for job, _ in chosen], workers=2), chosen, strict=True):
+    for built, (_, told) in zip(ahead_of_time.compile_all([job for job, _ in chosen], workers=2), chosen, strict=True):
         assert max(built.spills, built.stack) <= most, told
-        assert building.sparse_instructions(built), told
+        assert ahead_of_time.sparse_instructions(built), told
         assert not built.serialized, told
 
 
@@ -87,7 +87,7 @@ def test_every_tile(capability, dtype):
 
 def test_portable_kernels_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", "1")
-    assert {told[0] for _, told in building._jobs([(9, 0)], [Pattern(6, 8)], [PACKED[0]], "bfloat16")} == {"sm_90"}
+    assert {told[0] for _, told in ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [PACKED[0]], "bfloat16")} == {"sm_90"}
 
 
 def test_command(tmp_path: Path) -> None:
@@ -108,14 +108,14 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_spills_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = building.Report("sm_80", "6:8", "int8", "", 255, 8, 8, 0, 96)
+    report = ahead_of_time.Report("sm_80", "6:8", "int8", "", 255, 8, 8, 0, 96)
     assert not report.good
-    monkeypatch.setattr(building, "build_kernels", lambda **_: [report])
-    monkeypatch.setattr("slidesparse_nb.build_kernels", building.build_kernels, raising=False)
+    monkeypatch.setattr(ahead_of_time, "build_kernels", lambda **_: [report])
+    monkeypatch.setattr("slidesparse_nb.build_kernels", ahead_of_time.build_kernels, raising=False)
     assert CliRunner().invoke(main, ["build"]).exit_code == 1
-    assert not building.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, 0).good
-    assert building.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, None).good
-    assert not building.Report("sm_90", "6:8", "int8", "", 100, 0, 0, 0, 96, serialized=True).good
+    assert not ahead_of_time.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, 0).good
+    assert ahead_of_time.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, None).good
+    assert not ahead_of_time.Report("sm_90", "6:8", "int8", "", 100, 0, 0, 0, 96, serialized=True).good
 
 
 def test_instructions_that_wait_for_each_other_are_found() -> None:
@@ -126,19 +126,19 @@ def test_instructions_that_wait_for_each_other_are_found() -> None:
 
 def test_types_that_y_cannot_have() -> None:
     with pytest.raises(OperandError, match="out: int8 must be one of float32, float16, bfloat16"):
-        building.build_kernels(out="int8")
+        ahead_of_time.build_kernels(out="int8")
     with pytest.raises(OperandError, match="out: 'bf16' must be one of"):
-        building.build_products([(1, 256, 512, "6:8", "fp8", "bf16")], (9, 0), 132)
+        ahead_of_time.build_products([(1, 256, 512, "6:8", "fp8", "bf16")], (9, 0), 132)
 
 
 def test_products_are_built_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kernel once: those that `choose` names; wide patterns as they are lifted for the portable kernel."""
     built: list[Any] = []
-    monkeypatch.setattr(building, "compile_all", lambda jobs, compiler: built.extend(jobs) or jobs)
+    monkeypatch.setattr(ahead_of_time, "compile_all", lambda jobs, compiler: built.extend(jobs) or jobs)
     monkeypatch.setattr(jit, "device_compiler", lambda: None)
     products = [(m, 256, 512, "6:8", "fp8", "bfloat16") for m in (1, 1, 4096)] + [(16, 256, 512, "14:16", "int8", "float16")]
     for capability, arch in (((9, 0), "sm_90a"), ((8, 9), "sm_89")):
         built.clear()
-        assert building.build_products(products, capability, 132) == len(built)
+        assert ahead_of_time.build_products(products, capability, 132) == len(built)
         assert len({repr(job) for job in built}) == len(built) >= 3
         assert {job[2] for job in built} == {arch}

@@ -16,13 +16,13 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidesparse_nb import packed_tensors, reference
 from slidesparse_nb.checkpoint import (
     Checkpoint,
     index_bytes,
     load,
     packed_arrays,
     packed_entries,
+    packed_format,
     packed_names,
     parse_metadata,
     read_packed,
@@ -31,11 +31,12 @@ from slidesparse_nb.checkpoint import (
     shard_plan,
     slidesparse_metadata,
 )
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8, NUMPY_OF, PACKED, DType
+from slidesparse_nb.checkpoint.safetensors import SafetensorsFile, SafetensorsWriter
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8, NUMPY_OF, PACKED, DType
+from slidesparse_nb.core.packed import PackedWeight
+from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.errors import FormatError, OperandError, UnsupportedError
-from slidesparse_nb.packed import PackedWeight
-from slidesparse_nb.pattern import Pattern, known_patterns
-from slidesparse_nb.safetensors_file import SafetensorsFile, SafetensorsWriter
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.safetensors"
 
@@ -466,12 +467,12 @@ def test_metadata() -> None:
         "version": 1,
         "pattern": {"nnz": 6, "group": 8},
         "dtype": "int8",
-        "tool": packed_tensors.TOOL,
+        "tool": packed_format.TOOL,
     }
     for pattern in known_patterns():
         for dtype in (*PACKED, None):
             header = parse_metadata(slidesparse_metadata(pattern, dtype, "t"))
-            assert header == packed_tensors.PackedHeader(pattern, dtype, "t")
+            assert header == packed_format.PackedHeader(pattern, dtype, "t")
     assert parse_metadata({"format": "pt"}) is None
 
 
@@ -541,7 +542,7 @@ def test_golden_file_reads_as_its_weights() -> None:
 
 
 def test_golden_weights_write_the_golden_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_tensors, "TOOL", "slidesparse_nb 0.1.0")
+    monkeypatch.setattr(packed_format, "TOOL", "slidesparse_nb 0.1.0")
     packed = reference.pack(np.array(GOLDEN_W, np.float32), Pattern(6, 8), INT8)
     save(tmp_path / "f.safetensors", {"fc.bias": np.array([1.5, -2], np.float32), "fc": packed})
     assert (tmp_path / "f.safetensors").read_bytes() == golden_bytes()

@@ -14,10 +14,10 @@ import pytest
 from safetensors import safe_open
 
 import slidesparse_nb as ss
-from slidesparse_nb import reference
 from slidesparse_nb.checkpoint import Checkpoint
-from slidesparse_nb.dtypes import packed_dtype
-from slidesparse_nb.safetensors_file import SafetensorsWriter
+from slidesparse_nb.checkpoint.safetensors import SafetensorsWriter
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import packed_dtype
 
 SCHEMES = {"INT8_W8A8": "int8", "FP8_DYNAMIC": "float8_e4m3fn", "BF16": "bfloat16", "FP16": "float16"}
 FAST = ss.Run(max_workers=2)
@@ -635,7 +635,7 @@ def test_a_broken_block_is_named_by_its_true_row(tmp_path: Path, monkeypatch: py
     data = bytearray(packed.read_bytes())
     data[info.start + 50 * info.shape[1]] = 0  # positions (0, 0), twice
     packed.write_bytes(data)
-    for module in ("inspection", "to_dense", "job"):
+    for module in ("inspect", "to_dense", "run"):
         monkeypatch.setattr(f"slidesparse_nb.convert.{module}.UNIT_BYTES", 256)
     with pytest.raises(ss.FormatError, match=r"^a: .*row 50,"):
         ss.verify_checkpoint(packed)

@@ -15,11 +15,14 @@ from cases import FLOATS, LARGE, SHAPES, SMALL, drop_two, every_mask, sparse_row
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slidesparse_nb import OperandError, Pattern, cpu, cpu_matmul, reference
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb import OperandError, Pattern
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb.cpu import kernels as cpu
+from slidesparse_nb.cpu import matmul
 
 KERNELS: list[tuple[ModuleType, str]] = [
-    (module, name) for module in (cpu, cpu_matmul) for name, value in vars(module).items() if hasattr(value, "py_func")
+    (module, name) for module in (cpu, matmul) for name, value in vars(module).items() if hasattr(value, "py_func")
 ]
 
 
@@ -208,7 +211,7 @@ def test_dot(kernels: str, dtype: DType) -> None:
     x = np.random.default_rng(1).integers(-8, 9, (5, 37)).astype(np.float32)
     x[1, 3], x[2, 9], x[2, 30], x[3, 36] = np.inf, -np.inf, np.inf, np.nan
     values, meta = reference.compress(reference.slide(w.astype(dtype.numpy), pattern))
-    got = cpu_matmul.dot(x, values, meta, pattern, dtype)
+    got = matmul.dot(x, values, meta, pattern, dtype)
     packed = reference.pack(w, pattern, BFLOAT16)
     np.testing.assert_array_equal(got, reference.matmul(x, packed))
 

@@ -17,14 +17,14 @@ import pytest
 from device_cases import awkward_rows
 from numpy_gpu import BF16, F16, F32, Array, Tensor, array, close, empty, gpu, ops, wanted, weight
 
-from slidesparse_nb import reference
 from slidesparse_nb.arch import ARCHITECTURES, sm80, sm90
 from slidesparse_nb.arch.operand import image
-from slidesparse_nb.device import jit
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8, PACKED, DType
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8, PACKED, DType
+from slidesparse_nb.core.packed import ActivationImage, QuantizedActivations
+from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.cuda.jit import cache
 from slidesparse_nb.errors import OperandError
-from slidesparse_nb.packed import ActivationImage, QuantizedActivations
-from slidesparse_nb.pattern import Pattern
 
 __all__ = ["gpu"]  # the fixture
 
@@ -165,7 +165,7 @@ def test_no_columns(gpu: Any, dtype: DType) -> None:
 
 
 def test_a_server_sees_any_number_of_shapes(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = importlib.import_module("slidesparse_nb.device.plans")
+    plans = importlib.import_module("slidesparse_nb.cuda.plan")
     monkeypatch.setattr(plans, "MOST_PLANS", 4)
     packed = weight(16, 64, INT8)
     for m in range(1, 12):
@@ -176,7 +176,7 @@ def test_a_server_sees_any_number_of_shapes(gpu: Any, monkeypatch: pytest.Monkey
 
 def test_weights_of_one_shape_share_kernels(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the first of them has its kernels looked up."""
-    plans: Any = importlib.import_module("slidesparse_nb.device.plans")
+    plans: Any = importlib.import_module("slidesparse_nb.cuda.plan")
     asked: list[Any] = []
     build = plans.jit.build
     monkeypatch.setattr(plans.jit, "build", lambda *job: asked.append(job) or build(*job))
@@ -310,7 +310,7 @@ def test_an_array_that_cannot_be_viewed(gpu: Any, monkeypatch: pytest.MonkeyPatc
 
 def parameters_of(source: str, kernel: str) -> dict[str, str]:
     """A kernel's parameters, as its own text lists them."""
-    text = re.sub(r"//.*", "", (jit.source_folder() / source).read_text())
+    text = re.sub(r"//.*", "", (cache.source_folder() / source).read_text())
     found = re.search(rf'extern "C" __global__[^;{{]*?\b{kernel}\(([^)]*)\)\s*{{', text)
     assert found, source
     told = {}
@@ -322,7 +322,7 @@ def parameters_of(source: str, kernel: str) -> dict[str, str]:
 
 
 def test_parameters_are_the_kernels(gpu: Any) -> None:
-    plans: Any = importlib.import_module("slidesparse_nb.device.plans")
+    plans: Any = importlib.import_module("slidesparse_nb.cuda.plan")
     for source, kernel, parameters in (
         *((arch.source, "gemm", arch.parameters) for arch in ARCHITECTURES),
         (plans.ROWS_KERNEL, "rows", plans.ROWS_PARAMETERS),

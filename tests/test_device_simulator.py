@@ -1,4 +1,4 @@
-"""The Numba kernels of slidesparse_nb.device in Numba's CUDA simulator: their logic, without a GPU, every index checked.
+"""The Numba kernels of slidesparse_nb.cuda in Numba's CUDA simulator: their logic, without a GPU, every index checked.
 
 The simulator is chosen when Numba is imported, so this file runs itself once more in a process of its own.
 """
@@ -20,12 +20,17 @@ if not SIMULATED:
 else:
     from device_cases import SOURCES, awkward_rows, bits, imaged, quantized, same, same_weight
 
-    from slidesparse_nb import packing, reference
+    from slidesparse_nb import packing
     from slidesparse_nb.arch.operand import STAGE, stages
-    from slidesparse_nb.device import activations, elements, numba_kernel, ptx, weights
-    from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
+    from slidesparse_nb.core import reference
+    from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
+    from slidesparse_nb.core.pattern import Pattern
+    from slidesparse_nb.cuda import pack as weights
+    from slidesparse_nb.cuda import quantize as activations
+    from slidesparse_nb.cuda.jit import numba as numba_kernel
+    from slidesparse_nb.cuda.kernels import numbers as elements
+    from slidesparse_nb.cuda.kernels import ptx
     from slidesparse_nb.errors import OperandError, PatternError
-    from slidesparse_nb.pattern import Pattern
 
     def at_address(x, offset=0, pitch=None):
         """x copied to a 16-byte aligned address plus `offset`, rows `pitch` bytes apart."""

@@ -27,14 +27,17 @@ else:
     from device_cases import SOURCES, bits, same_weight
     from toy_pruner import Toy
 
-    import slidesparse_nb.device
-    from slidesparse_nb import packing, pruning, reference
-    from slidesparse_nb.device import weight_kernels, weights
-    from slidesparse_nb.device.weight_kernels import NIBBLES, NIBBLES_OF_LAST
-    from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
+    import slidesparse_nb.cuda
+    from slidesparse_nb import packing
+    from slidesparse_nb.core import prune as pruning
+    from slidesparse_nb.core import reference
+    from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
+    from slidesparse_nb.core.packed import LARGEST_INT8_SLOTS
+    from slidesparse_nb.core.pattern import Pattern
+    from slidesparse_nb.cuda import pack as weights
+    from slidesparse_nb.cuda.kernels import pack as weight_kernels
+    from slidesparse_nb.cuda.kernels.pack import NIBBLES, NIBBLES_OF_LAST
     from slidesparse_nb.errors import FormatError, OperandError, PatternError
-    from slidesparse_nb.packed import LARGEST_INT8_SLOTS
-    from slidesparse_nb.pattern import Pattern
 
     pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in scalar:RuntimeWarning")  # modulo 2^64
 
@@ -42,8 +45,8 @@ else:
     def on_device(monkeypatch):
         """The public functions take NumPy arrays for arrays on a device."""
         as_cupy = SimpleNamespace(as_cupy=lambda name, a: a)
-        monkeypatch.setitem(sys.modules, "slidesparse_nb.device.arrays", as_cupy)
-        monkeypatch.setattr(slidesparse_nb.device, "arrays", as_cupy, raising=False)
+        monkeypatch.setitem(sys.modules, "slidesparse_nb.cuda.arrays", as_cupy)
+        monkeypatch.setattr(slidesparse_nb.cuda, "arrays", as_cupy, raising=False)
         monkeypatch.setattr(packing, "on_gpu", lambda a: isinstance(a, np.ndarray))
 
     def raised(call, *args, **options):
@@ -123,7 +126,7 @@ else:
         assert weights._vector(np.zeros((64, 64), np.uint16, order="F"), 8) == 0
 
     def test_float8_without_the_instruction(monkeypatch) -> None:
-        monkeypatch.setattr("slidesparse_nb.device.activations.native_float8", lambda device: False)
+        monkeypatch.setattr("slidesparse_nb.cuda.quantize.native_float8", lambda device: False)
         w = np.random.default_rng(0).standard_normal((3, 40)).astype(BFLOAT16.numpy)
         w[1] *= 2.0 ** -np.arange(40)
         same_weight(weights.pack(w, Pattern(6, 8), FLOAT8, prune="magnitude"), packing.pack(w, "6:8", "fp8", prune="magnitude"))

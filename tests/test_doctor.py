@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from lacking import LACKS, REASONS, Driver, take_away
 
 import slidesparse_nb as ss
-from slidesparse_nb import diagnosis
-from slidesparse_nb.device import driver
+from slidesparse_nb import doctor
+from slidesparse_nb.cuda import driver
 from tools.cli import main
 
 
@@ -54,8 +54,8 @@ def test_what_is_broken_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(__version__="14", cuda=None))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "file"))
-    right = diagnosis.ops.matmul
-    monkeypatch.setattr(diagnosis.ops, "matmul", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
+    right = doctor.ops.matmul
+    monkeypatch.setattr(doctor.ops, "matmul", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
     done = CliRunner().invoke(main, ["doctor", "--json"])
     assert done.exit_code == 1
     found = {finding["part"]: (finding["state"], finding["text"]) for finding in json.loads(done.stdout)}
@@ -78,7 +78,7 @@ def test_a_gpu_without_sparse_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_compiler_without_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    numba_kernel: Any = importlib.import_module("slidesparse_nb.device.numba_kernel")
+    numba_kernel: Any = importlib.import_module("slidesparse_nb.cuda.jit.numba")
     numba_kernel._versions.cache_clear()
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvjitlink", None)
     state, text = states()["Numba CUDA"]
@@ -111,7 +111,7 @@ NEEDS_A_GPU: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", NEEDS_A_GPU)
 def test_functions_that_need_a_gpu_say_what_is_missing(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no GPU no package is advised: it would not help."""
-    for module in [module for module in sys.modules if module.startswith("slidesparse_nb.device.")]:
+    for module in [module for module in sys.modules if module.startswith("slidesparse_nb.cuda.")]:
         if module.rpartition(".")[2] not in ("driver", "jit", "nvrtc", "tuned"):
             monkeypatch.delitem(sys.modules, module)
     take_away(part, monkeypatch)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from slidesparse_nb import OperandError
-from slidesparse_nb.dtypes import CODE_OF, FLOAT8, INT8, NUMPY_OF, PACKED, SAFETENSORS_BITS, DType, packed_dtype
+from slidesparse_nb.core.dtypes import CODE_OF, FLOAT8, INT8, NUMPY_OF, PACKED, SAFETENSORS_BITS, DType, packed_dtype
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)

@@ -16,14 +16,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import slidesparse_nb as ss
-from slidesparse_nb import reference
 from slidesparse_nb.checkpoint import Checkpoint, index_bytes, load, packed_arrays, read_packed, save, slidesparse_metadata
-from slidesparse_nb.dtypes import BFLOAT16, CODE_OF, FLOAT8, INT8, DType
+from slidesparse_nb.checkpoint.safetensors import SafetensorsFile, SafetensorsWriter
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, CODE_OF, FLOAT8, INT8, DType
+from slidesparse_nb.core.packed import PackedWeight
+from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.core.untrusted_json import parse_json
 from slidesparse_nb.errors import FormatError, OperandError, UnsupportedError, shown
-from slidesparse_nb.packed import PackedWeight
-from slidesparse_nb.pattern import Pattern
-from slidesparse_nb.safetensors_file import SafetensorsFile, SafetensorsWriter
-from slidesparse_nb.strict_json import parse_json
 
 GOLDEN = (Path(__file__).parent / "golden" / "tiny.safetensors").read_bytes()
 

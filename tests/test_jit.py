@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from slidesparse_nb import diagnosis, env
-from slidesparse_nb.device import jit, nvrtc
+from slidesparse_nb import doctor, env
+from slidesparse_nb.cuda.jit import cache as jit
+from slidesparse_nb.cuda.jit import nvrtc
 from slidesparse_nb.errors import UnsupportedError
 from tools.cli import main
 
@@ -113,7 +114,7 @@ def test_a_torn_cubin_is_compiled_again(cache: Path, compiled: list[str], damage
 
 
 def test_two_processes_at_once(cache: Path) -> None:
-    code = f"from slidesparse_nb.device import jit; print(jit.build({SOURCE!r}, {DEFINES!r}, {ARCH!r}).cubin)"
+    code = f"from slidesparse_nb.cuda.jit import cache; print(cache.build({SOURCE!r}, {DEFINES!r}, {ARCH!r}).cubin)"
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {process.communicate()[0].strip() for process in running}
     assert [process.returncode for process in running] == [0, 0, 0]
@@ -204,7 +205,7 @@ def test_compilers_that_are_too_old(installed: dict[str, tuple[int, int]], monke
         with pytest.raises(UnsupportedError, match=f"^{sentence}"):
             nvrtc.load(major)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    finding = next(finding for finding in diagnosis.diagnose() if finding.part == "NVRTC")
+    finding = next(finding for finding in doctor.diagnose() if finding.part == "NVRTC")
     assert finding.state == "broken"
     assert finding.text.startswith(sentence)
     done = CliRunner().invoke(main, ["build", "--arch", "sm_90", "--pattern", "6:8", "--dtype", "int8"])

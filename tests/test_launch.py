@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from slidesparse_nb.device import launch
-from slidesparse_nb.device.launch import Launcher, LaunchError
+from slidesparse_nb.cuda import launch
+from slidesparse_nb.cuda.launch import Launcher, LaunchError
 from slidesparse_nb.errors import UnsupportedError
 
 

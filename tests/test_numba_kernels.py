@@ -19,10 +19,13 @@ from compilers import locked, most_spilled
 
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
-from slidesparse_nb.device import activations, numba_kernel, unpack_kernels, weight_kernels
-from slidesparse_nb.device.activations import Variant
-from slidesparse_nb.device.weight_kernels import Variant as Packing
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED, DType
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED, DType
+from slidesparse_nb.cuda import quantize
+from slidesparse_nb.cuda.jit import numba
+from slidesparse_nb.cuda.kernels import pack as weight_kernels
+from slidesparse_nb.cuda.kernels import unpack
+from slidesparse_nb.cuda.kernels.pack import Variant as Packing
+from slidesparse_nb.cuda.quantize import Variant
 
 COMPILERS = "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink"
 ARCHITECTURES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -36,7 +39,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-def text(kernel: numba_kernel.Kernel, capability: tuple[int, int]) -> str:
+def text(kernel: numba.Kernel, capability: tuple[int, int]) -> str:
     """PTX of a kernel that was assembled with no spills and no stack, and whose cubin names it."""
     built = kernel.build(capability)
     assert max(built.spills, built.stack) <= most_spilled(*COMPILERS), built.log
@@ -60,7 +63,7 @@ def sampled(cases: Iterable[tuple[Any, ...]], sample: Callable[..., bool]) -> li
     return [case if sample(*case) else pytest.param(*case, marks=pytest.mark.every_kernel) for case in cases]
 
 
-LOADS = [0, *activations.VECTORS]
+LOADS = [0, *quantize.VECTORS]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ LOADS = [0, *activations.VECTORS]
     ),
 )
 def test_activations(source: str, stored: str, vectors: int) -> None:
-    ptx = text(activations.kernel(Variant(source, stored, vectors, generation=90)), (9, 0))
+    ptx = text(quantize.kernel(Variant(source, stored, vectors, generation=90)), (9, 0))
     assert ".local" not in ptx
     assert has(ptx, "ld.global.v4", vectors)  # one 16-byte load for each, and no other
     assert len(re.findall(r"ld\.global(?!\.v4)", ptx)) == 0 if vectors else True
@@ -97,7 +100,7 @@ def test_images(source: str, stored: str) -> None:
     source = stored if source == "same" else source
     built_sizes = {}
     for windows in (1, 3, 4, 33):
-        ptx = text(activations.kernel(Variant(source, stored, 4, windows, True, 90)), (9, 0))
+        ptx = text(quantize.kernel(Variant(source, stored, 4, windows, True, 90)), (9, 0))
         assert ".local" not in ptx
         assert has(ptx, "ld.global.v4", 4)
         assert len(re.findall(r"ld\.global(?!\.v4)", ptx)) == 0
@@ -108,7 +111,7 @@ def test_images(source: str, stored: str) -> None:
         assert has(loop, "ld.shared.u32", 4)
         assert not NOTHING_FUSED.search(ptx)
     assert not locked(*COMPILERS) or max(built_sizes[1], built_sizes[3], built_sizes[4]) < 45 < 80 > built_sizes[33]
-    any_row = text(activations.kernel(Variant(source, stored, 0, 3, True, 90)), (9, 0))
+    any_row = text(quantize.kernel(Variant(source, stored, 0, 3, True, 90)), (9, 0))
     assert "griddepcontrol.wait;" in any_row
 
 
@@ -124,9 +127,9 @@ def test_every_architecture(capability: tuple[int, int], number: int) -> None:
     native = capability >= (8, 9)
     generation = max(g for g in (80, 89, 90) if g <= 10 * capability[0] + capability[1])
     kernel = (
-        lambda: activations.kernel(Variant("float32", "float8_e4m3fn", 0, 15, generation=generation)),
-        lambda: activations.kernel(Variant("bfloat16", "int8", 4, generation=generation)),
-        lambda: activations.kernel(Variant("float16", "float8_e4m3fn", 8, 3, generation=generation)),
+        lambda: quantize.kernel(Variant("float32", "float8_e4m3fn", 0, 15, generation=generation)),
+        lambda: quantize.kernel(Variant("bfloat16", "int8", 4, generation=generation)),
+        lambda: quantize.kernel(Variant("float16", "float8_e4m3fn", 8, 3, generation=generation)),
         lambda: weight_kernels.pack_kernel(Packing("bfloat16", FLOAT8, 3, "magnitude", 4, native)),
     )[number]()
     assert f".target sm_{capability[0]}{capability[1]}" in text(kernel, capability)
@@ -146,7 +149,7 @@ def test_weights(group: int) -> None:
         assert not re.search(r"\b(fma|mad)\.(rn|ftz)[^;]*f32|\.approx|\.ftz|div\.full", ptx)
         assert has(ptx, "div.rn.f32", 2 if packing.quantized else 0)
     for dtype in (INT8, BFLOAT16):
-        text(unpack_kernels.unpack_kernel(dtype, windows), (9, 0))
+        text(unpack.unpack_kernel(dtype, windows), (9, 0))
 
 
 def test_long_groups_are_not_held() -> None:
@@ -156,15 +159,15 @@ def test_long_groups_are_not_held() -> None:
 
 @pytest.mark.parametrize("vectors", [0, 4])
 def test_a_dependent_kernel_waits_before_it_touches_memory(vectors: int) -> None:
-    ptx = text(activations.kernel(Variant("bfloat16", "int8", vectors, 3, True, 90)), (9, 0))
+    ptx = text(quantize.kernel(Variant("bfloat16", "int8", vectors, 3, True, 90)), (9, 0))
     wait, launch = ptx.index("griddepcontrol.wait;"), ptx.index("griddepcontrol.launch_dependents;")
     assert wait < launch < min(ptx.index(access) for access in ("ld.global", "st.global"))
     assert "bra" not in ptx[:launch]  # every thread comes by
-    assert "griddepcontrol" not in text(activations.kernel(Variant("bfloat16", "int8", vectors)), (8, 0))
+    assert "griddepcontrol" not in text(quantize.kernel(Variant("bfloat16", "int8", vectors)), (8, 0))
 
 
 def test_rounding() -> None:
-    def pack(source: str, stored: DType) -> numba_kernel.Kernel:
+    def pack(source: str, stored: DType) -> numba.Kernel:
         return weight_kernels.pack_kernel(Packing(source, stored, 3, "none", 4, False))
 
     assert "cvt.rn.bf16.f32" in text(pack("float32", BFLOAT16), (8, 0))
@@ -178,7 +181,7 @@ def test_names_tell_kernels_apart() -> None:
         Variant(source, stored, vectors, windows, image, generation)
         for stored in ("int8", "float8_e4m3fn", "bfloat16")
         for source in {*FLOATS.values(), stored}
-        for vectors in (0, *activations.VECTORS)
+        for vectors in (0, *quantize.VECTORS)
         for windows, image in ((0, False), (1, False), (3, False), (1, True), (3, True))
         for generation in (80, 89, 90)
     ]
@@ -186,18 +189,18 @@ def test_names_tell_kernels_apart() -> None:
 
 
 def test_a_kept_kernel_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = unpack_kernels.unpack_kernel(INT8, 3)
+    kernel = unpack.unpack_kernel(INT8, 3)
     first = kernel.build((9, 0))
-    monkeypatch.setattr(numba_kernel.Kernel, "ptx", None)
+    monkeypatch.setattr(numba.Kernel, "ptx", None)
     assert kernel.build((9, 0)) == first
 
 
 def test_compiling_needs_no_cupy() -> None:
     program = (
         "import sys; sys.modules['cupy'] = None\n"
-        "from slidesparse_nb.device import unpack_kernels\n"
-        "from slidesparse_nb.dtypes import INT8\n"
-        "assert unpack_kernels.unpack_kernel(INT8, 3).build((8, 0)).cubin.stat().st_size"
+        "from slidesparse_nb.cuda.kernels import unpack\n"
+        "from slidesparse_nb.core.dtypes import INT8\n"
+        "assert unpack.unpack_kernel(INT8, 3).build((8, 0)).cubin.stat().st_size"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], env=os.environ, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

@@ -19,14 +19,14 @@ from slidesparse_nb import (
     PackedWeight,
     Pattern,
     QuantizedActivations,
-    cpu_matmul,
     matmul,
     pack,
     quantize,
-    reference,
     workspace_bytes,
 )
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb.cpu import matmul as cpu_matmul
 
 P = Pattern(6, 8)
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -107,7 +107,7 @@ def test_tiles_and_threads(dtype: DType, m: int, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(cpu_matmul, "TILE", tile)
         monkeypatch.setattr(cpu_matmul, "TILE_ROWS", 1)
         monkeypatch.setattr(cpu_matmul, "THREADED", threaded)
-        monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", block)
+        monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", block)
         check(matmul(x, packed, bias=bias), x, packed, bias)
 
 

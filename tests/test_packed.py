@@ -22,14 +22,14 @@ from slidesparse_nb import (
     load,
     matmul,
     pack,
-    reference,
     save,
     unpack,
     verify,
 )
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT32, INT8, PACKED, DType
-from slidesparse_nb.packed import ORDERED_NIBBLES
-from slidesparse_nb.pattern import Pattern, known_patterns
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT32, INT8, PACKED, DType
+from slidesparse_nb.core.packed import ORDERED_NIBBLES
+from slidesparse_nb.core.pattern import Pattern, known_patterns
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ from slidesparse_nb import (
     VerificationError,
     pack,
     packing,
-    reference,
     unpack,
     verify,
 )
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
 
 
 def same(a: PackedWeight, b: PackedWeight) -> bool:
@@ -151,7 +151,7 @@ def test_unpack_refuses_a_column_stored_twice(dtype: DType, monkeypatch: pytest.
     packed = stored_twice(dtype)
     with pytest.raises(FormatError, match=r"^packed: row 2 stores column 19 in two windows, as no packer does"):
         unpack(packed)
-    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 32)
+    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 32)
     with pytest.raises(FormatError, match=r"^packed: row 2 stores column 19"):
         unpack(packed)
     with pytest.raises(VerificationError, match=r"window 6 of row 2 \(group 2\) is not canonical"):
@@ -161,7 +161,7 @@ def test_unpack_refuses_a_column_stored_twice(dtype: DType, monkeypatch: pytest.
 def test_threads_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weights((37, 90))
     wanted = pack(w, "8:10", "int8", prune="magnitude", max_workers=1)
-    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 200)
+    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 200)
     for workers in (None, 1, 2, 7, np.int64(2), np.uint8(1)):
         assert same(pack(w, "8:10", "int8", prune="magnitude", max_workers=workers), wanted)
     assert (unpack(wanted) == reference.unpack(wanted)).all()
@@ -187,7 +187,7 @@ def test_unpack_and_verify_want_a_packed_weight(value: Any) -> None:
 
 
 def test_violations_are_counted_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 64)
+    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 64)
     w = np.zeros((50, 32), np.float32)
     w[13, 8:15] = w[13, 16:24] = w[49] = 1
     for workers in (1, 2):
@@ -224,7 +224,7 @@ def test_hint_at_groups_that_start_anew_every_128_columns() -> None:
 @pytest.mark.parametrize("prune", ["none", "random"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_not_finite(dtype: DType | None, source: np.dtype, prune: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 32)
+    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 32)
     w = np.zeros((20, 16), source)
     w[17, 3] = value
     for workers in (1, 2):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidesparse_nb import OperandError, Pattern
-from slidesparse_nb.pattern import known_patterns
+from slidesparse_nb.core.pattern import known_patterns
 
 halves = st.integers(2, 20)  # N
 

@@ -14,7 +14,9 @@ from click.testing import CliRunner
 from toy_pruner import Toy
 
 import slidesparse_nb as ss
-from slidesparse_nb import OperandError, Pattern, VerificationError, pack, pruning, reference, unpack, verify
+from slidesparse_nb import OperandError, Pattern, VerificationError, pack, unpack, verify
+from slidesparse_nb.core import prune as pruning
+from slidesparse_nb.core import reference
 from tools.cli import main
 
 
@@ -70,7 +72,7 @@ def test_zero_weights_go_first() -> None:
 @pytest.mark.parametrize("method", ["magnitude", "random", "scores"])
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_blocks_and_workers_do_not_matter(method: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 100)
+    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 100)
     w = weights((23, 37))
     given = np.random.default_rng(0).random(w.shape)
     pattern = Pattern(6, 8)
@@ -152,7 +154,7 @@ def test_refusals(prune: Any, message: str) -> None:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_new_method_packs_and_verifies(toy: Toy, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 100)
+    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 100)
     w, norms = weights((23, 37)), np.random.default_rng(1).random(37)
     score = np.where(w == 0, -1, toy.scores(w, 3, 0, norms)).astype(np.float32)
     packed = pack(w, "6:8", "bfloat16", prune="toy", seed=3, statistics=norms, max_workers=workers)
@@ -188,7 +190,7 @@ def test_an_unknown_method_is_refused_by_verify() -> None:
 
 @pytest.mark.parametrize("format", ["packed", "dense"])
 def test_statistics_of_a_checkpoint(toy: Toy, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slidesparse_nb.convert.job.UNIT_BYTES", 1024)  # several blocks a module
+    monkeypatch.setattr("slidesparse_nb.convert.run.UNIT_BYTES", 1024)  # several blocks a module
     source, out = models.folder(tmp_path / "in", parts := models.tensors(prune=None)), tmp_path / "out"
     modules = {name.removesuffix(".weight"): w for name, w in parts.items() if name.endswith(".weight") and w.ndim == 2}
     rng = np.random.default_rng(0)

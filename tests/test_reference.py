@@ -12,8 +12,9 @@ from cases import FLOATS, LARGE, SHAPES, SMALL, chosen_by_hand, drop_two, every_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidesparse_nb import OperandError, Pattern, PatternError, reference
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb import OperandError, Pattern, PatternError
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
 
 # ---- slide, lift, compress ---------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import slidesparse_nb as ss
-from slidesparse_nb.convert import streaming
+from slidesparse_nb.convert import write as streaming
 
 CHANGES = ("pwrite", "write", "rename", "replace", "unlink", "mkdir", "ftruncate", "rmdir")
 
@@ -23,7 +23,7 @@ CHANGES = ("pwrite", "write", "rename", "replace", "unlink", "mkdir", "ftruncate
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the work finely, so that there is much to interrupt."""
-    monkeypatch.setattr("slidesparse_nb.convert.job.UNIT_BYTES", 1024)
+    monkeypatch.setattr("slidesparse_nb.convert.run.UNIT_BYTES", 1024)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

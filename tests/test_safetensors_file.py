@@ -14,15 +14,10 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidesparse_nb import safetensors_file
-from slidesparse_nb.dtypes import NUMPY_OF, SAFETENSORS_BITS
+from slidesparse_nb.checkpoint import safetensors as safetensors_file
+from slidesparse_nb.checkpoint.safetensors import SafetensorsFile, SafetensorsWriter, header_bytes, tensor_bytes
+from slidesparse_nb.core.dtypes import NUMPY_OF, SAFETENSORS_BITS
 from slidesparse_nb.errors import FormatError, OperandError, UnsupportedError
-from slidesparse_nb.safetensors_file import (
-    SafetensorsFile,
-    SafetensorsWriter,
-    header_bytes,
-    tensor_bytes,
-)
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)

@@ -11,7 +11,7 @@ import pytest
 
 import slidesparse_nb as ss
 from slidesparse_nb.checkpoint import Checkpoint
-from slidesparse_nb.convert.selection import Selection, matcher, select
+from slidesparse_nb.convert.select import Selection, matcher, select
 
 LAYER = "model.layers.0"
 

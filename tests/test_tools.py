@@ -128,7 +128,7 @@ def test_interrupted_work_says_how_to_go_on(source: Path, tmp_path: Path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("slidesparse_nb.convert.job.write_layout", stop)
+        patch.setattr("slidesparse_nb.convert.run.write_layout", stop)
         result = call("pack", source, "-o", tmp_path / "out")
     assert result.exit_code == 130
     assert "--resume continues" in result.stderr

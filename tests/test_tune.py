@@ -19,13 +19,14 @@ from lacking import LACKS, assert_refused, take_away
 from numpy_gpu import BF16, array, close, gpu, ops, wanted, weight
 
 import slidesparse_nb as ss
-from slidesparse_nb import arch, tuning
+from slidesparse_nb import arch
 from slidesparse_nb.arch import choose, sm90
-from slidesparse_nb.device import tuned
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8
+from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.core.problem import Device, GemmProblem
+from slidesparse_nb.cuda import tuned_store
 from slidesparse_nb.errors import OperandError, UnsupportedError
-from slidesparse_nb.pattern import Pattern
-from slidesparse_nb.problem import Device, GemmProblem
+from slidesparse_nb.tuning import search
 from tools.cli import main
 
 __all__ = ["gpu"]  # the fixture
@@ -40,9 +41,9 @@ BLACKWELL = Device((12, 0), 170, "NVIDIA GeForce RTX 5090", False)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("SLIDESPARSE_TUNED", raising=False)
-    tuned.found.cache_clear()
+    tuned_store.found.cache_clear()
     yield tmp_path / "cache"
-    tuned.found.cache_clear()
+    tuned_store.found.cache_clear()
 
 
 def product(m: int = 16, n: int = 4608, k: int = 3584, where: Device = HOPPER, dtype: Any = INT8) -> GemmProblem:
@@ -51,7 +52,7 @@ def product(m: int = 16, n: int = 4608, k: int = 3584, where: Device = HOPPER, d
 
 def another(of: GemmProblem) -> arch.Candidate:
     """A way that the model does not choose."""
-    return tuned.likely(of)[1]
+    return tuned_store.likely(of)[1]
 
 
 # ---- ways ------------------------------------------------------------------------------------------------------------
@@ -65,24 +66,25 @@ def test_the_models_choice_is_the_first_of_the_likely(m: int, n: int, k: int, wh
     of = product(m, n, k, where, dtype)
     if arch.of(of).refuses(where.capability, dtype):
         return
-    likely = tuned.likely(of)
-    every = {way: cost for cost, way in tuned.ranked(of)}
-    assert likely[0] == choose(of) == tuned.best(of)
+    likely = tuned_store.likely(of)
+    every = {way: cost for cost, way in tuned_store.ranked(of)}
+    assert likely[0] == choose(of) == tuned_store.best(of)
     assert every[likely[0]] == min(every.values())
-    assert len(likely) == len(set(likely)) <= tuned.MOST_WAYS
+    assert len(likely) == len(set(likely)) <= tuned_store.MOST_WAYS
     assert all(every[way] <= 1.5 * every[likely[0]] for way in likely)
     left = [cost for way, cost in every.items() if way not in set(likely)]
     assert not left or min(left) >= max(every[way] for way in likely) or min(left) > 1.5 * every[likely[0]]
-    words = [[*map(tuned.described, way)] for way in every]
+    words = [[*map(tuned_store.described, way)] for way in every]
     assert len({json.dumps(w) for w in words}) == len(words), "two ways of one description"
 
 
 def test_a_description_outlives_a_fit() -> None:
     config = another(product())[0]
     assert isinstance(config, sm90.Config)
-    assert tuned.described(replace(config, tile=replace(config.tile, stage_ns=1, tile_ns=1))) == tuned.described(config)
-    assert tuned.described(replace(config, resident=3)) != tuned.described(config)
-    assert tuned.described(replace(config, band=3)) != tuned.described(config)
+    costlier = replace(config, tile=replace(config.tile, stage_ns=1, tile_ns=1))
+    assert tuned_store.described(costlier) == tuned_store.described(config)
+    assert tuned_store.described(replace(config, resident=3)) != tuned_store.described(config)
+    assert tuned_store.described(replace(config, band=3)) != tuned_store.described(config)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -91,9 +93,9 @@ def test_a_description_outlives_a_fit() -> None:
 @pytest.mark.parametrize("where", [HOPPER, AMPERE], ids=lambda where: where.name)
 def test_round_trip(where: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     of = product(where=where)
-    assert tuned.found(of) is None
-    tuned.keep(of, another(of), {"us": 1.0})
-    assert tuned.best(of) == another(of) != choose(of)
+    assert tuned_store.found(of) is None
+    tuned_store.keep(of, another(of), {"us": 1.0})
+    assert tuned_store.best(of) == another(of) != choose(of)
     for other in (
         replace(of, m=17),
         replace(of, n=4672),
@@ -101,30 +103,30 @@ def test_round_trip(where: Device, monkeypatch: pytest.MonkeyPatch) -> None:
         replace(of, device=replace(where, name="H20")),
         replace(of, out="float16"),
     ):
-        assert tuned.best(other) == choose(other)
+        assert tuned_store.best(other) == choose(other)
     monkeypatch.setenv("SLIDESPARSE_TUNED", "0")
-    assert tuned.best(of) == choose(of)
+    assert tuned_store.best(of) == choose(of)
     monkeypatch.setenv("SLIDESPARSE_TUNED", "1")
-    assert tuned.best(of) == another(of)
-    tuned.drop(of)
-    tuned.drop(of)
-    assert tuned.best(of) == choose(of)
-    assert tuned.forget() == 0
+    assert tuned_store.best(of) == another(of)
+    tuned_store.drop(of)
+    tuned_store.drop(of)
+    assert tuned_store.best(of) == choose(of)
+    assert tuned_store.forget() == 0
 
 
 def test_the_kernels_source_is_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     of = product()
-    tuned.keep(of, another(of), {})
-    monkeypatch.setattr(tuned.jit, "source_hash", lambda source: "of another source")
-    tuned.found.cache_clear()
-    assert tuned.found(of) is None
+    tuned_store.keep(of, another(of), {})
+    monkeypatch.setattr(tuned_store.cache, "source_hash", lambda source: "of another source")
+    tuned_store.found.cache_clear()
+    assert tuned_store.found(of) is None
 
 
 def test_a_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     of = product()
-    assert tuned.found(of) is None
-    monkeypatch.setattr(tuned, "folder", lambda: 1 / 0)
-    assert tuned.found(replace(of)) is None
+    assert tuned_store.found(of) is None
+    monkeypatch.setattr(tuned_store, "folder", lambda: 1 / 0)
+    assert tuned_store.found(replace(of)) is None
 
 
 @pytest.mark.parametrize(
@@ -138,27 +140,27 @@ def test_a_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_broken_files_are_ignored(content: bytes) -> None:
     of = product()
-    tuned.file(of).parent.mkdir(parents=True)
-    tuned.file(of).write_bytes(content)
-    assert tuned.best(of) == choose(of)
+    tuned_store.file(of).parent.mkdir(parents=True)
+    tuned_store.file(of).write_bytes(content)
+    assert tuned_store.best(of) == choose(of)
 
 
 def test_what_is_no_file_is_ignored(cache: Path) -> None:
     of = product()
-    tuned.file(of).mkdir(parents=True)
-    assert tuned.best(of) == choose(of)
-    assert tuned.forget() == 1
+    tuned_store.file(of).mkdir(parents=True)
+    assert tuned_store.best(of) == choose(of)
+    assert tuned_store.forget() == 1
     cache.joinpath("tuned").write_text("a file in the folder's place")
-    tuned.found.cache_clear()
-    assert tuned.best(of) == choose(of)
+    tuned_store.found.cache_clear()
+    assert tuned_store.best(of) == choose(of)
     with pytest.raises(UnsupportedError, match=r"^cache: .* cannot be written .*; set SLIDESPARSE_CACHE_DIR"):
-        tuned.keep(of, another(of), {})
+        tuned_store.keep(of, another(of), {})
 
 
 def test_launches_that_are_no_more_are_ignored() -> None:
     """A way of another release, of another m, of too many blocks, of half the launches."""
     of = product(1024)
-    way = next(way for _, way in tuned.ranked(of) if len(way) == 2)
+    way = next(way for _, way in tuned_store.ranked(of) if len(way) == 2)
     config = way[0]
     assert isinstance(config, sm90.Config)
     for stale in (
@@ -168,18 +170,18 @@ def test_launches_that_are_no_more_are_ignored() -> None:
         way[::-1],
         another(product(512)),
     ):
-        tuned.keep(of, stale, {})
-        assert tuned.best(of) == choose(of)
-    tuned.keep(of, way, {})
-    assert tuned.best(of) == way
+        tuned_store.keep(of, stale, {})
+        assert tuned_store.best(of) == choose(of)
+    tuned_store.keep(of, way, {})
+    assert tuned_store.best(of) == way
 
 
 def test_processes_write_at_once(cache: Path) -> None:
     """Each its own product, and all the same one; nothing is lost, nothing torn, nothing left lying about."""
     code = """if True:
         import sys
-        from slidesparse_nb.device import tuned
-        from slidesparse_nb.problem import Device, GemmProblem
+        from slidesparse_nb.cuda import tuned_store as tuned
+        from slidesparse_nb.core.problem import Device, GemmProblem
         for m in (int(sys.argv[1]), 1) * 20:
             of = GemmProblem.of((m, 4608, 3584, "6:8", "int8", "bfloat16"), Device((9, 0), 132, "NVIDIA H200"))
             tuned.keep(of, tuned.likely(of)[1], {"by": sys.argv[1]})
@@ -187,10 +189,10 @@ def test_processes_write_at_once(cache: Path) -> None:
     running = [subprocess.Popen([sys.executable, "-c", code, str(m)], cwd=Path(__file__).parent.parent) for m in (16, 17, 18)]
     assert [process.wait() for process in running] == [0, 0, 0]
     for m in (1, 16, 17, 18):
-        assert tuned.best(product(m)) == another(product(m))
+        assert tuned_store.best(product(m)) == another(product(m))
     assert len([file for file in cache.rglob("*") if file.is_file()]) == 4
-    assert tuned.forget() == 4
-    assert tuned.best(product(1)) == choose(product(1))
+    assert tuned_store.forget() == 4
+    assert tuned_store.best(product(1)) == choose(product(1))
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def test_processes_write_at_once(cache: Path) -> None:
 
 def test_a_plan_takes_what_was_tuned(gpu: Any) -> None:
     """The device modules are imported afresh by the fixture: `here` is the one that they know."""
-    here = importlib.import_module("slidesparse_nb.device.tuned")
+    here = importlib.import_module("slidesparse_nb.cuda.tuned_store")
     packed = weight(300, 512, INT8)
     x = array(np.random.default_rng(0).standard_normal((16, 512)).astype(BF16))
     device = gpu.gemm.to_device(packed)
@@ -235,7 +237,7 @@ class ToldClock:
 
 @pytest.fixture
 def timing(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    module: Any = importlib.import_module("slidesparse_nb.device.timing")
+    module: Any = importlib.import_module("slidesparse_nb.tuning.race")
     monkeypatch.setattr(
         module, "normal", lambda m, k: array(np.random.default_rng(1).standard_normal((m, k)).astype(np.float32))
     )
@@ -245,7 +247,7 @@ def timing(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
 def test_the_fastest_wins(gpu: Any, timing: Any, dtype: Any) -> None:
     track = timing.Track(weight(300, 512, dtype), clock := ToldClock({1: 80.0, 2: 90.0}))
-    ways = tuned.likely(track.problem(16, "bfloat16"))[:8]
+    ways = tuned_store.likely(track.problem(16, "bfloat16"))[:8]
     race = track.race(16, "bfloat16", ways)
     assert race.best == ways[1]
     assert race.ways == clock.captured == len(ways)
@@ -261,7 +263,7 @@ def test_the_fastest_wins(gpu: Any, timing: Any, dtype: Any) -> None:
 
 def test_the_models_choice_wins(gpu: Any, timing: Any) -> None:
     track = timing.Track(weight(300, 512, INT8), ToldClock({0: 70.0}))
-    ways = tuned.likely(track.problem(5, "float32"))[:8]
+    ways = tuned_store.likely(track.problem(5, "float32"))[:8]
     race = track.race(5, "float32", ways)
     assert race.best == ways[0]
     assert race.model_us == race.best_us
@@ -273,8 +275,8 @@ def test_wrong_results_are_told_and_not_timed(
     gpu: Any, timing: Any, dtype: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     track = timing.Track(weight(300, 512, dtype), clock := ToldClock({}))
-    ways = tuned.likely(track.problem(16, "bfloat16"))[:4]
-    matmul = timing.gemm.matmul
+    ways = tuned_store.likely(track.problem(16, "bfloat16"))[:4]
+    matmul = timing.matmul.matmul
 
     def faulty(x: Any, packed: Any, out: Any, workspace: Any) -> None:
         if packed.arranged[0].plans[16, "bfloat16"].configs != ways[2]:
@@ -283,7 +285,7 @@ def test_wrong_results_are_told_and_not_timed(
             matmul(x, packed, out=out, workspace=workspace)
             out[7, 200:208] = 3 * float(np.abs(out.astype(np.float32)).max())
 
-    monkeypatch.setattr(timing.gemm, "matmul", faulty)
+    monkeypatch.setattr(timing.matmul, "matmul", faulty)
     race = track.race(16, "bfloat16", ways)
     assert race.wrong == (ways[2],)
     assert race.ways == clock.captured == 3
@@ -299,11 +301,11 @@ def tuner(gpu: Any, timing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     timing.GpuClock = lambda: clock
     gpu.cupy = sys.modules["cupy"]
     gpu.cupy.cuda.runtime.getDeviceCount = lambda: 1
-    monkeypatch.setattr(tuning, "compile_all", lambda jobs, compiler: len(jobs))
-    monkeypatch.setattr(tuning.jit, "device_compiler", lambda: None)
-    here = importlib.import_module("slidesparse_nb.device.tuned")
-    monkeypatch.setattr(tuning, "tuned", here)
-    monkeypatch.setattr(tuning.packing, "pack", lambda w, pattern, dtype, prune: weight(*w.shape, dtype, pattern))
+    monkeypatch.setattr(search, "compile_all", lambda jobs, compiler: len(jobs))
+    monkeypatch.setattr(search.cache, "device_compiler", lambda: None)
+    here = importlib.import_module("slidesparse_nb.cuda.tuned_store")
+    monkeypatch.setattr(search, "tuned_store", here)
+    monkeypatch.setattr(search.packing, "pack", lambda w, pattern, dtype, prune: weight(*w.shape, dtype, pattern))
     return SimpleNamespace(clock=clock, tuned=here, monkeypatch=monkeypatch)
 
 
@@ -323,7 +325,7 @@ def test_command(gpu: Any, tuner: Any) -> None:
         assert one["kept"] == (one["best"] != one["model"]) == (one["gain"] > 0.02)
         packed = weight(one["n"], one["k"], INT8 if one["dtype"] == "int8" else BFLOAT16)
         of = gpu.gemm.to_device(packed).problem(one["m"], one["out"])
-        assert [str(config) for config in tuned.best(of)] == one["best"]
+        assert [str(config) for config in tuned_store.best(of)] == one["best"]
     assert any(one["kept"] for one in told)
     assert call("--forget").stdout == f"{sum(one['kept'] for one in told)} results forgotten\n"
     assert call("--forget").stdout == "0 results forgotten\n"
@@ -363,7 +365,7 @@ def test_an_interrupt_keeps_what_was_found(gpu: Any, tuner: Any, timing: Any) ->
 
 
 def test_time_that_is_up(gpu: Any, tuner: Any) -> None:
-    tuner.monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=iter(range(0, 1000, 2)).__next__))
+    tuner.monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=iter(range(0, 1000, 2)).__next__))
     done = call("--shape", "300,512", "-m", "1,16-64:48", "--seconds", "3", "--json")
     assert done.exit_code == 0
     assert [one["m"] for one in json.loads(done.stdout)] == [1]
@@ -371,7 +373,7 @@ def test_time_that_is_up(gpu: Any, tuner: Any) -> None:
 
 
 def test_wrong_results_fail_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = tuning.Tuned(16, 300, 512, "6:8", "int8", "bfloat16", 3, ("a",), ("a",), 2.0, 2.0, False, ("b",))
+    one = search.Tuned(16, 300, 512, "6:8", "int8", "bfloat16", 3, ("a",), ("a",), 2.0, 2.0, False, ("b",))
     monkeypatch.setattr("slidesparse_nb.tune_products", lambda *_: iter([one]), raising=False)
     done = call("--shape", "300,512", "-m", "16")
     assert done.exit_code == 4
@@ -434,6 +436,6 @@ def test_products_that_cannot_be(asked: Any, message: str) -> None:
 
 
 def test_types_that_the_gpu_does_not_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_capability", lambda: (8, 0))
+    monkeypatch.setattr(search, "_capability", lambda: (8, 0))
     with pytest.raises(UnsupportedError, match="float8_e4m3fn weights need compute capability"):
         ss.tune_products([(1, 8, 8, "6:8", "float8_e4m3fn", "float32")])

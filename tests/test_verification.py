@@ -13,10 +13,11 @@ from cases import FLOATS, LARGE, SHAPES, SMALL, drop_two, stored, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidesparse_nb import FormatError, OperandError, PackedWeight, Pattern, VerificationError, pack, reference, unpack, verify
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb import FormatError, OperandError, PackedWeight, Pattern, VerificationError, pack, unpack, verify
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
 from slidesparse_nb.packing import verify_rows
-from slidesparse_nb.verification import lowest_two
+from slidesparse_nb.packing.proof import lowest_two
 
 P = Pattern(6, 8)
 
@@ -69,7 +70,7 @@ def test_rows_below_the_smallest_scale() -> None:
 
 
 def test_threads_name_the_true_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slidesparse_nb.cpu.BLOCK", 64)
+    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 64)
     w = drop_two(weights((40, 32)), P)
     packed = pack(w, P, "float16")
     other = w.copy()

@@ -11,11 +11,11 @@ from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 from .. import env
-from ..dtypes import PACKED, DType
+from ..core.dtypes import PACKED, DType
+from ..core.packed import PackedWeight
+from ..core.pattern import Pattern
+from ..core.problem import GemmProblem
 from ..errors import UnsupportedError
-from ..packed import PackedWeight
-from ..pattern import Pattern
-from ..problem import GemmProblem
 from . import sm80, sm90
 from .operand import Operand
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import DType
-from ..pattern import Pattern
+from ..core.dtypes import DType
+from ..core.pattern import Pattern
 
 
 @dataclass(frozen=True)

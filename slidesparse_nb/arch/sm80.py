@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, DType
-from ..packed import PackedWeight
-from ..pattern import Pattern
-from ..problem import GemmProblem
+from ..core.dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, DType
+from ..core.packed import PackedWeight
+from ..core.pattern import Pattern
+from ..core.problem import GemmProblem
 from .operand import Operand
 from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout
 

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.packed import PackedWeight
+from ..core.pattern import Pattern
 from ..errors import UnsupportedError
-from ..packed import PackedWeight
-from ..pattern import Pattern
 
 LARGEST_GROUP = 16
 """Wider groups are lifted in memory first and then multiplied as 2:4: their blocks would not fit in shared memory."""

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, DType
-from ..packed import PackedWeight
-from ..pattern import Pattern
-from ..problem import GemmProblem
+from ..core.dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, DType
+from ..core.packed import PackedWeight
+from ..core.pattern import Pattern
+from ..core.problem import GemmProblem
 from .operand import STAGE, Operand, stages
 from .sm90_layout import VALUE_BYTES, arrange, coded, expand, index_bytes
 

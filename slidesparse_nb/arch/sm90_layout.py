@@ -28,9 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import DType
-from ..packed import PackedWeight
-from ..pattern import Pattern
+from ..core.dtypes import DType
+from ..core.packed import PackedWeight
+from ..core.pattern import Pattern
 from .operand import stages
 
 WORD_WINDOWS = 16

@@ -12,7 +12,7 @@ proof         that what was written is what was meant
 inspection    what a checkpoint holds
 """
 
-from .inspection import Facts, ModuleFacts, Verification, inspect_checkpoint, verify_checkpoint
+from .inspect import Facts, ModuleFacts, Verification, inspect_checkpoint, verify_checkpoint
 from .options import Options, Report, Run
 from .to_dense import unpack_checkpoint
 from .to_packed import pack_checkpoint

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, index_bytes, shard_name, shard_plan
-from ..dtypes import DType
+from ..checkpoint.hf_folder import CONFIG, INDEX_SUFFIX
+from ..checkpoint.safetensors import header_bytes, naming, open_regular, tensor_bytes
+from ..core.dtypes import DType
+from ..core.file_kind import LOOKED_AT, POINTER, is_pointer
 from ..errors import FormatError
-from ..file_kind import LOOKED_AT, POINTER, is_pointer
-from ..model_folder import CONFIG, INDEX_SUFFIX
-from ..safetensors_file import header_bytes, naming, open_regular, tensor_bytes
 
 DEFAULT_SHARD = 5 * 10**9
 

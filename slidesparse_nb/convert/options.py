@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import dtypes, pruning
+from ..core import dtypes
+from ..core import prune as pruning
+from ..core.checks import real_numbers
+from ..core.pattern import Pattern
 from ..errors import OperandError, shown
-from ..operands import real_numbers
-from ..pattern import Pattern
 
 SCHEMES = ("auto", *(t.scheme for t in dtypes.PACKED))
 DEFAULT_PATTERN = Pattern(6, 8)

@@ -8,17 +8,17 @@ from pathlib import Path
 
 from .. import __version__, packing
 from ..checkpoint import Checkpoint, packed_names, read_packed
-from ..dtypes import DType
+from ..checkpoint.safetensors import checked_path
+from ..core.dtypes import DType
+from ..core.packed import PackedWeight
 from ..errors import UnsupportedError, VerificationError
-from ..packed import PackedWeight
-from ..safetensors_file import checked_path
-from .config import output_config, output_metadata
-from .job import all_items, carry_out, new_report, output_target
+from .config_json import output_config, output_metadata
 from .layout import Item, Piece, dense_entries, dense_pieces, output_layout, row_ranges
 from .options import UNIT_BYTES, Report, Run
 from .proof import prove_copies
-from .selection import Module
-from .source import read_packed_source
+from .run import all_items, carry_out, new_report, output_target
+from .select import Module
+from .sources import read_packed_source
 
 
 def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str], run: Run | None = None) -> Report:

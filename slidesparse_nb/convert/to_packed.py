@@ -12,24 +12,25 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .. import __version__, packing, pruning
+from .. import __version__, packing
 from ..checkpoint import Checkpoint, packed_entries, read_packed
-from ..cpu import violations
-from ..dtypes import DType
+from ..checkpoint.hf_folder import OTHER_WEIGHTS
+from ..checkpoint.safetensors import checked_path
+from ..core import prune as pruning
+from ..core.dtypes import DType
+from ..core.packed import PackedWeight
+from ..core.prune import Pruning
+from ..core.untrusted_json import frozen, uncollected
+from ..cpu.kernels import violations
 from ..errors import OperandError, PatternError, SlideSparseError, UnsupportedError, VerificationError, shown
-from ..model_folder import OTHER_WEIGHTS
-from ..packed import PackedWeight
 from ..packing import violations_hint
-from ..pruning import Pruning
-from ..safetensors_file import checked_path
-from ..strict_json import frozen, uncollected
-from .config import is_renamed, output_config, output_metadata
-from .job import all_items, carry_out, extent, new_report, output_target, release_rows, source_scale
+from .config_json import is_renamed, output_config, output_metadata
 from .kinds import in_block
 from .layout import Item, Piece, dense_entries, dense_pieces, output_layout, row_ranges
 from .options import UNIT_BYTES, Options, Report, Run
 from .proof import prove_copies
-from .selection import APART, Module, Selection, select
+from .run import all_items, carry_out, extent, new_report, output_target, release_rows, source_scale
+from .select import APART, Module, Selection, select
 
 SMALL = 2**16
 """Bytes of a source weight up to which modules are packed and proved several at a time."""

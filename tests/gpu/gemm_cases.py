@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import slidesparse_nb as ss
-from slidesparse_nb import reference
 from slidesparse_nb.arch import for_capability, sm90
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8
 
 EXACT_ABOVE = 2.0**-23
 """Error of one addition in float32 that truncates, as tensor cores may."""
@@ -30,7 +30,7 @@ def sms_here():
 
 @pytest.fixture(scope="module")
 def gemm():
-    from slidesparse_nb.device import gemm
+    from slidesparse_nb.cuda import matmul as gemm
 
     return gemm
 
@@ -48,8 +48,8 @@ def compile_ahead(configs):
 
     Processes of pytest-xdist share them out: each starts at another one, and what is there by then is not compiled again.
     """
-    from slidesparse_nb.building import compile_all, kernels_of
-    from slidesparse_nb.device import jit
+    from slidesparse_nb.cuda.ahead_of_time import compile_all, kernels_of
+    from slidesparse_nb.cuda.jit import cache as jit
 
     jobs = kernels_of(configs, capability_here())
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

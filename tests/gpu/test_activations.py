@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from device_cases import SOURCES, awkward_rows, bits, imaged, quantized, same
 
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
-from slidesparse_nb.pattern import Pattern
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
+from slidesparse_nb.core.pattern import Pattern
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +20,7 @@ GUARD = 256
 
 @pytest.fixture(scope="module")
 def activations():
-    from slidesparse_nb.device import activations
+    from slidesparse_nb.cuda import quantize as activations
 
     return activations
 

@@ -10,7 +10,7 @@ import pytest
 from gemm_cases import check, tokens, weight
 
 import slidesparse_nb as ss
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8
 
 pytestmark = pytest.mark.gpu
 

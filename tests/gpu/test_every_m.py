@@ -16,9 +16,9 @@ from gemm_cases import Wanted, capability_here, compile_ahead, family, gemm, on_
 
 import slidesparse_nb as ss
 from slidesparse_nb.arch import choose, sm80, sm90
-from slidesparse_nb.device import tuned
-from slidesparse_nb.dtypes import BFLOAT16, INT8, PACKED
-from slidesparse_nb.pattern import Pattern
+from slidesparse_nb.core.dtypes import BFLOAT16, INT8, PACKED
+from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.cuda import tuned_store
 
 __all__ = ["family", "gemm"]  # the fixtures
 pytestmark = pytest.mark.gpu
@@ -114,7 +114,7 @@ def kind(way):
 def ways_of_each_kind(asked):
     """The way that is chosen, and the cheapest of every kind."""
     best = {}
-    for _, way in tuned.ranked(asked):
+    for _, way in tuned_store.ranked(asked):
         best.setdefault(kind(way), way)
     return list(dict.fromkeys([choose(asked), *best.values()]))
 

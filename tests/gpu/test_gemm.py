@@ -26,12 +26,12 @@ from gemm_cases import (
 )
 
 import slidesparse_nb as ss
-from slidesparse_nb import reference
 from slidesparse_nb.arch import multiplied, sm80, sm90
-from slidesparse_nb.building import launches_of
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
+from slidesparse_nb.core.pattern import Pattern, known_patterns
+from slidesparse_nb.cuda.ahead_of_time import launches_of
 from slidesparse_nb.errors import OperandError
-from slidesparse_nb.pattern import Pattern, known_patterns
 
 __all__ = ["family", "gemm"]  # the fixtures
 pytestmark = pytest.mark.gpu

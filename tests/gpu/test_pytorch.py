@@ -11,7 +11,7 @@ import pytest
 from gemm_cases import check, family, tokens, weight
 
 import slidesparse_nb as ss
-from slidesparse_nb.dtypes import BFLOAT16, INT8
+from slidesparse_nb.core.dtypes import BFLOAT16, INT8
 from slidesparse_nb.errors import OperandError
 
 torch = pytest.importorskip("torch")

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from gemm_cases import check, tokens, weight
 
 import slidesparse_nb as ss
-from slidesparse_nb.device import gemm, tuned
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, INT8
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8
+from slidesparse_nb.cuda import matmul, tuned_store
 from tools.cli import main
 
 pytestmark = pytest.mark.gpu
@@ -26,18 +26,18 @@ def family(request, tmp_path, monkeypatch):
     """Results in a folder of their own; kernels stay in the cache. Few ways, so that few kernels are compiled."""
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(request.param == "portable")))
     monkeypatch.delenv("SLIDESPARSE_TUNED", raising=False)
-    monkeypatch.setattr(tuned, "folder", lambda: tmp_path / "tuned")
-    monkeypatch.setattr(tuned, "MOST_WAYS", MOST)
-    tuned.found.cache_clear()
+    monkeypatch.setattr(tuned_store, "folder", lambda: tmp_path / "tuned")
+    monkeypatch.setattr(tuned_store, "MOST_WAYS", MOST)
+    tuned_store.found.cache_clear()
     yield request.param
-    tuned.found.cache_clear()
+    tuned_store.found.cache_clear()
 
 
 def multiply(packed, x):
     """y on the host, and the launches that made it."""
     x_there = cp.asarray(x.view(f"u{x.itemsize}")).view(x.dtype)
-    y = gemm.matmul(x_there, packed, out_dtype=BFLOAT16.numpy)
-    return y.view(np.uint16).get().view(y.dtype), gemm.to_device(packed).plan(x.shape[0], "bfloat16").configs
+    y = matmul.matmul(x_there, packed, out_dtype=BFLOAT16.numpy)
+    return y.view(np.uint16).get().view(y.dtype), matmul.to_device(packed).plan(x.shape[0], "bfloat16").configs
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
@@ -45,10 +45,10 @@ def test_the_fastest_is_kept_and_used(dtype, monkeypatch):
     """Against the slowest way there is, in the place of the model's choice."""
 
     def slowest_first(problem):
-        ranked = tuned.ranked(problem)
+        ranked = tuned_store.ranked(problem)
         return [ranked[-1][1], *(way for _, way in ranked[: MOST - 1])]
 
-    monkeypatch.setattr(tuned, "likely", slowest_first)
+    monkeypatch.setattr(tuned_store, "likely", slowest_first)
     (found,) = ss.tune_products([(M, N, K, "6:8", dtype, "bfloat16")], tell=print)
     print(found)
     assert not found.wrong
@@ -65,9 +65,9 @@ def test_every_way_that_is_kept_is_used_and_right():
     rng = np.random.default_rng(4)
     x = tokens(rng, M, K, BFLOAT16.numpy)
     first = weight(rng, N, K, "6:8", INT8)
-    problem = gemm.to_device(first).problem(M, "bfloat16")
-    for way in tuned.likely(problem):
-        tuned.keep(problem, way, {})
+    problem = matmul.to_device(first).problem(M, "bfloat16")
+    for way in tuned_store.likely(problem):
+        tuned_store.keep(problem, way, {})
         packed = ss.PackedWeight(first.values, first.meta, first.scale, first.pattern, first.shape, first.dtype)
         y, used = multiply(packed, x)
         assert used == way
@@ -81,4 +81,4 @@ def test_command():
     told = json.loads(done.stdout)
     assert [one["m"] for one in told] == [1, M]
     assert all(one["best_us"] <= one["model_us"] or not one["kept"] for one in told)
-    assert tuned.forget() == sum(one["kept"] for one in told)
+    assert tuned_store.forget() == sum(one["kept"] for one in told)

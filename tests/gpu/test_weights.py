@@ -10,18 +10,19 @@ import pytest
 from cases import faulty
 from device_cases import SOURCES, bits, same_weight
 
-from slidesparse_nb import matmul, packing, reference
-from slidesparse_nb.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
+from slidesparse_nb import matmul, packing
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
+from slidesparse_nb.core.packed import PackedWeight
+from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.errors import FormatError, OperandError, PatternError
-from slidesparse_nb.packed import PackedWeight
-from slidesparse_nb.pattern import Pattern, known_patterns
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
 def weights():
-    from slidesparse_nb.device import weights
+    from slidesparse_nb.cuda import pack as weights
 
     return weights
 

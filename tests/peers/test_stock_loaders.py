@@ -25,8 +25,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import slidesparse_nb as ss
-from slidesparse_nb import Options, Pattern, UnsupportedError, reference
-from slidesparse_nb.dtypes import FLOAT8, INT8
+from slidesparse_nb import Options, Pattern, UnsupportedError
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import FLOAT8, INT8
 
 SCHEMES = {"INT8_W8A8": INT8, "FP8_DYNAMIC": FLOAT8}
 SIZES = {

@@ -1,0 +1,330 @@
+"""Checkpoints: named tensors in a file, a folder or shards, and packed weights among them (docs/format.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.checks import require_unmasked
+from ..core.dtypes import CODE_OF
+from ..core.packed import PackedWeight, size_problem
+from ..core.untrusted_json import uncollected
+from ..errors import FormatError, OperandError, UnsupportedError, shown
+from .hf_folder import CONFIG, INDEX_SUFFIX, OTHER_WEIGHTS, choose_weights, companions, member, path_kind, read_index, read_json
+from .hf_folder import index_bytes as index_bytes
+from .hf_folder import shard_name as shard_name
+from .hf_folder import shard_plan as shard_plan
+from .packed_format import OF_CODE, PackedHeader, module_names, on_host, unreadable
+from .packed_format import packed_arrays as packed_arrays
+from .packed_format import packed_entries as packed_entries
+from .packed_format import packed_names as packed_names
+from .packed_format import parse_metadata as parse_metadata
+from .packed_format import slidesparse_metadata as slidesparse_metadata
+from .safetensors import SafetensorsFile, SafetensorsWriter, TensorInfo, checked_path, file_state
+
+
+class Checkpoint:
+    """The tensors of a model, memory-mapped, wherever they lie; a context manager.
+
+    Attributes:
+        root: the folder, or None for a single file.
+        is_single_file: whether the path named one .safetensors file, and no folder or index.
+        files: the files, by name.
+        tensors: name -> (TensorInfo, file), file by file, in the order of their bytes.
+        config: config.json of the folder, parsed; None where there is none.
+    """
+
+    def __init__(self, files: list[SafetensorsFile], root: Path | None = None, index: str | None = None) -> None:
+        """Join open files. Raises FormatError where two hold a tensor of the same name."""
+        self.files, self.root, self.is_single_file = files, root, root is None
+        self._index = index
+        self._states = {file.path: file.state for file in files}
+        if root is not None:
+            self._states |= {root / name: file_state(root / name) for name in (CONFIG, index) if name}
+        self.tensors: dict[str, tuple[TensorInfo, SafetensorsFile]] = {}
+        for file in files:
+            for name, info in file.tensors.items():
+                if name in self.tensors:
+                    other = self.tensors[name][1].path.name
+                    raise FormatError(
+                        f"{file.path}: tensor {shown(name)} is in {other}, too; it must be in one file only:"
+                        " download both again, or load the model where it was made and save it anew"
+                    )
+                self.tensors[name] = info, file
+        has_config = root is not None and os.path.lexists(root / CONFIG)
+        self.config = read_json(member(root, CONFIG), strict=False) if root is not None and has_config else None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Open a .safetensors file, a Hugging Face folder, or a *.safetensors.index.json file.
+
+        Raises:
+            OperandError: `path` is none.
+            FormatError: something in it breaks a rule; the message names file, tensor, value and rule.
+            UnsupportedError: the weights are in another format.
+        """
+        path = checked_path(path, "path")
+        if path_kind(path) == stat.S_IFDIR:
+            root, name = path, choose_weights(path)
+            first = member(root, name)
+        elif path.name.endswith(".json"):
+            root, name, first = path.parent, path.name, path  # a link that the user names is followed
+        elif path.name.lower().endswith(OTHER_WEIGHTS):
+            raise UnsupportedError(f"{path}: is no .safetensors file; convert it first")
+        else:
+            return cls([SafetensorsFile(path)])
+        if not name.endswith(".json"):
+            return cls([SafetensorsFile(first)], root)
+        weight_map = read_index(first)
+        held = {file: tensor for tensor, file in weight_map.items()}
+        for file, tensor in held.items():
+            try:
+                member(root, file)
+            except FormatError as error:
+                if os.path.lexists(root / file):
+                    raise
+                raise FormatError(f"{error}; {name} says that it holds tensor {shown(tensor)}: download it, too") from None
+        checkpoint = cls([SafetensorsFile(root / file) for file in sorted(held)], root, name)
+        anew = "download both again, or load the model where it was made and save it anew"
+        for tensor, file in weight_map.items():
+            if tensor not in checkpoint.tensors or checkpoint.tensors[tensor][1].path.name != file:
+                raise FormatError(
+                    f"{first}: tensor {shown(tensor)} is not in {shown(file)}, where the index says it is; {anew}"
+                )
+        for tensor, (_, shard) in checkpoint.tensors.items():
+            if tensor not in weight_map:
+                raise FormatError(f"{first}: tensor {shown(tensor)} of {shard.path.name} is not in the index; {anew}")
+        return checkpoint
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the maps; arrays that are still in use keep theirs."""
+        for file in self.files:
+            file.close()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """`__metadata__` of the first file."""
+        return self.files[0].metadata
+
+    @cached_property
+    def _other_files(self) -> tuple[list[str], dict[str, str]]:
+        weights = {file.path.name for file in self.files} | {self._index or ""}
+        if self.root is None:
+            return [], {}
+        found = companions(self.root, weights, self.tensors)
+        self._states |= {self.root / name: file_state(self.root / name) for name in found[0]}
+        return found
+
+    def changed(self) -> Path | None:
+        """A file of the checkpoint that was written to or replaced since it was opened (a companion: since it was listed)."""
+        return next((path for path, state in self._states.items() if file_state(path) != state), None)
+
+    @property
+    def companions(self) -> list[str]:
+        """Files of the folder to copy along, relative and "/"-separated: tokenizer, 1_Pooling/config.json, README.
+
+        Raises:
+            FormatError: one is a link that leads out of the folder, or no regular file.
+        """
+        return self._other_files[0]
+
+    @property
+    def left_behind(self) -> dict[str, str]:
+        """Files and folders that are not to be copied, with the reason: other copies of the weights, a trainer's state."""
+        return self._other_files[1]
+
+    @property
+    def stem(self) -> str:
+        """How loaders look up the weights: "model", or for some folders "consolidated", "diffusion_pytorch_model"."""
+        if self.root is None:
+            return "model"
+        if self._index is not None and self._index.endswith(INDEX_SUFFIX):
+            return self._index.removesuffix(INDEX_SUFFIX)
+        return self.files[0].path.name.removesuffix(".safetensors")
+
+    def file_of(self, name: str) -> SafetensorsFile:
+        """The file that holds a tensor.
+
+        Raises:
+            OperandError: no tensor has that name.
+        """
+        if name not in self.tensors:
+            raise OperandError(f"name: {shown(name)} is no tensor of {self.root or self.files[0].path}")
+        return self.tensors[name][1]
+
+    def array(self, name: str) -> NDArray[Any]:
+        """See `SafetensorsFile.array`."""
+        return self.file_of(name).array(name)
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """See `SafetensorsFile.raw`."""
+        return self.file_of(name).raw(name)
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """See `SafetensorsFile.release`."""
+        self.file_of(name).release(name, start, stop)
+
+
+# ---- packed weights ----------------------------------------------------------------------------------------------
+
+
+def read_packed(checkpoint: Checkpoint) -> dict[str, PackedWeight]:
+    """The packed weights of a checkpoint, by module, in the order of their values.
+
+    Headers and shapes are checked, contents not even read: the arrays are views of the map, and `validate()` reads them.
+
+    Raises:
+        FormatError: an unknown version, files of different patterns, tensors that cannot stand side by side (`module_names`),
+            or types and shapes that disagree.
+    """
+    headers = {file.path: parse_metadata(file.metadata, file.path) for file in checkpoint.files}
+    patterns = {header.pattern: path for path, header in headers.items() if header}
+    if len(patterns) > 1:
+        (first, path), (second, other), *_ = patterns.items()
+        raise FormatError(f"{other}: holds pattern {second}, but {path.name} {first}; a checkpoint must have one pattern")
+    where = checkpoint.root or checkpoint.files[0].path
+    codes = {name: info.code for name, (info, _) in checkpoint.tensors.items()}
+    with uncollected():
+        return {
+            name: _packed_module(checkpoint, name, headers[checkpoint.file_of(f"{name}.weight_packed").path])
+            for name in module_names(codes, bool(patterns), where)
+        }
+
+
+def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | None) -> PackedWeight:
+    """One module's tensors, their header entries checked against its shape."""
+    info, file = checkpoint.tensors[f"{module}.weight_packed"]
+    where = f"{file.path}: tensor {shown(info.name)}"
+    if header is None:
+        raise FormatError(f"{where}: metadata 'slidesparse' of its file is missing, while other files have it")
+    dtype = OF_CODE.get(info.code)
+    if dtype is None or header.dtype not in (None, dtype):
+        rule = header.dtype.safetensors if header.dtype else ", ".join(OF_CODE)
+        raise FormatError(f"{where}: is {info.code}, must be {rule} as metadata 'slidesparse' says")
+    shape_info, shape_file = checkpoint.tensors[f"{module}.weight_shape"]
+    place = f"{shape_file.path}: tensor {shown(shape_info.name)}"
+    if (shape_info.code, shape_info.shape) != ("I64", (2,)):
+        raise FormatError(f"{place}: is {shape_info.code} {shown(shape_info.shape)}, must be I64 (2,)")
+    n, k = shape_file.array(shape_info.name).tolist()
+    if problem := size_problem(header.pattern, (n, k), dtype):
+        raise FormatError(f"{place}: {problem}")
+    entries = packed_entries(module, header.pattern, dtype, (n, k))
+    for name, code, shape in entries:
+        if name not in checkpoint.tensors:
+            raise FormatError(f"{where}: needs tensor {shown(name)}: missing")
+        found, holder = checkpoint.tensors[name]
+        if (found.code, found.shape) != (code, shape):
+            raise FormatError(
+                f"{holder.path}: tensor {shown(name)}: is {found.code} {shown(found.shape)}, must be {code} {shape}"
+                f" for a weight of shape ({n}, {k}) at {header.pattern} in {dtype}"
+            )
+    values, meta, *scale, _ = (checkpoint.array(name) for name, _, _ in entries)
+    return PackedWeight(values, meta, scale[0] if scale else None, header.pattern, (n, k), dtype)
+
+
+# ---- all at once -------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, PackedWeight | NDArray[Any]]:
+    """Read a checkpoint: a file, a Hugging Face folder, or an index file.
+
+    Nothing is copied: arrays are read-only views of memory-mapped files, which they keep open.
+
+    Args:
+        names: which modules (for packed weights) and tensors; all of them by default. What is not chosen is not read.
+
+    Returns:
+        module name -> PackedWeight [n, k], and tensor name -> array for every tensor that is no part of one.
+
+    Raises:
+        FormatError: a file is not what it says it is.
+        OperandError: a name is not there.
+        UnsupportedError: a tensor is of a type that NumPy lacks, or the weights are in another format.
+    """
+    checkpoint = Checkpoint.open(path)
+    modules = read_packed(checkpoint)
+    parts = {tensor for name, packed in modules.items() for tensor in packed_names(name, packed)}
+    available = [*modules, *(name for name in checkpoint.tensors if name not in parts)]
+    chosen = available if names is None else list(names)
+    if unknown := set(chosen) - set(available):
+        raise OperandError(f"names: {shown(min(unknown))} is no packed module and no tensor of {path}")
+    return {
+        name: modules[name].validate(f"{path}: {shown(name)}") if name in modules else checkpoint.array(name) for name in chosen
+    }
+
+
+def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDArray[Any]]) -> None:
+    """Write packed weights (under their modules' names) and other tensors into one .safetensors file; `load` is the inverse.
+
+    The file is written beside `path` and renamed, so that nobody sees half of one, and arrays loaded from an earlier file at
+    `path` stay as they are.
+
+    Raises:
+        OperandError: a path that does not end in .safetensors, a type that the format lacks, two patterns in one file, or
+            names that would clash: whatever is saved, `load` reads back.
+        FormatError: a packed weight is inconsistent.
+    """
+    path = checked_path(path, "path")
+    if not isinstance(tensors, Mapping):
+        raise OperandError(f"tensors: {type(tensors).__name__} must be a dictionary, such as {{'fc': packed}}")
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise OperandError(f"path: {shown(str(path))} must be a file ending in .safetensors")
+    entries: list[tuple[str, str, tuple[int, ...]]] = []
+    arrays: dict[str, NDArray[Any]] = {}
+    packed = {name: value for name, value in tensors.items() if isinstance(value, PackedWeight)}
+    for name, value in tensors.items():
+        if not isinstance(name, str):
+            raise OperandError(f"tensors: name {shown(name)} must be a string")
+        if isinstance(value, PackedWeight):
+            parts = packed_arrays(name, value.validate(shown(name)))
+            entries += packed_entries(name, value.pattern, value.dtype, value.shape)
+        else:
+            parts = {name: _plain_array(name, value)}
+            entries.append((name, CODE_OF[parts[name].dtype], parts[name].shape))
+        arrays |= parts
+    patterns = sorted({value.pattern for value in packed.values()})
+    if len(patterns) > 1:
+        raise OperandError(f"tensors: hold patterns {', '.join(map(str, patterns))}; a file has one, so save them separately")
+    if why := unreadable({name: code for name, code, _ in entries}, packed.keys(), "tensors"):
+        raise OperandError(f"{why}; rename it")
+    dtypes = {value.dtype for value in packed.values()}
+    metadata = slidesparse_metadata(patterns[0], dtypes.pop() if len(dtypes) == 1 else None) if packed else {"format": "pt"}
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with SafetensorsWriter(beside, entries, metadata) as writer:
+            for name, array in arrays.items():
+                writer.write(name, array)
+        os.replace(beside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # the user's file, not the one beside it
+        raise
+
+
+def _plain_array(name: str, value: Any) -> NDArray[Any]:
+    """A tensor that is no packed weight, of a type that a file can hold."""
+    require_unmasked(shown(name), value)
+    try:
+        array = on_host(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise OperandError(f"{shown(name)}: {type(value).__name__} cannot be made an array ({error})") from None
+    if array.dtype not in CODE_OF:
+        raise OperandError(f"{shown(name)}: {array.dtype} is no type of the safetensors format")
+    return array

@@ -1,0 +1,471 @@
+"""One .safetensors file: strict header, memory map, streaming writer.
+
+    8 bytes     n, the length of the header, little-endian unsigned
+    n bytes     the header, one JSON object, spaces at its end:
+                {"__metadata__": {str: str}, NAME: {"dtype": CODE, "shape": [...], "data_offsets": [start, stop]}, ...}
+    the rest    the tensors' bytes, row-major, little-endian; offsets count from here, without holes or overlaps
+
+A file is data from strangers: everything in the header is checked before anything is believed, and names are only names,
+never paths. Source: the safetensors format, https://github.com/huggingface/safetensors, section "Format".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.dtypes import NUMPY_OF, SAFETENSORS_BITS
+from ..core.file_kind import LOOKED_AT, mistaken
+from ..core.untrusted_json import parse_json, uncollected
+from ..errors import FormatError, OperandError, UnsupportedError, shown
+
+LARGEST_HEADER = 100_000_000
+"""Bytes; the limit that other readers of the format set, too."""
+
+_COUNT_LIMIT = 1 << 63  # sizes beyond it fit in no signed 64-bit integer
+_KEYS = {"dtype", "shape", "data_offsets"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is.
+
+    Attributes:
+        name: its name in the file.
+        code: its type, e.g. "BF16"; a key of `dtypes.SAFETENSORS_BITS`.
+        shape: its dimensions; () for a scalar.
+        start, stop: its bytes, counted from the first byte of the file.
+    """
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+# ---- read --------------------------------------------------------------------------------------------------------
+
+
+def tensor_bytes(code: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of a known `code` and non-negative dimensions.
+
+    Raises:
+        FormatError: the size does not fit in 63 bits, or is no whole number of bytes.
+    """
+    count = 1
+    for dim in shape:
+        count *= dim
+        if count >= _COUNT_LIMIT:  # at once: the product of a hostile shape may have millions of digits
+            raise FormatError(f"shape {shown(list(shape))} has 2^63 elements or more")
+    bits = count * SAFETENSORS_BITS[code]
+    if bits % 8:
+        raise FormatError(f"{count} elements of {code} are no whole number of bytes")
+    return bits // 8
+
+
+def _sizes(value: object) -> bool:
+    """Whether `value` is a list of integers from 0 to 2^63 - 1."""
+    if not isinstance(value, list):
+        return False
+    for v in value:  # noqa: SIM110 (twice as fast, and a header may hold a million lists)
+        if type(v) is not int or not 0 <= v < _COUNT_LIMIT:  # type(): True is an int, too
+            return False
+    return True
+
+
+def _parse_entry(name: str, entry: object, data_start: int) -> TensorInfo:
+    """One entry of a header. FormatError says which rule it breaks; the caller adds where."""
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
+        raise FormatError(f"is {shown(entry)}, must have exactly the keys dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in SAFETENSORS_BITS:
+        raise FormatError(f"dtype {shown(code)} is unknown; it must be one of {', '.join(SAFETENSORS_BITS)}")
+    if not _sizes(shape):
+        raise FormatError(f"shape {shown(shape)} must be a list of integers from 0 to 2^63 - 1")
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FormatError(f"data_offsets {shown(offsets)} must be two integers, 0 <= start <= stop")
+    if (nbytes := tensor_bytes(code, shape)) != offsets[1] - offsets[0]:
+        raise FormatError(f"{code} {shown(shape)} takes {nbytes} bytes, but data_offsets span {offsets[1] - offsets[0]}")
+    return TensorInfo(name, code, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _parse_header(header: dict[str, Any], data_start: int, size: int, path: object) -> dict[str, TensorInfo]:
+    """Check every entry of a header; the tensors in the order of their bytes, placed in the file."""
+    found = []
+    for name, entry in header.items():
+        try:
+            found.append(_parse_entry(name, entry, data_start))
+        except FormatError as error:
+            raise FormatError(f"{path}: tensor {shown(name)}: {error}") from None
+    found.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    end = data_start
+    for tensor in found:
+        if tensor.start != end:
+            what = "overlaps the tensor before it" if tensor.start < end else "leaves a hole before it"
+            raise FormatError(
+                f"{path}: tensor {shown(tensor.name)}: starts at byte {tensor.start - data_start} of the data and {what};"
+                f" it must start at {end - data_start}"
+            )
+        end = tensor.stop
+    if end != size:
+        what = "is truncated" if end > size else "has bytes after its last tensor"
+        raise FormatError(f"{path}: {what}: its header describes {end} bytes, the file has {size}; download it again")
+    return {tensor.name: tensor for tensor in found}
+
+
+def checked_path(path: object, name: str) -> Path:
+    """`path`, the argument called `name`, as a Path.
+
+    Raises:
+        OperandError: it is no path, or one that no file can have: with a NUL, or characters the file system cannot encode.
+    """
+    try:
+        text = os.fsdecode(path)  # type: ignore[arg-type]  # TypeError is what we ask for
+        bad = b"\0" in os.fsencode(text)
+    except TypeError:
+        raise OperandError(f"{name}: {type(path).__name__} must be a path, such as 'model.safetensors'") from None
+    except UnicodeError:
+        bad = True
+    if bad:
+        raise OperandError(f"{name}: {shown(path)} holds a character that no path can hold; remove it")
+    return Path(text)
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a regular file and nothing else (a FIFO would hang) for reading; a file descriptor.
+
+    Raises:
+        FormatError: it cannot be opened, or is something else.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in a name that an index gives
+        raise FormatError(f"{shown(os.fspath(path))}: cannot be opened: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FormatError(f"{path}: is not a regular file")
+    return descriptor
+
+
+def file_state(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced: its size and the time of its last change (ns); () if it is gone."""
+    try:
+        return _state(os.stat(path))
+    except OSError:
+        return ()
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _no_header(head: bytes, length: int, size: int) -> str:
+    """Why a file of `size` bytes that begins with `head` has no header of `length` bytes; a clause."""
+    if size < 8:
+        return f"has {size} bytes, but 8 alone hold the length of its header; download it again"
+    if length > LARGEST_HEADER:
+        return f"header length {length} is above the limit of {LARGEST_HEADER} bytes; is this a .safetensors file?"
+    if length > size - 8:
+        return f"header length {length} reaches past the end of the file ({size} bytes); download it again"
+    return f"header starts with {head[8 : min(16, 8 + length)]!r}, must start with '{{'; is this a .safetensors file?"
+
+
+class SafetensorsFile:
+    """A .safetensors file, memory-mapped and read-only; a context manager.
+
+    The arrays it gives keep the map alive, so they stay valid even after `close()`, and after the file is replaced by a rename
+    or unlinked (but a file cut short while it is mapped takes the process with it). Threads may share it.
+
+    Attributes:
+        path: the file.
+        metadata: its `__metadata__`.
+        tensors: name -> TensorInfo, in the order of their bytes.
+        state: what tells whether the file at `path` is still the one that was opened; see `file_state`.
+
+    Raises:
+        OperandError: `path` is none.
+        FormatError: the file cannot be opened or its header breaks a rule of the format.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path = checked_path(path, "path")
+        descriptor = open_regular(path)
+        try:
+            status = os.fstat(descriptor)
+            size, self.state = status.st_size, _state(status)
+            head = os.pread(descriptor, LOOKED_AT, 0)
+            length = int.from_bytes(head[:8], "little")
+            if size < 8 or length > size - 8 or length > LARGEST_HEADER or head[8 : 9 if length else 8] != b"{":
+                raise FormatError(f"{path}: {mistaken(head, '.safetensors file') or _no_header(head, length, size)}")
+            self._map: mmap.mmap | None = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
+        finally:
+            os.close(descriptor)
+        try:
+            with uncollected():
+                self._read_header(self._map[8 : 8 + length], size)
+        except FormatError:
+            self.close()
+            raise
+        self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8)
+
+    def _read_header(self, text: bytes, size: int) -> None:
+        header = parse_json(text, f"{self.path}: header")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise FormatError(f"{self.path}: __metadata__ is {shown(metadata)}, must map strings to strings")
+        self.metadata: dict[str, str] = metadata
+        self.tensors = _parse_header(header, 8 + len(text), size, self.path)
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the map. Arrays that are still in use keep it until they go."""
+        self._bytes = self._map = None
+
+    def __repr__(self) -> str:
+        return f"SafetensorsFile({str(self.path)!r}, {len(self.tensors)} tensors)"
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor's entry.
+
+        Raises:
+            OperandError: no tensor has that name.
+        """
+        if name not in self.tensors:
+            raise OperandError(f"name: {shown(name)} is no tensor of {self.path}")
+        return self.tensors[name]
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """The stored bytes of a tensor: read-only uint8 [nbytes], a view of the map."""
+        info = self.info(name)
+        if self._bytes is None:
+            raise OperandError(f"{self.path}: is closed; read its tensors before that")
+        return self._bytes[info.start : info.stop]
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A tensor as a read-only array of `dtypes.NUMPY_OF[code]`: a view of the map, or a copy if its bytes are unaligned.
+
+        Raises:
+            OperandError: no tensor has that name.
+            UnsupportedError: NumPy has no such type (elements below one byte) or no such shape.
+        """
+        info, raw = self.info(name), self.raw(name)
+        if info.code not in NUMPY_OF:
+            raise UnsupportedError(f"{self.path}: tensor {shown(name)}: NumPy has no type for {info.code}; only its bytes")
+        try:
+            array: NDArray[Any] = raw.view(NUMPY_OF[info.code]).reshape(info.shape)
+        except ValueError as error:  # more dimensions than NumPy has, or [2**62, 0]
+            raise UnsupportedError(f"{self.path}: tensor {shown(name)}: NumPy has no shape {shown(info.shape)}") from error
+        if not array.flags.aligned:
+            array = array.copy()
+            array.flags.writeable = False
+        return array
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Let go of the memory behind bytes [start, stop) of a tensor; they are read again when somebody touches them.
+
+        The pages a process has touched count as its memory until then. A checkpoint larger than memory is streamed so.
+        """
+        info = self.info(name)
+        first = info.start + start
+        last = info.stop if stop is None else min(info.stop, info.start + stop)
+        page = first - first % mmap.PAGESIZE  # a neighbour's part of a page goes, too, and comes back like the rest
+        if self._map is not None and first < last:
+            self._map.madvise(mmap.MADV_DONTNEED, page, last - page)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say which file an OSError is about that names none, as those of read, write and fsync."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+# ---- write -------------------------------------------------------------------------------------------------------
+
+
+def header_bytes(
+    entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """See `_header_bytes`."""
+    with uncollected():
+        return _header_bytes(entries, metadata)
+
+
+def _header_bytes(
+    entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Lay out a file: its first bytes (length and header), and where every tensor goes.
+
+    Tensors stand by element size, largest first, then by name, and the header ends on a multiple of 8 bytes: so every
+    tensor is aligned, and the same entries give the same bytes in whatever order they come.
+
+    Args:
+        entries: (name, code, shape) of every tensor.
+        metadata: the file's `__metadata__`; left out where empty.
+
+    Raises:
+        OperandError: a name that stands twice or is "__metadata__", an unknown code, a negative dimension, or text that is
+            not Unicode.
+    """
+    entries = list(entries)
+    for name, code, shape in entries:
+        if code not in SAFETENSORS_BITS or any(dim < 0 for dim in shape):
+            raise OperandError(f"{shown(name)}: {shown(code)} {shown(shape)} is no type and shape of a tensor")
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    placed: list[TensorInfo] = []
+    end = 0
+    for name, code, shape in sorted(entries, key=lambda entry: (-SAFETENSORS_BITS[entry[1]], entry[0])):
+        if name in header or name == "__metadata__":
+            raise OperandError(f"{shown(name)}: must name one tensor, once")
+        try:
+            start, end = end, end + tensor_bytes(code, shape)
+        except FormatError as error:
+            raise OperandError(f"{shown(name)}: {error}") from None
+        placed.append(TensorInfo(name, code, tuple(map(int, shape)), start, end))
+        header[name] = {"dtype": code, "shape": placed[-1].shape, "data_offsets": [start, end]}
+    try:
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise OperandError("names and metadata: a string holds a lone surrogate, which is no Unicode text") from error
+    text += b" " * (-len(text) % 8)
+    if len(text) > LARGEST_HEADER:
+        raise OperandError(f"entries: the header would take {len(text)} bytes, above the limit of {LARGEST_HEADER}")
+    data = 8 + len(text)
+    placed = [TensorInfo(t.name, t.code, t.shape, data + t.start, data + t.stop) for t in placed]
+    return len(text).to_bytes(8, "little") + text, {tensor.name: tensor for tensor in placed}
+
+
+class SafetensorsWriter:
+    """Writes a .safetensors file whose layout is known beforehand, its tensors in any order, piece by piece; a context manager.
+
+    It writes exactly the path given (and follows no link there): to replace a file, write beside it and rename. What has
+    not been written is zero. Threads may share it.
+
+    Args:
+        path: the file.
+        entries: (name, code, shape) of every tensor.
+        metadata: its `__metadata__`.
+        resume: go on with a file that an earlier writer of the same entries and metadata left behind.
+
+    Raises:
+        OperandError: the entries make no file (see `header_bytes`).
+        OSError: the path cannot be opened for writing, or (resume) is not there.
+        FormatError: it is no regular file, or (resume) holds another header or size.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        entries: Iterable[tuple[str, str, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+        *,
+        resume: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        header, self.tensors = header_bytes(entries, metadata)
+        self.size = max((tensor.stop for tensor in self.tensors.values()), default=len(header))
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if resume else os.O_CREAT)
+        self._descriptor = os.open(path, flags, 0o666)
+        try:
+            status = os.fstat(self._descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError(f"{path}: is not a regular file")
+            if not resume:
+                with naming(self.path):
+                    os.ftruncate(self._descriptor, 0)
+                    os.ftruncate(self._descriptor, self.size)
+                self._write_at(memoryview(header), 0)
+            elif status.st_size != self.size or os.pread(self._descriptor, len(header), 0) != header:
+                raise FormatError(f"{path}: was begun with other tensors or settings and cannot be resumed; start anew")
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(sync=kind is None)
+
+    def write(self, name: str, data: bytes | bytearray | memoryview | NDArray[Any], offset: int = 0) -> None:
+        """Write `data`, its bytes in row-major order, at byte `offset` of a tensor.
+
+        Raises:
+            OperandError: no such tensor, or the bytes do not fit into it.
+            OSError: the disk is full or fails.
+        """
+        if isinstance(data, np.ndarray):
+            data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        self._write_at(view, self._position(name, offset, len(view)))
+
+    def read(self, name: str, offset: int, count: int) -> bytes:
+        """`count` bytes from byte `offset` of a tensor, as they are in the file now; fewer where it ends, none if unknown."""
+        if name not in self.tensors or offset < 0:
+            return b""
+        info, parts = self.tensors[name], []
+        count = min(count, info.nbytes - offset)
+        while count > 0 and (part := os.pread(self._descriptor, count, info.start + offset)):
+            parts.append(part)
+            offset, count = offset + len(part), count - len(part)
+        return b"".join(parts)
+
+    def _position(self, name: str, offset: int, count: int) -> int:
+        if name not in self.tensors:
+            raise OperandError(f"name: {shown(name)} is no tensor of {self.path}")
+        info = self.tensors[name]
+        if not 0 <= offset <= offset + count <= info.nbytes:
+            raise OperandError(f"bytes {offset} to {offset + count} are not inside tensor {shown(name)} of {info.nbytes} bytes")
+        return info.start + offset
+
+    def _write_at(self, view: memoryview, position: int) -> None:
+        with naming(self.path):
+            while view:
+                if not (done := os.pwrite(self._descriptor, view, position)):  # at most 2 GiB at a time
+                    raise OSError(errno.EIO, "wrote nothing")
+                view, position = view[done:], position + done
+
+    def sync(self) -> None:
+        """Wait until everything written so far is on the disk."""
+        with naming(self.path):
+            os.fsync(self._descriptor)
+
+    def close(self, *, sync: bool = True) -> None:
+        """Close the file, by default after it is on the disk."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return
+        try:
+            if sync:
+                with naming(self.path):
+                    os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,286 @@
+"""What packing and unpacking a checkpoint have in common: where the output goes, what is copied, and the order of steps."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..checkpoint.packed_format import parse_metadata, unreadable
+from ..checkpoint.safetensors import TensorInfo, checked_path
+from ..core import dtypes
+from ..core.pattern import Pattern
+from ..core.untrusted_json import uncollected
+from ..errors import FormatError, OperandError, SlideSparseError, UnsupportedError, VerificationError
+from .config_json import is_ours
+from .layout import Item, Layout, Piece
+from .options import UNIT_BYTES, ModuleReport, Report, Run
+from .proof import prove_files
+from .select import Module
+from .write import Staging, clear_leftovers, write_layout
+
+CONTINUE = "the same command with --resume continues"
+
+
+def extent(checkpoint: Checkpoint, module: Module) -> tuple[int, int]:
+    """Rows of a module and source bytes in each."""
+    info = checkpoint.tensors[module.weight][0]
+    return module.shape[0], info.nbytes // max(1, module.shape[0])
+
+
+def release_rows(checkpoint: Checkpoint, module: Module, first: int, last: int) -> None:
+    """Let go of the memory behind rows of the source."""
+    row_bytes = extent(checkpoint, module)[1]
+    checkpoint.release(module.weight, first * row_bytes, last * row_bytes)
+
+
+def source_scale(checkpoint: Checkpoint, module: Module, first: int, last: int) -> Any:
+    """Scales of already quantized rows, one number or [rows, 1]; None for other weights."""
+    if module.scale is None:
+        return None
+    scales = checkpoint.array(module.scale)
+    return scales if scales.size == 1 else scales.reshape(-1, 1)[first:last]
+
+
+def output_target(source: Path, checkpoint: Checkpoint, out: str | os.PathLike[str] | None, label: str) -> tuple[Path, bool]:
+    """Where the output goes, and whether it is one file.
+
+    Raises:
+        OperandError: a file name for a folder, or a place inside the source or around it.
+    """
+    origin = source.resolve()
+    root = origin if origin.is_dir() else origin.parent
+    if out is None:
+        if checkpoint.is_single_file:
+            return source.with_name(f"{source.name.removesuffix('.safetensors')}-{label}.safetensors"), True
+        if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):  # a hub cache keeps nothing of ours
+            return Path(f"{root.parents[1].name.rpartition('--')[2]}-{label}"), False
+        return root.with_name(f"{root.name}-{label}"), False
+    if str(out) == "":
+        raise OperandError("out: is empty; name a folder or a .safetensors file")
+    target = checked_path(out, "out").absolute()
+    if ".." in target.parts:  # after a link it leads where the operating system says, not one name back
+        whole = target.name == ".."
+        target = Path(os.path.realpath(target)) if whole else Path(os.path.realpath(target.parent), target.name)
+    single = target.suffix == ".safetensors"
+    if single and not checkpoint.is_single_file:
+        raise OperandError(f"out: {target} is one file, but {source} is a folder; name a folder")
+    place, here = target.resolve(), Path.cwd()
+    if place == here or place in here.parents:
+        raise OperandError(f"out: {target} is the current folder or around it, and would be replaced as a whole; name another")
+    if place == origin or place in origin.parents or (not checkpoint.is_single_file and root in place.parents):
+        raise OperandError(f"out: {target} is the source {source}, inside it or around it; name a place of its own")
+    return target, single
+
+
+def copied_item(checkpoint: Checkpoint, info: TensorInfo) -> Item:
+    """A tensor that goes through byte for byte."""
+
+    def make(first: int, last: int) -> Iterator[Piece]:
+        yield info.name, first, checkpoint.raw(info.name)[first:last]
+        checkpoint.release(info.name, first, last)
+
+    return Item(info.name, ((info.name, info.code, info.shape),), info.nbytes, 1, make, copied=True)
+
+
+def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Callable[[Module], Item]) -> list[Item]:
+    """Every output item in the source's order: a module where its weight (or first tensor) stood, other tensors as they are.
+
+    Raises:
+        UnsupportedError: a tensor that goes through has the name of one that a module writes, or could not be read back beside
+            it. FormatError: metadata 'slidesparse' of the source is none.
+    """
+    for file in checkpoint.files:
+        parse_metadata(file.metadata, file.path)  # of another version, its tensors may mean something else
+    owner = {name: module for module in modules for name in module.replaced}
+    items: list[Item] = []
+    made: dict[str, str] = {}
+    begun: set[str] = set()
+    with uncollected():
+        for name, (info, _) in checkpoint.tensors.items():
+            if name not in owner:
+                items.append(copied_item(checkpoint, info))
+            elif (module := owner[name]).name not in begun:
+                begun.add(module.name)
+                items.append(make_item(module))
+                made.update((entry[0], module.name) for entry in items[-1].entries)
+    for item in items:
+        if item.copied and item.name in made:
+            raise UnsupportedError(
+                f"{item.name}: stands in the source, and module {made[item.name]} would write a tensor of that name; rename it,"
+                f" or leave {made[item.name]} dense with --ignore"
+            )
+    packed = [item.name for item in items if f"{item.name}.weight_packed" in made]
+    if why := unreadable({name: code for item in items for name, code, _ in item.entries}, packed, "the output"):
+        raise UnsupportedError(f"{why}; rename it in the source, or leave the module beside it dense with --ignore")
+    return items
+
+
+def new_report(
+    source: Path,
+    target: Path,
+    checkpoint: Checkpoint,
+    modules: Iterable[Module],
+    layout: Layout,
+    *,
+    pattern: Pattern,
+    dtype: dtypes.DType | None,
+    format: str,
+    prune: str,
+    left_dense: dict[str, str],
+    skipped: dict[str, str],
+    notes: list[str],
+) -> Report:
+    """The report of a conversion before it runs; `dtype` is None where modules are of several types."""
+    sizes = {item.name: item.nbytes for shard in layout.shards for item in shard.items if not item.copied}
+    rows = []
+    for module in modules:
+        n, k = module.shape
+        source_bytes = sum(checkpoint.tensors[name][0].nbytes for name in module.replaced)
+        bits = 8 * sizes[module.name] / max(1, n * k)
+        rows.append(
+            ModuleReport(module.name, n, k, module.code, module.dtype.safetensors, source_bytes, sizes[module.name], bits)
+        )
+    return Report(
+        input=str(source),
+        output=str(target),
+        pattern=str(pattern),
+        scheme=dtype.scheme if dtype else "mixed",
+        format=format,
+        prune=prune,
+        expansion=float(pattern.expansion),
+        ideal_speedup=float(pattern.speedup),
+        modules=rows,
+        left_dense=left_dense,
+        skipped=skipped,
+        notes=notes,
+        files=[shard.name for shard in layout.shards] + [file.name for file in layout.files],
+        weights=sum(row.n * row.k for row in rows),
+        source_bytes=sum(info.nbytes for info, _ in checkpoint.tensors.values()),
+        output_bytes=sum(shard.nbytes for shard in layout.shards),
+    )
+
+
+def carry_out(
+    layout: Layout,
+    target: Path,
+    single: bool,
+    checkpoint: Checkpoint,
+    facts: dict[str, Any],
+    run: Run,
+    report: Report,
+    phase: str,
+    prove: Callable[[Checkpoint, Callable[[int], None]], None],
+) -> None:
+    """Write a layout beside `target`, prove it, and put it in its place; fill in the report.
+
+    Args:
+        facts: what besides the headers decides the output's bytes.
+        phase: what progress calls the work.
+        prove: raises VerificationError unless the written checkpoint equals its source; counts the bytes it has proved.
+    """
+    if run.resume and not run.overwrite and os.path.lexists(target) and (single or not _is_empty(target)):
+        if not (why := layout.differing_shard(target, single)):
+            try:  # the same headers may hold other weights: pruned otherwise, or from an earlier state of the source
+                with Checkpoint.open(target) as written:
+                    _prove_all(layout, written, checkpoint, run.counter("verifying", report.source_bytes), prove)
+            except (VerificationError, FormatError, UnsupportedError) as error:
+                why = str(error)
+        if why:
+            way = "--overwrite replaces it" if _is_ours(target, single) else "remove it first"
+            raise OperandError(
+                f"out: {target} exists and is not what these options make of this source ({why}); {way}, or name another place"
+            )
+        clear_leftovers(target)
+        report.already_complete = report.verified = True
+        return
+    refuse_existing(target, single, run.overwrite)
+    identity = [(str(f.path.resolve()), f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in checkpoint.files]
+    fingerprint = layout.fingerprint({**facts, "source": identity})
+    try:
+        staging = Staging(
+            target,
+            single=single,
+            fingerprint=fingerprint,
+            keep={shard.name for shard in layout.shards},
+            names=layout.names,
+            resume=run.resume,
+            may_replace=partial(_is_ours, target, single) if run.overwrite else None,
+        )
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written ({error.strerror}); name another place", str(target)) from error
+    report.resumed = bool(staging.done)
+    try:
+        start = time.perf_counter()
+        add = run.counter(phase, report.source_bytes)
+        write_layout(layout, staging, workers=run.workers, memory=run.max_memory, unit_bytes=UNIT_BYTES, progress=add)
+        if run.progress is not None:
+            run.progress(phase, report.source_bytes, report.source_bytes)
+        report.seconds = time.perf_counter() - start
+        if run.verify:
+            start = time.perf_counter()
+            with Checkpoint.open(staging.folder / target.name if single else staging.folder) as written:
+                _prove_all(layout, written, checkpoint, run.counter("verifying", report.source_bytes), prove)
+            report.verified, report.verify_seconds = True, time.perf_counter() - start
+        _refuse_changed(checkpoint)
+        staging.publish()
+    except KeyboardInterrupt:
+        staging.keep()
+        raise KeyboardInterrupt(f"what is done is kept in {staging.folder}: {CONTINUE}") from None
+    except OSError as error:
+        staging.keep()
+        raise OSError(
+            error.errno, f"{error.strerror}; what is done is kept: {CONTINUE}", str(error.filename or target)
+        ) from error
+    except BaseException:
+        staging.discard()
+        raise
+
+
+def _prove_all(
+    layout: Layout,
+    written: Checkpoint,
+    source: Checkpoint,
+    add: Callable[[int], None],
+    prove: Callable[[Checkpoint, Callable[[int], None]], None],
+) -> None:
+    """`prove`, and that the small files are those of the layout, and that the source held still. Raises VerificationError."""
+    prove(written, add)
+    if written.root is not None:
+        prove_files(written.root, layout)
+    _refuse_changed(source)
+
+
+def _refuse_changed(source: Checkpoint) -> None:
+    """Raise VerificationError where a file of the source was written to while it was read."""
+    if (changed := source.changed()) is not None:
+        raise VerificationError(f"{changed}: was written to while it was read, and the output may mix two states; run again")
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def refuse_existing(target: Path, single: bool, overwrite: bool) -> None:
+    """Raise OperandError where something stands at `target` that must not be replaced."""
+    if not os.path.lexists(target) or (not single and _is_empty(target)):
+        return
+    if not overwrite:
+        raise OperandError(f"out: {target} exists; --overwrite replaces it, or name another place")
+    if target.is_symlink() or not _is_ours(target, single):
+        raise OperandError(f"out: {target} is not a checkpoint that this tool wrote, so it is not overwritten; remove it first")
+
+
+def _is_ours(target: Path, single: bool) -> bool:
+    """Whether a file, or a folder, is an output of this library."""
+    if target.is_dir() == single:
+        return False
+    try:
+        with Checkpoint.open(target) as checkpoint:
+            return is_ours(checkpoint)
+    except SlideSparseError:
+        return False

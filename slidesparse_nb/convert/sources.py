@@ -1,0 +1,370 @@
+"""What a source says of itself, gathered from every place where tools write it, and what of that forbids packing.
+
+    config.json          at any depth: quantization_config, compression_config, quantization (text_config, thinker_config ...)
+    files beside it      hf_quant_config.json, quantize_config.json, quant_config.json, params.json, adapter_config.json
+    metadata of files    _quantization_metadata ...
+    tensor names         qweight, weight_scale_inv, lora_A, weight_packed ...
+
+A statement that packing would lose or misread is refused with the name of what makes it. The rest of this package asks a
+`Source` and never reads a config again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..checkpoint.hf_folder import CONFIG, member, read_json
+from ..errors import FormatError, UnsupportedError, shown
+from . import kinds
+from .quantization import NOTHING, require_regular, understood
+
+STATEMENTS = (
+    "quantization_config", "compression_config", "quantization", "quant_config", "quantize_config", "sparsity_config",
+    "transform_config", "compression", "quantization_bit", "weight_bits", "w_bit", "load_in_8bit", "load_in_4bit",
+)  # fmt: skip
+"""Keys under which tools write how weights are stored."""
+SIGNATURES = {
+    "quant_method", "quant_algo", "config_groups", "load_in_8bit", "load_in_4bit", "w_bit", "qformat_weight", "quant_type",
+    "bits", "wbits", "weight_bits", "group_size", "q_group_size", "zero_point", "kv_cache_quant_algo", "weight_block_size",
+}  # fmt: skip
+"""Keys that an object which describes a quantization has, whatever its own key is."""
+SIDE_FILES = re.compile(r".*quant.*\.json|params\.json", re.IGNORECASE)
+KNOWN_SIDE_FILES = re.compile(r"(hf_)?quant(ization|ize)?_config\.json", re.IGNORECASE)
+ADAPTER_FILE = "adapter_config.json"
+
+TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+"""Model types whose layers (Conv1D) store w as [k, n]: packing would group the wrong axis."""
+
+FOREIGN = (
+    (re.compile(r"qweight|qzeros|g_idx|weight_g_idx"), "GPTQ or AWQ"),
+    (re.compile(r"SCB|absmax|quant_map|nested_absmax|nested_quant_map|quant_state.*|weight_format"), "bitsandbytes"),
+    (re.compile(r"qscale_weight|qscale_act"), "Mistral's FP8"),
+    (re.compile(r"scale_weight|scaled_fp8"), "scaled FP8"),
+    (re.compile(r"pre_quant_scale|weight_scale_2|weight_quantizer|input_quantizer"), "ModelOpt"),
+    (re.compile(r"compressed|bitmask|row_offsets"), "a sparse format of compressed-tensors"),
+    (re.compile(r"weight_global_scale|input_global_scale"), "NVFP4"),
+    (re.compile(r"W_q|qmap"), "HQQ"),
+    (re.compile(r"Qidxs|SU|SV"), "QuIP#"),
+    (re.compile(r"suh|svh|trellis"), "EXL3"),
+    (re.compile(r"q_weight|q_scale_max|q_groups|q_perm|q_invperm"), "EXL2"),
+    (re.compile(r"_?weight_qdata"), "torchao"),
+    (re.compile(r"weight_scales|weight_blocks|.*_proj_blocks|.*_proj_scales"), "a block format such as MXFP4"),
+    (re.compile(r"_data|_scale|_zeropoint|_shift"), "quanto"),
+)  # fmt: skip
+"""Last parts of tensor names -> the tool whose loader alone can read such weights."""
+AMBIGUOUS = {"_data", "_scale"}
+"""Of these, the ones that mean it only where they take the place of a module's weight."""
+SCALES = re.compile(r"(?<!logit_)scale|zeros|zero_point|absmax|centroid|codebook")
+INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
+"""Types of quantized values; 64-bit integers are indices."""
+
+TOKENS = re.compile(
+    r"wte|shared|embed_in|embeddings?|embed|tok_emb|\w*(tok|token|word|vocab)s?_?embed\w*|embed_(tokens?|words?)\w*|tokens_embed"
+)
+"""Last parts of names of token embeddings, which have a row for every token."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        model_types: where in config.json -> model type, for the model and those inside it.
+        vocabularies: numbers of rows of embeddings and heads.
+        quantized: whether some config says that weights are quantized (as compressed-tensors writes them).
+        ignore: names (exact, or "re:" and a regular expression) that this config leaves unquantized.
+        groups: its config groups, label -> group, checked by `quantization.understood`.
+        kv_cache_scheme: how engines store the KV cache, copied as it is; None if it says nothing.
+        notes: what a user should know.
+    """
+
+    model_types: dict[str, str] = field(default_factory=dict)
+    vocabularies: frozenset[int] = frozenset()
+    quantized: bool = False
+    ignore: tuple[str, ...] = ()
+    groups: dict[str, Any] = field(default_factory=dict)
+    kv_cache_scheme: Any = None
+    notes: tuple[str, ...] = ()
+
+    def ignores(self, module: str) -> str | None:
+        """The entry of `ignore` that leaves a module unquantized."""
+        exact, expressions = self._ignore
+        return module if module in exact else next((text for text, regex in expressions if regex.match(module)), None)
+
+    @cached_property
+    def _ignore(self) -> tuple[set[str], list[tuple[str, re.Pattern[str]]]]:
+        expressions = [(text, re.compile(text[3:])) for text in self.ignore if text.startswith("re:")]
+        return set(self.ignore), expressions
+
+    def group_of(self, module: str) -> Any:
+        """The config group that describes a module: one that names it goes before one for all linear layers."""
+        found = None
+        for group in self.groups.values():
+            for target in group.get("targets") or ["Linear"]:
+                if target == module or (target.startswith("re:") and re.match(target[3:], module)):
+                    return group
+                if target == "Linear":
+                    found = found or group
+        return found
+
+
+def read_source(checkpoint: Checkpoint) -> Source:
+    """Gather what a checkpoint says of itself.
+
+    Raises:
+        UnsupportedError: it says something that cannot be packed; the message names what said it.
+        FormatError: a file beside the weights is broken.
+    """
+    shapes = {name: info.shape for name, (info, _) in checkpoint.tensors.items()}
+    config: Mapping[str, Any] = checkpoint.config or {}
+    _refuse_packed(shapes)
+    _refuse_adapters(checkpoint, shapes)
+    _refuse_ungathered(shapes)
+    model_types = _model_types(config)
+    for at, kind in model_types.items():
+        if kind in TRANSPOSED:
+            raise UnsupportedError(
+                f"{CONFIG}: {_path(at, 'model_type')} {kind!r} stores Conv1D weights as [k, n], which packing cannot"
+                " read; transpose them to [n, k], and pack them as one .safetensors file without this config"
+            )
+    statements = [(f"{CONFIG}: {at}", value) for at, value in _statements(config)]
+    statements += [
+        (f"__metadata__: {shown(key)}", value) for key, value in checkpoint.metadata.items() if "quant" in key.lower()
+    ]
+    for name, value in _side_files(checkpoint):
+        if name != "params.json" and SIGNATURES & value.keys() and _describes(name, value):
+            statements.append((name, value))
+        else:
+            statements += [(f"{name}: {at}", inner) for at, inner in _statements(value)]
+    accepted = [(where, understood(where, value)) for where, value in statements]
+    for where, value in accepted[1:]:
+        if value != accepted[0][1]:
+            raise UnsupportedError(
+                f"{where} and {accepted[0][0]} say different things of the quantization; remove the one that is not true"
+            )
+    _refuse_foreign(checkpoint)
+    if (why := kinds.transposed(shapes)) is not None:
+        raise UnsupportedError(f"{why}: weights stored as [k, n] cannot be packed along k; transpose them to [n, k] first")
+    quantization = accepted[0][1] if accepted else {}
+    notes = list(_missing_layers(config, shapes))
+    if (quantization.get("transform_config") or {}).get("config_groups"):
+        notes.append("transform_config of the source's config.json is not carried over: it is merged into the weights")
+    return Source(
+        model_types=model_types,
+        vocabularies=frozenset(_vocabularies(config, shapes)),
+        quantized=bool(quantization.get("config_groups")),
+        ignore=tuple(str(name) for name in quantization.get("ignore") or ()),
+        groups=dict(quantization.get("config_groups") or {}),
+        kv_cache_scheme=quantization.get("kv_cache_scheme"),
+        notes=tuple(notes),
+    )
+
+
+def read_packed_source(checkpoint: Checkpoint) -> Source:
+    """What a packed checkpoint says of itself: the names that its config.json ignores, and its vocabularies.
+
+    Raises:
+        UnsupportedError: one of these names is no regular expression.
+    """
+    config: Mapping[str, Any] = checkpoint.config or {}
+    shapes = {name: info.shape for name, (info, _) in checkpoint.tensors.items()}
+    quantization = config.get("quantization_config")
+    ignore = quantization.get("ignore") if isinstance(quantization, Mapping) else None
+    names = tuple(name for name in ignore if isinstance(name, str)) if isinstance(ignore, list) else ()
+    for name in names:
+        require_regular(f"{CONFIG}: quantization_config.ignore", name)
+    return Source(
+        model_types=_model_types(config),
+        vocabularies=frozenset(_vocabularies(config, shapes)),
+        ignore=names,
+    )
+
+
+def _model_types(config: Mapping[str, Any]) -> dict[str, str]:
+    return {at: value["model_type"] for at, value in _objects(config) if isinstance(value.get("model_type"), str)}
+
+
+def _missing_layers(config: Mapping[str, Any], shapes: kinds.Shapes) -> Iterator[str]:
+    """A note where config.json has more layers than the weights."""
+    told = [value["num_hidden_layers"] for _, value in _objects(config) if isinstance(value.get("num_hidden_layers"), int)]
+    numbers: dict[str, set[int]] = {}
+    for name in shapes:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if kinds.is_number(part)), 0)
+        if at:
+            numbers.setdefault(".".join(parts[:at]), set()).add(int(parts[at]))
+    layers = max(numbers.values(), key=len, default=set())
+    if layers and (gap := next((i for i in range(min(layers), max(layers)) if i not in layers), None)) is not None:
+        yield f"the weights have layers {min(layers)} to {max(layers)}, but none of number {gap}: is the checkpoint whole?"
+    if told and max(told) > len(layers):
+        yield f"{CONFIG} says {max(told)} layers, the weights have {len(layers)}: is the checkpoint whole?"
+
+
+def without_statements(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config.json in which nothing, at any depth, says how weights are stored."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: clean(inner) for key, inner in value.items() if not (key in STATEMENTS and _describes(key, inner))}
+        return value
+
+    return {key: value for key, value in clean(config).items() if key != "slidesparse"}
+
+
+# ---- where statements are --------------------------------------------------------------------------------------------
+
+
+def _path(at: str, key: str) -> str:
+    return f"{at}.{key}" if at else key
+
+
+def _objects(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every object of a config with its place, the config itself ("") first."""
+    waiting: deque[tuple[str, Any]] = deque([("", config)])
+    while waiting:
+        at, value = waiting.popleft()
+        if isinstance(value, Mapping):
+            yield at, value
+            waiting += [(_path(at, str(key)), inner) for key, inner in value.items() if isinstance(inner, (Mapping, list))]
+        elif isinstance(value, list):
+            waiting += [(f"{at}[{i}]", inner) for i, inner in enumerate(value) if isinstance(inner, Mapping)]
+
+
+def _describes(key: str, value: Any) -> bool:
+    """Whether an entry of a config says something of how weights are stored; "quantization" may be a part of a model, too."""
+    if isinstance(value, Mapping):
+        if all(inner in NOTHING for inner in value.values()):
+            return False
+        return key not in ("quantization", "compression") or bool(SIGNATURES & value.keys())
+    return value not in NOTHING
+
+
+def _statements(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every statement in a config with its place; not those inside another."""
+    inside: list[str] = []
+    for at, value in _objects(config):
+        if any(at == place or at.startswith(f"{place}.") for place in inside):
+            continue
+        for key, inner in value.items():
+            signed = isinstance(inner, Mapping) and {"quant_method", "quant_algo", "config_groups"} & inner.keys()
+            if (key in STATEMENTS or signed) and _describes(str(key), inner):
+                inside.append(_path(at, str(key)))
+                yield inside[-1], inner
+
+
+def _side_files(checkpoint: Checkpoint) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The files beside config.json that say how weights are stored."""
+    root = checkpoint.root
+    for name in sorted(path.name for path in root.iterdir()) if root is not None else ():
+        if not SIDE_FILES.fullmatch(name) or name.startswith(".") or root is None:
+            continue
+        try:
+            yield name, read_json(member(root, name), strict=False)
+        except FormatError:
+            if KNOWN_SIDE_FILES.fullmatch(name):
+                raise  # another is a log, or a part of the model
+
+
+def _vocabularies(config: Mapping[str, Any], shapes: kinds.Shapes) -> Iterator[int]:
+    """Numbers of rows that embeddings and heads have: as configs say, and as the embeddings are."""
+    for _, value in _objects(config):
+        for key, size in value.items():
+            if isinstance(size, int) and not isinstance(size, bool):
+                if "vocab" in str(key) and size >= kinds.SMALLEST_VOCABULARY:
+                    yield size
+                vocabulary = value.get("vocab_size")
+                if key == "embedding_size" and isinstance(vocabulary, int) and 0 <= size - vocabulary < 1024:
+                    yield size  # with its padding; elsewhere it is the embedding's width
+    for name, shape in shapes.items():
+        parts = [part for part in name.removesuffix(".weight").split(".") if not part.isdigit()]
+        if len(shape) == 2 and shape[0] >= 1000 and parts and TOKENS.fullmatch(parts[-1]):
+            yield shape[0]
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def _refuse_packed(shapes: kinds.Shapes) -> None:
+    """Refuse a checkpoint that is packed already, by this tool or another."""
+    packed = any(name.endswith(".weight_packed") for name in shapes)
+    stray = next((name for name in shapes if name.endswith((".weight_meta", ".weight_shape"))), None)
+    if packed and stray is not None and any(name.endswith(".weight_meta") for name in shapes):
+        raise UnsupportedError("this checkpoint is packed already; `slidesparse show --unpack OUT` writes it back dense")
+    if packed:
+        raise UnsupportedError("this checkpoint holds another tool's packed weights; start from the unquantized model")
+    if stray is not None:
+        raise UnsupportedError(
+            f"{shown(stray)}: a packed checkpoint could not be told from one of another tool; rename this tensor"
+        )
+
+
+def _refuse_adapters(checkpoint: Checkpoint, shapes: kinds.Shapes) -> None:
+    """Refuse an adapter in place of a model, and one that loaders would add to it."""
+    if checkpoint.root is not None and (checkpoint.root / ADAPTER_FILE).exists():
+        what = (
+            "the folder holds an adapter and no model"
+            if checkpoint.config is None
+            else "loaders add its adapter to the weights"
+        )
+        raise UnsupportedError(
+            f"{ADAPTER_FILE}: {what}; merge the adapter into the model first (in peft: merge_and_unload), and pack that, or"
+            " take the adapter's files out of the folder to pack the model alone"
+        )
+    weights = [name for name in shapes if len(shapes[name]) >= 2]
+    if weights and all(kinds.is_adapter(name) for name in weights):
+        raise UnsupportedError(
+            f"{shown(weights[0])}: the checkpoint is an adapter and no model; merge it into its model first (in peft:"
+            " merge_and_unload), and pack that"
+        )
+
+
+def _refuse_ungathered(shapes: kinds.Shapes) -> None:
+    """Refuse a checkpoint whose weights were left on other processes: their places are empty."""
+    empty = next((name for name, shape in shapes.items() if shape == (0,) and name.endswith(".weight")), None)
+    if empty is not None:
+        raise UnsupportedError(
+            f"{shown(empty)}: is empty ([0]), as a trainer (ZeRO-3) leaves weights that it did not gather; gather and save"
+            " again"
+        )
+
+
+def _refuse_foreign(checkpoint: Checkpoint) -> None:
+    """Refuse weights that only another tool's loader can read."""
+    shapes = {name: info.shape for name, (info, _) in checkpoint.tensors.items()}
+    scales: dict[str, str] = {}
+    for name in shapes:
+        parent, _, last = name.rpartition(".")
+        if SCALES.search(last):
+            scales.setdefault(parent, last)
+    for name, (info, _) in checkpoint.tensors.items():
+        parent, _, last = name.rpartition(".")
+        tools = _tools(last) + (_tools("quant_state") if parent.endswith(".quant_state") else ())
+        if last in AMBIGUOUS and not _in_place_of_weight(name, last, shapes):
+            tools = ()
+        integers = last != "weight" and not SCALES.search(last) and info.code in INTEGERS and len(info.shape) >= 2
+        if not tools and integers and parent in scales:
+            tools = (f"a tool that stores integers beside {shown(scales[parent])}",)
+        if tools:
+            raise UnsupportedError(
+                f"{shown(name)}: {info.code} {list(info.shape)} is written by {tools[0]}, which packing cannot read; start from"
+                " a checkpoint with plain weights"
+            )
+
+
+@lru_cache(maxsize=1 << 12)
+def _tools(last: str) -> tuple[str, ...]:
+    """The tools that write tensors with this last part of a name."""
+    return tuple(tool for pattern, tool in FOREIGN if pattern.fullmatch(last))
+
+
+def _in_place_of_weight(name: str, hit: str, shapes: kinds.Shapes) -> bool:
+    """Whether a tensor with an ambiguous last part takes the place of a matrix: X.weight_v without X.weight."""
+    head = name[: name.rindex(hit)].rstrip(".")
+    module = head.removesuffix(".weight").removesuffix(".parametrizations")
+    return len(shapes[name]) == 2 and min(shapes[name]) > 1 and f"{module}.weight" not in shapes

@@ -1,0 +1,433 @@
+"""PackedWeight: one weight matrix in packed form (docs/format.md), on any device; and the activations that meet it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import FormatError, OperandError, shown
+from .dtypes import FLOAT32, INT8, DType, packed_dtype
+from .pattern import Pattern
+
+ORDERED_NIBBLES = tuple(i0 | i1 << 2 for i1 in range(4) for i0 in range(i1))
+"""The six legal index nibbles, first index below the second: 0x4, 0x8, 0x9, 0xC, 0xD, 0xE."""
+
+LARGEST_DIMENSION = 2**31 - 1
+"""Rows or columns of a weight, at most."""
+
+LARGEST_INT8_SLOTS = 2**17 - 1
+"""Slots of a row of int8 values, at most: each adds up to 2^14 to a sum that is kept in int32."""
+
+PARTS = {"weight_packed": "values", "weight_meta": "meta", "weight_scale": "scale", "weight_shape": "shape"}
+"""Last part of a tensor's name in the packed format -> the attribute of PackedWeight that it holds."""
+
+_LEGAL_BYTE = np.zeros(256, bool)
+_LEGAL_BYTE[[low | high << 4 for low in ORDERED_NIBBLES for high in ORDERED_NIBBLES]] = True
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """Weights w [n, k] of a (2N-2):2N pattern, as 2:4 windows: kept values and their 2-bit indices.
+
+    Attributes:
+        values: [n, ks/2] of `dtype`, the two kept values of each window, windows in order.
+        meta: [n, ks/8] uint8, one nibble a window (i0 | i1 << 2, i0 < i1), low nibble first.
+        scale: [n, 1] float32, w ~= values * scale; None for 16-bit values.
+        pattern: the Pattern.
+        shape: logical (n, k), before k is padded to the slice unit.
+        dtype: storage type of `values`.
+        arranged: per device, what its kernels load; made on first use, and by `to_device`.
+
+    Arrays are NumPy or CuPy, all of one kind; on a device that has no FP8 or bfloat16 arrays, `values` holds the raw bits
+    (`dtype.raw`). Two packed weights of the same matrix are equal byte for byte: the form is canonical.
+    """
+
+    values: Any
+    meta: Any
+    scale: Any
+    pattern: Pattern
+    shape: tuple[int, int]
+    dtype: DType
+    arranged: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        with contextlib.suppress(TypeError):  # what is no shape, check_shapes refuses
+            object.__setattr__(self, "shape", tuple(map(operator.index, self.shape)))
+
+    @property
+    def n(self) -> int:
+        return self.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.shape[1]
+
+    @property
+    def ks(self) -> int:
+        """Slid k."""
+        return self.pattern.slid_k(self.k)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values, indices and scales."""
+        return sum(int(a.nbytes) for a in (self.values, self.meta, self.scale) if a is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over logical weights, padding and scales included."""
+        return 8 * self.nbytes / max(1, self.n * self.k)
+
+    def __repr__(self) -> str:
+        try:
+            self.check_shapes()
+        except FormatError as error:
+            return f"PackedWeight(invalid: {error})"
+        size = f"{self.bits_per_weight:.2f} bits a weight"
+        return f"PackedWeight({self.n} x {self.k}, {self.pattern.described}, {self.dtype}, {size})"
+
+    # ---- named tensors
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Any],
+        pattern: Pattern | str | tuple[int, int],
+        dtype: object = None,
+        *,
+        name: str = "",
+    ) -> PackedWeight:
+        """The packed weight of a module from its tensors of the packed format (docs/format.md); nothing is copied.
+
+        Args:
+            tensors: by name, NumPy or CuPy: weight_packed [n, ks/2] of `dtype` or its bits; weight_meta [n, ks/8] uint8;
+                weight_scale [n, 1] float32, for 8-bit types only; weight_shape [2], the integers n and k. Others are not read.
+            pattern: "6:8", (6, 8) or a Pattern: a file's metadata tell it.
+            dtype: storage type, by name or NumPy dtype; by default that of weight_packed. Needed if those are raw bits.
+            name: the module's, before the dot in the tensors' names; "" if they are bare, as in a module's own state.
+
+        Raises:
+            OperandError: `pattern` or `dtype` is none, or `tensors` is no mapping.
+            FormatError: a tensor is missing, or `validate` refuses it.
+        """
+        if not isinstance(tensors, Mapping):
+            raise OperandError(f"tensors: {type(tensors).__name__} must be a dictionary, such as packed.tensors()")
+        pattern = Pattern.of(pattern)
+        given = {part: tensors.get(_full(name, tensor)) for tensor, part in PARTS.items()}
+        for tensor, part in PARTS.items():
+            if given[part] is None and part != "scale":
+                raise FormatError(f"tensors: {shown(_full(name, tensor))} is missing; a packed weight needs it")
+        stored = packed_dtype(getattr(given["values"], "dtype", None) if dtype is None else dtype)
+        shape = getattr(given.pop("shape"), "tolist", lambda: tensors[_full(name, "weight_shape")])()
+        return cls(**given, pattern=pattern, shape=shape, dtype=stored).validate(name or "packed")
+
+    def tensors(self, name: str = "") -> dict[str, Any]:
+        """The tensors of the packed format, as `from_tensors` takes them: these arrays themselves, and int64 [2] on the host.
+
+        Args:
+            name: of the module; "" for bare names.
+
+        Raises:
+            FormatError: a tensor has the wrong dtype or shape.
+        """
+        self.check_shapes(name or "packed")
+        held = {tensor: getattr(self, part) for tensor, part in PARTS.items()} | {
+            "weight_shape": np.array(self.shape, np.int64)
+        }
+        return {_full(name, tensor): array for tensor, array in held.items() if array is not None}
+
+    # ---- parts, for tensor parallelism and fused layers
+
+    def rows(self, a: int, b: int) -> PackedWeight:
+        """Outputs a to b-1 (column parallelism, one of q/k/v): shape (b - a, k); views, arranged for no device yet.
+
+        Raises:
+            OperandError: not 0 <= a <= b <= n.
+            FormatError: a tensor has the wrong dtype or shape.
+        """
+        a, b = self._range("rows", a, b, 0, 1)
+        scale = None if self.scale is None else self.scale[a:b]
+        return replace(self, values=self.values[a:b], meta=self.meta[a:b], scale=scale, shape=(b - a, self.k))
+
+    def columns(self, a: int, b: int) -> PackedWeight:
+        """Inputs a to b-1 (row parallelism): shape (n, b - a); views, arranged for no device yet.
+
+        The parts' products with x[..., a:b] add up to the product of the whole. Scales stay those of whole rows, so 8-bit
+        parts are not what `pack` makes of w[:, a:b]. If x is quantized part by part, each part has scales of its own.
+
+        Args:
+            a, b: multiples of `pattern.slice_unit`, or k.
+
+        Raises:
+            OperandError: another cut, or not 0 <= a <= b <= k.
+            FormatError: a tensor has the wrong dtype or shape.
+        """
+        a, b = self._range("columns", a, b, 1, self.pattern.slice_unit)
+        start, stop = self.pattern.slid_k(a), self.pattern.slid_k(b)
+        values, meta = self.values[:, start // 2 : stop // 2], self.meta[:, start // 8 : stop // 8]
+        return replace(self, values=values, meta=meta, shape=(self.n, b - a))
+
+    def _range(self, of: str, a: int, b: int, axis: int, unit: int) -> tuple[int, int]:
+        """a and b as integers, or OperandError unless the axis may be cut there."""
+        self.check_shapes()
+        size, letter = self.shape[axis], "nk"[axis]
+        try:
+            first, last = operator.index(a), operator.index(b)
+        except TypeError:
+            raise OperandError(f"{of}: {shown(a)} to {shown(b)} must be two integers") from None
+        if not 0 <= first <= last <= size:
+            raise OperandError(f"{of}: {shown(a)} to {shown(b)} must be a range within 0 to {size}, the {letter} of the weight")
+        for at in (first, last):
+            if at % unit and at != size:
+                below = at // unit * unit
+                raise OperandError(
+                    f"{of}: {first} to {last} must be cut at multiples of {unit}, the slice unit of {self.pattern.described},"
+                    f" or at {letter} = {size}; nearest to {at} are {below} and {min(below + unit, size)}"
+                )
+        return first, last
+
+    @classmethod
+    def concat(cls, weights: Iterable[PackedWeight]) -> PackedWeight:
+        """Weights of the same x as one, outputs below outputs (fused q/k/v, gate/up); the inverse of `rows`. Copies.
+
+        Args:
+            weights: shapes (n_i, k) of one k, pattern and dtype, in one place: all on the host, or all on one GPU.
+
+        Returns:
+            Shape (sum of n_i, k), where the weights are; raw bits if one of them holds raw bits.
+
+        Raises:
+            OperandError: there is none, one is no PackedWeight, they differ, or they are too large together.
+            FormatError: a tensor has the wrong dtype or shape.
+        """
+        listed = list(weights) if isinstance(weights, Iterable) else []
+        if not listed:
+            raise OperandError(f"weights: {shown(weights)} must be a list of PackedWeights, at least one")
+        first = require_packed(listed[0], "weights[0]")
+        for i, weight in enumerate(listed):
+            require_packed(weight, f"weights[{i}]").check_shapes(f"weights[{i}]")
+            for fact in ("k", "pattern", "dtype", "_place"):
+                if (found := getattr(weight, fact)) != (wanted := getattr(first, fact)):
+                    raise OperandError(f"weights[{i}].{fact.strip('_')}: {found} must be {wanted}, as of weights[0]")
+        shape = (sum(weight.n for weight in listed), first.k)
+        if problem := size_problem(first.pattern, shape, first.dtype):
+            raise OperandError(f"weights: together {problem}")
+        raw = first.dtype.raw  # CuPy joins no bfloat16
+        parts = [[w.values.view(raw) for w in listed], [w.meta for w in listed], [w.scale for w in listed]]
+        with contextlib.nullcontext() if isinstance(first.values, np.ndarray) else first.values.device:
+            # NumPy hands CuPy's arrays to CuPy
+            values, meta, *scale = (np.concatenate(part) for part in parts if part[0] is not None)
+        stored = first.values.dtype if len({w.values.dtype for w in listed}) == 1 else raw
+        return cls(values.view(stored), meta, scale[0] if scale else None, first.pattern, shape, first.dtype)
+
+    @property
+    def _place(self) -> str:
+        """The memory that holds the arrays."""
+        return "host" if isinstance(self.values, np.ndarray) else str(getattr(self.values, "device", type(self.values)))
+
+    # ---- on a GPU
+
+    def to_device(self, device: int | None = None) -> PackedWeight:
+        """Arrange the weight for a GPU ahead of its first product; return self.
+
+        Args:
+            device: number of the GPU; by default the current one.
+
+        Raises:
+            UnsupportedError: there is no GPU, no CuPy, or no such device; or it has no sparse tensor cores for this type.
+            FormatError: the tensors do not fit the shape.
+        """
+        self.check_shapes()
+        device_code = importlib.import_module("slidesparse_nb.cuda")  # looked up when called: it stands above
+        device_code.module("plan", "to_device").to_device(self, device)
+        return self
+
+    # ---- checks
+
+    def validate(self, name: str = "packed", *, first_row: int = 0) -> PackedWeight:
+        """Check dtypes, shapes and index order; return self. (`verify` proves the values.)
+
+        Args:
+            name: what error messages call this weight.
+            first_row: what they count rows from, if this is a block of rows.
+
+        Raises:
+            FormatError: a tensor has the wrong dtype or shape, a nibble is out of order, or a scale is negative or not finite.
+        """
+        self.check_shapes(name)
+        if isinstance(self.meta, np.ndarray):  # on a device this would wait for it; files are checked before they go there
+            self._check_contents(name, first_row)
+        return self
+
+    def check_shapes(self, name: str = "packed") -> None:
+        """The part of `validate` that looks at no element: FormatError if a tensor has the wrong dtype or shape.
+
+        Or if pattern, shape and dtype are none, or together too large (`size_problem`).
+        """
+        if not isinstance(self.pattern, Pattern) or not isinstance(self.dtype, DType):
+            for part, kind in (("pattern", Pattern), ("dtype", DType)):
+                if not isinstance(value := getattr(self, part), kind):
+                    raise FormatError(f"{name}.{part}: {shown(value)} must be a {kind.__name__}; pack or load makes it so")
+        if not isinstance(self.shape, tuple) or len(self.shape) != 2 or not all(isinstance(v, int) for v in self.shape):
+            raise FormatError(f"{name}.shape: {shown(self.shape)} must be two integers (n, k)")
+        if problem := size_problem(self.pattern, self.shape, self.dtype):
+            raise FormatError(f"{name}: {problem}")
+        n, k = self.shape
+        wanted: list[tuple[str, Any, tuple[int, int], tuple[np.dtype[Any], ...]]] = [
+            ("values", self.values, (n, self.ks // 2), (self.dtype.numpy, self.dtype.raw)),
+            ("meta", self.meta, (n, self.ks // 8), (np.dtype(np.uint8),)),
+        ]
+        if self.dtype.qmax is not None:
+            wanted.append(("scale", self.scale, (n, 1), (FLOAT32,)))
+        elif self.scale is not None:
+            raise FormatError(f"{name}.scale: {self.dtype} values carry no scale; remove it")
+        for part, array, shape, dtypes in wanted:
+            if array is None:
+                raise FormatError(f"{name}.{part}: is missing; {self.dtype} weights need it")
+            if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+                raise FormatError(f"{name}.{part}: is {type(array).__name__}, must be an array, {dtypes[0]} {shape}")
+            if isinstance(array, np.ma.MaskedArray):
+                raise FormatError(f"{name}.{part}: is a masked array, must be a plain one")
+            if tuple(array.shape) != shape or array.dtype not in dtypes:
+                raise FormatError(
+                    f"{name}.{part}: is {array.dtype} {tuple(array.shape)}, must be {dtypes[0]} {shape}"
+                    f" for a weight of shape ({n}, {k}) at {self.pattern}"
+                )
+
+    def _check_contents(self, name: str, first_row: int) -> None:
+        if not (legal := _LEGAL_BYTE[self.meta]).all():
+            row, column = map(int, np.argwhere(~legal)[0])
+            raise FormatError(
+                f"{name}.meta: byte 0x{int(self.meta[row, column]):02x} at row {first_row + row}, column {column} holds a"
+                " nibble out of order; every nibble must be i0 | i1 << 2 with i0 < i1"
+            )
+        if self.scale is not None and not (good := np.isfinite(self.scale) & (self.scale >= 0)).all():
+            row = int(np.flatnonzero(~good[:, 0])[0])
+            raise FormatError(
+                f"{name}.scale: {float(self.scale[row, 0])} at row {first_row + row} must be finite and not negative"
+            )
+
+
+def size_problem(pattern: Pattern, shape: tuple[int, int], dtype: DType) -> str:
+    """What forbids weights of this shape: one sentence without its subject and full stop; "" if nothing does."""
+    n, k = shape
+    if n < 0 or k < 0:
+        return f"shape ({n}, {k}) must not be negative"
+    if max(n, k) > LARGEST_DIMENSION:
+        return f"shape ({n}, {k}) must be below 2^31 in both dimensions"
+    if dtype == INT8 and (slots := pattern.slid_k(k) // 2) > LARGEST_INT8_SLOTS:
+        return (
+            f"k={k} takes {slots} slots at pattern {pattern}, and int8 products of more than {LARGEST_INT8_SLOTS} could"
+            " overflow their int32 sums; store the weights in another type, or split k"
+        )
+    return ""
+
+
+def _full(name: str, tensor: str) -> str:
+    """A tensor's name in a module."""
+    return f"{name}.{tensor}" if name else tensor
+
+
+def require_packed(packed: object, name: str = "packed") -> PackedWeight:
+    """`packed`, or OperandError unless it is a PackedWeight."""
+    if not isinstance(packed, PackedWeight):
+        raise OperandError(f"{name}: {type(packed).__name__} must be a PackedWeight; pack(w) or load(path) makes one")
+    return packed
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationImage:
+    """Activations as the kernel for compute capability 9.0 loads them: lifted, in swizzled tiles (arch/operand.py).
+
+    Attributes:
+        data: uint8 [stages, ceil(m / 8), 8, 128] on a GPU.
+        pattern: they were lifted by.
+        k: columns that they had.
+    """
+
+    data: Any
+    pattern: Pattern
+    k: int
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedActivations:
+    """Activations quantized once, or rounded for 16-bit weights, to be multiplied by several weights (q/k/v, gate/up).
+
+    Attributes:
+        values: [m, k] of `dtype`, or its bits, one row a token; leading dimensions of x are flattened into m. Where only
+            `image` was made, they are recovered from it when they are first asked for, and kept.
+        scale: [m, 1] float32, x ~= values * scale; None for 16-bit types.
+        lead: the leading dimensions of x, whose product is m.
+        dtype: a packed type.
+        source: the dtype x had; what `matmul` returns unless told otherwise.
+        image: the same values as a GPU of compute capability 9.0 multiplies them, made there by `quantize`; else None.
+    """
+
+    values: Any
+    scale: Any
+    lead: tuple[int, ...]
+    dtype: DType
+    source: np.dtype[Any]
+    image: ActivationImage | None = None
+
+    def __post_init__(self) -> None:
+        if self.values is None and self.image is not None:
+            object.__delattr__(self, "values")  # so that __getattr__ is asked for it
+
+    def __getattr__(self, name: str) -> Any:
+        image = self.__dict__.get("image")
+        if name != "values" or image is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        gemm = importlib.import_module("slidesparse_nb.cuda.matmul")  # looked up when called: it stands above
+        object.__setattr__(self, "values", gemm.rows_of_image(image, self.m, self.dtype))
+        return self.values
+
+    def __repr__(self) -> str:
+        form = "" if self.image is None else f", laid out for {self.image.pattern.described}"
+        return f"QuantizedActivations({' x '.join(map(str, (*self.lead, self.k)))}, {self.dtype}{form})"
+
+    @property
+    def m(self) -> int:
+        return math.prod(self.lead)
+
+    @property
+    def k(self) -> int:
+        return int(self.values.shape[1]) if self.image is None else self.image.k
+
+    @property
+    def held(self) -> Any:
+        """The array that is there already: the image, or the values."""
+        return self.values if self.image is None else self.image.data
+
+    def check(self, packed: PackedWeight, values: Any, scale: Any) -> None:
+        """Check that these can be multiplied by `packed`; nothing is looked at but types and shapes.
+
+        Args:
+            values: as the library that multiplies sees them; None if it takes the image.
+            scale: likewise.
+
+        Raises:
+            OperandError: they are of another type, or shapes do not agree.
+        """
+        dtype = packed.dtype
+        if self.dtype != dtype:
+            raise OperandError(
+                f"x: is quantized to {self.dtype}, but packed holds {dtype}; quantize it with quantize(x, packed)"
+            )
+        m = self.m
+        if values is not None and (values.ndim != 2 or values.shape[0] != m or values.dtype not in (dtype.numpy, dtype.raw)):
+            raise OperandError(f"x.values: {values.dtype} {values.shape} must be {dtype} or its bits, [{m}, k]")
+        if dtype.qmax is None:
+            if scale is not None:
+                raise OperandError(f"x.scale: {dtype} activations carry no scale; it must be None")
+        elif getattr(scale, "shape", None) != (m, 1) or scale.dtype != FLOAT32 or not scale.flags.c_contiguous:
+            raise OperandError(f"x.scale: must be a contiguous float32 array [{m}, 1], where x.values are")
+        if self.k != packed.k:
+            raise OperandError(f"x: k={self.k} must be {packed.k}, the k of packed (not padded: matmul does that)")

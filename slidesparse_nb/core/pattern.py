@@ -1,0 +1,142 @@
+"""Pattern: the arithmetic of (2N-2):2N sparsity, here and nowhere else.
+
+A row of weights is cut into groups of L = 2N columns, each with at most L-2 non-zeros. Group g is covered by N-1
+overlapping windows of four columns, window j starting at column gL + 2j; each window holds at most two of the group's
+non-zeros, so the windows side by side are a 2:4 sparse row, `expansion` times as long (SlideSparse, arXiv 2603.05232,
+section 3).
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import OperandError, PatternError, shown
+
+LARGEST_GROUP = 4096
+"""Columns of a group, at most: far above any use, and a stranger's file cannot ask for a row of 10^30 columns."""
+
+
+@dataclass(frozen=True, order=True)
+class Pattern:
+    """At most `nnz` non-zeros in every `group` consecutive columns; nnz = 2N-2 and group = 2N with 2 <= N <= 2048.
+
+    Raises:
+        OperandError: `nnz` and `group`, integers of any kind, are not of that form.
+    """
+
+    nnz: int
+    group: int
+
+    def __post_init__(self) -> None:
+        try:
+            if isinstance(self.nnz, bool) or isinstance(self.group, bool):
+                raise TypeError
+            object.__setattr__(self, "nnz", operator.index(self.nnz))  # a plain integer: NumPy's would overflow
+            object.__setattr__(self, "group", operator.index(self.group))
+        except TypeError:
+            text = f"{shown(self.nnz)}:{shown(self.group)}"
+            raise OperandError(f"pattern: {text} must be two integers, non-zeros:total, like 6:8") from None
+        if not -LARGEST_GROUP <= min(self.nnz, self.group) <= max(self.nnz, self.group) <= LARGEST_GROUP:
+            text = f"{shown(self.nnz)}:{shown(self.group)}"
+            raise OperandError(f"pattern: {text} is too large; a group may have {LARGEST_GROUP} columns at most")
+        if self.group >= 4 and self.group % 2 == 0 and self.nnz == self.group - 2:
+            return
+        text, hint = f"{self.nnz}:{self.group}", ""
+        if self.nnz == 2 and self.group >= 6 and self.group % 2 == 0:
+            hint = (
+                f"; what a tool that counts zeros calls {text} (2 zeros in {self.group}) is {self.group - 2}:{self.group} here"
+            )
+        raise OperandError(f"pattern: {text} is not of the form (2N-2):2N with N >= 2 (2:4, 4:6, 6:8, 8:10 ...){hint}")
+
+    @classmethod
+    def of(cls, value: Pattern | str | tuple[int, int]) -> Pattern:
+        """A Pattern from a Pattern, a string such as "6:8", or a pair such as (6, 8).
+
+        Raises:
+            OperandError: `value` does not name a (2N-2):2N pattern.
+        """
+        if isinstance(value, Pattern):
+            return value
+        if isinstance(value, str):
+            match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", value)
+            if match:
+                return cls(int(match[1]), int(match[2]))
+        elif isinstance(value, (tuple, list)) and len(value) == 2:
+            return cls(*value)
+        raise OperandError(f"pattern: {shown(value)} must be non-zeros:total, like '6:8' (2 zeros in 8)")
+
+    def __str__(self) -> str:
+        return f"{self.nnz}:{self.group}"
+
+    @property
+    def described(self) -> str:
+        """ "6:8 (2 zeros in 8)": how a person is told the pattern, since other tools count zeros."""
+        return f"{self} (2 zeros in {self.group})"
+
+    @property
+    def windows(self) -> int:
+        """Windows per group, N-1."""
+        return self.group // 2 - 1
+
+    @property
+    def expansion(self) -> Fraction:
+        """Slid k over k: 3/2 for 6:8."""
+        return Fraction(4 * self.windows, self.group)
+
+    @property
+    def speedup(self) -> Fraction:
+        """Ideal speed-up over dense, N/(N-1), since 2:4 hardware works twice as fast: 4/3 for 6:8."""
+        return 2 / self.expansion
+
+    @property
+    def slice_unit(self) -> int:
+        """Columns of k after which both packed tensors start on a whole byte, so that k may be cut there: 16 for 6:8."""
+        return self.group if self.windows % 2 == 0 else 2 * self.group
+
+    def padded_k(self, k: int) -> int:
+        """k rounded up to the slice unit."""
+        return -(-k // self.slice_unit) * self.slice_unit
+
+    def slid_k(self, k: int) -> int:
+        """ks: length of a row of k columns after it is slid."""
+        return self.padded_k(k) // self.group * self.windows * 4
+
+    def bits_per_weight(self, bits: int) -> float:
+        """Packed size, values of `bits` bits and their 2-bit indices, per logical weight (scales and padding apart)."""
+        return self.nnz / self.group * (bits + 2)
+
+    def violated(self, row: int, group: int, count: int, hint: str = "") -> PatternError:
+        """The error to raise for weights w of which `count` groups break the pattern, the first at (row, group).
+
+        Args:
+            hint: what else is known of such weights: "" or one sentence.
+        """
+        first = group * self.group
+        return PatternError(
+            f"w: row {row}, group {group} (columns {first} to {first + self.group - 1}) has more than {self.nnz} non-zeros,"
+            f" and so have {count} groups in all, but pattern {self.described} allows {self.nnz};"
+            f" prune the weights first, for instance with prune='magnitude'{'; ' + hint if hint else ''}",
+            row=row,
+            group=group,
+            count=count,
+        )
+
+    def lift_index(self, k: int) -> NDArray[np.intp]:
+        """The column of x that each lifted column reads: int [ks], where values >= k stand for a zero.
+
+        `x_padded[:, lift_index(k)]` is lift; for 6:8 and k = 16: 0 1 2 3, 2 3 4 5, 4 5 6 7, 8 9 10 11, ...
+        """
+        groups = np.arange(self.padded_k(k) // self.group)[:, None, None] * self.group
+        windows = np.arange(self.windows)[:, None] * 2
+        return (groups + windows + np.arange(4)).ravel()
+
+
+def known_patterns(largest: int = 16) -> list[Pattern]:
+    """2:4, 4:6, 6:8 ... up to groups of `largest` columns."""
+    return [Pattern(group - 2, group) for group in range(4, largest + 1, 2)]

@@ -1,0 +1,69 @@
+"""GemmProblem: what is multiplied, into what, on what device. Plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .. import env
+from .checks import float_dtype
+from .dtypes import FLOATS, DType, packed_dtype
+from .pattern import Pattern
+
+Asked = tuple[int, int, int, "Pattern | str", "DType | str", str]
+"""A problem as a user names it: m, n, k, pattern, dtype of the weights, name of the type of y."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a choice needs to know of a GPU.
+
+    Attributes:
+        capability: its compute capability, such as (9, 0).
+        sms: its SMs.
+        name: as the driver spells it, under which tuned results are kept; "" where no GPU was asked.
+        portable: kernels made for one architecture are left aside; by default what SLIDESPARSE_PORTABLE says.
+    """
+
+    capability: tuple[int, int]
+    sms: int
+    name: str = ""
+    portable: bool = field(default_factory=env.portable)
+
+
+NOWHERE = Device((0, 0), 0, portable=False)
+"""Of a problem that no device was named for."""
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """y [m, n] = x [m, k] @ w.T, with packed weights w [n, k].
+
+    Attributes:
+        pattern, dtype: of the weights.
+        out: name of the type of y.
+        groups: such products at once, each with weights of its own.
+    """
+
+    m: int
+    n: int
+    k: int
+    pattern: Pattern
+    dtype: DType
+    out: str
+    device: Device
+    groups: int = 1
+
+    @classmethod
+    def of(cls, asked: Asked, device: Device = NOWHERE) -> GemmProblem:
+        """The problem that a user names.
+
+        Raises:
+            OperandError: a pattern that is none, or a type that is none of weights, or of y.
+        """
+        m, n, k, pattern, dtype, out = asked
+        return cls(m, n, k, Pattern.of(pattern), packed_dtype(dtype), FLOATS[float_dtype("out", out)], device)
+
+    def __str__(self) -> str:
+        times = f"{self.groups} x " if self.groups > 1 else ""
+        product = f"y[{self.m}, {self.n}] = x[{self.m}, {self.k}] @ w.T"
+        return f"{times}{product}, {self.pattern.described} {self.dtype} -> {self.out}"

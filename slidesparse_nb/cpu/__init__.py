@@ -1,0 +1,1 @@
+"""Numba on the CPU: the kernels of packing, and the product."""

@@ -1,0 +1,165 @@
+"""Compiling the GPU kernels ahead, on any machine: every kernel and candidate, and what the compiler made of each."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import env
+from ..arch import Config, choose, for_capability, serving
+from ..core.checks import float_dtype
+from ..core.dtypes import FLOATS, PACKED, DType, packed_dtype
+from ..core.pattern import Pattern, known_patterns
+from ..core.problem import Asked, Device, GemmProblem
+from .jit import cache, nvrtc
+
+ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+"""The compute capabilities that kernels are compiled for in tests."""
+
+Job = tuple[str, Mapping[str, "int | str"], str]
+"""Source under cuda_src, defines, architecture."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of one kernel.
+
+    Attributes:
+        registers, spills, stack: of a thread: registers; bytes stored and loaded for want of them; bytes of stack.
+        shared: bytes of dynamic shared memory a thread block.
+        sparse: sparse matrix instructions in the machine code; None without a disassembler.
+        serialized: the compiler lets every one of them wait for the one before.
+    """
+
+    arch: str
+    pattern: str
+    dtype: str
+    config: str
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    sparse: int | None
+    serialized: bool = False
+
+    @property
+    def good(self) -> bool:
+        """No spills, and sparse tensor cores at work, one instruction while another is under way."""
+        return not self.spills and not self.stack and self.sparse != 0 and not self.serialized
+
+
+def build_kernels(
+    capabilities: Sequence[tuple[int, int]] = ARCHITECTURES,
+    patterns: Sequence[Pattern] | None = None,
+    dtypes: Sequence[DType | str] = PACKED,
+    out: str = "bfloat16",
+    workers: int | None = None,
+) -> list[Report]:
+    """Compile every kernel and candidate into the cache, without a GPU; those that are there already are not compiled again.
+
+    Args:
+        capabilities: compute capabilities, such as (9, 0).
+        patterns: by default 2:4 to 14:16.
+        dtypes: of the weights; a type that an architecture does not multiply is left out there.
+        out: name of the type of y.
+        workers: kernels compiled at a time; by default as many as there are processors.
+
+    Raises:
+        OperandError: a type that is none of weights, or of y.
+        UnsupportedError: there is no compiler, or it does not know an architecture.
+        KernelError: a kernel does not compile.
+    """
+    rows, out = [packed_dtype(d) for d in dtypes], FLOATS[float_dtype("out", out)]
+    work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, rows, out))
+    built = compile_all([job for job, _ in work], workers=workers)
+    return [
+        Report(*told[:4], b.registers, b.spills, b.stack, told[4], sparse_instructions(b), b.serialized)
+        for b, (_, told) in zip(built, work, strict=True)
+    ]
+
+
+def _jobs(
+    capabilities: Sequence[tuple[int, int]], patterns: Sequence[Pattern], dtypes: Sequence[DType], out: str
+) -> Iterator[tuple[Job, tuple[str, str, str, str, int]]]:
+    """Every kernel and candidate: how it is built, and what the report says of it beforehand."""
+    for capability in capabilities:
+        for arch in serving(capability):  # its own kernel, and the portable one
+            if env.portable() and not arch.portable:
+                continue
+            target = cache.architecture(capability) + arch.suffix
+            for pattern in patterns:
+                for dtype in (d for d in dtypes if not arch.refuses(capability, d)):
+                    for config in arch.kernels(pattern, dtype, out, capability):
+                        told = (target, str(pattern), str(dtype), str(config), config.shared_bytes)
+                        yield (arch.source, config.defines(), target), told
+
+
+def build_products(
+    products: Iterable[Asked],
+    capability: tuple[int, int],
+    processors: int,
+    compiler: nvrtc.Nvrtc | None = None,
+) -> int:
+    """Compile the matrix kernels that these products will launch, all of a machine's processors at once; return how many.
+
+    Args:
+        products: (m, n, k, pattern, dtype of the weights, name of the type of y) of each.
+        capability: compute capability of the GPU, such as (9, 0).
+        processors: multiprocessors that it has.
+        compiler: by default the one of the CUDA version that CuPy runs on; without CuPy, any that is found.
+
+    Raises:
+        OperandError: a type that is none of weights, or of y.
+        UnsupportedError: there is no compiler, or it does not know the architecture.
+        KernelError: a kernel does not compile.
+    """
+    configs = launches_of(products, capability, processors)
+    return len(compile_all(kernels_of(configs, capability), compiler or cache.device_compiler()))
+
+
+def launches_of(products: Iterable[Asked], capability: tuple[int, int], processors: int) -> list[Config]:
+    """The launches that compute these products, of every one in turn; arguments and errors are those of `build_products`."""
+    device = Device(capability, processors)
+    return [config for asked in products for config in choose(GemmProblem.of(asked, device))]
+
+
+def kernels_of(configs: Iterable[Config], capability: tuple[int, int]) -> list[Job]:
+    """The matrix kernels that these launches take on a GPU of this compute capability, each once."""
+    arch = for_capability(capability)
+    target = cache.architecture(capability) + arch.suffix
+    kernels = {repr(defines): defines for defines in (config.defines() for config in configs)}
+    return [(arch.source, defines, target) for defines in kernels.values()]
+
+
+def compile_all(work: Sequence[Job], compiler: nvrtc.Nvrtc | None = None, workers: int | None = None) -> list[cache.Built]:
+    """Compile into the cache, several kernels at a time; those that are there already are not compiled again.
+
+    Args:
+        compiler: by default the one that is found.
+        workers: threads, which NVRTC lets compile at the same time; by default as many as there are processors.
+    """
+    compiler = compiler or nvrtc.load()
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        return list(pool.map(lambda job: cache.build(job[0], job[1], job[2], compiler), work))
+
+
+def disassembler() -> str | None:
+    """NVIDIA's nvdisasm: on the path, beside the Python packages, or in a toolkit."""
+    folders = [p for root in sys.path if root for p in Path(root).glob("nvidia/*/bin")]
+    folders += [Path(root) / "bin" for root in [*env.toolkits(), "/usr/local/cuda"]]
+    return shutil.which("nvdisasm") or shutil.which("nvdisasm", path=os.pathsep.join(map(str, folders)))
+
+
+def sparse_instructions(built: cache.Built) -> int | None:
+    """Sparse matrix instructions (HMMA.SP, IGMMA.SP ...) in the machine code; None without a disassembler."""
+    if (tool := disassembler()) is None:
+        return None
+    text = subprocess.run([tool, "-c", str(built.cubin)], check=True, capture_output=True, text=True).stdout
+    return len(re.findall(r"\b[HIQ]G?MMA\.SP\b", text))

@@ -1,0 +1,336 @@
+"""From a Python function to a kernel that CuPy launches: Numba compiles it ahead, for the device's own architecture.
+
+    Python function --Numba, NVVM--> PTX --nvJitLink--> cubin (kept in the cache folder) --CuPy--> launch
+
+Numba's own launch path costs tens of microseconds a call, CuPy's a few; so Numba only compiles here, and needs no GPU for it.
+A kernel's parameters are plain pointers and 64-bit integers: nothing of Numba's array structure crosses the boundary.
+
+With NUMBA_ENABLE_CUDASIM=1 the same functions run in Numba's simulator, over NumPy arrays and with every index checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ...errors import UnsupportedError
+from ..driver import one_line
+from ..launch import Launcher
+from . import cache
+
+if not hasattr(np, "row_stack"):  # numba-cuda 0.30 names it when it is imported; NumPy 2.5 has it no more
+    np.row_stack = np.vstack  # type: ignore[attr-defined]
+
+# Whole modules of type Any: what these packages make at run time, a type checker does not see.
+numba: Any = importlib.import_module("numba")
+cuda: Any = importlib.import_module("numba.cuda")
+
+SIMULATED = bool(numba.config.ENABLE_CUDASIM)
+"""True where Numba's CUDA simulator stands for the device; NumPy arrays then stand for CuPy's."""
+
+if not SIMULATED:
+    importlib.import_module("numba_cuda")  # without it numba.cuda is Numba's own, which knows other names
+
+arrays: Any = None
+with contextlib.suppress(ImportError):  # without CuPy kernels can still be compiled ahead
+    arrays = importlib.import_module("numpy" if SIMULATED else "cupy")
+
+if not SIMULATED:
+    ir: Any = importlib.import_module("llvmlite.ir")
+    types: Any = importlib.import_module("numba.cuda.types")
+    extending: Any = importlib.import_module("numba.cuda.extending")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def current_device() -> int:
+    """The number of the current device."""
+    return 0 if SIMULATED else int(arrays.cuda.runtime.getDevice())
+
+
+def _numba_type(name: str) -> Any:
+    """Numba's type of "u32", "f32", "i64", or with a star a pointer to it; "void" of nothing."""
+    if name == "void":
+        return types.void
+    kind = {"u": "uint", "i": "int", "f": "float"}[name[0]]
+    base = getattr(types, kind + name[1:].rstrip("*"))
+    return types.CPointer(base) if name.endswith("*") else base
+
+
+def _intrinsic(function: F, result: Any, operands: tuple[Any, ...], emit: Callable[..., Any]) -> F:
+    """What Numba calls for `function` inside a kernel: operands are cast to their types, `emit` writes the code."""
+
+    def typing(context: Any, *given: Any) -> Any:
+        return result(*operands), emit
+
+    parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += inspect.signature(function).parameters.values()
+    typing.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    typing.__name__, typing.__doc__ = function.__name__, function.__doc__
+    made: F = extending.intrinsic(typing)
+    return made
+
+
+def device_function(result: str | tuple[str, ...], *operands: str) -> Callable[[F], F]:
+    """A Python function that kernels may call, of fixed types: `@device_function("u32", "u32", "f32")`.
+
+    `cuda.jit(device=True)` would ask the driver for the present device; this compiles on a machine that has none.
+    """
+
+    def wrap(function: F) -> F:
+        if SIMULATED:
+            return function
+        returned = types.Tuple([_numba_type(r) for r in result]) if isinstance(result, tuple) else _numba_type(result)
+        taken = tuple(_numba_type(o) for o in operands)
+
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return context.compile_internal(builder, function, signature, values)
+
+        return _intrinsic(function, returned, taken, emit)
+
+    return wrap
+
+
+def instruction(text: str, constraints: str, result: str, *operands: str, effect: bool = False) -> Callable[[F], F]:
+    """A function that is one piece of PTX; what it decorates is its twin in Python, which the simulator runs.
+
+    Args:
+        text: PTX, with $0 for the result and $1, $2 ... for the operands.
+        constraints: LLVM's, "=r,r,r": r a 32-bit register, f a float, l a 64-bit register.
+        effect: it does more than give a result, or all lanes of a warp must meet in it; it is never dropped nor moved.
+    """
+
+    def wrap(twin: F) -> F:
+        if SIMULATED:
+            return twin
+
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            kinds = [context.get_value_type(t) for t in signature.args]
+            returned_kind = ir.VoidType() if result == "void" else context.get_value_type(signature.return_type)
+            function_type = ir.FunctionType(returned_kind, kinds)
+            code = ir.InlineAsm(function_type, text, constraints, side_effect=effect)
+            returned = builder.call(code, values, attrs=("convergent",) if effect else ())
+            return context.get_dummy_value() if result == "void" else returned
+
+        return _intrinsic(twin, _numba_type(result), tuple(_numba_type(o) for o in operands), emit)
+
+    return wrap
+
+
+def load_vector(pointer: str, index: str, count: int) -> Callable[[F], F]:
+    """A function (pointer, i) -> `count` 32-bit words from words count*i on, in one load; pointer + i must be aligned to it."""
+
+    def wrap(twin: F) -> F:
+        if SIMULATED:
+            return twin
+
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            i32 = ir.IntType(32)
+            address = builder.bitcast(values[0], ir.VectorType(i32, count).as_pointer())
+            vector = builder.load(builder.gep(address, [values[1]]))
+            vector.align = 4 * count
+            words = [builder.extract_element(vector, i32(i)) for i in range(count)]
+            return context.make_tuple(builder, signature.return_type, words)
+
+        return _intrinsic(twin, types.UniTuple(types.uint32, count), (_numba_type(pointer), _numba_type(index)), emit)
+
+    return wrap
+
+
+def store_vector(pointer: str, index: str, count: int) -> Callable[[F], F]:
+    """A function (pointer, i, word ...) that stores `count` 32-bit words at word count*i, in one store."""
+
+    def wrap(twin: F) -> F:
+        if SIMULATED:
+            return twin
+
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            i32 = ir.IntType(32)
+            kind = ir.VectorType(i32, count)
+            address = builder.gep(builder.bitcast(values[0], kind.as_pointer()), [values[1]])
+            vector = ir.Constant(kind, ir.Undefined)
+            for i, word in enumerate(values[2:]):
+                vector = builder.insert_element(vector, word, i32(i))
+            builder.store(vector, address).align = 4 * count
+            return context.get_dummy_value()
+
+        taken = (_numba_type(pointer), _numba_type(index), *[types.uint32] * count)
+        return _intrinsic(twin, types.void, taken, emit)
+
+    return wrap
+
+
+class Memory:
+    """What a pointer is in the simulator: the memory of a NumPy array, seen as `dtype`, every index checked."""
+
+    def __init__(self, array: Any, dtype: np.dtype[Any]) -> None:
+        last = sum((n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)) if array.size else -array.itemsize
+        raw = np.lib.stride_tricks.as_strided(
+            array.view(f"u{array.itemsize}"), (last // array.itemsize + 1,), (array.itemsize,)
+        )
+        octets = raw.view(np.uint8)
+        self.items = octets[: octets.size // dtype.itemsize * dtype.itemsize].view(dtype)
+
+    def _checked(self, index: Any) -> int:
+        if not 0 <= index < self.items.size:
+            raise IndexError(f"kernel index {index} is outside memory of {self.items.size} elements")
+        return int(index)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[self._checked(index)]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.items[self._checked(index)] = value
+
+
+class Kernel:
+    """One compiled function, on every device where it is launched.
+
+    Args:
+        name: tells specializations apart, in the cache and in profilers: letters, digits and underscores.
+        function: the kernel; its free variables are compile-time constants, which `name` must tell.
+        parameters: for each argument "i64", or "u8*", "u16*", "u32*", "u64*", "f32*" for an array.
+        max_threads: most threads a block is launched with.
+        max_registers: most registers of a thread, so that more blocks fit on a multiprocessor; 0: as many as max_threads allow.
+        programmatic: it executes `griddepcontrol.wait` first, so it is launched before the grid before it is complete.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., None],
+        *parameters: str,
+        max_threads: int = 1024,
+        max_registers: int = 0,
+        programmatic: bool = False,
+    ) -> None:
+        self.name = name
+        self.function = function
+        self.parameters = parameters
+        self.max_threads = max_threads
+        self.max_registers = max_registers
+        self.programmatic = programmatic
+        self._loaded: dict[int, Launcher] = {}
+        self._shared: dict[int, int] = {}
+
+    def __call__(self, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0, stream: Any = None) -> None:
+        """Launch on the current device: `grid` blocks of `threads`, `shared` bytes of dynamic shared memory.
+
+        Args:
+            args: integers, and CuPy arrays, of which the kernel gets the address.
+            stream: a CuPy stream; by default the current one.
+        """
+        if SIMULATED:
+            self._simulate(grid, threads, args, shared)
+            return
+        launcher = self.on(arrays.cuda.runtime.getDevice(), shared)
+        address = (arrays.cuda.get_current_stream() if stream is None else stream).ptr
+        plain = [a if isinstance(a, int) else a.data.ptr for a in args]
+        launcher((*grid, 1, 1)[:3], (threads, 1, 1), shared, address, self.programmatic, *plain)  # type: ignore[arg-type]
+
+    def on(self, device: int, shared: int = 0) -> Launcher:
+        """The kernel on a device, which is current, ready to be launched with so many bytes of dynamic shared memory."""
+        known = self._loaded.get(device)
+        if known is not None and shared <= self._shared[device]:
+            return known
+        capability = int(arrays.cuda.Device(device).compute_capability)
+        raw = cache.load(self.build(divmod(capability, 10)), self.name)
+        allowed = max(48 << 10, shared, self._shared.get(device, 0))
+        if allowed > 48 << 10:
+            raw.max_dynamic_shared_size_bytes = allowed
+        loaded = Launcher(raw.kernel, ["address" if p.endswith("*") else "integer" for p in self.parameters])
+        self._loaded[device], self._shared[device] = loaded, allowed
+        return loaded
+
+    def build(self, capability: tuple[int, int]) -> cache.Built:
+        """The kernel for an architecture, from the cache folder or compiled into it now; needs no GPU."""
+        parts = [
+            self.name,
+            repr((self.parameters, self.max_threads, self.max_registers, capability)),
+            *_versions(),
+            *_sources(self.function),
+        ]
+        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+        def make() -> tuple[bytes, str, dict[str, str]]:
+            ptx = self.ptx(capability)
+            return *assemble(ptx, capability), {"kernel.ptx": ptx}
+
+        return cache.kept(f"{self.name}-{cache.architecture(capability)}-{key}", make)
+
+    def ptx(self, capability: tuple[int, int]) -> str:
+        """The kernel in PTX, entry point `name`; needs no GPU."""
+        signature = types.void(*[_numba_type(p) for p in self.parameters])
+        text: str
+        text, _ = cuda.compile(
+            self.function, signature, device=False, abi="numba", cc=capability, launch_bounds=self.max_threads
+        )
+        if self.max_registers:
+            text = re.sub(r"^(\.maxntid .*)$", rf"\1\n.maxnreg {self.max_registers}", text, flags=re.MULTILINE)
+        mangled = re.search(r"\.visible \.entry (\w+)\(", text)
+        assert mangled, text[:2000]
+        return text.replace(mangled[1], self.name)
+
+    def _simulate(self, grid: tuple[int, ...], threads: int, args: tuple[Any, ...], shared: int) -> None:
+        kinds = {"u8*": np.uint8, "u16*": np.uint16, "u32*": np.uint32, "u64*": np.uint64, "f32*": np.float32}
+        seen = [
+            int(a) if isinstance(a, int | np.integer) else Memory(a, np.dtype(kinds[p]))
+            for a, p in zip(args, self.parameters, strict=True)
+        ]
+        cuda.jit(self.function)[grid, threads, 0, shared](*seen)
+
+
+def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
+    """PTX -> cubin and the assembler's log, by nvJitLink, which is as new as Numba's compiler; the driver may be older."""
+    nvjitlink = importlib.import_module("cuda.bindings.nvjitlink")
+    code = ptx.encode()
+    options = [f"-arch={cache.architecture(capability)}", "-O3", "-verbose"]
+    linker = nvjitlink.create(len(options), options)
+    try:
+        nvjitlink.add_data(linker, nvjitlink.InputType.PTX, code, len(code), "kernel.ptx")
+        nvjitlink.complete(linker)
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(linker))
+        nvjitlink.get_linked_cubin(linker, cubin)
+        log = bytearray(nvjitlink.get_info_log_size(linker))
+        nvjitlink.get_info_log(linker, log)
+    finally:
+        nvjitlink.destroy(linker)
+    return bytes(cubin), log.rstrip(b"\0").decode(errors="replace")
+
+
+@functools.cache
+def _source(path: str) -> str:
+    return Path(path).read_text()
+
+
+def _sources(function: Callable[..., None]) -> list[str]:
+    """The text that decides what is compiled: the kernel's own file, the instructions and this file."""
+    here = Path(__file__)
+    kernels = here.parents[1] / "kernels"
+    own = sys.modules[function.__module__].__file__
+    return [_source(str(p)) for p in (here, kernels / "ptx.py", kernels / "numbers.py", own)]
+
+
+@functools.cache
+def _versions() -> list[str]:
+    """The compilers: Numba, its CUDA part, LLVM's binding, NVVM and the assembler; UnsupportedError if one cannot be loaded."""
+    try:
+        nvvm = importlib.import_module("numba.cuda.cudadrv.nvvm").NVVM()
+        nvjitlink = importlib.import_module("cuda.bindings.nvjitlink")
+        packages = [importlib.import_module(name).__version__ for name in ("numba", "numba_cuda", "llvmlite")]
+        return [*packages, repr((nvvm.get_version(), nvvm.get_ir_version(), nvjitlink.version()))]
+    except Exception as error:  # of a kind that depends on what is missing
+        raise UnsupportedError(
+            f"Numba CUDA: a library of its compiler cannot be loaded ({one_line(error)}); install slidesparse_nb[cuda13] or"
+            " slidesparse_nb[cuda12]"
+        ) from None

@@ -1,0 +1,1 @@
+"""GPU kernels in Python (Numba CUDA): pack, unpack and quantize."""

@@ -1,0 +1,89 @@
+"""From words of activations or weights to floats, and from floats to stored values: the arithmetic that fixes the bits.
+
+Products and sums are rounded one by one, never fused; divisions are correctly rounded (`reference.quantize`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..jit.numba import device_function
+from .ptx import (
+    Float,
+    Word,
+    add,
+    as_float,
+    as_word,
+    divide,
+    high_float16,
+    low_bytes,
+    low_float16,
+    low_halves,
+    to_bfloat16x2,
+    to_float16x2,
+)
+
+INFINITY = np.uint32(0x7F800000)
+TINY = np.float32(2.0**-100)
+NAN = np.float32(np.nan)
+
+ROUND = np.float32(12582912)
+"""1.5 * 2^23: adding it rounds a small float to a whole number, ties to even, and leaves that in the low bits."""
+
+
+@device_function("f32", "u32")
+def low_bfloat16(word: Word) -> Float:
+    """The bfloat16 in a word's low half, as float32; exact."""
+    return as_float((word & np.uint32(0xFFFF)) << np.uint32(16))
+
+
+@device_function("f32", "u32")
+def high_bfloat16(word: Word) -> Float:
+    """The bfloat16 in a word's high half, as float32; exact."""
+    return as_float(word & np.uint32(0xFFFF0000))
+
+
+LOW = {"bfloat16": low_bfloat16, "float16": low_float16, "float32": as_float}
+HIGH = {"bfloat16": high_bfloat16, "float16": high_float16, "float32": as_float}
+"""From a word of each type: the element in its low half (a whole word of float32), and the one in its high half."""
+
+
+ROUND_TWO = {"bfloat16": to_bfloat16x2, "float16": to_float16x2}
+"""For each 16-bit type: from two floats to a word."""
+
+
+@device_function("u32", "f32", "f32", "f32", "f32")
+def to_int8x4(a: Float, b: Float, c: Float, d: Float) -> Word:
+    """Four floats of magnitude below 127.5 as int8, nearest even, a lowest."""
+    ab = low_bytes(as_word(add(a, ROUND)), as_word(add(b, ROUND)))
+    cd = low_bytes(as_word(add(c, ROUND)), as_word(add(d, ROUND)))
+    return low_halves(ab, cd)
+
+
+@device_function("u32", "f32")
+def to_float8(value: Float) -> Word:
+    """One float as float8_e4m3fn, nearest even, clipped to +-448, where no instruction does it (before sm_89)."""
+    bits = as_word(value)
+    sign = bits >> np.uint32(24) & np.uint32(0x80)
+    size = bits & np.uint32(0x7FFFFFFF)
+    if size < np.uint32(0x3C800000):  # below 2^-6 a step is 2^-9: adding 2^14, whose own step that is, rounds to it
+        return sign | (as_word(add(as_float(size), np.float32(16384))) - np.uint32(0x46800000))
+    # 20 mantissa bits go, to nearest even; the exponent's bias falls from 127 to 7
+    rounded = (size + np.uint32(0x7FFFF) + (size >> np.uint32(20) & np.uint32(1)) >> np.uint32(20)) - np.uint32(960)
+    return sign | min(rounded, np.uint32(0x7E))
+
+
+@device_function("u32", "f32", "f32", "f32", "f32")
+def to_float8x4_early(a: Float, b: Float, c: Float, d: Float) -> Word:
+    """`to_float8x4` for architectures before sm_89."""
+    return low_halves(low_bytes(to_float8(a), to_float8(b)), low_bytes(to_float8(c), to_float8(d)))
+
+
+@device_function(("f32", "f32"), "f32", "f32")
+def row_scale(absmax: Float, t: Float) -> tuple[Float, Float]:
+    """scale and inverse of a row; the inverse is 0 where the row becomes zeros: it is tiny, or not finite (scale NaN)."""
+    if as_word(absmax) >= INFINITY:
+        return NAN, np.float32(0)
+    if absmax < TINY:
+        return np.float32(1), np.float32(0)
+    return divide(absmax, t), divide(t, absmax)

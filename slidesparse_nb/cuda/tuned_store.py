@@ -1,0 +1,123 @@
+"""The ways to compute a product that are likely, and the one that `slidesparse tune` found to be the fastest (docs/tuning.md).
+
+    <cache>/tuned/<GPU>-<SMs>-<kernel>-<hash of its source>/16x4608x3584-6of8-int8-bfloat16.json
+
+One file a product, written beside its place and renamed: processes that tune at the same time need no lock, and the last one
+to write a product is right. A file says in words what its launches are. They are looked up among the ways that there are, so
+a file that is broken, of another release or of another kernel can be ignored, but can never launch what was not made here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from .. import arch, env
+from ..arch import Candidate, Config, choose
+from ..core.problem import GemmProblem
+from ..core.untrusted_json import parse_json
+from ..errors import FormatError, UnsupportedError
+from .jit import cache
+
+WITHIN = 1.5
+"""Ways that are estimated to take up to so many times as long as the cheapest are worth timing,"""
+
+MOST_WAYS = 40
+"""and of these so many, the cheapest."""
+
+
+def best(problem: GemmProblem) -> Candidate:
+    """The way that was found for this very m, or else the model's choice."""
+    return (env.tuned() and found(problem)) or choose(problem)
+
+
+def ranked(problem: GemmProblem) -> list[tuple[float, Candidate]]:
+    """Every candidate and its estimated cost, the cheapest first."""
+    own = arch.of(problem)
+    return sorted(((own.cost(way, problem), way) for way in own.candidates(problem)), key=lambda of: of[0])
+
+
+def likely(problem: GemmProblem) -> list[Candidate]:
+    """The ways that are worth timing, the model's choice first."""
+    every = ranked(problem)
+    near = dict.fromkeys([choose(problem), *(way for cost, way in every if cost <= WITHIN * every[0][0])])
+    return list(near)[:MOST_WAYS]
+
+
+def file(problem: GemmProblem) -> Path:
+    """Where the way that was found for it stands, or would."""
+    source, device = arch.of(problem).source, problem.device
+    kernel = f"{source.removesuffix('.cu')}-{cache.source_hash(source)}"
+    place = re.sub(r"[^A-Za-z0-9]+", "-", f"{device.name}-{device.sms}-{kernel}")
+    pattern = str(problem.pattern).replace(":", "of")
+    return folder() / place / f"{problem.m}x{problem.n}x{problem.k}-{pattern}-{problem.dtype}-{problem.out}.json"
+
+
+def folder() -> Path:
+    """Of all results, for every GPU."""
+    return env.cache_dir() / "tuned"
+
+
+def described(config: Config) -> str:
+    """Everything that makes one launch differ from another; nothing that was fitted."""
+    return " ".join(f"{name}={value}" for name, value in {**config.defines(), **config.shares()}.items())
+
+
+@lru_cache(maxsize=4096)
+def found(problem: GemmProblem) -> Candidate | None:
+    """The way that was found for a product; None if there is none, or none that this release has. Read once a process."""
+    try:
+        if not folder().is_dir():
+            return None
+        launches = parse_json(file(problem).read_bytes(), "tuned").get("launches")
+    except (OSError, FormatError):
+        return None
+    return next((way for way in arch.of(problem).candidates(problem) if [*map(described, way)] == launches), None)
+
+
+def keep(problem: GemmProblem, way: Candidate, told: Mapping[str, object]) -> None:
+    """Write down the way that was found, and what else a reader may want to be told.
+
+    Raises:
+        UnsupportedError: the cache folder cannot be written.
+    """
+    place = file(problem)
+    text = json.dumps({"launches": [*map(described, way)], **told}, indent=1) + "\n"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        number, beside = tempfile.mkstemp(dir=place.parent, prefix=".writing-")
+        try:
+            with os.fdopen(number, "w") as stream:
+                stream.write(text)
+            os.replace(beside, place)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+            raise
+    except OSError as error:
+        raise UnsupportedError(
+            f"cache: {place.parent} cannot be written ({error}); set SLIDESPARSE_CACHE_DIR to a folder that can"
+        ) from None
+    found.cache_clear()
+
+
+def drop(problem: GemmProblem) -> None:
+    """Forget what was found for a product."""
+    with contextlib.suppress(OSError):
+        file(problem).unlink()
+    found.cache_clear()
+
+
+def forget() -> int:
+    """Forget what was found for every product, on every GPU; return how many results there were."""
+    count = len(list(folder().glob("*/*.json")))
+    shutil.rmtree(folder(), ignore_errors=True)
+    found.cache_clear()
+    return count

@@ -1,0 +1,251 @@
+"""What of this machine the library can use: driver, devices, compilers, cache; and whether each part computes right."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import arch, env, ops, packing
+from .core import reference
+from .core.dtypes import BFLOAT16, FLOAT8, FLOAT32, INT8, PACKED, DType
+from .core.packed import PackedWeight
+from .core.pattern import Pattern
+from .cuda import driver
+from .cuda.jit import cache
+from .errors import SlideSparseError, UnsupportedError
+
+PATTERN = Pattern(6, 8)
+M, N, K = 19, 40, 200
+"""Shape of the products that are checked: small, and a multiple of nothing."""
+
+
+OK, ABSENT, BROKEN = "ok", "absent", "broken"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part of the machine or of the library.
+
+    Attributes:
+        part: "driver", "CuPy", "matmul int8" ...
+        state: "ok": it works; "absent": this machine lacks it, which is no fault; "broken": it is there and does not work.
+        text: what was found; or what is absent or broken, and how to mend it.
+    """
+
+    part: str
+    state: str
+    text: str
+
+
+def diagnose() -> Iterator[Finding]:
+    """Look at one part after the other; a part that is absent or broken is a finding, never an exception.
+
+    Yields:
+        Findings on driver, GPUs, CuPy, Numba CUDA, NVRTC, cache and CPU; then what the GPU computes, if it can be used.
+    """
+
+    def finding(part: str, look: Callable[[], str]) -> Finding:
+        try:
+            return Finding(part, OK, look())
+        except driver.AbsentError as error:
+            return Finding(part, ABSENT, str(error))
+        except (SlideSparseError, OSError) as error:
+            return Finding(part, BROKEN, str(error))
+        except Exception as error:
+            return Finding(part, BROKEN, f"{type(error).__name__}: {driver.one_line(error)}")
+
+    found = finding("driver", lambda: "supports CUDA {}.{}".format(*driver.version()))
+    yield found
+    gpus: list[driver.Gpu] = []
+
+    def first_gpu() -> str:
+        if found.state == ABSENT:
+            raise driver.AbsentError("none without a driver; NumPy arrays need none")
+        gpus.extend(driver.gpus())
+        return _gpu(gpus[0])
+
+    yield finding("GPU", first_gpu)
+    for number, gpu in enumerate(gpus[1:], 1):
+        yield finding(f"GPU {number}", functools.partial(_gpu, gpu))
+    dtypes = _multiplied(gpus[0].capability) if gpus else ()
+    usable = gpus[0].capability if dtypes else None
+    needed = []
+    for part, look in (("CuPy", _cupy), ("Numba CUDA", _numba), ("NVRTC", _nvrtc)):
+        needed.append(finding(part, functools.partial(look, usable)))
+        yield needed[-1]
+    yield finding("cache", _cache)
+    yield finding("CPU", _cpu)
+    if usable is None:
+        return
+    if lacking := [each.part for each in needed if each.state != OK]:
+        yield Finding("products", ABSENT, f"not computed on the GPU: that needs {' and '.join(lacking)}")
+        return
+    yield finding("activations", _activations)
+    yield finding("weights", _weights)
+    for dtype in dtypes:
+        yield finding(f"matmul {dtype}", functools.partial(_matmul, dtype))
+
+
+# ---- what there is -----------------------------------------------------------------------------------------------
+
+
+def _multiplied(capability: tuple[int, int]) -> tuple[DType, ...]:
+    """The types of weights that a GPU multiplies; none if it has no sparse tensor cores."""
+    try:
+        return arch.multiplied(arch.for_capability(capability), capability)
+    except UnsupportedError:
+        return ()
+
+
+def _gpu(gpu: driver.Gpu) -> str:
+    text = f"{gpu.name}, {gpu.memory / 2**30:.0f} GiB, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+    if not (dtypes := _multiplied(gpu.capability)):
+        raise driver.AbsentError(f"{text}: has no sparse tensor cores, which came with 8.0; NumPy arrays need none")
+    return f"{text}: {', '.join(map(str, dtypes))}"
+
+
+Capability = tuple[int, int] | None
+"""Of the GPU that can be used, if there is one."""
+
+
+def _import(name: str, usable: Capability) -> Any:
+    """An optional package; AbsentError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        way = driver.extra() if usable else "only a GPU needs it"
+        raise driver.AbsentError(f"not installed; {way}") from None
+
+
+def _cupy(usable: Capability) -> str:
+    cupy = _import("cupy", usable)
+    if usable and not cupy.cuda.runtime.getDeviceCount():
+        raise LookupError("finds no GPU, though the driver does")
+    number = cupy.cuda.runtime.runtimeGetVersion()
+    return f"{cupy.__version__}, CUDA {number // 1000}.{number % 1000 // 10}"
+
+
+def _numba(usable: Capability) -> str:
+    numba_cuda = _import("numba_cuda", usable)
+    kernels: Any = importlib.import_module("slidesparse_nb.cuda.kernels.unpack")
+    capability = usable or (8, 0)
+    kernels.unpack_kernel(INT8, PATTERN.windows).build(capability)
+    numba = importlib.import_module("numba")
+    return (
+        f"{numba_cuda.__version__}, Numba {numba.__version__}, NumPy {np.__version__}; compiles for"
+        f" compute capability {capability[0]}.{capability[1]}"
+    )
+
+
+def _nvrtc(usable: Capability) -> str:
+    try:
+        found = cache.device_compiler()
+    except driver.AbsentError:
+        way = driver.extra() if usable else "only a GPU needs it, and `slidesparse build`"
+        raise driver.AbsentError(f"not installed; {way}") from None
+    return f"CUDA {found.version[0]}.{found.version[1]}, {found.path}"
+
+
+def _cache() -> str:
+    folder = env.cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error}); set SLIDESPARSE_CACHE_DIR to a folder that can") from None
+    cubins = list(Path(folder).glob("*/kernel.cubin"))
+    return f"{folder}: {len(cubins)} kernels, {sum(c.stat().st_size for c in cubins) / 1e6:.1f} MB"
+
+
+# ---- whether it is right -----------------------------------------------------------------------------------------
+
+
+def _operands(dtype: DType) -> tuple[Any, Any, PackedWeight]:
+    """x [M, K] float32 that bfloat16 holds, w [N, K] that obeys the pattern, and w packed by the reference."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((M, K)).astype(BFLOAT16.numpy).astype(np.float32)
+    w = reference.prune(rng.standard_normal((N, K)).astype(np.float32), PATTERN)
+    return x, w, reference.pack(w, PATTERN, dtype)
+
+
+def _same(name: str, got: Any, wanted: Any) -> None:
+    if not np.array_equal(got.view(f"u{got.itemsize}"), wanted.view(f"u{wanted.itemsize}")):
+        raise ArithmeticError(f"{name} differ from the reference")
+
+
+ADDITIONS = 2 * K * 2.0**-24
+"""Error of K additions in float32, in any order, of the sum of magnitudes."""
+
+
+def _compare(y: Any, x: Any, packed: PackedWeight, error: float = ADDITIONS) -> str:
+    """y against the reference: int8 exactly; others within `error` of the sum of magnitudes."""
+    wanted = reference.matmul(x, packed)
+    if packed.dtype is INT8:
+        _same("products", np.ascontiguousarray(y), wanted)
+        return "equals the reference"
+    size = reference.matmul(
+        np.abs(x), PackedWeight(_magnitude(packed), packed.meta, packed.scale, PATTERN, (N, K), packed.dtype)
+    )
+    if (np.abs(y - wanted) > error * size).any() or not np.isfinite(y).all():
+        raise ArithmeticError(f"products differ from the reference by up to {np.abs(y - wanted).max():.3g}")
+    return f"equals the reference to {np.abs(y - wanted).max():.1g}, by order of addition"
+
+
+def _magnitude(packed: PackedWeight) -> Any:
+    return (packed.values.view(packed.dtype.raw) & packed.dtype.raw.type(packed.dtype.nonzero_mask)).view(packed.dtype.numpy)
+
+
+def _cpu() -> str:
+    for dtype in PACKED:
+        x, w, wanted = _operands(dtype)
+        packed = packing.pack(w, PATTERN, dtype)
+        _same(f"{dtype} values", packed.values, wanted.values)
+        _same(f"{dtype} indices", packed.meta, wanted.meta)
+        _compare(ops.matmul(x, packed), x, wanted)
+    return "pack and matmul equal the reference"
+
+
+def _activations() -> str:
+    cupy: Any = importlib.import_module("cupy")
+    from .cuda import quantize as activations
+
+    x, _, _ = _operands(INT8)
+    for dtype in (INT8, FLOAT8):
+        wanted, wanted_scale = reference.quantize(x, dtype)
+        values, scale = activations.quantize(cupy.asarray(x), dtype)
+        _same(f"{dtype} values", np.ascontiguousarray(values.get()[:, :K]), wanted)
+        _same(f"{dtype} scales", scale.get(), wanted_scale)
+    return "quantize equals the reference"
+
+
+def _weights() -> str:
+    cupy: Any = importlib.import_module("cupy")
+    from .cuda import pack as weights
+
+    for dtype in PACKED:
+        _, w, wanted = _operands(dtype)
+        packed = weights.pack(cupy.asarray(w), PATTERN, dtype)
+        _same(f"{dtype} values", packed.values.get(), wanted.values)
+        _same(f"{dtype} indices", packed.meta.get(), wanted.meta)
+    return "pack equals the reference"
+
+
+def _matmul(dtype: DType) -> str:
+    cupy: Any = importlib.import_module("cupy")
+    from .cuda import pack as weights
+
+    x, w, wanted = _operands(dtype)
+    packed = weights.pack(cupy.asarray(w), PATTERN, dtype)
+    y = ops.matmul(cupy.asarray(x), packed, out_dtype=FLOAT32).get()
+    capability = divmod(int(cupy.cuda.Device().compute_capability), 10)
+    return _compare(y, x, wanted, max(ADDITIONS, arch.for_capability(capability).error(dtype, packed.ks)))

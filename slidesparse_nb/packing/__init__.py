@@ -1,0 +1,271 @@
+"""pack(w) -> PackedWeight and back: check the operands, then prune, quantize, slide and compress block by block of rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import cuda
+from ..core import prune as pruning
+from ..core.checks import check_weights, on_gpu, require_finite, require_no_overflow, require_size, row_scales, stored_dtype
+from ..core.dtypes import DType
+from ..core.packed import PackedWeight, require_packed
+from ..core.pattern import Pattern, known_patterns
+from ..core.prune import NOTHING, Pruning
+from ..core.reference import window_index
+from ..cpu import kernels
+from ..errors import FormatError, PatternError
+from .proof import verify, verify_rows
+
+__all__ = ["pack", "pack_rows", "store_rows", "unpack", "verify", "verify_rows", "violations_hint"]
+
+Array = NDArray[Any]
+
+ALIGNMENT = 128
+"""Columns after which some pruning tools start a new group, whether or not the last one was full."""
+
+
+# ---- the whole ---------------------------------------------------------------------------------------------------
+
+
+def pack(
+    w: Array,
+    pattern: Pattern | str | tuple[int, int] = "6:8",
+    dtype: object = None,
+    *,
+    scale: Array | float | None = None,
+    prune: str | Array = "none",
+    seed: int = 0,
+    statistics: Array | None = None,
+    max_workers: int | None = None,
+) -> PackedWeight:
+    """Pack weights: (prune), quantize, slide and compress.
+
+    Args:
+        w: [n, k] NumPy array of any strides: float32, float16 or bfloat16; or int8 or float8_e4m3fn with `scale`. Or an array
+            on a GPU, which is packed there (a method that no kernel knows scores a copy on the host); float8_e4m3fn as its
+            bits, uint8, with `dtype`.
+        pattern: "6:8", (6, 8) or a Pattern: non-zeros:total.
+        dtype: what is stored: int8, float8_e4m3fn, bfloat16 or float16, by name or NumPy dtype. By default the type of w;
+            bfloat16 for float32. Weights of 8 bits keep their bytes and scales: asking for another type is refused.
+        scale: of 8-bit w only, w ~= w * scale: [n, 1] or [n], one a row; or one number for all rows. Any float type.
+        prune: "none" (weights that break the pattern are refused), "magnitude", "random", or scores [n, k] >= 0: of the
+            weights in a group, those with the highest stay. Pruning comes before quantization; 8-bit w is pruned by its |q|.
+            Scores and scales of a w on a GPU may be there or on the host; "random" draws there what it draws on the CPU.
+        seed: of prune="random", any integer, modulo 2^64.
+        statistics: of a method that needs more than the weights, on the host: real numbers [k] or [n, k], as it asks for.
+        max_workers: threads; by default as many as there are processors, up to 8.
+
+    Returns:
+        The packed weight, its arrays NumPy's, or CuPy's for a w on a GPU.
+
+    Raises:
+        OperandError: an argument of the wrong type, shape or value; NaN, infinity, or overflow of a 16-bit dtype in w.
+        PatternError: weights as stored (that is, after quantization) have a group with more than nnz non-zeros.
+    """
+    pattern = Pattern.of(pattern)
+    if on_gpu(w):
+        return _pack_on_gpu(w, pattern, dtype, scale, prune, pruning.check_seed(seed), statistics)
+    w = check_weights(w)
+    stored = stored_dtype(w, dtype)
+    require_size(pattern, w.shape, stored)
+    n, k = w.shape
+    scales = row_scales(w, scale)
+    method = pruning.bind(prune, w.shape, pruning.check_seed(seed), statistics)
+    ks = pattern.slid_k(k)
+    values, meta = np.empty((n, ks // 2), stored.numpy), np.empty((n, ks // 8), np.uint8)
+    out_scale = None if stored.qmax is None else np.empty((n, 1), np.float32)
+
+    def block(rows: slice) -> PatternError | None:
+        q, q_scale = store_rows(
+            w[rows],
+            pattern,
+            stored,
+            scale=None if scales is None else scales[rows],
+            prune=method.rows(rows),
+            first_row=rows.start,
+        )
+        if out_scale is not None:
+            out_scale[rows] = q_scale
+        try:
+            values[rows], meta[rows] = pack_rows(q, pattern, first_row=rows.start)
+        except PatternError as error:
+            return error
+        return None
+
+    broken = [error for error in kernels.over_blocks(block, n, k, max_workers) if error is not None]
+    if broken:
+        first, count = broken[0], sum(error.count for error in broken)
+        raise pattern.violated(first.row, first.group, count, violations_hint(w, pattern))
+    return PackedWeight(values, meta, out_scale, pattern, (n, k), stored)
+
+
+def _pack_on_gpu(w: Any, pattern: Pattern, dtype: object, scale: Any, prune: Any, seed: int, statistics: Any) -> PackedWeight:
+    """`pack` on the device of w."""
+    arrays, weights = cuda.module("arrays", "pack"), cuda.module("pack", "pack")
+    given = arrays.as_cupy("w", w)
+    scale = arrays.as_cupy("scale", scale) if on_gpu(scale) else scale
+    prune = arrays.as_cupy("prune", prune) if on_gpu(prune) else prune
+    try:
+        packed: PackedWeight = weights.pack(given, pattern, dtype, scale=scale, prune=prune, seed=seed, statistics=statistics)
+    except PatternError as error:
+        hint = violations_hint(given, pattern, functools.partial(weights.obeys, dtype=dtype))
+        raise pattern.violated(error.row, error.group, error.count, hint) from None
+    return packed
+
+
+def unpack(packed: PackedWeight) -> Array:
+    """The stored values at their dense places, bit for bit: [n, k] of packed.dtype.numpy. Times packed.scale: the weights.
+
+    Of weights on a GPU the result stays there, and has the dtype of packed.values, which may be raw bits.
+
+    Raises:
+        OperandError: `packed` is no PackedWeight.
+        FormatError: a tensor of `packed` has the wrong dtype or shape, or holds an index out of order; or two windows store a
+            value for the same column, which no dense form holds.
+    """
+    require_packed(packed).validate()
+    if on_gpu(packed.values):
+        return _unpack_on_gpu(packed)
+    out = np.empty(packed.shape, packed.dtype.numpy)
+
+    def block(rows: slice) -> None:
+        out[rows] = _unpack_rows(packed.rows(rows.start, rows.stop), rows.start)
+
+    for _ in kernels.over_blocks(block, packed.n, packed.k, None):
+        pass
+    return out
+
+
+def _unpack_on_gpu(packed: PackedWeight) -> Array:
+    """`unpack` on the device of `packed`."""
+    weights = cuda.module("pack", "unpack")
+    dense: Array
+    dense, row = weights.unpack(packed)
+    if row is not None:  # say what is wrong with it as on the host
+        _unpack_rows(weights.on_host(packed, slice(row, row + 1)).validate(first_row=row), row)
+    return dense
+
+
+def _unpack_rows(packed: PackedWeight, first_row: int) -> Array:
+    """`unpack` of a block of rows of a valid packed weight, on one thread; rows first_row ... of the whole."""
+    values = packed.values.view(packed.dtype.numpy)
+    dense = kernels.decompress(values, packed.meta, packed.pattern, packed.pattern.padded_k(packed.k), packed.dtype)
+    if np.count_nonzero(kernels.nonzero(dense)) != np.count_nonzero(kernels.nonzero(values)):
+        raise _stored_twice(values, packed.meta, packed, first_row)
+    return dense[:, : packed.k]
+
+
+def _stored_twice(values: Array, meta: Array, packed: PackedWeight, first_row: int) -> FormatError:
+    """The error to raise for a block of packed weights, a row of which stores a column in two windows."""
+    windows = packed.pattern.lift_index(packed.k).reshape(-1, 4)
+    stored = kernels.nonzero(values) != 0
+    row, column = next(
+        (row, int(columns[count > 1][0]))
+        for row in range(values.shape[0])
+        for at in [np.take_along_axis(windows, window_index(meta[row : row + 1])[0], axis=1).ravel()]
+        for columns, count in [np.unique(at[stored[row]], return_counts=True)]
+        if (count > 1).any()
+    )
+    return FormatError(
+        f"packed: row {first_row + row} stores column {column} in two windows, as no packer does and no dense"
+        " weight can hold; matmul adds up the two"
+    )
+
+
+# ---- blocks of rows ----------------------------------------------------------------------------------------------
+
+
+def store_rows(
+    w: Array,
+    pattern: Pattern | str,
+    dtype: DType | str,
+    *,
+    scale: Array | float | None = None,
+    prune: Pruning = NOTHING,
+    first_row: int = 0,
+) -> tuple[Array, Array | None]:
+    """Prune and quantize a block of rows, on one thread; whether the pattern holds is for `pack_rows` to find.
+
+    Args:
+        w: [rows, k], rows first_row ... of the whole matrix; types as for `pack`.
+        scale: as for `pack`, of these rows. prune: of these rows too.
+        first_row: what errors and random scores count rows from.
+
+    Returns:
+        q: [rows, k] of dtype.numpy, new; scale: float32 [rows, 1], None for 16-bit types.
+
+    Raises:
+        OperandError: as for `pack`.
+    """
+    pattern = Pattern.of(pattern)
+    w = check_weights(w)
+    stored = stored_dtype(w, dtype)
+    require_size(pattern, w.shape, stored)
+    scales = row_scales(w, scale, first_row)
+    require_finite(w, first_row)
+    q = np.array(w, order="C", subok=False) if w.dtype == stored.numpy else kernels.to_float32(w)
+    if prune.pruner is not None:  # |w| is what cpu.prune goes by where it gets no scores
+        by_magnitude = prune.kernel == "magnitude"
+        kernels.prune(q, pattern, None if by_magnitude else prune.scores(kernels.to_float32(q), first_row))
+    if w.dtype == stored.numpy:
+        return q, scales
+    if stored.qmax is not None:
+        return kernels.quantize(q, stored)
+    return require_no_overflow(kernels.round16(q, stored), w, first_row), None
+
+
+def pack_rows(q: Array, pattern: Pattern | str, *, first_row: int = 0) -> tuple[Array, Array]:
+    """Slide and compress a block of stored rows, on one thread.
+
+    Args:
+        q: [rows, k] int8, float8_e4m3fn, bfloat16 or float16, as `store_rows` returns it.
+        first_row: what the error counts rows from.
+
+    Returns:
+        values: [rows, ks/2] of q's dtype; meta: uint8 [rows, ks/8].
+
+    Raises:
+        PatternError: a group has more than nnz non-zeros; row, group, and the count in this block.
+    """
+    pattern = Pattern.of(pattern)
+    values, meta, count = kernels.slide_compress(q, pattern)
+    if count:
+        row, group = map(int, kernels.violations(q, pattern)[0])
+        raise pattern.violated(first_row + row, group, count)
+    return values, meta
+
+
+def violations_hint(w: Any, pattern: Pattern | str, obeys: Callable[[Any, Pattern], bool] | None = None) -> str:
+    """What weights that break `pattern` look like instead: one sentence without its full stop, or "".
+
+    Args:
+        w: [n, k] of any real type, dense or as stored.
+        obeys: whether an array like w obeys a pattern; of arrays that are not NumPy's.
+    """
+    obeys = obeys or _obeys
+    pattern = Pattern.of(pattern)
+    # first, since 4:6 in pieces of 128 columns often happens to be 6:8 as well
+    if ALIGNMENT % pattern.group and w.shape[1] > ALIGNMENT:
+        starts = range(0, w.shape[1], ALIGNMENT)
+        if all(obeys(w[:, first : first + ALIGNMENT], pattern) for first in starts):
+            return (
+                f"they obey {pattern} if groups start anew every {ALIGNMENT} columns, as some pruning tools cut them, but here"
+                f" groups run on to the end of the row: prune again without that alignment, or to a group that divides"
+                f" {ALIGNMENT}, such as 6:8"
+            )
+    for known in known_patterns():
+        if known.group <= w.shape[1] and known.nnz * pattern.group > pattern.nnz * known.group and obeys(w, known):
+            return (
+                f"they do obey {known.described}, which tools that count zeros call 2:{known.group}:"
+                f" pass {str(known)!r} if that is what they were pruned to"
+            )
+    return ""
+
+
+def _obeys(w: Array, pattern: Pattern) -> bool:
+    return not any(kernels.violations(w[rows], pattern).size for rows in kernels.blocks(*w.shape))

@@ -1,0 +1,226 @@
+"""The ways to compute a product against each other on the current GPU: proved equal, then timed in CUDA graphs.
+
+A graph holds a call for each of several weights, which fill the second-level cache several times over, so that every call
+finds its weights in memory. Ways are timed in turns, a short burst each after some idleness, so that a clock that drifts
+drifts for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
+from typing import Any, Protocol
+
+import cupy
+import numpy as np
+
+from ..arch import Candidate
+from ..core.dtypes import BFLOAT16, FLOATS, INT8
+from ..core.packed import PackedWeight
+from ..core.problem import GemmProblem
+from ..cuda import matmul
+from ..cuda.plan import Plan, to_device
+
+CACHES = 5
+"""Second-level caches that a graph's operands fill at least."""
+
+MOST_CALLS = 32
+"""Calls of a graph, at most."""
+
+IDLE_S, BURST_US = 0.02, 2000.0
+"""Idleness before a burst of replays, and how long these take."""
+
+FINALISTS = 5
+"""Ways that are timed again after one burst each, the model's choice among them,"""
+
+AGAIN, LAST = 5, 7
+"""so many times; and how often the fastest of them then meets the model's choice alone: its time is that of these bursts,
+since the fastest of many was also the luckiest."""
+
+APART = 0.25
+"""How far results of floats may differ, in standard deviations of y: another order of addition is off by less, even in the 13
+bits of a float8 sum (docs/hopper.md), and a tile that is wrong by more."""
+
+Launch = Callable[[], None]
+
+
+class Clock(Protocol):
+    """What captures calls and times them; see GpuClock."""
+
+    l2_bytes: int
+
+    def capture(self, calls: Sequence[Callable[[], Any]]) -> Launch: ...
+    def burst(self, launch: Launch, replays: int) -> float: ...
+
+
+@dataclass(eq=False)
+class Lane:
+    """One way, ready to run.
+
+    Attributes:
+        launch: runs its graph.
+        kept: what must live as long as the graph.
+        replays: of the graph, in a burst.
+        us: of a graph, a burst each.
+    """
+
+    way: Candidate
+    launch: Launch
+    kept: tuple[Any, ...]
+    replays: int = 0
+    us: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Race:
+    """What came of it.
+
+    Attributes:
+        best: the fastest way.
+        model_us, best_us: microseconds of the model's choice and of `best`, timed in turns.
+        ways: how many were timed.
+        wrong: those whose results differ from the model's choice's, which were not.
+    """
+
+    best: Candidate
+    model_us: float
+    best_us: float
+    ways: int
+    wrong: tuple[Candidate, ...]
+
+
+class Track:
+    """Weights of one shape and type on the current GPU, for products with any number of tokens."""
+
+    def __init__(self, packed: PackedWeight, clock: Clock) -> None:
+        self.weights, self.clock = [packed], clock
+
+    def problem(self, m: int, out: str) -> GemmProblem:
+        """What is computed for m tokens into the type named `out`."""
+        return to_device(self.weights[0]).problem(m, out)
+
+    def race(self, m: int, out: str, ways: Sequence[Candidate]) -> Race:
+        """Time the ways to compute `problem(m, out)`, the model's choice first."""
+        packed = self.weights[0]
+        y_type = next(dtype for dtype, name in FLOATS.items() if name == out)
+        touched = packed.nbytes + m * (packed.k * packed.dtype.bits // 8 + packed.n * y_type.itemsize)
+        count = max(1, min(MOST_CALLS, math.ceil(CACHES * self.clock.l2_bytes / touched)))
+        while len(self.weights) < count:
+            self.weights.append(replace(packed))  # to be arranged in memory of its own
+        weights = self.weights[:count]
+        x = normal(m, packed.k)
+        xs = [matmul.quantize(x, packed.pattern, packed.dtype, weight) for weight in weights]
+        ys = [cupy.empty((m, packed.n), y_type) for _ in weights]
+        there = [to_device(weight) for weight in weights]
+        plans = {way: [Plan(weight, m, out, way) for weight in there] for way in ways}
+        workspace = cupy.zeros(max(each[0].bytes for each in plans.values()), np.uint8)
+        calls = [partial(matmul.matmul, *of[:2], out=of[2], workspace=workspace) for of in zip(xs, weights, ys, strict=True)]
+        wanted: Any = None
+        lanes: list[Lane] = []
+        wrong: list[Candidate] = []
+        try:
+            for way, each in plans.items():
+                for weight, plan in zip(there, each, strict=True):
+                    weight.plans[m, out] = plan
+                _poison(ys[0])
+                calls[0]()
+                if wanted is None:
+                    wanted = ys[0].copy()
+                elif not _same(ys[0], wanted, exactly=packed.dtype is INT8):
+                    wrong.append(way)
+                    continue
+                lanes.append(Lane(way, self.clock.capture(calls), (calls, each)))
+        finally:
+            for weight in there:
+                weight.plans.clear()
+        return run(lanes, self.clock, count, wrong)
+
+
+def run(lanes: Sequence[Lane], clock: Clock, calls: int, wrong: Sequence[Candidate] = ()) -> Race:
+    """Time lanes, the model's choice first, whose graphs hold so many calls."""
+
+    def time_in_turns(lanes: Sequence[Lane], times: int) -> None:
+        for lane in lanes:
+            lane.us.clear()
+        for _ in range(times):
+            for lane in lanes:
+                lane.us.append(clock.burst(lane.launch, lane.replays))
+
+    for lane in lanes:
+        lane.replays = max(1, round(BURST_US / max(1.0, clock.burst(lane.launch, 1))))
+    time_in_turns(lanes, 1)
+    model, *others = lanes
+    finalists = [model, *sorted(others, key=lambda lane: lane.us[0])[: FINALISTS - 1]]
+    time_in_turns(finalists, AGAIN)
+    best = min(finalists, key=lambda lane: median(lane.us))
+    if best is not model:
+        time_in_turns([model, best], LAST)
+    return Race(best.way, median(model.us) / calls, median(best.us) / calls, len(lanes), tuple(wrong))
+
+
+class GpuClock:
+    """Graphs and bursts on a stream of the current GPU."""
+
+    def __init__(self) -> None:
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.l2_bytes = int(cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["l2CacheSize"])
+
+    def capture(self, calls: Sequence[Callable[[], Any]]) -> Launch:
+        """Run each call once, then capture them all; they allocate nothing."""
+        cupy.cuda.Device().synchronize()  # operands were made on another stream
+        with self.stream:
+            for call in calls:
+                call()
+            self.stream.synchronize()
+            self.stream.begin_capture()
+            try:
+                for call in calls:
+                    call()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self.stream.end_capture()
+                raise
+            graph = self.stream.end_capture()
+        graph.upload(self.stream)
+        self.stream.synchronize()
+        return partial(graph.launch, self.stream)
+
+    def burst(self, launch: Launch, replays: int) -> float:
+        """Microseconds of a launch, of so many after some idleness."""
+        first, last = cupy.cuda.Event(), cupy.cuda.Event()
+        time.sleep(IDLE_S)
+        launch()  # the device is busy while the others are queued: launch latency stays out of the time
+        first.record(self.stream)
+        for _ in range(replays):
+            launch()
+        last.record(self.stream)
+        last.synchronize()
+        return float(cupy.cuda.get_elapsed_time(first, last)) * 1e3 / replays
+
+
+def normal(rows: int, columns: int) -> Any:
+    """Random numbers float32 [rows, columns] on the current GPU; others for other rows: weights are not activations."""
+    return cupy.random.default_rng(20240607 + rows).standard_normal((rows, columns), dtype=np.float32)
+
+
+def _poison(y: Any) -> None:
+    """Fill with NaN."""
+    y.view(f"u{y.itemsize}").fill((1 << 8 * y.itemsize - 1) - 1)
+
+
+def _same(y: Any, wanted: Any, exactly: bool) -> bool:
+    """Whether y is what is wanted, bit for bit or but for rounding."""
+    if exactly:
+        return bool((y.view(f"u{y.itemsize}") == wanted.view(f"u{y.itemsize}")).all())
+    y, wanted = _float32(y), _float32(wanted)
+    return bool((abs(y - wanted) <= APART * float((wanted * wanted).mean()) ** 0.5).all())
+
+
+def _float32(y: Any) -> Any:
+    """y in a type that CuPy computes in."""
+    return (y.view(np.uint16).astype(np.uint32) << 16).view(np.float32) if y.dtype == BFLOAT16.numpy else y.astype(np.float32)
