@@ -23,6 +23,7 @@ _HOME = {
     "verify": "packing",
     "matmul": "ops",
     "quantize": "ops",
+    "to_device": "ops",
     "workspace_bytes": "ops",
     "build_kernels": "cuda.ahead_of_time",
     "build_products": "cuda.ahead_of_time",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from .errors import VerificationError as VerificationError
     from .ops import matmul as matmul
     from .ops import quantize as quantize
+    from .ops import to_device as to_device
     from .ops import workspace_bytes as workspace_bytes
     from .packing import pack as pack
     from .packing import unpack as unpack

@@ -1,9 +1,9 @@
-"""matmul(x, packed) and quantize(x, packed): check the operands, then run where x lives."""
+"""matmul(x, packed) and quantize(x, packed): check the operands, then run where x lives; to_device(packed) for a GPU."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +26,15 @@ from .cpu import kernels
 from .cpu import matmul as cpu_matmul
 from .errors import OperandError, shown
 
+if TYPE_CHECKING:
+    from .cuda.weight import DeviceWeight
+
 Array = NDArray[Any]
 
 
 def matmul(
     x: Any,
-    packed: PackedWeight,
+    packed: PackedWeight | DeviceWeight,
     *,
     bias: Any = None,
     out: Any = None,
@@ -47,14 +50,15 @@ def matmul(
 
     Args:
         x: [..., k] float32, float16 or bfloat16, any number of leading dimensions, none too; or `QuantizedActivations`.
-        packed: weights of shape (n, k), on the machine of x: NumPy arrays for a NumPy x.
+        packed: weights of shape (n, k): NumPy arrays for a NumPy x. On a GPU they are arranged for its kernel on first use, and
+            stay so as long as `packed` lives; or what `to_device` returned.
         bias: [n] of any float type, or None.
         out: [..., n] array to write and return; it may overlap neither x nor bias nor workspace.
         out_dtype: float32, float16 or bfloat16; by default that of `out`, or else that of x.
         stream: on a GPU, the stream to work on: CuPy's, PyTorch's, or any that tells its address; by default CuPy's current
             one. x, out and the others are used in its order. None for NumPy.
-        workspace: on a GPU, `cupy.zeros(workspace_bytes(...), "uint8")`: with it and `out`, nothing is allocated, so that the
-            call can be captured in a CUDA graph. It serves one stream at a time.
+        workspace: on a GPU, `workspace_bytes(...)` bytes of scratch memory, 16-byte aligned: with it and `out`, nothing is
+            allocated, so that the call can be captured in a CUDA graph. It serves one stream at a time.
 
     Returns:
         y: [..., n].
@@ -64,7 +68,7 @@ def matmul(
         FormatError: the tensors of `packed` do not fit its shape.
         UnsupportedError: x is on a GPU, and CuPy is missing, or the GPU does not multiply such weights.
     """
-    require_packed(packed)
+    _require_weight(packed)
     if isinstance(x, QuantizedActivations):
         given = x.held
         if not isinstance(x.lead, tuple) or not all(isinstance(v, int) and v >= 0 for v in x.lead):
@@ -75,27 +79,48 @@ def matmul(
     if isinstance(given, np.ndarray):
         if workspace is not None:
             raise OperandError(f"workspace: {type(workspace).__name__} must be None for NumPy arrays")
-        return _matmul_numpy(x, packed, bias, out, out_dtype, stream)
+        return _matmul_numpy(x, require_packed(packed), bias, out, out_dtype, stream)
     if _on_gpu(given):
-        if not packed.arranged:
-            packed.check_shapes()
         return _gemm("matmul").matmul(x, packed, bias, out, out_dtype, stream, workspace)
     raise _no_array("x", x)
 
 
-def workspace_bytes(m: int, packed: PackedWeight, out_dtype: Any) -> int:
+def to_device(packed: PackedWeight, device: int | None = None) -> DeviceWeight:
+    """The weight arranged for a GPU's kernel, ahead of its first product; `matmul` and `quantize` take it in place of `packed`.
+
+    It holds nothing of `packed`, whose tensors may be freed: `packed` remembers it, not the other way round. Its `buffers` are
+    CuPy arrays by name; `with_buffers` takes copies of them in the caller's memory.
+    Adapters of other libraries call its `linear`, which takes addresses and a stream.
+
+    Args:
+        device: number of the GPU; by default the current one.
+
+    Raises:
+        UnsupportedError: there is no GPU, no CuPy, or no such device; or it has no sparse tensor cores for this type.
+        FormatError: the tensors do not fit the shape.
+    """
+    require_packed(packed).check_shapes()
+    arranged: DeviceWeight = cuda.module("weight", "to_device").to_device(packed, device)
+    return arranged
+
+
+def workspace_bytes(m: int, packed: PackedWeight | DeviceWeight, out_dtype: Any) -> int:
     """Bytes of a workspace for `matmul` of m tokens into `out_dtype` on the current GPU; the kernel is compiled on the way.
 
     Raises:
         OperandError: m or out_dtype that cannot be.
         UnsupportedError: there is no GPU, no CuPy, or a GPU that does not multiply such weights.
     """
-    require_packed(packed)
+    _require_weight(packed)
     return int(_gemm("workspace_bytes").workspace_bytes(m, packed, out_dtype))
 
 
 def quantize(
-    x: Any, packed: PackedWeight | Pattern | str | tuple[int, int], dtype: Any = None, *, stream: Any = None
+    x: Any,
+    packed: PackedWeight | DeviceWeight | Pattern | str | tuple[int, int],
+    dtype: Any = None,
+    *,
+    stream: Any = None,
 ) -> QuantizedActivations:
     """Quantize activations once, for several products with weights of one pattern and type (q/k/v, gate/up).
 
@@ -117,19 +142,19 @@ def quantize(
         UnsupportedError: as for `matmul`.
     """
     require_unmasked("x", x)
-    if isinstance(packed, PackedWeight):
-        if not packed.arranged:  # a GPU's weights were checked when they were arranged
-            packed.check_shapes()
-        pattern, wanted = packed.pattern, packed.dtype
+    weights = packed if _is_weight(packed) else None
+    if weights is not None:
+        pattern, wanted = weights.pattern, weights.dtype
         if dtype is not None and packed_dtype(dtype) != wanted:
             raise OperandError(f"dtype: {packed_dtype(dtype)} is not {wanted}, the type of packed; leave it out")
     else:
-        pattern = Pattern.of(packed)
+        pattern = Pattern.of(packed)  # type: ignore[arg-type]
         if dtype is None:
             raise OperandError("dtype: is missing; with a pattern instead of packed weights, pass their type, such as 'int8'")
         wanted = packed_dtype(dtype)
-    weights = packed if isinstance(packed, PackedWeight) else None
     if isinstance(x, np.ndarray):
+        if weights is not None:
+            require_packed(weights).check_shapes()
         _require_no_stream(stream)
         check_activations(x, None if weights is None else weights.k)
         lead, flat = _flat(x)
@@ -139,6 +164,18 @@ def quantize(
         quantized: QuantizedActivations = _gemm("quantize").quantize(x, pattern, wanted, weights, stream)
         return quantized
     raise _no_array("x", x)
+
+
+def _is_weight(packed: object) -> TypeGuard[PackedWeight | DeviceWeight]:
+    """Whether it is a PackedWeight, or a DeviceWeight, whose module needs CuPy."""
+    return isinstance(packed, PackedWeight) or (
+        type(packed).__name__ == "DeviceWeight" and type(packed).__module__.startswith(__package__)
+    )
+
+
+def _require_weight(packed: object) -> None:
+    if not _is_weight(packed):
+        require_packed(packed)
 
 
 def _on_gpu(a: Any) -> bool:

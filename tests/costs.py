@@ -65,18 +65,19 @@ def python_costs(portable: bool) -> None:
         run, arguments = launcher(["address"] * 15), range(2**40, 2**40 + 15)
         launch_us = host_us(lambda: run((1, 1, 1), (128, 1, 1), 0, 12345, True, *arguments), 500)
         packed, x, y = weight(64, 128, INT8), array(np.ones((8, 128), BF16)), empty((8, 64), BF16)
-        workspace = empty(ops().workspace_bytes(8, packed, BF16), np.uint8)
-        workspace[...] = 0
-        matmul = ops().matmul
-        matmul(x, packed, out=y, workspace=workspace)
-        plan = gpu.gemm.to_device(packed).plan(8, "bfloat16")
-        run = launcher(list(gpu.gemm.to_device(packed).arch.parameters.values()))
+        there = ops().to_device(packed)
+        workspace = empty(there.workspace_bytes(8, "bfloat16"), np.uint8)
+        patch.setattr(gpu.gemm.kernels.Kernel, "on", lambda kernel, *_: launcher(["integer"] * len(kernel.parameters)))
+        run = launcher(list(there.arch.parameters.values()))
+        plan = there.bound(8, "bfloat16").plan
         patch.setattr(plan, "launches", tuple(dataclasses.replace(launch, run=run) for launch in plan.launches))
-        patch.setattr(gpu.gemm.activations.Kernel, "on", lambda kernel, *_: launcher(["integer"] * len(kernel.parameters)))
-        plan.feeds.clear()
-        linear_us = host_us(lambda: matmul(x, packed, out=y, workspace=workspace), 100)
+        there.plans.clear()
+        matmul_us = host_us(lambda: ops().matmul(x, packed, out=y, workspace=workspace), 100)
+        at = 8, x.data.ptr, "bfloat16", x.strides, y.data.ptr, 64, "bfloat16", workspace.data.ptr, 12345
+        linear_us = host_us(lambda: there.linear(*at), 500)
     kernel = "portable" if portable else "Hopper's"
-    print(f"  a launch {launch_us:.2f} us; a warm 8-bit linear, {kernel} kernel, {linear_us:.1f} us")
+    told = f"by addresses {linear_us:.1f} us, by matmul {matmul_us:.1f} us"
+    print(f"  a launch {launch_us:.2f} us; a warm 8-bit linear, {kernel} kernel, {told}")
 
 
 def header_seconds() -> None:
@@ -98,11 +99,14 @@ def real_costs(cp: Any) -> None:
     packed = ss.pack(rng.standard_normal((256, 512)).astype(np.float32), "6:8", "int8", prune="magnitude")
     x = cp.asarray(bits(rng.standard_normal((8, 512)).astype(BF16))).view(BF16)
     q, y = ss.quantize(x, packed), cp.empty((8, 256), BF16)
-    workspace = cp.zeros(ss.workspace_bytes(8, packed, BF16), np.uint8)
+    workspace = cp.empty(ss.workspace_bytes(8, packed, BF16), np.uint8)
+    there, stream = ss.to_device(packed), cp.cuda.get_current_stream().ptr
+    at = 8, x.data.ptr, "bfloat16", x.strides, y.data.ptr, 256, "bfloat16", workspace.data.ptr, stream
     wait = cp.cuda.Device().synchronize
     for name, call in (
         ("linear, allocating", lambda: ss.matmul(x, packed)),
         ("linear, with out and workspace", lambda: ss.matmul(x, packed, out=y, workspace=workspace)),
+        ("linear by addresses", lambda: there.linear(*at)),
         ("product, quantized before", lambda: ss.matmul(q, packed, out=y, workspace=workspace)),
         ("quantize", lambda: ss.quantize(x, packed)),
     ):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slidesparse_nb import arch
 from slidesparse_nb.arch.operand import image, image_rows
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT16, DType, packed_dtype
@@ -110,6 +111,7 @@ class Gpu:
         self.launched: list[str] = []
         self.allocated = 0
         self.streams = [7]
+        self.weights: list[tuple[Any, PackedWeight]] = []
         self.viewed: list[int] = []
 
     def allocate(self, size: int) -> Any:
@@ -265,20 +267,19 @@ class Gemm:
 
     def __init__(self, gpu: Gpu, plan: Any, config: Any) -> None:
         self.gpu, self.plan, self.config = gpu, plan, config
-        self.weight: PackedWeight = plan.weight.packed
 
     def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
         assert stream == self.gpu.streams[-1]
-        weight, plan = self.weight, self.plan
-        dtype, k = weight.dtype, weight.k
-        it, m, n = named(plan.weight.arch.parameters, arguments), plan.m, weight.n
+        plan, problem = self.plan, self.plan.problem
+        it = named(arch.of(problem).parameters, arguments)
+        dtype, m, n, k = problem.dtype, problem.m, problem.n, problem.k
         assert (it.m, it.n) == (m, n)
-        for parameter, buffer in self.config.buffers.items():
-            assert getattr(it, parameter) == plan.weight.address(buffer)
-        for parameter, value in self.config.arguments(plan.problem).items():
+        there, weight = next(pair for pair in self.gpu.weights if self.loads(it, pair[0]))
+        assert (weight.shape, weight.dtype, weight.pattern) == ((n, k), dtype, problem.pattern)
+        for parameter, value in self.config.arguments(problem).items():
             assert getattr(it, parameter) == value
-        if plan.weight.operand.tiled:
-            made = at(it.x, (plan.weight.operand.row_bytes // 128, (m + 7) // 8, 8, 128), np.uint8)
+        if there.operand.tiled:
+            made = at(it.x, (there.operand.row_bytes // 128, (m + 7) // 8, 8, 128), np.uint8)
             q = image_rows(made, m, k, P, dtype).view(dtype.numpy)
         else:
             assert it.x_bytes == k * dtype.bits // 8
@@ -286,7 +287,7 @@ class Gemm:
             q = at(it.x, (m, k), dtype.numpy, (it.x_pitch, dtype.bits // 8))
         if plan.part_bytes:
             at(it.parts, (plan.part_bytes,), np.uint8)[...] = 0x77
-            assert not at(it.arrived, (self.config.counters(plan.problem),), np.uint32).any()
+            assert not at(it.arrived, (self.config.counters(problem),), np.uint32).any()
         with np.errstate(invalid="ignore", over="ignore"):
             acc = q.astype(np.float64) @ reference.unpack(weight).astype(np.float64).T
             value = acc.astype(np.float32)
@@ -294,9 +295,15 @@ class Gemm:
                 value = value * at(it.scale_x, (m, 1), F32) * at(it.scale_w, (n,), F32)
             if it.bias:
                 value = value + at(it.bias, (n,), FLOATS[NAMED[it.bias_type]]).astype(np.float32)
-            out = FLOATS[plan.problem.out]
+            out = FLOATS[problem.out]
             at(it.y, (m, n), out, (it.y_pitch * out.itemsize, out.itemsize))[...] = value.astype(out)
         self.gpu.launched.append("gemm")
+
+    def loads(self, it: Any, there: Any) -> bool:
+        """Whether a launch loads the buffers of this weight."""
+        buffers = {**self.config.buffers, "scale_w": "scale"}
+        held = [name for name, buffer in buffers.items() if buffer in there.buffers]
+        return len(held) > 0 and all(getattr(it, name) == there.address(buffers[name]) for name in held)
 
 
 @pytest.fixture(params=["own", "portable"])
@@ -341,6 +348,14 @@ def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool) -> Iterator[
             )
 
         plans.Plan.__init__ = init
+        weights: Any = importlib.import_module("slidesparse_nb.cuda.weight")
+        arrange = weights.DeviceWeight.arrange
+
+        def noted(packed: PackedWeight, ordinal: int) -> Any:
+            made.weights.append((arrange(packed, ordinal), packed))
+            return made.weights[-1][0]
+
+        weights.DeviceWeight.arrange = noted
         monkeypatch.setattr(ops(), "np", NumPy())
         made.gemm = gemm
         made.own = not portable

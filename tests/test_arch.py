@@ -103,10 +103,10 @@ class Toy:
         return Operand(False, None, k * dtype.bits // 8)
 
     def arrange(self, packed: Any, xp: Any) -> dict[str, Any]:
-        return {}
+        return {"half": packed.values}
 
-    def derive(self, buffer: str, buffers: Any, packed: Any, xp: Any) -> Any:
-        return {"everything": xp.asarray(packed.values)}[buffer]
+    def derive(self, buffer: str, buffers: Any, pattern: Pattern, dtype: Any, xp: Any) -> Any:
+        return {"everything": xp.asarray(buffers["half"])}[buffer]
 
     def fitted(self, config: Whole, buffers: Any) -> Whole:
         return config
@@ -133,7 +133,7 @@ def test_a_row_of_the_table_is_all_that_an_architecture_needs(monkeypatch: pytes
             packed, x = weight(40, 96, INT8), array(np.random.default_rng(0).standard_normal((7, 96)).astype(BF16))
             close(ops().matmul(x, packed), wanted(x, packed))
             close(ops().matmul(ops().quantize(x, packed), packed), wanted(x, packed))
-            plan = gpu.gemm.to_device(packed).plan(7, "bfloat16")
+            plan = gpu.gemm.to_device(packed).bound(7, "bfloat16").plan
             assert plan.configs == (Whole(5), Whole(6))
             assert [launch.grid[0] for launch in plan.launches] == [5, 6]
             assert gpu.launched == ["rows bfloat16 int8", *["gemm"] * 2, "rows bfloat16 int8", *["gemm"] * 2]

@@ -6,9 +6,11 @@ kernel, which addresses, strides and offsets into which memory, and how often.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import gc
 import importlib
 import re
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +23,7 @@ from slidesparse_nb.arch import ARCHITECTURES, sm80, sm90
 from slidesparse_nb.arch.operand import image
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8, PACKED, DType
-from slidesparse_nb.core.packed import ActivationImage, QuantizedActivations
+from slidesparse_nb.core.packed import QuantizedActivations
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.cuda.jit import cache
 from slidesparse_nb.errors import OperandError
@@ -48,11 +50,10 @@ def test_parts(gpu: Any, dtype: DType) -> None:
     """Rows, columns and concatenated weights are arranged anew, from views."""
     packed = weight(40, 90, dtype)
     parts = [packed.rows(8, 37), packed.columns(16, 64), packed.columns(64, 90), packed.rows(1, 9).columns(32, 90)]
-    parts.append(type(packed).concat([parts[0], packed.to_device(0).rows(0, 8)]))
+    parts.append(type(packed).concat([parts[0], packed.rows(0, 8)]))
     for part in parts:
         x = array(np.random.default_rng(5).standard_normal((7, part.k)).astype(BF16))
         close(ops().matmul(x, part), wanted(x, part))
-        assert part.arranged.keys() == {0}
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
@@ -64,7 +65,7 @@ def test_quantized_once(gpu: Any, dtype: DType, k: int) -> None:
     shared = ops().quantize(x, first)
     assert len(gpu.launched) == 1
     assert (shared.k, shared.m, shared.lead) == (k, 10, (2, 5))
-    assert (shared.image is not None) == gpu.own
+    assert isinstance(shared, gpu.gemm.TiledActivations) == gpu.own
     assert ("values" in vars(shared)) == (not gpu.own)
     gpu.launched.clear()
     for packed in (first, second):
@@ -89,8 +90,8 @@ def test_quantized_for_another_pattern(gpu: Any, dtype: DType) -> None:
     x = array(np.random.default_rng(3).standard_normal((9, 64)).astype(F32))
     q, scale = reference.quantize(np.asarray(x), dtype) if dtype.qmax else (np.asarray(x).astype(dtype.numpy), None)
     scale = None if scale is None else array(scale)
-    made = ActivationImage(array(image(q, Pattern(4, 6))), Pattern(4, 6), 64)
-    other = QuantizedActivations(None, scale, (9,), dtype, F32, made)
+    tiles = array(image(q, Pattern(4, 6)))
+    other = gpu.gemm.TiledActivations(tiles, Pattern(4, 6), 64, scale, (9,), dtype, F32)
     close(ops().matmul(other, packed), wanted(x, packed))
     assert gpu.launched[-1] == "gemm"
     assert "values" not in vars(other)
@@ -104,7 +105,6 @@ def test_nothing_is_allocated_with_a_workspace(gpu: Any, dtype: DType) -> None:
         size = ops().workspace_bytes(m, packed, BF16)
         whole = empty(size + 64, np.uint8)
         workspace = whole[:size]
-        workspace[...] = 0
         whole[size:] = 0x5A
         ops().matmul(x, packed, out=y, workspace=workspace)
         gpu.allocated = 0
@@ -154,7 +154,7 @@ def test_nothing_to_do(gpu: Any) -> None:
     empty_x = ops().quantize(array(np.zeros((3, 0, 64), np.float32)), packed)
     assert ops().matmul(empty_x, packed).shape == (3, 0, 16)
     assert empty_x.values.shape == (0, 64)
-    assert ops().workspace_bytes(0, packed, BF16) == ops().workspace_bytes(0, packed, "bfloat16") > 0
+    assert ops().workspace_bytes(0, packed, BF16) == ops().workspace_bytes(0, packed, "bfloat16") == 0
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
@@ -165,8 +165,7 @@ def test_no_columns(gpu: Any, dtype: DType) -> None:
 
 
 def test_a_server_sees_any_number_of_shapes(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = importlib.import_module("slidesparse_nb.cuda.plan")
-    monkeypatch.setattr(plans, "MOST_PLANS", 4)
+    monkeypatch.setattr("slidesparse_nb.cuda.weight.MOST_BOUND", 4)
     packed = weight(16, 64, INT8)
     for m in range(1, 12):
         x = array(np.ones((m, 64), np.float32))
@@ -175,7 +174,7 @@ def test_a_server_sees_any_number_of_shapes(gpu: Any, monkeypatch: pytest.Monkey
 
 
 def test_weights_of_one_shape_share_kernels(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the first of them has its kernels looked up."""
+    """And plans: only the first of them has its kernels looked up."""
     plans: Any = importlib.import_module("slidesparse_nb.cuda.plan")
     asked: list[Any] = []
     build = plans.jit.build
@@ -184,9 +183,9 @@ def test_weights_of_one_shape_share_kernels(gpu: Any, monkeypatch: pytest.Monkey
     weights = [weight(300, 512, INT8, seed=seed) for seed in range(3)]
     for packed in weights:
         close(ops().matmul(x, packed), wanted(x, packed))
-    plans_of = [gpu.gemm.to_device(packed).plan(40, "float32") for packed in weights]
-    assert len({id(plan) for plan in plans_of}) == 3
-    assert len(asked) == len(plans_of[0].configs)
+    bound = [gpu.gemm.to_device(packed).bound(40, "float32") for packed in weights]
+    assert len({id(each.plan) for each in bound}) == 1
+    assert len(asked) == len(bound[0].plan.configs)
 
 
 @pytest.mark.parametrize(
@@ -218,11 +217,10 @@ def test_what_is_refused(gpu: Any) -> None:
     with pytest.raises(OperandError, match=r"^x: shape \(4, 64\) must be \[..., 72\]"):
         ops().quantize(x, weight(16, 72, INT8))
     if gpu.own:
-        wrong = QuantizedActivations(None, array(np.ones((40, 1), np.float32)), (40,), INT8, F32, q.image)
-        with pytest.raises(OperandError, match=r"x.image: uint8 .* must be .* bytes; make x with quantize"):
+        scale = array(np.ones((40, 1), np.float32))
+        wrong = gpu.gemm.TiledActivations(q.tiles, q.pattern, q.k, scale, (40,), INT8, F32)
+        with pytest.raises(OperandError, match=r"x.tiles: uint8 .* must be .* bytes; make x with quantize"):
             ops().matmul(wrong, packed)
-        with pytest.raises(AttributeError, match="'QuantizedActivations' object has no attribute 'bits'"):
-            _ = q.bits
 
 
 def test_out_has_memory_of_its_own(gpu: Any) -> None:
@@ -230,7 +228,6 @@ def test_out_has_memory_of_its_own(gpu: Any) -> None:
     x = array(np.random.default_rng(8).standard_normal((4, 16)).astype(F32))
     q = ops().quantize(x, packed)
     memory = empty(4096 + ops().workspace_bytes(4, packed, F32), np.uint8)
-    memory[...] = 0
 
     def place(first: int, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> Any:
         """float32 in `memory`, from its byte `first` on."""
@@ -238,7 +235,8 @@ def test_out_has_memory_of_its_own(gpu: Any) -> None:
 
     out, scale, workspace = place(64, (4, 16)), place(0, (4, 1)), memory[320:]  # out ends where the workspace begins
     scale[...] = np.asarray(q.scale)
-    scaled = dataclasses.replace(q, scale=scale)
+    scaled = copy.copy(q)
+    scaled.__dict__["scale"] = scale
     close(ops().matmul(scaled, packed, out=out, workspace=workspace), wanted(x, packed))
     for name, given, operands in (
         ("x", out, {}),
@@ -288,7 +286,6 @@ def test_arrays_of_another_library_are_viewed_in_the_stream(
     packed, x, bias = weight(16, 64, INT8), array(np.ones((4, 64), F32)), array(np.ones(16, F32))
     y = Tensor(empty((4, 16), F32))
     workspace = empty(ops().workspace_bytes(4, packed, F32), np.uint8)
-    workspace[...] = 0
     tensors = {"bias": Tensor(bias), "out": y, "workspace": Tensor(workspace)}
     assert ops().matmul(Tensor(x), packed, stream=stream, **tensors) is y
     close(y.array, wanted(x, packed, np.asarray(bias)))
@@ -333,3 +330,58 @@ def test_parameters_are_the_kernels(gpu: Any) -> None:
 def test_architectures(gpu: Any) -> None:
     device = gpu.gemm.to_device(weight(16, 64, INT8))
     assert device.arch is (sm90 if gpu.own else sm80).ARCH
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_a_weight_in_buffers_of_the_caller(gpu: Any, dtype: DType) -> None:
+    """The packed tensors, and the first arranged ones, may be freed."""
+    packed, x = weight(40, 96, dtype), array(np.random.default_rng(4).standard_normal((7, 96)).astype(BF16))
+    expected = wanted(x, packed)
+    first = ops().to_device(packed)
+    assert ops().to_device(packed) is first
+    ours = {name: array(buffer) for name, buffer in first.buffers.items()}
+    again = first.with_buffers(ours)
+    for name in ours:
+        with pytest.raises(OperandError, match=rf"^buffers\['{name}'\]: is missing, must be a contiguous"):
+            first.with_buffers({other: ours[other] for other in ours if other != name})
+    gpu.weights[:] = [(again, packed)]
+    close(ops().matmul(x, again), expected)
+    close(ops().matmul(ops().quantize(x, again), again), expected)
+    gone = weakref.ref(packed)
+    gpu.weights.clear()
+    del packed
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(OperandError, match="packed: DeviceWeight must be a PackedWeight"):
+        ops().matmul(np.zeros((1, 96), np.float32), again)
+
+
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+@pytest.mark.parametrize("source", [BF16, F32], ids=str)
+def test_the_entry_for_adapters(gpu: Any, dtype: DType, source: Any) -> None:
+    packed, m = weight(300, 512, dtype), 40
+    x = array(np.random.default_rng(4).standard_normal((m, 512)).astype(source))
+    bias, y = array(np.arange(300, dtype=np.float32)), empty((m, 304), BF16)
+    there = ops().to_device(packed)
+    size = there.workspace_bytes(m, "bfloat16")
+    workspace = empty(size, np.uint8)
+    for _ in range(2):
+        y[...] = 0
+        gpu.allocated = 0
+        there.linear(
+            m, x.data.ptr, str(source), x.strides, y.data.ptr, 304, "bfloat16", workspace.data.ptr, 7, bias.data.ptr, 4
+        )
+        assert gpu.allocated == 0
+        close(y[:, :300], wanted(x, packed, np.asarray(bias), BF16))
+        assert not y[:, 300:].any()
+
+
+def test_counters_of_any_number_of_streams(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan: Any = importlib.import_module("slidesparse_nb.cuda.plan")
+    monkeypatch.setattr(plan, "COUNTER_SETS", 2)
+    made = plan.Counters()
+    made.reserve()
+    sets = [made.of(stream) for stream in (5, 6, 7, 5, 8, 9)]
+    assert len(set(sets)) == 5
+    assert sets[0] == sets[3]
+    assert all(abs(a - b) >= 4 * plan.COUNTERS for a in set(sets) for b in set(sets) - {a})

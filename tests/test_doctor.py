@@ -98,7 +98,7 @@ class Elsewhere:
 
 PACKED = ss.pack(np.zeros((8, 32), np.float32), "6:8", "int8")
 NEEDS_A_GPU: dict[str, Callable[[], Any]] = {
-    "to_device": PACKED.to_device,
+    "to_device": lambda: ss.to_device(PACKED),
     "workspace_bytes": lambda: ss.workspace_bytes(3, PACKED, "float32"),
     "matmul": lambda: ss.matmul(Elsewhere(), PACKED),
     "quantize": lambda: ss.quantize(Elsewhere(), PACKED),

@@ -23,6 +23,7 @@ from slidesparse_nb import (
     matmul,
     pack,
     save,
+    to_device,
     unpack,
     verify,
 )
@@ -124,7 +125,7 @@ def test_int8_sums_that_could_overflow(pattern: Pattern) -> None:
             assert matmul(x, packed.validate()).tolist() == [[0]]
             continue
         message = rf"k={k} takes {ks // 2} slots at pattern {pattern}, .* store the weights in another type, or split k$"
-        for refused in (packed.validate, packed.to_device, lambda p=packed, v=x: matmul(v, p)):
+        for refused in (packed.validate, lambda p=packed: to_device(p), lambda p=packed, v=x: matmul(v, p)):
             with pytest.raises(FormatError, match=f"^packed: {message}"):
                 refused()
         with pytest.raises(FormatError, match=f"^packed: {message}"):
@@ -248,13 +249,10 @@ def test_columns_of_quantized_weights(dtype: DType, pattern: Pattern) -> None:
     np.testing.assert_allclose(total, whole, rtol=1e-5, atol=1e-4)
 
 
-def test_parts_are_views_arranged_for_no_device(packed: PackedWeight) -> None:
-    packed.arranged[0] = "buffers of the whole"
+def test_parts_are_views(packed: PackedWeight) -> None:
     for part in (packed.rows(0, 3), packed.columns(16, 20), packed.rows(np.int64(1), np.int8(2))):  # type: ignore[arg-type]
-        assert part.arranged == {}
         assert all(np.shares_memory(getattr(part, name), getattr(packed, name)) for name in ("values", "meta", "scale"))
     one = PackedWeight.concat(iter([packed]))
-    assert one.arranged == {}
     assert not np.shares_memory(one.values, packed.values)
 
 

@@ -208,9 +208,9 @@ def test_a_plan_takes_what_was_tuned(gpu: Any) -> None:
     assert of.device == Device((9, 0), 132, "NumPy in CuPy's place", not gpu.own)
     here.keep(of, another(of), {})
     close(ops().matmul(x, packed), wanted(x, packed))
-    assert device.plan(16, "bfloat16").configs == another(of)
+    assert device.bound(16, "bfloat16").plan.configs == another(of)
     close(ops().matmul(x[:15], packed), wanted(x[:15], packed))
-    assert device.plan(15, "bfloat16").configs == choose(device.problem(15, "bfloat16"))
+    assert device.bound(15, "bfloat16").plan.configs == choose(device.problem(15, "bfloat16"))
 
 
 # ---- the race --------------------------------------------------------------------------------------------------------
@@ -253,12 +253,12 @@ def test_the_fastest_wins(gpu: Any, timing: Any, dtype: Any) -> None:
     assert race.ways == clock.captured == len(ways)
     calls = len(track.weights)
     assert calls > 1
-    there = [next(iter(weight.arranged[0].buffers.values())).data.ptr for weight in track.weights]
+    there = [next(iter(timing.to_device(weight).buffers.values())).data.ptr for weight in track.weights]
     assert len({*there}) == calls, "weights in memory of their own"
     assert race.model_us * calls == pytest.approx(100, rel=0.01)
     assert race.best_us * calls == pytest.approx(80, rel=0.01)
     assert not race.wrong
-    assert not any(weight.arranged[0].plans for weight in track.weights)
+    assert not any(timing.to_device(weight).plans for weight in track.weights)
 
 
 def test_the_models_choice_wins(gpu: Any, timing: Any) -> None:
@@ -279,7 +279,7 @@ def test_wrong_results_are_told_and_not_timed(
     matmul = timing.matmul.matmul
 
     def faulty(x: Any, packed: Any, out: Any, workspace: Any) -> None:
-        if packed.arranged[0].plans[16, "bfloat16"].configs != ways[2]:
+        if timing.to_device(packed).plans[16, "bfloat16"].plan.configs != ways[2]:
             matmul(x, packed, out=out, workspace=workspace)
         elif fault == "wrong":
             matmul(x, packed, out=out, workspace=workspace)

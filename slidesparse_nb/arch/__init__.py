@@ -93,7 +93,7 @@ class Arch(Protocol[C]):
     def arrange(self, packed: PackedWeight, xp: Any) -> dict[str, Any]:
         """Packed weights as the kernel loads them: buffers by name. `xp` is numpy or cupy, whichever made packed.values."""
 
-    def derive(self, buffer: str, buffers: Mapping[str, Any], packed: PackedWeight, xp: Any) -> Any:
+    def derive(self, buffer: str, buffers: Mapping[str, Any], pattern: Pattern, dtype: DType, xp: Any) -> Any:
         """A buffer that `arrange` left out, for the first launch that loads it."""
 
     def fitted(self, config: C, buffers: Mapping[str, Any]) -> C:

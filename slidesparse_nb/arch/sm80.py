@@ -235,7 +235,7 @@ class Portable:
         pattern, k = seen(packed.pattern, packed.k)
         return {"weights": arrange(replace(packed, pattern=pattern, shape=(packed.n, k)), xp)}
 
-    def derive(self, buffer: str, buffers: Mapping[str, Any], packed: PackedWeight, xp: Any) -> Any:
+    def derive(self, buffer: str, buffers: Mapping[str, Any], pattern: Pattern, dtype: DType, xp: Any) -> Any:
         """Nothing is left out."""
         raise KeyError(buffer)
 

@@ -407,11 +407,11 @@ class Hopper:
     def arrange(self, packed: PackedWeight, xp: Any) -> dict[str, Any]:
         return arrange(packed, xp)
 
-    def derive(self, buffer: str, buffers: Mapping[str, Any], packed: PackedWeight, xp: Any) -> Any:
+    def derive(self, buffer: str, buffers: Mapping[str, Any], pattern: Pattern, dtype: DType, xp: Any) -> Any:
         """Words, of codes."""
         if buffer != "words":
             raise KeyError(buffer)
-        return expand(buffers["codes"], packed.pattern, packed.dtype, xp)
+        return expand(buffers["codes"], pattern, dtype, xp)
 
     def fitted(self, config: Config, buffers: Mapping[str, Any]) -> Config:
         return config if "codes" in buffers else config.with_words()

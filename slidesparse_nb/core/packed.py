@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,6 @@ class PackedWeight:
         pattern: the Pattern.
         shape: logical (n, k), before k is padded to the slice unit.
         dtype: storage type of `values`.
-        arranged: per device, what its kernels load; made on first use, and by `to_device`.
 
     Arrays are NumPy or CuPy, all of one kind; on a device that has no FP8 or bfloat16 arrays, `values` holds the raw bits
     (`dtype.raw`). Two packed weights of the same matrix are equal byte for byte: the form is canonical.
@@ -55,7 +53,6 @@ class PackedWeight:
     pattern: Pattern
     shape: tuple[int, int]
     dtype: DType
-    arranged: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         with contextlib.suppress(TypeError):  # what is no shape, check_shapes refuses
@@ -145,7 +142,7 @@ class PackedWeight:
     # ---- parts, for tensor parallelism and fused layers
 
     def rows(self, a: int, b: int) -> PackedWeight:
-        """Outputs a to b-1 (column parallelism, one of q/k/v): shape (b - a, k); views, arranged for no device yet.
+        """Outputs a to b-1 (column parallelism, one of q/k/v): shape (b - a, k); views.
 
         Raises:
             OperandError: not 0 <= a <= b <= n.
@@ -156,7 +153,7 @@ class PackedWeight:
         return replace(self, values=self.values[a:b], meta=self.meta[a:b], scale=scale, shape=(b - a, self.k))
 
     def columns(self, a: int, b: int) -> PackedWeight:
-        """Inputs a to b-1 (row parallelism): shape (n, b - a); views, arranged for no device yet.
+        """Inputs a to b-1 (row parallelism): shape (n, b - a); views.
 
         The parts' products with x[..., a:b] add up to the product of the whole. Scales stay those of whole rows, so 8-bit
         parts are not what `pack` makes of w[:, a:b]. If x is quantized part by part, each part has scales of its own.
@@ -230,23 +227,6 @@ class PackedWeight:
     def _place(self) -> str:
         """The memory that holds the arrays."""
         return "host" if isinstance(self.values, np.ndarray) else str(getattr(self.values, "device", type(self.values)))
-
-    # ---- on a GPU
-
-    def to_device(self, device: int | None = None) -> PackedWeight:
-        """Arrange the weight for a GPU ahead of its first product; return self.
-
-        Args:
-            device: number of the GPU; by default the current one.
-
-        Raises:
-            UnsupportedError: there is no GPU, no CuPy, or no such device; or it has no sparse tensor cores for this type.
-            FormatError: the tensors do not fit the shape.
-        """
-        self.check_shapes()
-        device_code = importlib.import_module("slidesparse_nb.cuda")  # looked up when called: it stands above
-        device_code.module("plan", "to_device").to_device(self, device)
-        return self
 
     # ---- checks
 
@@ -342,32 +322,17 @@ def require_packed(packed: object, name: str = "packed") -> PackedWeight:
 
 
 @dataclass(frozen=True, eq=False)
-class ActivationImage:
-    """Activations as the kernel for compute capability 9.0 loads them: lifted, in swizzled tiles (arch/operand.py).
-
-    Attributes:
-        data: uint8 [stages, ceil(m / 8), 8, 128] on a GPU.
-        pattern: they were lifted by.
-        k: columns that they had.
-    """
-
-    data: Any
-    pattern: Pattern
-    k: int
-
-
-@dataclass(frozen=True, eq=False)
 class QuantizedActivations:
     """Activations quantized once, or rounded for 16-bit weights, to be multiplied by several weights (q/k/v, gate/up).
 
     Attributes:
-        values: [m, k] of `dtype`, or its bits, one row a token; leading dimensions of x are flattened into m. Where only
-            `image` was made, they are recovered from it when they are first asked for, and kept.
+        values: [m, k] of `dtype`, or its bits, one row a token; leading dimensions of x are flattened into m.
         scale: [m, 1] float32, x ~= values * scale; None for 16-bit types.
         lead: the leading dimensions of x, whose product is m.
         dtype: a packed type.
         source: the dtype x had; what `matmul` returns unless told otherwise.
-        image: the same values as a GPU of compute capability 9.0 multiplies them, made there by `quantize`; else None.
+
+    On a GPU whose kernel loads tiles, `quantize` makes those instead; `values` are then recovered when they are asked for.
     """
 
     values: Any
@@ -375,23 +340,9 @@ class QuantizedActivations:
     lead: tuple[int, ...]
     dtype: DType
     source: np.dtype[Any]
-    image: ActivationImage | None = None
-
-    def __post_init__(self) -> None:
-        if self.values is None and self.image is not None:
-            object.__delattr__(self, "values")  # so that __getattr__ is asked for it
-
-    def __getattr__(self, name: str) -> Any:
-        image = self.__dict__.get("image")
-        if name != "values" or image is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        gemm = importlib.import_module("slidesparse_nb.cuda.matmul")  # looked up when called: it stands above
-        object.__setattr__(self, "values", gemm.rows_of_image(image, self.m, self.dtype))
-        return self.values
 
     def __repr__(self) -> str:
-        form = "" if self.image is None else f", laid out for {self.image.pattern.described}"
-        return f"QuantizedActivations({' x '.join(map(str, (*self.lead, self.k)))}, {self.dtype}{form})"
+        return f"QuantizedActivations({' x '.join(map(str, (*self.lead, self.k)))}, {self.dtype})"
 
     @property
     def m(self) -> int:
@@ -399,18 +350,19 @@ class QuantizedActivations:
 
     @property
     def k(self) -> int:
-        return int(self.values.shape[1]) if self.image is None else self.image.k
+        return int(self.values.shape[1])
 
     @property
     def held(self) -> Any:
-        """The array that is there already: the image, or the values."""
-        return self.values if self.image is None else self.image.data
+        """The array that is there already."""
+        return self.values
 
-    def check(self, packed: PackedWeight, values: Any, scale: Any) -> None:
+    def check(self, packed: Any, values: Any, scale: Any) -> None:
         """Check that these can be multiplied by `packed`; nothing is looked at but types and shapes.
 
         Args:
-            values: as the library that multiplies sees them; None if it takes the image.
+            packed: a weight, which has a dtype and k.
+            values: as the library that multiplies sees them; None if it takes tiles.
             scale: likewise.
 
         Raises:

@@ -1,11 +1,8 @@
-"""y = x @ w.T on the GPU: one or two launches a call.
+"""y = x @ w.T on the GPU, for CuPy's arrays and others that it can view: checks, memory and results; addresses go to weight.py.
 
-    x [m, k] --quantize (8-bit weights), or copy if its rows are not 16-byte aligned--> rows --gemm--> y [m, n]
-    x [m, k] --quantize (8-bit weights) or round, slide, swizzle--> tiles --gemm--> y [m, n]         where a kernel loads tiles
+    x [m, k] --quantize or round, lay out--> operand --product--> y [m, n]          one or two launches a call
 
-What can be made once is in plan.py. A call checks its operands, looks that up, finds memory for what lies between the
-kernels, and launches. Arrays are CuPy's at the borders only: a slice of one costs a microsecond. Nothing here waits for the
-device.
+Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -21,34 +18,72 @@ from ..arch import for_capability
 from ..arch.operand import image_rows
 from ..core.checks import check_activations, check_bias, float_dtype, result_dtype
 from ..core.dtypes import CUDA_CODES, FLOATS, INT8, DType
-from ..core.packed import ActivationImage, PackedWeight, QuantizedActivations
+from ..core.packed import PackedWeight, QuantizedActivations
 from ..core.pattern import Pattern
 from ..errors import OperandError
-from . import quantize as activations
+from . import quantize as kernels
 from .arrays import as_cupy, as_stream, device_of, require_own_memory
-from .plan import COUNTERS, DeviceWeight, Plan, device_facts, rows_feed, to_device
-
-__all__ = ["DeviceWeight", "Plan", "matmul", "quantize", "rows_of_image", "to_device", "workspace_bytes"]
-
-
-@functools.cache
-def _counters(ordinal: int, stream: int) -> Any:
-    """Counters for the split tiles of launches on one stream, which follow each other: zeros, and left so."""
-    return cupy.zeros(COUNTERS, np.uint32)
+from .plan import Plan, device_facts, rows_writer
+from .weight import DeviceWeight, to_device
 
 
-def workspace_bytes(m: int, packed: PackedWeight, out_dtype: Any) -> int:
-    """Bytes of a workspace with which `matmul` of m tokens allocates nothing. Make it with cupy.zeros."""
+class TiledActivations(QuantizedActivations):
+    """Quantized activations as a kernel loads them: lifted, in swizzled tiles (arch/operand.py).
+
+    Attributes:
+        tiles: uint8 [stages, ceil(m / 8), 8, 128] on a GPU.
+        pattern: x was lifted by.
+    """
+
+    tiles: Any
+    pattern: Pattern
+    columns: int
+
+    def __init__(
+        self,
+        tiles: Any,
+        pattern: Pattern,
+        k: int,
+        scale: Any,
+        lead: tuple[int, ...],
+        dtype: DType,
+        source: np.dtype[Any],
+    ) -> None:
+        self.__dict__.update(tiles=tiles, pattern=pattern, columns=k, scale=scale, lead=lead, dtype=dtype, source=source)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, laid out for {self.pattern.described})"
+
+    @functools.cached_property
+    def values(self) -> Any:
+        """[m, k] int8, or the bits of another type: recovered from the tiles."""
+        return self.rows()
+
+    @property
+    def k(self) -> int:
+        return int(self.columns)
+
+    @property
+    def held(self) -> Any:
+        return self.tiles
+
+    def rows(self) -> Any:
+        """`values`, made anew in the current stream."""
+        with cupy.cuda.Device(self.tiles.data.device_id):
+            rows = image_rows(self.tiles, self.m, self.k, self.pattern, self.dtype, cupy)
+            return rows.view(np.int8) if self.dtype is INT8 else rows
+
+
+def workspace_bytes(m: int, packed: PackedWeight | DeviceWeight, out_dtype: Any) -> int:
+    """Bytes of a workspace with which `matmul` of m tokens allocates nothing."""
     if m < 0:
         raise OperandError(f"m: {m} must be a number of tokens, 0 or more")
-    dtype = float_dtype("out_dtype", out_dtype)
-    weight = to_device(packed)
-    return weight.plan(m, FLOATS[dtype]).bytes if m and packed.n else 4 * COUNTERS
+    return to_device(packed).workspace_bytes(m, FLOATS[float_dtype("out_dtype", out_dtype)])
 
 
 def matmul(
     x: Any,
-    packed: PackedWeight,
+    packed: PackedWeight | DeviceWeight,
     bias: Any = None,
     out: Any = None,
     out_dtype: Any = None,
@@ -59,9 +94,8 @@ def matmul(
 
     Args:
         x: [..., k] array on a GPU, or QuantizedActivations of one.
-        workspace: uint8, 16-byte aligned, at least `workspace_bytes`; zeros before its first use, and used by one stream at a
-            time. With it, and `out`, nothing is allocated, unless x or out has strides that need a copy, or x is quantized
-            for another pattern.
+        workspace: at least `workspace_bytes`, 16-byte aligned, of any content; used by one stream at a time. With it, and
+            `out`, nothing is allocated, unless x or out has strides that need a copy, or x is quantized for another pattern.
     """
     given, quantized = x, isinstance(x, QuantizedActivations)
     held = given.held if quantized else given
@@ -74,25 +108,25 @@ def matmul(
             return matmul(given, packed, bias, out, out_dtype, None, workspace)
 
     x = as_cupy("x", held)  # in the stream of the product: see `device_of`
-    weight = packed.arranged.get(ordinal) or to_device(packed, ordinal)
-    n, k = packed.shape
-    scale_x = feed = None
+    weight = to_device(packed, ordinal)
+    n, k = weight.shape
+    scale_x = None
     ready = False  # x is the operand
     if quantized:
         lead, source = given.lead, float_dtype("x.source", given.source)
-        ready = given.image is not None and weight.operand.tiled and given.image.pattern == packed.pattern
-        if not ready and given.image is not None:
-            x = rows_of_image(given.image, given.m, given.dtype)  # for this call, and in its stream: not kept
+        if isinstance(given, TiledActivations):
+            ready = weight.operand.tiled and given.pattern == weight.pattern
+            x = x if ready else given.rows()  # for this call, and in its stream: not kept
         scale_x = None if given.scale is None else as_cupy("x.scale", given.scale)
-        given.check(packed, None if ready else x, scale_x)
-        m = given.m
+        given.check(weight, None if ready else x, scale_x)
+        m, name = given.m, weight.dtype.name
     else:
         check_activations(x, k)
-        lead, source = x.shape[:-1], x.dtype
+        lead, source, name = x.shape[:-1], x.dtype, FLOATS[x.dtype]
         if x.ndim != 2:
             x = x.reshape(math.prod(lead), k)
         m = x.shape[0]
-    y, name = _result((*lead, n), source, out, out_dtype)
+    y, out_name = _result((*lead, n), source, out, out_dtype)
     bias = None if bias is None else as_cupy("bias", bias)
     workspace = None if workspace is None else as_cupy("workspace", workspace)
     if out is not None:
@@ -100,53 +134,35 @@ def matmul(
     bias_type, bias = (0, None) if bias is None else _bias(bias, n)
     if m == 0 or n == 0:
         return y if out is None else out
-    plan = weight.plans.get((m, name)) or weight.plan(m, name)
+    bound = weight.plans.get((m, out_name)) or weight.bound(m, out_name)
+    plan = bound.plan
     if ready:
-        _check_image(x, plan)
-    else:
-        feed = plan.feed(x, quantized)
+        _check_tiles(x, plan)
+    write = None if ready else weight.writer(name, x.strides, x.data.ptr)
 
-    # what stands between the kernels: in the workspace, or in memory of its own, which the pool takes back on this stream
+    # scratch: the workspace, or memory of its own, which the pool takes back on this stream
     address = cupy.cuda.get_current_stream().ptr
-    start = plan.parts_at if feed is None else plan.operand_at
-    base = counters = 0
+    start = plan.parts_at if write is None else 0
+    base = 0
     if workspace is not None:
-        base = counters = _check_workspace(workspace, plan)
+        base = _check_workspace(workspace, plan)
     elif plan.bytes > start:
         memory = cupy.cuda.alloc(plan.bytes - start)
         base = memory.ptr - start
-        if plan.part_bytes:
-            counters = _counters(ordinal, address).data.ptr
-
-    scale = 0 if scale_x is None else scale_x.data.ptr
-    if feed is None:
-        operand = x.data.ptr
-    else:
-        operand = base + plan.operand_at
-        if plan.quantizes and not quantized:
-            scale = base + plan.scale_at
-        feed(address, x.data.ptr, operand, scale)
+    operand, pitch, scale = x.data.ptr, x.strides[0], 0 if scale_x is None else scale_x.data.ptr
+    if write is not None:
+        operand, pitch, scale = base, plan.operand.pitch, scale or (base + plan.scale_at if weight.scaled else 0)
+        write(m, address, x.data.ptr, operand, scale)
     rows_y = y if y.ndim == 2 and (y.strides[1] == y.itemsize or n == 1) else _rows(y, m, n)
-    given = {
-        "x": operand,
-        "x_pitch": x.strides[0] if feed is None else plan.row_pitch,
-        "scale_x": scale,
-        "bias": 0 if bias is None else bias.data.ptr,
-        "bias_type": bias_type,
-        "y": rows_y.data.ptr,
-        "y_pitch": rows_y.strides[0] // rows_y.itemsize,
-        "parts": base + plan.parts_at if plan.part_bytes else 0,
-        "arrived": counters,
-    }
-    for it in plan.launches:
-        it.run(it.grid, it.block, it.shared, address, it.programmatic, *it.ordered({**it.fixed, **given}))
+    y_pitch, bias_at = rows_y.strides[0] // rows_y.itemsize, 0 if bias is None else bias.data.ptr
+    weight.multiply(bound, operand, pitch, scale, rows_y.data.ptr, y_pitch, base, address, bias_at, bias_type)
     if rows_y is not y and rows_y.data.ptr != y.data.ptr:
         y[...] = rows_y.reshape(y.shape)
     return y if out is None else out
 
 
 def quantize(
-    x: Any, pattern: Pattern, dtype: DType, packed: PackedWeight | None = None, stream: Any = None
+    x: Any, pattern: Pattern, dtype: DType, packed: PackedWeight | DeviceWeight | None = None, stream: Any = None
 ) -> QuantizedActivations:
     """x [..., k] on a GPU, quantized once for several products; `slidesparse_nb.quantize`.
 
@@ -170,34 +186,26 @@ def quantize(
     else:
         tiled = for_capability(device_facts(ordinal)[0]).operand(pattern, k, dtype).tiled
     if tiled:
-        made, scale = activations.image(flat, dtype, pattern)
-        return QuantizedActivations(None, scale, lead, dtype, source, ActivationImage(made, pattern, k))
+        tiles, scale = kernels.image(flat, dtype, pattern)
+        return TiledActivations(tiles, pattern, k, scale, lead, dtype, source)
     if dtype.qmax is not None:
-        values, scale = activations.quantize(flat, dtype)
+        values, scale = kernels.quantize(flat, dtype)
         return QuantizedActivations(values[:, :k], scale, lead, dtype, source)
     pitch = -(-2 * k // 16) * 16
     values = cupy.empty((m, pitch // 2), dtype.raw)
     if m and k:
-        feed = rows_feed(ordinal, flat, FLOATS[source], dtype, pitch, 0)
-        feed(cupy.cuda.get_current_stream().ptr, flat.data.ptr, values.data.ptr, 0)
+        write = rows_writer(ordinal, k, FLOATS[source], dtype, flat.strides, pitch, 0)
+        write(m, cupy.cuda.get_current_stream().ptr, flat.data.ptr, values.data.ptr, 0)
     return QuantizedActivations(values[:, :k], None, lead, dtype, source)
-
-
-def rows_of_image(image: ActivationImage, m: int, dtype: DType) -> Any:
-    """The values [m, k] that an image was made of: int8, or the bits of another type."""
-    with cupy.cuda.Device(image.data.data.device_id):
-        rows = image_rows(image.data, m, image.k, image.pattern, dtype, cupy)
-        return rows.view(np.int8) if dtype is INT8 else rows
 
 
 # ---- operands --------------------------------------------------------------------------------------------------------
 
 
-def _check_image(data: Any, plan: Plan) -> None:
-    size = plan.scale_at - plan.operand_at
-    if data.nbytes != size or data.dtype != np.uint8 or data.data.ptr % 16 or not data.flags.c_contiguous:
-        rule = f"must be {size} contiguous, 16-byte aligned bytes; make x with quantize(x, packed)"
-        raise OperandError(f"x.image: {data.dtype} {data.shape} {rule}")
+def _check_tiles(tiles: Any, plan: Plan) -> None:
+    if tiles.nbytes != plan.scale_at or tiles.dtype != np.uint8 or tiles.data.ptr % 16 or not tiles.flags.c_contiguous:
+        rule = f"must be {plan.scale_at} contiguous, 16-byte aligned bytes; make x with quantize(x, packed)"
+        raise OperandError(f"x.tiles: {tiles.dtype} {tiles.shape} {rule}")
 
 
 def _result(shape: tuple[int, ...], source: np.dtype[Any], out: Any, out_dtype: Any) -> tuple[Any, str]:

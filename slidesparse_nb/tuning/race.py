@@ -24,7 +24,7 @@ from ..core.dtypes import BFLOAT16, FLOATS, INT8
 from ..core.packed import PackedWeight
 from ..core.problem import GemmProblem
 from ..cuda import matmul
-from ..cuda.plan import Plan, to_device
+from ..cuda.weight import to_device
 
 CACHES = 5
 """Second-level caches that a graph's operands fill at least."""
@@ -117,8 +117,8 @@ class Track:
         xs = [matmul.quantize(x, packed.pattern, packed.dtype, weight) for weight in weights]
         ys = [cupy.empty((m, packed.n), y_type) for _ in weights]
         there = [to_device(weight) for weight in weights]
-        plans = {way: [Plan(weight, m, out, way) for weight in there] for way in ways}
-        workspace = cupy.zeros(max(each[0].bytes for each in plans.values()), np.uint8)
+        plans = {way: [weight.bind(m, out, way) for weight in there] for way in ways}
+        workspace = cupy.empty(max(each[0].plan.bytes for each in plans.values()), np.uint8)
         calls = [partial(matmul.matmul, *of[:2], out=of[2], workspace=workspace) for of in zip(xs, weights, ys, strict=True)]
         wanted: Any = None
         lanes: list[Lane] = []

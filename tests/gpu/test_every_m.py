@@ -97,7 +97,7 @@ def test_every_m(gemm, dtype, shape):
         tally.add((m, "chosen"), wanted.off(y), beyond)
         if m % 8 == 1:  # all tiles are of multiples of 8 tokens: those of seven more m are the same
             ways = list(device.arch.candidates(device.problem(m, OUT)))
-        device.plans[m, OUT] = gemm.Plan(device, m, OUT, ways[m % len(ways)])
+        device.plans[m, OUT] = device.bind(m, OUT, ways[m % len(ways)])
         y, beyond = multiplied(there, packed, m)
         tally.add((m, *map(str, ways[m % len(ways)])), wanted.off(y), beyond)
     tally.check()
@@ -159,7 +159,7 @@ def test_every_run_gives_the_same_bits(gemm, family, dtype, shape):
             y = bits.view(BF16)
             for way in ways_of_each_kind(device.problem(m, OUT)):
                 kinds.add(kind(way))
-                device.plans[m, OUT] = gemm.Plan(device, m, OUT, way)
+                device.plans[m, OUT] = device.bind(m, OUT, way)
                 ss.matmul(q, packed, out=y)
                 first = bits.copy()
                 for busy in (False, True):
@@ -225,7 +225,7 @@ def test_as_many_tiles_as_processors_and_few_stages(gemm, family, dtype, stages)
             part = weights[n] = weights.get(n) or packed.rows(0, n)
             device = gemm.to_device(part)
             for way in shared_out(config, m, n, sm90.stages(P, packed.k, dtype), sms):
-                device.plans[m, OUT] = gemm.Plan(device, m, OUT, way)
+                device.plans[m, OUT] = device.bind(m, OUT, way)
                 y, beyond = multiplied(there, part, m)
                 tally.add((m, *map(str, way)), wanted.off(y), beyond)
     tally.check()

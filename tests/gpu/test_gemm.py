@@ -31,6 +31,8 @@ from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.cuda.ahead_of_time import launches_of
+from slidesparse_nb.cuda.plan import plan_of
+from slidesparse_nb.cuda.weight import arranged_on
 from slidesparse_nb.errors import OperandError
 
 __all__ = ["family", "gemm"]  # the fixtures
@@ -154,7 +156,7 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
             m = each + each // 2 + 1
             x, given, exact = operands(m, y_type != BF16)
             for launches in ways(config, m):
-                device.plans[m, out] = gemm.Plan(device, m, out, launches)
+                device.plans[m, out] = device.bind(m, out, launches)
                 y, surroundings = guarded(m, 273, y_type, pitch=280)
                 ss.matmul(x, packed, bias=given, out=y)
                 compare(host(cp.ascontiguousarray(y)), *exact, packed)
@@ -320,7 +322,7 @@ def test_one_quantized_x_for_several_weights(family, dtype, k):
     x = tokens(rng, 17, k, BF16)
     first, second, third = weight(rng, 30, k, "6:8", dtype), weight(rng, 50, k, "4:6", dtype), weight(rng, 20, k, "6:8", dtype)
     shared = ss.quantize(on_gpu(x).reshape(1, 17, k), first)
-    assert (shared.k, shared.image is not None) == (k, family is sm90.ARCH)
+    assert (shared.k, isinstance(shared, gemm.TiledActivations)) == (k, family is sm90.ARCH)
     for given in (shared, ss.quantize(on_gpu(x)[None], "6:8", dtype)):
         for packed in (first, second, third):
             y = ss.matmul(given, packed)
@@ -381,7 +383,7 @@ def test_captured_in_a_graph(dtype, m):
     packed = weight(rng, 256, 2048, "6:8", dtype)
     inputs = [tokens(rng, m, 2048, BF16) for _ in range(3)]
     x, y = on_gpu(inputs[0]), cp.empty((m, 256), BF16)
-    workspace = cp.zeros(ss.workspace_bytes(m, packed, BF16), np.uint8)
+    workspace = cp.full(ss.workspace_bytes(m, packed, BF16), 0xA5, np.uint8)
     stream = cp.cuda.Stream(non_blocking=True)
     ss.matmul(x, packed, out=y, workspace=workspace, stream=stream)  # compiled and loaded before the capture
     stream.synchronize()
@@ -447,11 +449,13 @@ def test_two_threads():
 
 def test_to_device_ahead_and_explanation(gemm, family, monkeypatch, capfd):
     monkeypatch.setenv("SLIDESPARSE_DEBUG", "1")
+    plan_of.cache_clear()
     packed = weight(np.random.default_rng(20), 64, 128, "6:8", INT8)
-    assert packed.to_device() is packed
-    assert set(packed.arranged) == {cp.cuda.runtime.getDevice()}
+    there = ss.to_device(packed)
+    assert ss.to_device(packed) is there
+    assert set(arranged_on(packed)) == {cp.cuda.runtime.getDevice()}
     weight_there, twin = gemm.to_device(packed), family.arrange(packed, np)
-    assert [*weight_there.buffers] == [*twin]
+    assert [*weight_there.buffers] == [*twin, "scale"]
     for name, buffer in twin.items():
         np.testing.assert_array_equal(weight_there.buffers[name].get(), buffer)
     if family is sm90.ARCH:

@@ -37,7 +37,7 @@ def operands(rng, m, dtype):
     packed = weight(rng, N, K, "6:8", dtype)
     inputs = [tokens(rng, m, K, BF16) for _ in range(3)]
     y = torch.empty((m, N), dtype=torch.bfloat16, device="cuda")
-    workspace = torch.zeros(ss.workspace_bytes(m, packed, BF16), dtype=torch.uint8, device="cuda")
+    workspace = torch.full((ss.workspace_bytes(m, packed, BF16),), 0xA5, dtype=torch.uint8, device="cuda")
     x = tensor(inputs[0])
     torch.cuda.synchronize()
     return packed, inputs, x, y, workspace
@@ -96,4 +96,4 @@ def test_tensors_that_require_grad_are_refused_in_a_sentence():
 def test_devices_that_are_not_there():
     packed = weight(np.random.default_rng(34), 16, 64, "6:8", INT8)
     with pytest.raises(ss.UnsupportedError, match=r"^device 99: CuPy cannot use the GPU \(cudaErrorInvalidDevice.*doctor"):
-        packed.to_device(99)
+        ss.to_device(packed, 99)

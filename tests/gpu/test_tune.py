@@ -37,7 +37,7 @@ def multiply(packed, x):
     """y on the host, and the launches that made it."""
     x_there = cp.asarray(x.view(f"u{x.itemsize}")).view(x.dtype)
     y = matmul.matmul(x_there, packed, out_dtype=BFLOAT16.numpy)
-    return y.view(np.uint16).get().view(y.dtype), matmul.to_device(packed).plan(x.shape[0], "bfloat16").configs
+    return y.view(np.uint16).get().view(y.dtype), matmul.to_device(packed).bound(x.shape[0], "bfloat16").plan.configs
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)

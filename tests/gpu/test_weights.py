@@ -10,6 +10,7 @@ import pytest
 from cases import faulty
 from device_cases import SOURCES, bits, same_weight
 
+import slidesparse_nb as ss
 from slidesparse_nb import matmul, packing
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
@@ -236,7 +237,7 @@ def test_parts_stay_on_the_device(dtype) -> None:
     """Rows, columns and concatenated weights are what they are on the host, and are multiplied from views."""
     w = reference.prune(awkward_weights(40, 90, SOURCES[0]), Pattern(6, 8))
     packed, there = packing.pack(w, "6:8", dtype), packing.pack(on_device(w), "6:8", dtype)
-    there.to_device()
+    ss.to_device(there)
     x = np.random.default_rng(0).standard_normal((7, 90)).astype(np.float32)
     for a, b, first, last in ((8, 37, 0, 90), (0, 40, 16, 64), (0, 40, 64, 90), (1, 9, 32, 90)):
         part, expected = (p.rows(a, b).columns(first, last) for p in (there, packed))

@@ -1,0 +1,261 @@
+"""DeviceWeight: a packed weight arranged for one GPU, and the entry for adapters, which takes addresses."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import cupy
+
+from .. import arch
+from ..arch import Config
+from ..core.dtypes import DType
+from ..core.packed import PackedWeight
+from ..core.pattern import Pattern
+from ..core.problem import Device, GemmProblem
+from ..errors import OperandError
+from . import tuned_store
+from .arrays import as_cupy
+from .driver import unusable
+from .plan import Launch, Plan, Writer, counters, device_facts, plan_of, writer
+
+MOST_BOUND = 1024
+"""Numbers of tokens, and kinds of x, that a weight remembers: a server may see any number of them."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A plan with the addresses of one weight's buffers."""
+
+    plan: Plan
+    launches: tuple[Launch, ...]
+
+
+class DeviceWeight:
+    """A packed weight on one GPU, arranged for its kernel; nothing of the packed tensors is held.
+
+    Args:
+        pattern, dtype, shape: of the packed weight; shape is (n, k).
+        buffers: name -> CuPy array: what the architecture's kernels load, and "scale", float32 [n]. They are held.
+        ordinal: number of the GPU, which must be the current one.
+
+    Raises:
+        UnsupportedError: the GPU cannot multiply weights of this type.
+    """
+
+    def __init__(
+        self, pattern: Pattern, dtype: DType, shape: tuple[int, int], buffers: Mapping[str, Any], ordinal: int
+    ) -> None:
+        self.pattern, self.dtype, self.shape, self.ordinal = pattern, dtype, shape, ordinal
+        self.device = Device(*device_facts(ordinal))
+        self.arch = arch.for_capability(self.device.capability, self.device.portable)
+        arch.require_support(self.arch, self.device.capability, dtype)
+        self.scaled = dtype.qmax is not None
+        self.operand = self.arch.operand(pattern, shape[1], dtype)
+        self.buffers = dict(buffers)
+        self.plans: dict[tuple[int, str], Bound] = {}
+        self.writers: dict[tuple[str, tuple[int, int], int], Writer | None] = {}
+        if self.arch.portable:
+            self.counters = counters(ordinal).of
+        else:
+            self.counters = lambda stream: 0
+
+    @property
+    def n(self) -> int:
+        return self.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(int(buffer.nbytes) for buffer in self.buffers.values())
+
+    def __repr__(self) -> str:
+        return f"DeviceWeight({self.n} x {self.k}, {self.pattern.described}, {self.dtype}, on GPU {self.ordinal})"
+
+    @classmethod
+    def arrange(cls, packed: PackedWeight, ordinal: int) -> DeviceWeight:
+        """Of a packed weight, wherever it is.
+
+        Raises:
+            UnsupportedError: as for DeviceWeight.
+            FormatError: the tensors of `packed` do not fit its shape.
+        """
+        packed.check_shapes()
+        with cupy.cuda.Device(ordinal):
+            made = cls(packed.pattern, packed.dtype, packed.shape, {}, ordinal)
+            values, meta = (cupy.asarray(a) for a in (packed.values.view(packed.dtype.raw), packed.meta))
+            there = PackedWeight(values, meta, None, packed.pattern, packed.shape, packed.dtype)
+            made.buffers = made.arch.arrange(there, cupy)
+            if packed.scale is not None:
+                made.buffers["scale"] = cupy.asarray(packed.scale).reshape(-1)
+            cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
+        return made
+
+    def with_buffers(self, buffers: Mapping[str, Any]) -> DeviceWeight:
+        """The same weight in memory of the caller's, which is held; this one may then be freed.
+
+        Args:
+            buffers: copies of `buffers`, of any library on the same GPU.
+
+        Raises:
+            OperandError: a buffer is missing, or is no copy of the one of that name.
+        """
+        views = {name: as_cupy(f"buffers[{name!r}]", array) for name, array in buffers.items()}
+        for name, own in self.buffers.items():
+            view = views.get(name)
+            if view is None or view.nbytes != own.nbytes or not view.flags.c_contiguous or view.data.ptr % 16:
+                rule = f"must be a contiguous, 16-byte aligned copy of {own.nbytes} bytes; copy weight.buffers[{name!r}]"
+                found = "is missing" if view is None else f"{view.nbytes} bytes"
+                raise OperandError(f"buffers[{name!r}]: {found}, {rule}")
+        return DeviceWeight(self.pattern, self.dtype, self.shape, views, self.ordinal)
+
+    def address(self, buffer: str) -> int:
+        """Of a buffer, which is made now if it was left out until a launch loads it; 0 of the scale of 16-bit weights."""
+        if buffer not in self.buffers:
+            if buffer == "scale":
+                return 0
+            made = self.arch.derive(buffer, self.buffers, self.pattern, self.dtype, cupy)
+            cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
+            self.buffers.setdefault(buffer, made)  # of two threads, both load the first's
+        return int(self.buffers[buffer].data.ptr)
+
+    def problem(self, m: int, out: str) -> GemmProblem:
+        """The product with m tokens, into the type named `out`."""
+        return GemmProblem(m, self.n, self.k, self.pattern, self.dtype, out, self.device)
+
+    def bind(self, m: int, out: str, configs: tuple[Config, ...] | None = None) -> Bound:
+        """The plan for m tokens into the type named `out`, tuned or the cheapest unless `configs` are given."""
+        problem = self.problem(m, out)
+        chosen = configs or tuned_store.best(problem)
+        plan = plan_of(problem, tuple(self.arch.fitted(config, self.buffers) for config in chosen), self.ordinal)
+        needed = {buffer for launch in plan.launches for buffer in launch.buffers.values()}
+        addresses = {buffer: self.address(buffer) for buffer in needed}
+        return Bound(plan, tuple(launch.bind(addresses) for launch in plan.launches))
+
+    def bound(self, m: int, out: str) -> Bound:
+        """`bind`, remembered."""
+        if (known := self.plans.get((m, out))) is None:
+            if len(self.plans) >= MOST_BOUND:
+                self.plans.clear()
+            known = self.plans[m, out] = self.bind(m, out)
+        return known
+
+    def writer(self, source: str, strides: tuple[int, int], x: int) -> Writer | None:
+        """What writes the operand of an x at this address (`plan.writer`), remembered."""
+        key = source, strides, x % 16
+        try:
+            return self.writers[key]
+        except KeyError:
+            if len(self.writers) >= MOST_BOUND:
+                self.writers.clear()
+            made = self.writers[key] = writer(self.ordinal, self.operand, self.k, self.dtype, *key)
+            return made
+
+    # ---- addresses in, nothing out
+
+    def workspace_bytes(self, m: int, out: str) -> int:
+        """Bytes of scratch memory that `linear` of m tokens needs, uninitialized; kernels are compiled on the way."""
+        return self.bound(m, out).plan.bytes if m and self.n else 0
+
+    def linear(
+        self,
+        m: int,
+        x: int,
+        source: str,
+        strides: tuple[int, int],
+        y: int,
+        pitch: int,
+        out: str,
+        workspace: int,
+        stream: int,
+        bias: int = 0,
+        bias_type: int = 0,
+    ) -> None:
+        """y = x @ w.T + bias by addresses: one plan lookup, then two launches. Nothing is checked, allocated or awaited.
+
+        The device must be the current one. Memory must stay as it is until the stream has passed the launches.
+
+        Args:
+            m: tokens, above 0.
+            x: address of [m, k], of `source`: "bfloat16", "float16", "float32", or the weights' type for 16-bit weights.
+            strides: of x, bytes from row to row and from column to column.
+            y: address of [m, n] of the type named `out`, neighbouring columns side by side.
+            pitch: elements from one row of y to the next.
+            workspace: address of `workspace_bytes(m, out)` of any memory, 16-byte aligned; of one stream at a time.
+            stream: address of the CUDA stream.
+            bias: address of [n], 0 for none; bias_type: its `CUDA_CODES`.
+        """
+        bound = self.plans.get((m, out)) or self.bound(m, out)
+        write, plan = self.writer(source, strides, x), bound.plan
+        if write is None:
+            self.multiply(bound, x, strides[0], 0, y, pitch, workspace, stream, bias, bias_type)
+        else:
+            scale = workspace + plan.scale_at if self.scaled else 0
+            write(m, stream, x, workspace, scale)
+            self.multiply(bound, workspace, plan.operand.pitch, scale, y, pitch, workspace, stream, bias, bias_type)
+
+    def multiply(
+        self,
+        bound: Bound,
+        operand: int,
+        operand_pitch: int,
+        scale: int,
+        y: int,
+        pitch: int,
+        workspace: int,
+        stream: int,
+        bias: int = 0,
+        bias_type: int = 0,
+    ) -> None:
+        """The product alone, of an operand that a writer made: like `linear`, whose workspace it shares the end of."""
+        parts = counted = 0
+        if bound.plan.part_bytes:
+            parts, counted = workspace + bound.plan.parts_at, self.counters(stream)
+        given = operand, operand_pitch, scale, bias, bias_type, y, pitch, parts, counted
+        for launch in bound.launches:
+            launch(stream, given)
+
+
+# ---- the arranged form of a packed weight ----------------------------------------------------------------------------
+
+_arranged: WeakKeyDictionary[PackedWeight, dict[int, DeviceWeight]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def to_device(packed: PackedWeight | DeviceWeight, ordinal: int | None = None) -> DeviceWeight:
+    """The packed weight arranged on a device (by default the current one), made on the first call and remembered with it.
+
+    Raises:
+        OperandError: a DeviceWeight of another device.
+        UnsupportedError: there is no such device, or it cannot multiply weights of this type.
+        FormatError: the tensors of `packed` do not fit its shape.
+    """
+    if isinstance(packed, DeviceWeight):
+        if ordinal not in (None, packed.ordinal):
+            raise OperandError(f"packed: is arranged on GPU {packed.ordinal}, but x is on GPU {ordinal}; arrange it there")
+        return packed
+    try:
+        ordinal = int(cupy.cuda.runtime.getDevice()) if ordinal is None else ordinal
+        device_facts(ordinal)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise unusable(f"device {ordinal or 0}", error) from None
+    there = _arranged.get(packed)
+    if there is None:
+        with _lock:
+            there = _arranged.setdefault(packed, {})
+    weight = there.get(ordinal)
+    if weight is None:
+        weight = there.setdefault(ordinal, DeviceWeight.arrange(packed, ordinal))
+    return weight
+
+
+def arranged_on(packed: PackedWeight) -> dict[int, DeviceWeight]:
+    """The devices that a packed weight is arranged on."""
+    return dict(_arranged.get(packed, {}))
