@@ -31,6 +31,7 @@ from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.cuda.ahead_of_time import launches_of
+from slidesparse_nb.cuda.matmul import TiledActivations
 from slidesparse_nb.cuda.plan import plan_of
 from slidesparse_nb.cuda.weight import arranged_on
 from slidesparse_nb.errors import OperandError
@@ -322,7 +323,7 @@ def test_one_quantized_x_for_several_weights(family, dtype, k):
     x = tokens(rng, 17, k, BF16)
     first, second, third = weight(rng, 30, k, "6:8", dtype), weight(rng, 50, k, "4:6", dtype), weight(rng, 20, k, "6:8", dtype)
     shared = ss.quantize(on_gpu(x).reshape(1, 17, k), first)
-    assert (shared.k, isinstance(shared, gemm.TiledActivations)) == (k, family is sm90.ARCH)
+    assert (shared.k, isinstance(shared, TiledActivations)) == (k, family is sm90.ARCH)
     for given in (shared, ss.quantize(on_gpu(x)[None], "6:8", dtype)):
         for packed in (first, second, third):
             y = ss.matmul(given, packed)
