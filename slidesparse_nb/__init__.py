@@ -24,6 +24,7 @@ _HOME = {
     "matmul": "ops",
     "quantize": "ops",
     "to_device": "ops",
+    "device_weight": "ops",
     "workspace_bytes": "ops",
     "build_kernels": "cuda.ahead_of_time",
     "build_products": "cuda.ahead_of_time",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from .errors import SlideSparseError as SlideSparseError
     from .errors import UnsupportedError as UnsupportedError
     from .errors import VerificationError as VerificationError
+    from .ops import device_weight as device_weight
     from .ops import matmul as matmul
     from .ops import quantize as quantize
     from .ops import to_device as to_device

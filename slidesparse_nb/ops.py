@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -89,7 +90,7 @@ def to_device(packed: PackedWeight, device: int | None = None) -> DeviceWeight:
     """The weight arranged for a GPU's kernel, ahead of its first product; `matmul` and `quantize` take it in place of `packed`.
 
     It holds nothing of `packed`, whose tensors may be freed: `packed` remembers it, not the other way round. Its `buffers` are
-    CuPy arrays by name; `with_buffers` takes copies of them in the caller's memory.
+    CuPy arrays by name; `device_weight` takes copies of them in the caller's memory.
     Adapters of other libraries call its `linear`, which takes addresses and a stream.
 
     Args:
@@ -102,6 +103,26 @@ def to_device(packed: PackedWeight, device: int | None = None) -> DeviceWeight:
     require_packed(packed).check_shapes()
     arranged: DeviceWeight = cuda.module("weight", "to_device").to_device(packed, device)
     return arranged
+
+
+def device_weight(
+    buffers: Mapping[str, Any], pattern: Any, dtype: Any, shape: tuple[int, int], device: int | None = None
+) -> DeviceWeight:
+    """A weight of buffers that `to_device` made, or of copies of them in the caller's memory, which is held.
+
+    Args:
+        buffers: all of `DeviceWeight.buffers`, as CuPy arrays or others on that GPU.
+        pattern, dtype, shape: of the packed weight.
+        device: number of the GPU, which must be the current one; by default it.
+
+    Raises:
+        OperandError: an argument of the wrong type, or a buffer that CuPy cannot view.
+        UnsupportedError: as for `to_device`.
+    """
+    made: DeviceWeight = cuda.module("weight", "device_weight").device_weight(
+        buffers, Pattern.of(pattern), packed_dtype(dtype), shape, device
+    )
+    return made
 
 
 def workspace_bytes(m: int, packed: PackedWeight | DeviceWeight, out_dtype: Any) -> int:

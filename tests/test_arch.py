@@ -105,6 +105,9 @@ class Toy:
     def arrange(self, packed: Any, xp: Any) -> dict[str, Any]:
         return {"half": packed.values}
 
+    def derived(self, buffers: Any) -> tuple[str, ...]:
+        return ("everything",)
+
     def derive(self, buffer: str, buffers: Any, pattern: Pattern, dtype: Any, xp: Any) -> Any:
         return {"everything": xp.asarray(buffers["half"])}[buffer]
 

@@ -6,7 +6,7 @@ asks the protocol.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
@@ -92,6 +92,9 @@ class Arch(Protocol[C]):
 
     def arrange(self, packed: PackedWeight, xp: Any) -> dict[str, Any]:
         """Packed weights as the kernel loads them: buffers by name. `xp` is numpy or cupy, whichever made packed.values."""
+
+    def derived(self, buffers: Collection[str]) -> tuple[str, ...]:
+        """The buffers that `derive` makes of these, by name."""
 
     def derive(self, buffer: str, buffers: Mapping[str, Any], pattern: Pattern, dtype: DType, xp: Any) -> Any:
         """A buffer that `arrange` left out, for the first launch that loads it."""

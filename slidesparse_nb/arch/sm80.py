@@ -5,7 +5,7 @@ Sparse warp-level instructions (`mma.sp`) run on every GPU since compute capabil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -234,6 +234,9 @@ class Portable:
     def arrange(self, packed: PackedWeight, xp: Any = np) -> dict[str, Any]:
         pattern, k = seen(packed.pattern, packed.k)
         return {"weights": arrange(replace(packed, pattern=pattern, shape=(packed.n, k)), xp)}
+
+    def derived(self, buffers: Collection[str]) -> tuple[str, ...]:
+        return ()
 
     def derive(self, buffer: str, buffers: Mapping[str, Any], pattern: Pattern, dtype: DType, xp: Any) -> Any:
         """Nothing is left out."""

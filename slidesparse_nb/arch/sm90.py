@@ -6,7 +6,7 @@ Data and pure functions; how weights are laid out is in sm90_layout.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -406,6 +406,9 @@ class Hopper:
 
     def arrange(self, packed: PackedWeight, xp: Any) -> dict[str, Any]:
         return arrange(packed, xp)
+
+    def derived(self, buffers: Collection[str]) -> tuple[str, ...]:
+        return ("words",) if "codes" in buffers else ()
 
     def derive(self, buffer: str, buffers: Mapping[str, Any], pattern: Pattern, dtype: DType, xp: Any) -> Any:
         """Words, of codes."""

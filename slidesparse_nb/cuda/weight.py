@@ -20,7 +20,7 @@ from ..errors import OperandError
 from . import tuned_store
 from .arrays import as_cupy
 from .driver import unusable
-from .plan import Launch, Plan, Writer, counters, device_facts, plan_of, writer
+from .plan import Launch, Plan, Writer, counters, device_facts, plan_of, rows_writer, writer
 
 MOST_BOUND = 1024
 """Numbers of tokens, and kinds of x, that a weight remembers: a server may see any number of them."""
@@ -58,10 +58,7 @@ class DeviceWeight:
         self.buffers = dict(buffers)
         self.plans: dict[tuple[int, str], Bound] = {}
         self.writers: dict[tuple[str, tuple[int, int], int], Writer | None] = {}
-        if self.arch.portable:
-            self.counters = counters(ordinal).of
-        else:
-            self.counters = lambda stream: 0
+        self.counters = counters(ordinal).of if "arrived" in self.arch.parameters else lambda stream: 0
 
     @property
     def n(self) -> int:
@@ -98,24 +95,6 @@ class DeviceWeight:
             cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
         return made
 
-    def with_buffers(self, buffers: Mapping[str, Any]) -> DeviceWeight:
-        """The same weight in memory of the caller's, which is held; this one may then be freed.
-
-        Args:
-            buffers: copies of `buffers`, of any library on the same GPU.
-
-        Raises:
-            OperandError: a buffer is missing, or is no copy of the one of that name.
-        """
-        views = {name: as_cupy(f"buffers[{name!r}]", array) for name, array in buffers.items()}
-        for name, own in self.buffers.items():
-            view = views.get(name)
-            if view is None or view.nbytes != own.nbytes or not view.flags.c_contiguous or view.data.ptr % 16:
-                rule = f"must be a contiguous, 16-byte aligned copy of {own.nbytes} bytes; copy weight.buffers[{name!r}]"
-                found = "is missing" if view is None else f"{view.nbytes} bytes"
-                raise OperandError(f"buffers[{name!r}]: {found}, {rule}")
-        return DeviceWeight(self.pattern, self.dtype, self.shape, views, self.ordinal)
-
     def address(self, buffer: str) -> int:
         """Of a buffer, which is made now if it was left out until a launch loads it; 0 of the scale of 16-bit weights."""
         if buffer not in self.buffers:
@@ -125,6 +104,12 @@ class DeviceWeight:
             cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
             self.buffers.setdefault(buffer, made)  # of two threads, both load the first's
         return int(self.buffers[buffer].data.ptr)
+
+    def complete(self) -> DeviceWeight:
+        """Make every buffer that was left out, so that no product allocates any; return self."""
+        for buffer in self.arch.derived(self.buffers):
+            self.address(buffer)
+        return self
 
     def problem(self, m: int, out: str) -> GemmProblem:
         """The product with m tokens, into the type named `out`."""
@@ -201,6 +186,16 @@ class DeviceWeight:
             write(m, stream, x, workspace, scale)
             self.multiply(bound, workspace, plan.operand.pitch, scale, y, pitch, workspace, stream, bias, bias_type)
 
+    def quantize(self, m: int, x: int, source: str, strides: tuple[int, int], operand: int, scale: int, stream: int) -> None:
+        """The operand alone: `operand.bytes(m)` bytes at `operand`, 16-byte aligned; float32 [m] at `scale` for 8-bit weights.
+
+        The other arguments are those of `linear`. An x that needs no change is copied.
+        """
+        write = self.writer(source, strides, x)
+        if write is None:
+            write = rows_writer(self.ordinal, self.k, source, self.dtype, strides, self.operand.pitch, 0)
+        write(m, stream, x, operand, scale)
+
     def multiply(
         self,
         bound: Bound,
@@ -254,6 +249,18 @@ def to_device(packed: PackedWeight | DeviceWeight, ordinal: int | None = None) -
     if weight is None:
         weight = there.setdefault(ordinal, DeviceWeight.arrange(packed, ordinal))
     return weight
+
+
+def device_weight(
+    buffers: Mapping[str, Any], pattern: Pattern, dtype: DType, shape: tuple[int, int], device: int | None = None
+) -> DeviceWeight:
+    """`slidesparse_nb.device_weight`."""
+    views = {name: as_cupy(f"buffers[{name!r}]", array) for name, array in buffers.items()}
+    for name, view in views.items():
+        if not view.flags.c_contiguous or view.data.ptr % 16:
+            raise OperandError(f"buffers[{name!r}]: must be contiguous and 16-byte aligned, as to_device made it")
+    ordinal = int(cupy.cuda.runtime.getDevice()) if device is None else device
+    return DeviceWeight(pattern, dtype, shape, views, ordinal)
 
 
 def arranged_on(packed: PackedWeight) -> dict[int, DeviceWeight]:
