@@ -19,9 +19,9 @@ from .core.checks import (
     result_dtype,
     share_memory,
 )
-from .core.dtypes import DType, packed_dtype
 from .core.packed import PackedWeight, QuantizedActivations, require_packed
 from .core.pattern import Pattern
+from .core.scheme import Scheme
 from .cpu import kernels
 from .cpu import matmul as cpu_matmul
 from .errors import OperandError, shown
@@ -120,23 +120,23 @@ def quantize(
     if isinstance(packed, PackedWeight):
         if not packed.arranged:  # a GPU's weights were checked when they were arranged
             packed.check_shapes()
-        pattern, wanted = packed.pattern, packed.dtype
-        if dtype is not None and packed_dtype(dtype) != wanted:
-            raise OperandError(f"dtype: {packed_dtype(dtype)} is not {wanted}, the type of packed; leave it out")
+        pattern, scheme = packed.pattern, packed.scheme
+        if dtype is not None and Scheme.of(dtype) != scheme:
+            raise OperandError(f"dtype: {Scheme.of(dtype)} is not {scheme}, the type of packed; leave it out")
     else:
-        pattern = Pattern.of(packed)
         if dtype is None:
             raise OperandError("dtype: is missing; with a pattern instead of packed weights, pass their type, such as 'int8'")
-        wanted = packed_dtype(dtype)
+        scheme = Scheme.of(dtype)
+        pattern = scheme.pattern(packed)
     weights = packed if isinstance(packed, PackedWeight) else None
     if isinstance(x, np.ndarray):
         _require_no_stream(stream)
         check_activations(x, None if weights is None else weights.k)
         lead, flat = _flat(x)
-        values, scale = _quantized(flat, wanted)
-        return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, wanted, x.dtype)
+        values, scale = _quantized(flat, scheme)
+        return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, scheme.dtype, x.dtype)
     if _on_gpu(x):
-        quantized: QuantizedActivations = _gemm("quantize").quantize(x, pattern, wanted, weights, stream)
+        quantized: QuantizedActivations = _gemm("quantize").quantize(x, pattern, scheme.dtype, weights, stream)
         return quantized
     raise _no_array("x", x)
 
@@ -181,7 +181,7 @@ def _matmul_numpy(
             if array is not None and share_memory(out, array):
                 raise overlapping(name)
     if scale_x is None:
-        values, scale_x = _quantized(values, packed.dtype)
+        values, scale_x = _quantized(values, packed.scheme)
     flat_result = result.reshape(values.shape[0], packed.n) if result.flags.c_contiguous else None
     y = np.empty((values.shape[0], packed.n), result.dtype) if flat_result is None else flat_result
     with np.errstate(over="ignore"):
@@ -210,9 +210,10 @@ def _flat(x: Array) -> tuple[tuple[int, ...], Array]:
     return lead, np.asarray(x).reshape(math.prod(lead), x.shape[-1])
 
 
-def _quantized(x: Array, dtype: DType) -> tuple[Array, Array | None]:
-    """x [m, k] of the weights' type: quantized, with its scales [m, 1]; or rounded, x itself if it is of that type."""
-    if dtype.qmax is not None:
+def _quantized(x: Array, scheme: Scheme) -> tuple[Array, Array | None]:
+    """x [m, k] as the scheme stores activations: quantized, with its scales [m, 1]; or rounded, x itself if it is so."""
+    dtype = scheme.activations.element
+    if scheme.activations.row_scale:
         return kernels.quantize(kernels.to_float32(x), dtype)
     return x if x.dtype == dtype.numpy else kernels.round16(kernels.to_float32(x), dtype), None
 

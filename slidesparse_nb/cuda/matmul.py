@@ -23,6 +23,7 @@ from ..core.checks import check_activations, check_bias, float_dtype, result_dty
 from ..core.dtypes import CUDA_CODES, FLOATS, INT8, DType
 from ..core.packed import ActivationImage, PackedWeight, QuantizedActivations
 from ..core.pattern import Pattern
+from ..core.scheme import Scheme
 from ..errors import OperandError
 from . import quantize as activations
 from .arrays import as_cupy, as_stream, device_of, require_own_memory
@@ -172,7 +173,7 @@ def quantize(
     if tiled:
         made, scale = activations.image(flat, dtype, pattern)
         return QuantizedActivations(None, scale, lead, dtype, source, ActivationImage(made, pattern, k))
-    if dtype.qmax is not None:
+    if Scheme.of(dtype).scaled:
         values, scale = activations.quantize(flat, dtype)
         return QuantizedActivations(values[:, :k], scale, lead, dtype, source)
     pitch = -(-2 * k // 16) * 16

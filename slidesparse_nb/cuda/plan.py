@@ -70,7 +70,7 @@ class DeviceWeight:
         self.operand = self.arch.operand(packed.pattern, packed.k, packed.dtype)
         with cupy.cuda.Device(ordinal):
             values, meta = (cupy.asarray(a) for a in (packed.values.view(packed.dtype.raw), packed.meta))
-            there = PackedWeight(values, meta, None, packed.pattern, packed.shape, packed.dtype)
+            there = PackedWeight(values, meta, None, packed.pattern, packed.shape, packed.scheme)
             self.buffers = self.arch.arrange(there, cupy)
             self.scale = None if packed.scale is None else cupy.asarray(packed.scale).reshape(-1)
             cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
@@ -87,7 +87,7 @@ class DeviceWeight:
     def problem(self, m: int, out: str) -> GemmProblem:
         """What a plan for m tokens and the type named `out` computes."""
         packed = self.packed
-        return GemmProblem(m, packed.n, packed.k, packed.pattern, packed.dtype, out, self.device)
+        return GemmProblem(m, packed.n, packed.k, packed.pattern, packed.scheme, out, self.device)
 
     def plan(self, m: int, out: str) -> Plan:
         """How to multiply m tokens into the type named `out`, on the current device, which is this weight's."""
@@ -131,7 +131,7 @@ class Plan:
         chosen = configs or tuned_store.best(self.problem)
         self.configs = tuple(weight.arch.fitted(config, weight.buffers) for config in chosen)
         self.row_pitch = weight.operand.pitch
-        self.quantizes = weight.packed.dtype.qmax is not None
+        self.quantizes = weight.packed.scheme.scaled
         self.part_bytes = max(config.part_bytes(self.problem) for config in self.configs)
         self.launches = tuple(self._matrix_launch(config) for config in self.configs)
         self.operand_at = 4 * COUNTERS
