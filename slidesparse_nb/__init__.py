@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Pattern": "core.pattern",
+    "Scheme": "core.scheme",
     "PackedWeight": "core.packed",
     "QuantizedActivations": "core.packed",
     "pack": "packing",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from .core.packed import PackedWeight as PackedWeight
     from .core.packed import QuantizedActivations as QuantizedActivations
     from .core.pattern import Pattern as Pattern
+    from .core.scheme import Scheme as Scheme
     from .cuda.ahead_of_time import build_kernels as build_kernels
     from .cuda.ahead_of_time import build_products as build_products
     from .doctor import diagnose as diagnose

@@ -194,7 +194,7 @@ def _compare(y: Any, x: Any, packed: PackedWeight, error: float = ADDITIONS) -> 
         _same("products", np.ascontiguousarray(y), wanted)
         return "equals the reference"
     size = reference.matmul(
-        np.abs(x), PackedWeight(_magnitude(packed), packed.meta, packed.scale, PATTERN, (N, K), packed.dtype)
+        np.abs(x), PackedWeight(_magnitude(packed), packed.meta, packed.scale, PATTERN, (N, K), packed.scheme)
     )
     if (np.abs(y - wanted) > error * size).any() or not np.isfinite(y).all():
         raise ArithmeticError(f"products differ from the reference by up to {np.abs(y - wanted).max():.3g}")

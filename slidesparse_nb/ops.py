@@ -20,9 +20,9 @@ from .core.checks import (
     result_dtype,
     share_memory,
 )
-from .core.dtypes import DType, packed_dtype
 from .core.packed import PackedWeight, QuantizedActivations, require_packed
 from .core.pattern import Pattern
+from .core.scheme import Scheme
 from .cpu import kernels
 from .cpu import matmul as cpu_matmul
 from .errors import OperandError, shown
@@ -106,13 +106,13 @@ def to_device(packed: PackedWeight, device: int | None = None) -> DeviceWeight:
 
 
 def device_weight(
-    buffers: Mapping[str, Any], pattern: Any, dtype: Any, shape: tuple[int, int], device: int | None = None
+    buffers: Mapping[str, Any], pattern: Any, scheme: Any, shape: tuple[int, int], device: int | None = None
 ) -> DeviceWeight:
     """A weight of buffers that `to_device` made, or of copies of them in the caller's memory, which is held.
 
     Args:
         buffers: all of `DeviceWeight.buffers`, as CuPy arrays or others on that GPU.
-        pattern, dtype, shape: of the packed weight.
+        pattern, scheme, shape: of the packed weight.
         device: number of the GPU, which must be the current one; by default it.
 
     Raises:
@@ -120,7 +120,7 @@ def device_weight(
         UnsupportedError: as for `to_device`.
     """
     made: DeviceWeight = cuda.module("weight", "device_weight").device_weight(
-        buffers, Pattern.of(pattern), packed_dtype(dtype), shape, device
+        buffers, Scheme.of(scheme).pattern(pattern), Scheme.of(scheme), shape, device
     )
     return made
 
@@ -165,24 +165,24 @@ def quantize(
     require_unmasked("x", x)
     weights = packed if _is_weight(packed) else None
     if weights is not None:
-        pattern, wanted = weights.pattern, weights.dtype
-        if dtype is not None and packed_dtype(dtype) != wanted:
-            raise OperandError(f"dtype: {packed_dtype(dtype)} is not {wanted}, the type of packed; leave it out")
+        pattern, scheme = weights.pattern, weights.scheme
+        if dtype is not None and Scheme.of(dtype) != scheme:
+            raise OperandError(f"dtype: {Scheme.of(dtype)} is not {scheme}, the type of packed; leave it out")
     else:
-        pattern = Pattern.of(packed)  # type: ignore[arg-type]
         if dtype is None:
             raise OperandError("dtype: is missing; with a pattern instead of packed weights, pass their type, such as 'int8'")
-        wanted = packed_dtype(dtype)
+        scheme = Scheme.of(dtype)
+        pattern = scheme.pattern(packed)  # type: ignore[arg-type]
     if isinstance(x, np.ndarray):
         if weights is not None:
             require_packed(weights).check_shapes()
         _require_no_stream(stream)
         check_activations(x, None if weights is None else weights.k)
         lead, flat = _flat(x)
-        values, scale = _quantized(flat, wanted)
-        return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, wanted, x.dtype)
+        values, scale = _quantized(flat, scheme)
+        return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, scheme.dtype, x.dtype)
     if _on_gpu(x):
-        quantized: QuantizedActivations = _gemm("quantize").quantize(x, pattern, wanted, weights, stream)
+        quantized: QuantizedActivations = _gemm("quantize").quantize(x, pattern, scheme.dtype, weights, stream)
         return quantized
     raise _no_array("x", x)
 
@@ -239,7 +239,7 @@ def _matmul_numpy(
             if array is not None and share_memory(out, array):
                 raise overlapping(name)
     if scale_x is None:
-        values, scale_x = _quantized(values, packed.dtype)
+        values, scale_x = _quantized(values, packed.scheme)
     flat_result = result.reshape(values.shape[0], packed.n) if result.flags.c_contiguous else None
     y = np.empty((values.shape[0], packed.n), result.dtype) if flat_result is None else flat_result
     with np.errstate(over="ignore"):
@@ -268,9 +268,10 @@ def _flat(x: Array) -> tuple[tuple[int, ...], Array]:
     return lead, np.asarray(x).reshape(math.prod(lead), x.shape[-1])
 
 
-def _quantized(x: Array, dtype: DType) -> tuple[Array, Array | None]:
-    """x [m, k] of the weights' type: quantized, with its scales [m, 1]; or rounded, x itself if it is of that type."""
-    if dtype.qmax is not None:
+def _quantized(x: Array, scheme: Scheme) -> tuple[Array, Array | None]:
+    """x [m, k] as the scheme stores activations: quantized, with its scales [m, 1]; or rounded, x itself if it is so."""
+    dtype = scheme.activations.element
+    if scheme.activations.row_scale:
         return kernels.quantize(kernels.to_float32(x), dtype)
     return x if x.dtype == dtype.numpy else kernels.round16(kernels.to_float32(x), dtype), None
 

@@ -10,6 +10,7 @@ from slidesparse_nb.arch.operand import image
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.core.scheme import Scheme
 
 SOURCES = [BFLOAT16.numpy, FLOAT16.numpy, FLOAT32]
 
@@ -65,7 +66,7 @@ def imaged(x: Any, dtype: DType, pattern: Pattern) -> tuple[Any, Any]:
     if x.dtype == dtype.numpy:
         return image(x, pattern), None
     with np.errstate(invalid="ignore", over="ignore"):
-        if dtype.qmax is None:
+        if not Scheme.of(dtype).scaled:
             return image(x.astype(dtype.numpy), pattern), None
         q, scale = reference.quantize(x, dtype)
     return image(q, pattern), scale

@@ -45,7 +45,7 @@ from hypothesis import strategies as st
 
 import slidesparse_nb as ss
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import PACKED, packed_dtype
+from slidesparse_nb.core.dtypes import PACKED
 from slidesparse_nb.errors import LONGEST_MESSAGE
 
 BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
@@ -121,7 +121,7 @@ class Case:
             w = self.weight(n, k)
             if eight and self.chance(0.9):
                 finite = np.nan_to_num(w.astype(np.float32), posinf=9, neginf=-9)
-                w, scale = reference.quantize(finite, packed_dtype(eight))
+                w, scale = reference.quantize(finite, ss.Scheme.of(eight).dtype)
                 if self.chance(0.95):
                     found[f"{name}.weight_scale"] = scale if self.chance(0.8) else scale[:1, 0]
             found[f"{name}.weight"] = w

@@ -17,9 +17,10 @@ import pytest
 from slidesparse_nb import arch
 from slidesparse_nb.arch.operand import image, image_rows
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT16, DType, packed_dtype
+from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT16, DType
 from slidesparse_nb.core.packed import PackedWeight
 from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.core.scheme import Scheme
 
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
@@ -200,7 +201,7 @@ class Activations:
         names = [*FLOATS, "int8", "float8_e4m3fn"]
         self.source = next(n for n in names if rest.startswith(n))
         rest = rest[len(self.source) + 1 :]
-        self.stored = packed_dtype(next(n for n in names if rest.startswith(n)))
+        self.stored = Scheme.of(next(n for n in names if rest.startswith(n))).dtype
         form = rest[len(self.stored.name) + 1 :]
         self.image = "image" in form
 
@@ -221,7 +222,7 @@ class Activations:
         made = None
         with np.errstate(invalid="ignore", over="ignore"):
             if self.source != self.stored.name:
-                if self.stored.qmax is None:
+                if not Scheme.of(self.stored).scaled:
                     values = values.astype(self.stored.numpy)
                 else:
                     values, made = reference.quantize(values, self.stored)
@@ -247,7 +248,7 @@ class Rows:
     """common/rows.cu."""
 
     def __init__(self, gpu: Gpu, parameters: Any, held_as: str, stored: str) -> None:
-        self.gpu, self.parameters, self.stored = gpu, parameters, packed_dtype(stored)
+        self.gpu, self.parameters, self.stored = gpu, parameters, Scheme.of(stored).dtype
         self.held = FLOATS.get(held_as, self.stored.numpy)
 
     def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
@@ -291,7 +292,7 @@ class Gemm:
         with np.errstate(invalid="ignore", over="ignore"):
             acc = q.astype(np.float64) @ reference.unpack(weight).astype(np.float64).T
             value = acc.astype(np.float32)
-            if dtype.qmax is not None:
+            if Scheme.of(dtype).scaled:
                 value = value * at(it.scale_x, (m, 1), F32) * at(it.scale_w, (n,), F32)
             if it.bias:
                 value = value + at(it.bias, (n,), FLOATS[NAMED[it.bias_type]]).astype(np.float32)

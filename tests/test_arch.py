@@ -169,8 +169,8 @@ def test_what_no_kernel_multiplies() -> None:
     with pytest.raises(UnsupportedError, match=r"^problem: 2 x y\[3, 64\] = .*: no kernel multiplies groups"):
         arch.choose(replace(problem, groups=2))
     for device in (Device((9, 0), 132), Device((12, 0), 188)):
-        with pytest.raises(UnsupportedError, match="packed: float5 weights have no kernel for this device"):
-            arch.choose(replace(problem, device=device, dtype=replace(FLOAT8, name="float5")))
+        with pytest.raises(UnsupportedError, match="packed: float4_e2m1fn weights have no kernel for this device"):
+            arch.choose(replace(problem, device=device, scheme="W4A8"))
 
 
 def test_wide_groups_are_lifted_in_memory_where_registers_are_too_few() -> None:

@@ -22,7 +22,7 @@ def packed_weight(rng: np.random.Generator, n: int, k: int, pattern: Pattern, dt
     """Small integers; `full`: as many non-zeros as the pattern allows."""
     w = rng.integers(-9, 10, (n, k)).astype(np.float32)
     w = reference.prune(np.where(w == 0, 1, w) if full else w, pattern).astype(dtype.numpy)
-    return reference.pack(w, pattern, dtype, scale=np.ones((n, 1), np.float32) if dtype.qmax else None)
+    return reference.pack(w, pattern, dtype, scale=np.ones((n, 1), np.float32) if dtype.bits == 8 else None)
 
 
 def instruction(values: np.ndarray, words: np.ndarray, step: int, dtype: DType) -> np.ndarray:

@@ -36,6 +36,7 @@ from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8, NUMPY_OF, PACKED, DType
 from slidesparse_nb.core.packed import PackedWeight
 from slidesparse_nb.core.pattern import Pattern, known_patterns
+from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.errors import FormatError, OperandError, UnsupportedError
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.safetensors"
@@ -483,7 +484,7 @@ def test_entries_and_arrays_agree() -> None:
         arrays = packed_arrays("m", packed)
         assert [name for name, _, _ in entries] == list(arrays) == packed_names("m", packed)
         assert [(NUMPY_OF[code], shape) for _, code, shape in entries] == [(a.dtype, a.shape) for a in arrays.values()]
-        assert ("m.weight_scale" in arrays) == (dtype.qmax is not None)
+        assert ("m.weight_scale" in arrays) == Scheme.of(dtype).scaled
 
 
 def test_other_tools_weight_packed_is_an_ordinary_tensor(tmp_path: Path) -> None:

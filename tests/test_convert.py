@@ -17,7 +17,6 @@ import slidesparse_nb as ss
 from slidesparse_nb.checkpoint import Checkpoint
 from slidesparse_nb.checkpoint.safetensors import SafetensorsWriter
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import packed_dtype
 
 SCHEMES = {"INT8_W8A8": "int8", "FP8_DYNAMIC": "float8_e4m3fn", "BF16": "bfloat16", "FP16": "float16"}
 FAST = ss.Run(max_workers=2)
@@ -36,7 +35,7 @@ def assert_packed(out: Path, parts: dict[str, np.ndarray], pattern: str, scheme:
             packed = found.pop(module)
             assert isinstance(packed, ss.PackedWeight)
             wanted = reference.pack(
-                reference.prune(w, ss.Pattern.of(pattern)), ss.Pattern.of(pattern), packed_dtype(SCHEMES[scheme])
+                reference.prune(w, ss.Pattern.of(pattern)), ss.Pattern.of(pattern), ss.Scheme.of(SCHEMES[scheme])
             )
             assert packed.values.tobytes() == wanted.values.tobytes()
             assert packed.meta.tobytes() == wanted.meta.tobytes()

@@ -25,6 +25,7 @@ from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8, PACKED, DType
 from slidesparse_nb.core.packed import QuantizedActivations
 from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.cuda.jit import cache
 from slidesparse_nb.errors import OperandError
 
@@ -38,7 +39,7 @@ def test_matmul(gpu: Any, dtype: DType, source: Any) -> None:
     x = array(awkward_rows(7, 96, F16).astype(source))
     bias = array(np.arange(40, dtype=np.float32))
     close(ops().matmul(x, packed, bias=bias), wanted(x, packed, np.asarray(bias)))
-    form = "image" if gpu.own else "rows" if dtype.qmax else "copy"
+    form = "image" if gpu.own else "rows" if Scheme.of(dtype).scaled else "copy"
     if form == "copy" and source == dtype.numpy:
         assert gpu.launched == ["gemm"]
     else:
@@ -78,7 +79,7 @@ def test_quantized_once(gpu: Any, dtype: DType, k: int) -> None:
     close(np.asarray(ops().matmul(by_pattern, first)).reshape(10, -1), wanted(flat, first))
 
     with np.errstate(over="ignore"):
-        expected = reference.quantize(flat, dtype)[0] if dtype.qmax else flat.astype(dtype.numpy)
+        expected = reference.quantize(flat, dtype)[0] if Scheme.of(dtype).scaled else flat.astype(dtype.numpy)
     np.testing.assert_array_equal(np.asarray(shared.values).view(dtype.raw), expected.view(dtype.raw))
     assert shared.values is shared.values
     assert "6:8" in repr(shared) or not gpu.own
@@ -88,7 +89,9 @@ def test_quantized_once(gpu: Any, dtype: DType, k: int) -> None:
 def test_quantized_for_another_pattern(gpu: Any, dtype: DType) -> None:
     packed = weight(16, 64, dtype)
     x = array(np.random.default_rng(3).standard_normal((9, 64)).astype(F32))
-    q, scale = reference.quantize(np.asarray(x), dtype) if dtype.qmax else (np.asarray(x).astype(dtype.numpy), None)
+    q, scale = (
+        reference.quantize(np.asarray(x), dtype) if Scheme.of(dtype).scaled else (np.asarray(x).astype(dtype.numpy), None)
+    )
     scale = None if scale is None else array(scale)
     tiles = array(image(q, Pattern(4, 6)))
     other = gpu.gemm.TiledActivations(tiles, Pattern(4, 6), 64, scale, (9,), dtype, F32)

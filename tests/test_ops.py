@@ -352,9 +352,9 @@ def test_weights_are_checked() -> None:
     with pytest.raises(FormatError, match="values: is int8"):
         matmul(X, replace(packed, shape=(7, 21)))
 
-    for change in ({"dtype": "int8"}, {"pattern": "6:8"}, {"shape": (6.0, 21)}, {"values": [[0]]}, {"meta": [[0]]}):
+    for change in ({"scheme": "int4"}, {"pattern": "6:8"}, {"shape": (6.0, 21)}, {"values": [[0]]}, {"meta": [[0]]}):
         for call in (matmul, quantize):
-            with pytest.raises(FormatError, match=r"^packed\.(dtype|pattern|shape|values|meta): .* must be"):
+            with pytest.raises(FormatError, match=r"^packed\.(scheme|pattern|shape|values|meta): .* must be"):
                 call(X, replace(packed, **change))  # type: ignore[arg-type]
 
     class Elsewhere:

@@ -19,6 +19,7 @@ from slidesparse_nb import (
     OperandError,
     PackedWeight,
     QuantizedActivations,
+    Scheme,
     load,
     matmul,
     pack,
@@ -66,13 +67,14 @@ def test_ordered_nibbles() -> None:
         ({"shape": None}, "shape: None must be two integers"),
         ({"shape": "3x"}, "shape: '3x' must be two integers"),
         ({"pattern": "6:8"}, "pattern: '6:8' must be a Pattern; pack or load makes it so"),
-        ({"dtype": "int8"}, "dtype: 'int8' must be a DType"),
+        ({"scheme": "int4"}, "scheme: 'int4' must be a Scheme; pack or load makes it so"),
+        ({"pattern": Pattern(6, 8, 2)}, "pattern: 6:8 pairs must be 6:8"),
         ({"values": [[0] * 24] * 3}, r"values: is list, must be an array, int8 \(3, 24\)"),
         ({"values": np.ma.zeros((3, 24), np.int8)}, "values: is a masked array, must be a plain one"),
         ({"meta": "0x44"}, r"meta: is str, must be an array, uint8 \(3, 6\)"),
         ({"scale": [[1.0]] * 3}, r"scale: is list, must be an array, float32 \(3, 1\)"),
-        ({"dtype": BFLOAT16}, "scale: bfloat16 values carry no scale"),
-        ({"dtype": BFLOAT16, "scale": None}, "values: is int8"),
+        ({"scheme": BFLOAT16}, "scale: bfloat16 values carry no scale"),
+        ({"scheme": BFLOAT16, "scale": None}, "values: is int8"),
         ({"scale": None}, "scale: is missing; int8 weights need it"),
         ({"values": None}, "values: is missing"),
         ({"meta": np.full((3, 6), 0x44, np.int8)}, "meta: is int8"),
@@ -91,8 +93,8 @@ def test_validate_refuses(packed: PackedWeight, change: dict[str, Any], message:
 
 
 def test_repr_of_what_is_none(packed: PackedWeight) -> None:
-    bad = replace(packed, dtype="int8")  # type: ignore[arg-type]
-    assert repr(bad) == "PackedWeight(invalid: packed.dtype: 'int8' must be a DType; pack or load makes it so)"
+    bad = replace(packed, scheme="int4")  # type: ignore[arg-type]
+    assert repr(bad) == "PackedWeight(invalid: packed.scheme: 'int4' must be a Scheme; pack or load makes it so)"
 
 
 @pytest.mark.parametrize("byte", [b for b in range(256) if (b & 15) not in ORDERED_NIBBLES or b >> 4 not in ORDERED_NIBBLES])
@@ -160,7 +162,7 @@ def test_named_tensors(dtype: DType, name: str, tmp_path: Path) -> None:
     same_weight(again, packed)
     assert all(getattr(again, part) is getattr(packed, part) for part in ("values", "meta", "scale"))
     raw = replace(packed, values=packed.values.view(dtype.raw))
-    same_weight(PackedWeight.from_tensors(raw.tensors(), (6, 8), dtype.scheme), raw)
+    same_weight(PackedWeight.from_tensors(raw.tensors(), (6, 8), Scheme.of(dtype).name), raw)
     save(tmp_path / "f.safetensors", {"fc": packed})
     with (tmp_path / "f.safetensors").open("rb") as file:
         header = file.read(2000).decode("latin-1")
@@ -195,7 +197,7 @@ def test_from_tensors_refuses(
 
 def whole_numbers(x: Array, dtype: DType) -> QuantizedActivations:
     """x as it is: whole numbers, whose products every type adds up exactly."""
-    scale = None if dtype.qmax is None else np.ones((len(x), 1), np.float32)
+    scale = None if not Scheme.of(dtype).scaled else np.ones((len(x), 1), np.float32)
     return QuantizedActivations(x.astype(dtype.numpy), scale, (len(x),), dtype, FLOAT32)
 
 
@@ -209,7 +211,7 @@ def cuts(size: int, unit: int, seed: int) -> list[tuple[int, int]]:
 def test_parts(rows: tuple[Array, Pattern], dtype: DType, seed: int) -> None:
     """Parts are what the parts of w pack to; rows and concat are inverse; products of column parts add up to the whole."""
     w, pattern = rows[0].astype(dtype.numpy), rows[1]
-    scale = None if dtype.qmax is None else np.random.default_rng(seed).integers(1, 5, (len(w), 1)).astype(np.float32)
+    scale = None if not Scheme.of(dtype).scaled else np.random.default_rng(seed).integers(1, 5, (len(w), 1)).astype(np.float32)
     packed = pack(w, pattern, scale=scale)
 
     parts = []
@@ -238,7 +240,7 @@ def test_columns_of_quantized_weights(dtype: DType, pattern: Pattern) -> None:
     packed = pack(w, pattern, dtype)
     total: Any = 0
     x = np.random.default_rng(1).standard_normal((4, packed.k)).astype(np.float32)
-    q, scale = reference.quantize(x, dtype) if dtype.qmax else (x.astype(dtype.numpy), None)
+    q, scale = reference.quantize(x, dtype) if Scheme.of(dtype).scaled else (x.astype(dtype.numpy), None)
     for a, b in pairwise([0, pattern.slice_unit, 2 * pattern.slice_unit, packed.k]):
         part = packed.columns(a, b)
         verify(part)
@@ -316,7 +318,7 @@ def test_concat_refuses(packed: PackedWeight) -> None:
         ([packed, 3], r"weights\[1\]: int must be a PackedWeight"),
         ([packed, packed.columns(0, 16)], r"weights\[1\].k: 16 must be 20, as of weights\[0\]"),
         ([packed, pack(np.zeros((1, 20), np.float32), "4:6", "int8")], r"weights\[1\].pattern: 4:6 must be 6:8"),
-        ([packed, pack(np.zeros((1, 20), np.float32), "6:8", "fp8")], r"weights\[1\].dtype: float8_e4m3fn must be int8"),
+        ([packed, pack(np.zeros((1, 20), np.float32), "6:8", "fp8")], r"weights\[1\].scheme: float8_e4m3fn must be int8"),
         ([packed, replace(packed, **there)], r"weights\[1\].place: GPU 1 must be host"),
         ([tall, tall], r"weights: together shape \(2147483648, 0\) must be below 2\^31"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ from hypothesis import strategies as st
 from slidesparse_nb import (
     FormatError,
     OperandError,
+    Options,
     PackedWeight,
     Pattern,
     PatternError,
+    Run,
+    Scheme,
     VerificationError,
     pack,
+    pack_checkpoint,
     packing,
+    save,
     unpack,
     verify,
 )
@@ -63,7 +69,7 @@ def test_any_shape(pattern: Pattern, dtype: DType, source: np.dtype, n: int, k: 
     w = drop_two(weights((n, k), source, seed), pattern, seed)
     packed = pack(w, pattern, dtype).validate()
     assert same(packed, reference.pack(w, pattern, dtype))
-    if dtype.qmax is None:
+    if not Scheme.of(dtype).scaled:
         assert (unpack(packed) == w.astype(dtype.numpy)).all()
 
 
@@ -302,3 +308,24 @@ F32, I8 = np.ones((2, 8), np.float32), np.ones((2, 8), np.int8)
 def test_refusals(args: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises(OperandError, match=f"^{message}"):
         pack(*args, **options)
+
+
+# ---- the same bytes as ever --------------------------------------------------------------------------------------
+
+
+def test_a_small_model_packs_to_the_bytes_of_release_0_1(tmp_path: Path) -> None:
+    """The data of the files that the code of 5d7fe3c, before there were schemes, made of this model."""
+    raw = np.random.default_rng(15).integers(0, 2**32, (48, 100), np.uint32)
+    w = (raw >> 8).astype(np.float32) * np.float32(2**-23) - np.float32(1)
+    w *= np.float32(2) ** (raw & 7).astype(np.float32)
+    source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save(source, {"mlp.up_proj.weight": w[:24], "mlp.down_proj.weight": w[24:, :90].copy(), "norm.weight": w[0]})
+    total = hashlib.sha256()
+    for pattern in ("2:4", "4:6", "6:8", "8:10", "14:16"):
+        for scheme in ("INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16"):
+            for method in ("magnitude", "random"):
+                options = Options(pattern=pattern, scheme=scheme, prune=method, seed=7)  # type: ignore[arg-type]
+                pack_checkpoint(source, out, options, Run(overwrite=True, verify=False))
+                data = out.read_bytes()
+                total.update(data[8 + int.from_bytes(data[:8], "little") :])
+    assert total.hexdigest() == "a563337b0135c4a445244d4fd6553e1191a6c4c03f9edc32eaad6df331436732"

@@ -278,4 +278,4 @@ def restore(arranged: Array, packed: PackedWeight) -> PackedWeight:
     values = values.reshape(16 * strips, blocks, lay.windows, 2)[:, :, back].reshape(16 * strips, every, 2)[:n, :have]
     meta = nibble[:, 0::2] | nibble[:, 1::2] << 4
     kept = np.ascontiguousarray(values).reshape(n, 2 * have).view(packed.dtype.numpy)
-    return PackedWeight(kept, meta, packed.scale, packed.pattern, packed.shape, packed.dtype)
+    return PackedWeight(kept, meta, packed.scale, packed.pattern, packed.shape, packed.scheme)

@@ -258,5 +258,5 @@ def restore(arranged: dict[str, Any], packed: PackedWeight) -> PackedWeight:
     n, ks = packed.n, packed.ks
     kept = np.ascontiguousarray(values[:n, : ks // 2 * size]).view(packed.dtype.numpy)
     return PackedWeight(
-        kept, np.ascontiguousarray(meta[:n, : ks // 8]), packed.scale, packed.pattern, packed.shape, packed.dtype
+        kept, np.ascontiguousarray(meta[:n, : ks // 8]), packed.scale, packed.pattern, packed.shape, packed.scheme
     )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..core.checks import require_unmasked
 from ..core.dtypes import CODE_OF
 from ..core.packed import PackedWeight, size_problem
+from ..core.scheme import Scheme
 from ..core.untrusted_json import uncollected
 from ..errors import FormatError, OperandError, UnsupportedError, shown
 from .hf_folder import CONFIG, INDEX_SUFFIX, OTHER_WEIGHTS, choose_weights, companions, member, path_kind, read_index, read_json
@@ -234,7 +235,7 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
                 f" for a weight of shape ({n}, {k}) at {header.pattern} in {dtype}"
             )
     values, meta, *scale, _ = (checkpoint.array(name) for name, _, _ in entries)
-    return PackedWeight(values, meta, scale[0] if scale else None, header.pattern, (n, k), dtype)
+    return PackedWeight(values, meta, scale[0] if scale else None, header.pattern, (n, k), Scheme.of(dtype))
 
 
 # ---- all at once -------------------------------------------------------------------------------------------------

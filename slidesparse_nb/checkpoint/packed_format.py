@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..core.dtypes import PACKED, DType, packed_dtype
+from ..core.dtypes import PACKED, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
+from ..core.scheme import Scheme
 from ..core.untrusted_json import parse_json
 from ..errors import FormatError, OperandError, shown
 
@@ -76,7 +77,7 @@ def parse_metadata(metadata: Mapping[str, str], where: object = "__metadata__") 
     if dtype is not None and dtype not in names:
         raise FormatError(f"{where}: dtype {shown(dtype)} must be one of {', '.join(names)}, or null for several")
     try:
-        return PackedHeader(Pattern(**pattern), packed_dtype(dtype) if dtype is not None else None, header["tool"])
+        return PackedHeader(Pattern(**pattern), Scheme.of(dtype).dtype if dtype is not None else None, header["tool"])
     except OperandError as error:
         raise FormatError(f"{where}: {error}") from error
 
@@ -93,7 +94,7 @@ def packed_entries(
         (f"{module}.weight_packed", dtype.safetensors, (n, ks // 2)),
         (f"{module}.weight_meta", "U8", (n, ks // 8)),
     ]
-    if dtype.qmax is not None:
+    if Scheme.of(dtype).scaled:
         entries.append((f"{module}.weight_scale", "F32", (n, 1)))
     return [*entries, (f"{module}.weight_shape", "I64", (2,))]
 
@@ -139,7 +140,7 @@ def module_names(tensors: Mapping[str, str], marked: bool, where: object) -> lis
             raise FormatError(f"{where}: module {shown(module)} has both weight and weight_packed; it must have one of them")
         if module in tensors:
             raise FormatError(f"{where}: {shown(module)} is the name of both a tensor and a packed module")
-        if dtype is not None and dtype.qmax is None and f"{module}.weight_scale" in tensors:
+        if dtype is not None and not Scheme.of(dtype).scaled and f"{module}.weight_scale" in tensors:
             tensor = shown(f"{module}.weight_packed")
             raise FormatError(f"{where}: tensor {tensor}: has a weight_scale, but {dtype} values carry none")
     for name in tensors:

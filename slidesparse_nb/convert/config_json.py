@@ -10,6 +10,7 @@ from ..checkpoint import Checkpoint, slidesparse_metadata
 from ..checkpoint.packed_format import TOOL, VERSION
 from ..core.dtypes import DType
 from ..core.pattern import Pattern
+from ..core.scheme import Scheme
 from ..errors import UnsupportedError, shown
 from . import kinds
 from .select import QUANTIZED_CODES, QUANTIZED_PARTS, scale_problem
@@ -71,7 +72,7 @@ def output_config(
             "k_slice_unit": facts["k_slice_unit"],
         }
         return config
-    if dtype.qmax is not None:
+    if Scheme.of(dtype).scaled:
         name = "int-quantized" if dtype.name == "int8" else "float-quantized"
         main = {**_scheme(_weights(dtype), _activations(dtype)), "format": name, "targets": ["Linear"]}
         groups: list[dict[str, Any]] = []
@@ -119,7 +120,7 @@ def _kept_quantized(
             continue  # a table of small integers
         role = kinds.not_linear(module, info.shape)
         problem = f"{role} in 8 bits" if role is not None and "head" not in role else scale_problem(source, module, info)
-        code = dtype.safetensors if format == "dense" and dtype.qmax is not None else None
+        code = dtype.safetensors if format == "dense" and Scheme.of(dtype).scaled else None
         if problem is None and info.code == code and said.ignores(module) is None:
             kept[module] = _kept_scheme(source, said, module, dtype)
             continue
@@ -226,13 +227,13 @@ def _covers(name: str, quantized: Collection[str]) -> bool:
 
 
 def _weights(dtype: DType) -> dict[str, Any]:
-    if dtype.qmax is None:
+    if not Scheme.of(dtype).scaled:
         return {"num_bits": 16, "type": "float", "dtype": dtype.name}
     kind = "int" if dtype.name == "int8" else "float"
     return {"num_bits": 8, "type": kind, "strategy": "channel", "symmetric": True, "dynamic": False}
 
 
 def _activations(dtype: DType) -> dict[str, Any] | None:
-    if dtype.qmax is None:
+    if not Scheme.of(dtype).scaled:
         return None
     return {**_weights(dtype), "strategy": "token", "dynamic": True}

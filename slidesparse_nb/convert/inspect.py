@@ -235,7 +235,7 @@ def dropped(block: PackedWeight, w: Array) -> tuple[int, int]:
     kept = packing.unpack(block).astype(np.float32) != 0
     weights = w.astype(np.float32)
     gone = (weights != 0) & ~kept
-    if block.dtype.qmax is None or w.dtype.itemsize == 1:
+    if not block.scheme.scaled or w.dtype.itemsize == 1:
         with np.errstate(over="ignore"):
             survive = w.astype(block.dtype.numpy).astype(np.float32) != 0
     else:

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from ..core import dtypes
 from ..core import prune as pruning
 from ..core.checks import real_numbers
 from ..core.pattern import Pattern
+from ..core.scheme import SCHEMES as BY_NAME
+from ..core.scheme import Scheme
 from ..errors import OperandError, shown
 
-SCHEMES = ("auto", *(t.scheme for t in dtypes.PACKED))
+SCHEMES = ("auto", *BY_NAME)
 DEFAULT_PATTERN = Pattern(6, 8)
 FORMATS = ("packed", "dense")
 MIN_MEMORY = 256 * 2**20
@@ -61,9 +62,7 @@ class Options:
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", Pattern.of(self.pattern))
         with contextlib.suppress(OperandError):  # then the check below tells
-            object.__setattr__(
-                self, "scheme", "auto" if str(self.scheme).lower() == "auto" else dtypes.packed_dtype(self.scheme).scheme
-            )
+            object.__setattr__(self, "scheme", "auto" if str(self.scheme).lower() == "auto" else Scheme.of(self.scheme).name)
         for name in ("targets", "ignore"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))

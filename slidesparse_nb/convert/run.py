@@ -14,6 +14,7 @@ from ..checkpoint.packed_format import parse_metadata, unreadable
 from ..checkpoint.safetensors import TensorInfo, checked_path
 from ..core import dtypes
 from ..core.pattern import Pattern
+from ..core.scheme import Scheme
 from ..core.untrusted_json import uncollected
 from ..errors import FormatError, OperandError, SlideSparseError, UnsupportedError, VerificationError
 from .config_json import is_ours
@@ -149,7 +150,7 @@ def new_report(
         input=str(source),
         output=str(target),
         pattern=str(pattern),
-        scheme=dtype.scheme if dtype else "mixed",
+        scheme=Scheme.of(dtype).name if dtype else "mixed",
         format=format,
         prune=prune,
         expansion=float(pattern.expansion),

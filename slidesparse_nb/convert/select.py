@@ -17,6 +17,7 @@ from ..checkpoint.safetensors import TensorInfo
 from ..core import dtypes
 from ..core.dtypes import DType
 from ..core.pattern import Pattern
+from ..core.scheme import Scheme
 from ..errors import OperandError, UnsupportedError, VerificationError, shown
 from . import kinds
 from .sources import Source, read_source
@@ -290,7 +291,7 @@ def _add(selection: Selection, name: str, info: TensorInfo, checkpoint: Checkpoi
     tensors, code = checkpoint.tensors, info.code
     shape = (info.shape[0], info.shape[1])
     source = {"F32": dtypes.BFLOAT16}.get(code) or next(t for t in dtypes.PACKED if t.safetensors == code)
-    dtype = source if scheme == "auto" else dtypes.packed_dtype(scheme)
+    dtype = source if scheme == "auto" else Scheme.of(scheme).dtype
     parts = QUANTIZED_PARTS if code in QUANTIZED_CODES else ()
     companions = tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in tensors)
     scale = None
@@ -338,7 +339,7 @@ def named(checkpoint: Checkpoint, stored: Mapping[str, DType]) -> dict[str, Modu
         info = checkpoint.tensors[f"{name}.weight"][0]
         if info.code not in SOURCE_CODES or (info.code in QUANTIZED_CODES and info.code != dtype.safetensors):
             raise VerificationError(f"{name}.weight: {info.code} weights of the source could not have been packed as {dtype}")
-        scheme = "auto" if info.code in QUANTIZED_CODES else dtype.scheme
+        scheme = "auto" if info.code in QUANTIZED_CODES else Scheme.of(dtype).name
         _add(selection, name, info, checkpoint, scheme)
         if why := selection.bad.get(name):
             raise VerificationError(f"{why} (the source's weight of that name could not have been packed)")

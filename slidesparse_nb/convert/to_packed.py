@@ -20,6 +20,7 @@ from ..core import prune as pruning
 from ..core.dtypes import DType
 from ..core.packed import PackedWeight
 from ..core.prune import Pruning
+from ..core.scheme import Scheme
 from ..core.untrusted_json import frozen, uncollected
 from ..cpu.kernels import violations
 from ..errors import OperandError, PatternError, SlideSparseError, UnsupportedError, VerificationError, shown
@@ -173,10 +174,10 @@ def _companion_notes(checkpoint: Checkpoint) -> list[str]:
 
 def _config_notes(checkpoint: Checkpoint, selection: Selection, options: Options, dtype: DType) -> list[str]:
     """What of the source's config is lost, or what to check where a loader knows dense layers by their names alone."""
-    if selection.source.kv_cache_scheme and (options.format != "dense" or dtype.qmax is None):
+    if selection.source.kv_cache_scheme and (options.format != "dense" or not Scheme.of(dtype).scaled):
         return ["kv_cache_scheme of the source's config.json is not carried over; its scale tensors are"]
     layers = [name for name in selection.left_dense if in_block(name) and f"{name}.weight" in checkpoint.tensors]
-    if options.format != "dense" or dtype.qmax is None or not layers or not is_renamed(checkpoint, selection.source):
+    if options.format != "dense" or not Scheme.of(dtype).scaled or not layers or not is_renamed(checkpoint, selection.source):
         return []
     return [
         f"{shown(layers[0])} and {len(layers) - 1} other layers of blocks stay dense; loaders know them by name (`ignore` of"
@@ -289,7 +290,7 @@ class _Maker:
             values, meta = packing.pack_rows(q, self.options.pattern, first_row=first)
         except PatternError as error:
             raise _Broken(module, error.row, error.group) from None
-        return PackedWeight(values, meta, scale, self.options.pattern, (last - first, module.shape[1]), module.dtype)
+        return PackedWeight(values, meta, scale, self.options.pattern, (last - first, module.shape[1]), Scheme.of(module.dtype))
 
     def explain(self, broken: _Broken, *, alone: bool = True) -> PatternError:
         """The error for a user: tensor and place, how many groups violate the pattern, what the weights look like instead.
@@ -404,7 +405,7 @@ class _Maker:
         pattern, dtype = self.options.pattern, modules[0].dtype
         q, scale = packing.store_rows(w, pattern, dtype, scale=scale, prune=pruning.bind(self.options.prune, w.shape))
         values, meta = packing.pack_rows(q, pattern)
-        whole, first = PackedWeight(values, meta, scale, pattern, (w.shape[0], w.shape[1]), dtype), 0
+        whole, first = PackedWeight(values, meta, scale, pattern, (w.shape[0], w.shape[1]), Scheme.of(dtype)), 0
         for module in modules:
             yield module, whole.rows(first, first := first + module.shape[0])
             release_rows(self.checkpoint, module, 0, module.shape[0])
@@ -476,12 +477,12 @@ class _Maker:
         if self.options.format == "packed":
             return packed[module.name].rows(first, last)
         q = written.array(module.weight)[first:last]
-        scale = None if module.dtype.qmax is None else written.array(f"{module.name}.weight_scale")[first:last]
+        scale = None if not Scheme.of(module.dtype).scaled else written.array(f"{module.name}.weight_scale")[first:last]
         try:
             values, meta = packing.pack_rows(q, self.options.pattern, first_row=first)
         except PatternError as error:
             raise VerificationError(f"{module.weight}: the output breaks the pattern: {error}") from None
-        return PackedWeight(values, meta, scale, self.options.pattern, (last - first, module.shape[1]), module.dtype)
+        return PackedWeight(values, meta, scale, self.options.pattern, (last - first, module.shape[1]), Scheme.of(module.dtype))
 
     def prove_rows(self, module: Module, block: PackedWeight, first: int, last: int) -> None:
         try:

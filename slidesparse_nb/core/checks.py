@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import OperandError, shown
-from .dtypes import BFLOAT16, CODE_OF, FLOAT8, FLOAT16, FLOAT32, FLOATS, INT8, PACKED, DType, packed_dtype
+from .dtypes import BFLOAT16, CODE_OF, FLOAT8, FLOAT16, FLOAT32, FLOATS, INT8, PACKED, DType
 from .packed import size_problem
 from .pattern import Pattern
+from .scheme import Scheme
 
 Array = NDArray[Any]
 
@@ -73,9 +74,9 @@ def unpackable(dtype: np.dtype[Any], way: str = "") -> OperandError:
     return OperandError(f"w: {dtype} cannot be packed; it must be one of {known}{'; ' + way if way else ''}")
 
 
-def require_size(pattern: Pattern, shape: tuple[int, int], dtype: DType) -> None:
+def require_size(pattern: Pattern, shape: tuple[int, int], scheme: Scheme | DType) -> None:
     """Raise OperandError for weights of a shape that no packed weight may have."""
-    if problem := size_problem(pattern, shape, dtype):
+    if problem := size_problem(pattern, shape, scheme):
         raise OperandError(f"w: {problem}")
 
 
@@ -91,14 +92,14 @@ def check_weights(w: object) -> Array:
     return np.asarray(w)
 
 
-def stored_dtype(w: Array, dtype: object) -> DType:
-    """The type that w is stored in, for the `dtype` asked for."""
+def stored_scheme(w: Array, dtype: object) -> Scheme:
+    """The scheme that w is stored in, for the `dtype` asked for."""
     if dtype is None:
-        return BFLOAT16 if w.dtype == np.float32 else packed_dtype(w.dtype)
-    stored = packed_dtype(dtype)
-    if w.dtype.itemsize == 1 and w.dtype != stored.numpy:
-        raise OperandError(f"dtype: {w.dtype} weights are quantized already and keep their type, got {stored}; leave dtype out")
-    return stored
+        return Scheme.of(BFLOAT16 if w.dtype == np.float32 else w.dtype)
+    scheme = Scheme.of(dtype)
+    if w.dtype.itemsize == 1 and w.dtype != scheme.dtype.numpy:
+        raise OperandError(f"dtype: {w.dtype} weights are quantized already and keep their type, got {scheme}; leave dtype out")
+    return scheme
 
 
 def has_scales(itemsize: int, name: object, scale: object) -> bool:

@@ -1,64 +1,67 @@
-"""The one dtype table: NumPy (through ml_dtypes) <-> safetensors <-> schemes.
+"""The one dtype table: NumPy (through ml_dtypes) <-> safetensors.
 
-NumPy has no bfloat16 and no FP8; `ml_dtypes` supplies them as ordinary NumPy dtypes. Code elsewhere never spells out
-a safetensors code, a largest quantized value or a bit mask: it asks this table.
+NumPy has no bfloat16, FP8 or FP4; `ml_dtypes` supplies them as ordinary NumPy dtypes. Code elsewhere never spells out
+a safetensors code, a largest value or a bit mask: it asks this table. Which types are scaled, and how, `scheme` tells.
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from ..errors import OperandError, shown
-
 
 @dataclass(frozen=True)
 class DType:
-    """A storage type of packed weights.
+    """A storage type of weights, activations or block scales.
 
     Attributes:
         name: NumPy's name of the type, e.g. "float8_e4m3fn"; also how it is spelt in files and arguments.
-        numpy: the NumPy dtype.
-        safetensors: the code in a safetensors header, e.g. "F8_E4M3".
-        scheme: the name that serving engines use for "weights and activations of this type".
-        qmax: largest magnitude of a quantized value; None for 16-bit types, which carry no scale.
+        numpy: the NumPy dtype of one element.
+        safetensors: the code in a safetensors header, e.g. "F8_E4M3"; of a 4-bit type U8, two elements a byte, low first.
+        largest: the largest magnitude that quantization writes; for 16-bit types the largest finite one.
         nonzero_mask: bits that tell a non-zero value; everything but the sign of a float, so that -0.0 counts as zero.
         inf_bits: smallest pattern under `nonzero_mask` that is NaN or infinity; None where every pattern is a number.
+        bits: of one element.
     """
 
     name: str
     numpy: np.dtype[Any]
     safetensors: str
-    scheme: str
-    qmax: float | None
+    largest: float
     nonzero_mask: int
     inf_bits: int | None
+    bits: int
 
-    @property
-    def bits(self) -> int:
-        return self.numpy.itemsize * 8
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     @property
     def raw(self) -> np.dtype[Any]:
         """The unsigned integer of the same width: what `array.view(dtype.raw)` shows is the stored bits."""
         return np.dtype(f"u{self.numpy.itemsize}")
 
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """The dtype of an array of packed values: `numpy`, or uint8 where a byte holds two elements."""
+        return self.raw if self.bits < 8 else self.numpy
+
     def __str__(self) -> str:
         return self.name
 
 
-INT8 = DType("int8", np.dtype(np.int8), "I8", "INT8_W8A8", 127.0, 0xFF, None)
-FLOAT8 = DType("float8_e4m3fn", np.dtype(ml_dtypes.float8_e4m3fn), "F8_E4M3", "FP8_DYNAMIC", 448.0, 0x7F, 0x7F)
-BFLOAT16 = DType("bfloat16", np.dtype(ml_dtypes.bfloat16), "BF16", "BF16", None, 0x7FFF, 0x7F80)
-FLOAT16 = DType("float16", np.dtype(np.float16), "F16", "FP16", None, 0x7FFF, 0x7C00)
+INT8 = DType("int8", np.dtype(np.int8), "I8", 127.0, 0xFF, None, 8)
+FLOAT8 = DType("float8_e4m3fn", np.dtype(ml_dtypes.float8_e4m3fn), "F8_E4M3", 448.0, 0x7F, 0x7F, 8)
+BFLOAT16 = DType("bfloat16", np.dtype(ml_dtypes.bfloat16), "BF16", 2.0**128 - 2.0**120, 0x7FFF, 0x7F80, 16)
+FLOAT16 = DType("float16", np.dtype(np.float16), "F16", 65504.0, 0x7FFF, 0x7C00, 16)
+FLOAT4 = DType("float4_e2m1fn", np.dtype(ml_dtypes.float4_e2m1fn), "U8", 6.0, 0x7, None, 4)
+EXPONENT8 = DType("float8_e8m0fnu", np.dtype(ml_dtypes.float8_e8m0fnu), "F8_E8M0", 2.0**127, 0xFF, 0xFF, 8)
 FLOAT32 = np.dtype(np.float32)
 
 PACKED = (INT8, FLOAT8, BFLOAT16, FLOAT16)
-"""The types a packed weight may have."""
+"""The types of packed values that are stored one a column: those of version 1 of the format, and of every kernel."""
 
 FLOATS = {FLOAT32: "float32", FLOAT16.numpy: "float16", BFLOAT16.numpy: "bfloat16"}
 """The types of activations and results -> their names."""
@@ -85,23 +88,3 @@ CODE_OF = {t: code for code, t in NUMPY_OF.items()}
 
 CUDA_CODES = {"int8": 0, "float8_e4m3fn": 1, "bfloat16": 2, "float16": 3, "float32": 4}
 """dtype name -> TYPE_* of cuda_src/common/types.cuh."""
-
-
-def packed_dtype(name: object) -> DType:
-    """The table row of a packed type, from its name ("int8", "fp8", "INT8_W8A8" ...), NumPy dtype or `DType`.
-
-    Raises:
-        OperandError: `name` is no packed type.
-    """
-    if isinstance(name, DType):
-        return name
-    text = name.lower() if isinstance(name, str) else ""
-    text = {"fp8": "float8_e4m3fn", "float8": "float8_e4m3fn", "bf16": "bfloat16", "fp16": "float16"}.get(text, text)
-    if not text:
-        with contextlib.suppress(TypeError, ValueError):
-            text = np.dtype(name).name  # type: ignore[call-overload]
-    for row in PACKED:
-        if text in (row.name, row.scheme.lower()):
-            return row
-    names = ", ".join(row.name for row in PACKED)
-    raise OperandError(f"dtype: {shown(name)} is not a packed type; it must be one of {names}")

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError, OperandError, shown
-from .dtypes import FLOAT32, INT8, DType, packed_dtype
+from .dtypes import FLOAT32, DType
 from .pattern import Pattern
+from .scheme import Scheme
 
 ORDERED_NIBBLES = tuple(i0 | i1 << 2 for i1 in range(4) for i0 in range(i1))
 """The six legal index nibbles, first index below the second: 0x4, 0x8, 0x9, 0xC, 0xD, 0xE."""
@@ -24,7 +25,10 @@ LARGEST_DIMENSION = 2**31 - 1
 LARGEST_INT8_SLOTS = 2**17 - 1
 """Slots of a row of int8 values, at most: each adds up to 2^14 to a sum that is kept in int32."""
 
-PARTS = {"weight_packed": "values", "weight_meta": "meta", "weight_scale": "scale", "weight_shape": "shape"}
+PARTS = {
+    "weight_packed": "values", "weight_meta": "meta", "weight_scale": "scale", "weight_block_scale": "block_scale",
+    "weight_shape": "shape",
+}  # fmt: skip
 """Last part of a tensor's name in the packed format -> the attribute of PackedWeight that it holds."""
 
 _LEGAL_BYTE = np.zeros(256, bool)
@@ -36,12 +40,15 @@ class PackedWeight:
     """Weights w [n, k] of a (2N-2):2N pattern, as 2:4 windows: kept values and their 2-bit indices.
 
     Attributes:
-        values: [n, ks/2] of `dtype`, the two kept values of each window, windows in order.
-        meta: [n, ks/8] uint8, one nibble a window (i0 | i1 << 2, i0 < i1), low nibble first.
+        values: [n, ks/2] of `dtype`, the two kept values of each window, windows in order; of 4-bit types uint8 [n, ks/4],
+            two values a byte, low nibble first.
+        meta: [n, ks/8] uint8, one nibble a window (i0 | i1 << 2, i0 < i1), low nibble first; over pairs [n, ks/16].
         scale: [n, 1] float32, w ~= values * scale; None for 16-bit values.
-        pattern: the Pattern.
+        pattern: the Pattern, over the scheme's unit.
         shape: logical (n, k), before k is padded to the slice unit.
-        dtype: storage type of `values`.
+        scheme: how values and scales are stored; made of whatever `Scheme.of` takes.
+        block_scale: [n, ceil(ks/2 / size)] of the scheme's type, one a block of stored values: w ~= values * block_scale *
+            scale; None where the scheme has no blocks.
 
     Arrays are NumPy or CuPy, all of one kind; on a device that has no FP8 or bfloat16 arrays, `values` holds the raw bits
     (`dtype.raw`). Two packed weights of the same matrix are equal byte for byte: the form is canonical.
@@ -52,11 +59,19 @@ class PackedWeight:
     scale: Any
     pattern: Pattern
     shape: tuple[int, int]
-    dtype: DType
+    scheme: Scheme
+    block_scale: Any = None
 
     def __post_init__(self) -> None:
         with contextlib.suppress(TypeError):  # what is no shape, check_shapes refuses
             object.__setattr__(self, "shape", tuple(map(operator.index, self.shape)))
+        with contextlib.suppress(OperandError):  # so with what is no scheme
+            object.__setattr__(self, "scheme", Scheme.of(self.scheme))
+
+    @property
+    def dtype(self) -> DType:
+        """Element type of `values`."""
+        return self.scheme.dtype
 
     @property
     def n(self) -> int:
@@ -68,13 +83,18 @@ class PackedWeight:
 
     @property
     def ks(self) -> int:
-        """Slid k."""
+        """Expanded k."""
         return self.pattern.slid_k(self.k)
+
+    @property
+    def slice_unit(self) -> int:
+        """Columns at whose multiples `columns` may cut."""
+        return self.scheme.slice_unit(self.pattern)
 
     @property
     def nbytes(self) -> int:
         """Bytes of values, indices and scales."""
-        return sum(int(a.nbytes) for a in (self.values, self.meta, self.scale) if a is not None)
+        return sum(int(a.nbytes) for a in (self.values, self.meta, self.scale, self.block_scale) if a is not None)
 
     @property
     def bits_per_weight(self) -> float:
@@ -87,7 +107,7 @@ class PackedWeight:
         except FormatError as error:
             return f"PackedWeight(invalid: {error})"
         size = f"{self.bits_per_weight:.2f} bits a weight"
-        return f"PackedWeight({self.n} x {self.k}, {self.pattern.described}, {self.dtype}, {size})"
+        return f"PackedWeight({self.n} x {self.k}, {self.pattern.described}, {self.scheme}, {size})"
 
     # ---- named tensors
 
@@ -96,7 +116,7 @@ class PackedWeight:
         cls,
         tensors: Mapping[str, Any],
         pattern: Pattern | str | tuple[int, int],
-        dtype: object = None,
+        scheme: object = None,
         *,
         name: str = "",
     ) -> PackedWeight:
@@ -104,25 +124,25 @@ class PackedWeight:
 
         Args:
             tensors: by name, NumPy or CuPy: weight_packed [n, ks/2] of `dtype` or its bits; weight_meta [n, ks/8] uint8;
-                weight_scale [n, 1] float32, for 8-bit types only; weight_shape [2], the integers n and k. Others are not read.
+                weight_scale [n, 1] float32, not for 16-bit types; weight_block_scale, for schemes with blocks; weight_shape
+                [2], the integers n and k. Others are not read.
             pattern: "6:8", (6, 8) or a Pattern: a file's metadata tell it.
-            dtype: storage type, by name or NumPy dtype; by default that of weight_packed. Needed if those are raw bits.
+            scheme: by name or dtype; by default that of weight_packed's type. Needed if those are raw bits or 4-bit values.
             name: the module's, before the dot in the tensors' names; "" if they are bare, as in a module's own state.
 
         Raises:
-            OperandError: `pattern` or `dtype` is none, or `tensors` is no mapping.
+            OperandError: `pattern` or `scheme` is none, or `tensors` is no mapping.
             FormatError: a tensor is missing, or `validate` refuses it.
         """
         if not isinstance(tensors, Mapping):
             raise OperandError(f"tensors: {type(tensors).__name__} must be a dictionary, such as packed.tensors()")
-        pattern = Pattern.of(pattern)
         given = {part: tensors.get(_full(name, tensor)) for tensor, part in PARTS.items()}
         for tensor, part in PARTS.items():
-            if given[part] is None and part != "scale":
+            if given[part] is None and part not in ("scale", "block_scale"):
                 raise FormatError(f"tensors: {shown(_full(name, tensor))} is missing; a packed weight needs it")
-        stored = packed_dtype(getattr(given["values"], "dtype", None) if dtype is None else dtype)
+        found = Scheme.of(getattr(given["values"], "dtype", None) if scheme is None else scheme)
         shape = getattr(given.pop("shape"), "tolist", lambda: tensors[_full(name, "weight_shape")])()
-        return cls(**given, pattern=pattern, shape=shape, dtype=stored).validate(name or "packed")
+        return cls(**given, pattern=found.pattern(pattern), shape=shape, scheme=found).validate(name or "packed")
 
     def tensors(self, name: str = "") -> dict[str, Any]:
         """The tensors of the packed format, as `from_tensors` takes them: these arrays themselves, and int64 [2] on the host.
@@ -149,8 +169,9 @@ class PackedWeight:
             FormatError: a tensor has the wrong dtype or shape.
         """
         a, b = self._range("rows", a, b, 0, 1)
-        scale = None if self.scale is None else self.scale[a:b]
-        return replace(self, values=self.values[a:b], meta=self.meta[a:b], scale=scale, shape=(b - a, self.k))
+        parts = {part: getattr(self, part) for part in ("values", "meta", "scale", "block_scale")}
+        cut: dict[str, Any] = {part: None if array is None else array[a:b] for part, array in parts.items()}
+        return replace(self, **cut, shape=(b - a, self.k))
 
     def columns(self, a: int, b: int) -> PackedWeight:
         """Inputs a to b-1 (row parallelism): shape (n, b - a); views.
@@ -159,16 +180,20 @@ class PackedWeight:
         parts are not what `pack` makes of w[:, a:b]. If x is quantized part by part, each part has scales of its own.
 
         Args:
-            a, b: multiples of `pattern.slice_unit`, or k.
+            a, b: multiples of `slice_unit`, or k.
 
         Raises:
             OperandError: another cut, or not 0 <= a <= b <= k.
             FormatError: a tensor has the wrong dtype or shape.
         """
-        a, b = self._range("columns", a, b, 1, self.pattern.slice_unit)
-        start, stop = self.pattern.slid_k(a), self.pattern.slid_k(b)
-        values, meta = self.values[:, start // 2 : stop // 2], self.meta[:, start // 8 : stop // 8]
-        return replace(self, values=values, meta=meta, shape=(self.n, b - a))
+        a, b = self._range("columns", a, b, 1, self.slice_unit)
+        start, stop = (part_shapes(self.pattern, (self.n, at), self.scheme) for at in (a, b))
+        cut = {
+            part: getattr(self, part)[:, start[part][1] : stop[part][1]]
+            for part in ("values", "meta", "block_scale")
+            if part in start
+        }
+        return replace(self, **cut, shape=(self.n, b - a))
 
     def _range(self, of: str, a: int, b: int, axis: int, unit: int) -> tuple[int, int]:
         """a and b as integers, or OperandError unless the axis may be cut there."""
@@ -209,19 +234,20 @@ class PackedWeight:
         first = require_packed(listed[0], "weights[0]")
         for i, weight in enumerate(listed):
             require_packed(weight, f"weights[{i}]").check_shapes(f"weights[{i}]")
-            for fact in ("k", "pattern", "dtype", "_place"):
+            for fact in ("k", "pattern", "scheme", "_place"):
                 if (found := getattr(weight, fact)) != (wanted := getattr(first, fact)):
                     raise OperandError(f"weights[{i}].{fact.strip('_')}: {found} must be {wanted}, as of weights[0]")
         shape = (sum(weight.n for weight in listed), first.k)
-        if problem := size_problem(first.pattern, shape, first.dtype):
+        if problem := size_problem(first.pattern, shape, first.scheme):
             raise OperandError(f"weights: together {problem}")
         raw = first.dtype.raw  # CuPy joins no bfloat16
-        parts = [[w.values.view(raw) for w in listed], [w.meta for w in listed], [w.scale for w in listed]]
+        parts = {part: [getattr(w, part) for w in listed] for part in ("values", "meta", "scale", "block_scale")}
+        parts["values"] = [values.view(raw) for values in parts["values"]]
         with contextlib.nullcontext() if isinstance(first.values, np.ndarray) else first.values.device:
             # NumPy hands CuPy's arrays to CuPy
-            values, meta, *scale = (np.concatenate(part) for part in parts if part[0] is not None)
-        stored = first.values.dtype if len({w.values.dtype for w in listed}) == 1 else raw
-        return cls(values.view(stored), meta, scale[0] if scale else None, first.pattern, shape, first.dtype)
+            joined: dict[str, Any] = {part: None if a[0] is None else np.concatenate(a) for part, a in parts.items()}
+        joined["values"] = joined["values"].view(first.values.dtype if len({w.values.dtype for w in listed}) == 1 else raw)
+        return cls(**joined, pattern=first.pattern, shape=shape, scheme=first.scheme)
 
     @property
     def _place(self) -> str:
@@ -250,26 +276,25 @@ class PackedWeight:
 
         Or if pattern, shape and dtype are none, or together too large (`size_problem`).
         """
-        if not isinstance(self.pattern, Pattern) or not isinstance(self.dtype, DType):
-            for part, kind in (("pattern", Pattern), ("dtype", DType)):
+        if not isinstance(self.pattern, Pattern) or not isinstance(self.scheme, Scheme):
+            for part, kind in (("pattern", Pattern), ("scheme", Scheme)):
                 if not isinstance(value := getattr(self, part), kind):
                     raise FormatError(f"{name}.{part}: {shown(value)} must be a {kind.__name__}; pack or load makes it so")
+        if self.pattern.unit != self.scheme.unit:
+            raise FormatError(f"{name}.pattern: {self.pattern} must be {self.scheme.pattern(self.pattern, any_unit=True)}")
         if not isinstance(self.shape, tuple) or len(self.shape) != 2 or not all(isinstance(v, int) for v in self.shape):
             raise FormatError(f"{name}.shape: {shown(self.shape)} must be two integers (n, k)")
-        if problem := size_problem(self.pattern, self.shape, self.dtype):
+        if problem := size_problem(self.pattern, self.shape, self.scheme):
             raise FormatError(f"{name}: {problem}")
         n, k = self.shape
-        wanted: list[tuple[str, Any, tuple[int, int], tuple[np.dtype[Any], ...]]] = [
-            ("values", self.values, (n, self.ks // 2), (self.dtype.numpy, self.dtype.raw)),
-            ("meta", self.meta, (n, self.ks // 8), (np.dtype(np.uint8),)),
-        ]
-        if self.dtype.qmax is not None:
-            wanted.append(("scale", self.scale, (n, 1), (FLOAT32,)))
-        elif self.scale is not None:
-            raise FormatError(f"{name}.scale: {self.dtype} values carry no scale; remove it")
-        for part, array, shape, dtypes in wanted:
+        wanted = part_shapes(self.pattern, self.shape, self.scheme)
+        for part, why in (("scale", "carry no scale"), ("block_scale", "have no block scales")):
+            if part not in wanted and getattr(self, part) is not None:
+                raise FormatError(f"{name}.{part}: {self.scheme} values {why}; remove it")
+        for part, shape in wanted.items():
+            array, dtypes = getattr(self, part), part_dtypes(part, self.scheme)
             if array is None:
-                raise FormatError(f"{name}.{part}: is missing; {self.dtype} weights need it")
+                raise FormatError(f"{name}.{part}: is missing; {self.scheme} weights need it")
             if not hasattr(array, "shape") or not hasattr(array, "dtype"):
                 raise FormatError(f"{name}.{part}: is {type(array).__name__}, must be an array, {dtypes[0]} {shape}")
             if isinstance(array, np.ma.MaskedArray):
@@ -294,16 +319,37 @@ class PackedWeight:
             )
 
 
-def size_problem(pattern: Pattern, shape: tuple[int, int], dtype: DType) -> str:
+def part_shapes(pattern: Pattern, shape: tuple[int, int], scheme: Scheme | DType) -> dict[str, tuple[int, int]]:
+    """The arrays of a packed weight of a logical shape (n, k), and their shapes."""
+    scheme = Scheme.of(scheme)
+    n, ks = shape[0], pattern.slid_k(shape[1])
+    shapes = {"values": (n, ks // 2 * min(scheme.dtype.bits, 8) // 8), "meta": (n, ks // (8 * pattern.unit))}
+    if scheme.scaled:
+        shapes["scale"] = (n, 1)
+    if block := scheme.weights.block:
+        shapes["block_scale"] = (n, -(-ks // 2 // block.size))
+    return shapes
+
+
+def part_dtypes(part: str, scheme: Scheme) -> tuple[np.dtype[Any], ...]:
+    """The dtypes that such an array may have, the usual one first; or raw bits."""
+    if part == "values":
+        return scheme.dtype.stored, scheme.dtype.raw
+    if part == "block_scale" and scheme.weights.block:
+        return scheme.weights.block.scale.numpy, scheme.weights.block.scale.raw
+    return (FLOAT32 if part == "scale" else np.dtype(np.uint8),)
+
+
+def size_problem(pattern: Pattern, shape: tuple[int, int], scheme: Scheme | DType) -> str:
     """What forbids weights of this shape: one sentence without its subject and full stop; "" if nothing does."""
     n, k = shape
     if n < 0 or k < 0:
         return f"shape ({n}, {k}) must not be negative"
     if max(n, k) > LARGEST_DIMENSION:
         return f"shape ({n}, {k}) must be below 2^31 in both dimensions"
-    if dtype == INT8 and (slots := pattern.slid_k(k) // 2) > LARGEST_INT8_SLOTS:
+    if Scheme.of(scheme).accumulator == np.int32 and (slots := pattern.slid_k(k) // 2) > LARGEST_INT8_SLOTS:
         return (
-            f"k={k} takes {slots} slots at pattern {pattern}, and int8 products of more than {LARGEST_INT8_SLOTS} could"
+            f"k={k} takes {slots} slots at pattern {pattern}, and {scheme} products of more than {LARGEST_INT8_SLOTS} could"
             " overflow their int32 sums; store the weights in another type, or split k"
         )
     return ""
@@ -376,7 +422,7 @@ class QuantizedActivations:
         m = self.m
         if values is not None and (values.ndim != 2 or values.shape[0] != m or values.dtype not in (dtype.numpy, dtype.raw)):
             raise OperandError(f"x.values: {values.dtype} {values.shape} must be {dtype} or its bits, [{m}, k]")
-        if dtype.qmax is None:
+        if not packed.scheme.scaled:
             if scale is not None:
                 raise OperandError(f"x.scale: {dtype} activations carry no scale; it must be None")
         elif getattr(scale, "shape", None) != (m, 1) or scale.dtype != FLOAT32 or not scale.flags.c_contiguous:

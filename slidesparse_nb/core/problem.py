@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from .. import env
 from .checks import float_dtype
-from .dtypes import FLOATS, DType, packed_dtype
+from .dtypes import FLOATS, DType
 from .pattern import Pattern
+from .scheme import Scheme
 
-Asked = tuple[int, int, int, "Pattern | str", "DType | str", str]
-"""A problem as a user names it: m, n, k, pattern, dtype of the weights, name of the type of y."""
+Asked = tuple[int, int, int, "Pattern | str", "Scheme | DType | str", str]
+"""A problem as a user names it: m, n, k, pattern, scheme or dtype of the weights, name of the type of y."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class GemmProblem:
     """y [m, n] = x [m, k] @ w.T, with packed weights w [n, k].
 
     Attributes:
-        pattern, dtype: of the weights.
+        pattern: of the weights.
+        scheme: of the product.
         out: name of the type of y.
         groups: such products at once, each with weights of its own.
     """
@@ -48,10 +50,18 @@ class GemmProblem:
     n: int
     k: int
     pattern: Pattern
-    dtype: DType
+    scheme: Scheme
     out: str
     device: Device
     groups: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scheme", Scheme.of(self.scheme))
+
+    @property
+    def dtype(self) -> DType:
+        """Element type of the weights."""
+        return self.scheme.dtype
 
     @classmethod
     def of(cls, asked: Asked, device: Device = NOWHERE) -> GemmProblem:
@@ -61,9 +71,10 @@ class GemmProblem:
             OperandError: a pattern that is none, or a type that is none of weights, or of y.
         """
         m, n, k, pattern, dtype, out = asked
-        return cls(m, n, k, Pattern.of(pattern), packed_dtype(dtype), FLOATS[float_dtype("out", out)], device)
+        scheme = Scheme.of(dtype)
+        return cls(m, n, k, scheme.pattern(pattern), scheme, FLOATS[float_dtype("out", out)], device)
 
     def __str__(self) -> str:
         times = f"{self.groups} x " if self.groups > 1 else ""
         product = f"y[{self.m}, {self.n}] = x[{self.m}, {self.k}] @ w.T"
-        return f"{times}{product}, {self.pattern.described} {self.dtype} -> {self.out}"
+        return f"{times}{product}, {self.pattern.described} {self.scheme} -> {self.out}"

@@ -20,6 +20,7 @@ from ..errors import OperandError, PatternError
 from .dtypes import FLOAT32, DType
 from .packed import PackedWeight
 from .pattern import Pattern
+from .scheme import Scheme
 
 Array = NDArray[Any]
 
@@ -77,7 +78,7 @@ def violations(w: Array, pattern: Pattern) -> Array:
 def quantize(x: Array, dtype: DType) -> tuple[Array, Array]:
     """Symmetric quantization of every row, for weights (per output) and activations (per token) alike.
 
-    In float32 and in this order: absmax = max|x|, scale = absmax / t, inv = t / absmax with t = dtype.qmax, and
+    In float32 and in this order: absmax = max|x|, scale = absmax / t, inv = t / absmax with t = dtype.largest, and
     q = round_half_even(x * inv), clipped to +-t; float8 is clipped, then rounded to nearest even in the type.
 
     A row whose absmax is below 2^-100 has scale 1 and zeros. A row that holds NaN or infinity has scale NaN and zeros, so
@@ -89,8 +90,7 @@ def quantize(x: Array, dtype: DType) -> tuple[Array, Array]:
     Returns:
         q: [m, k] of `dtype`; scale: [m, 1] float32, x ~= q * scale.
     """
-    assert dtype.qmax is not None
-    t = np.float32(dtype.qmax)
+    t = np.float32(dtype.largest)
     x = x.astype(np.float32)
     finite = np.isfinite(x).all(axis=1, keepdims=True)
     absmax = np.where(finite, np.abs(x).max(axis=1, keepdims=True, initial=0), np.float32(0))
@@ -205,19 +205,21 @@ def decompress(values: Array, meta: Array) -> Array:
 # ---- the whole ---------------------------------------------------------------------------------------------------
 
 
-def pack(w: Array, pattern: Pattern, dtype: DType, scale: Array | None = None) -> PackedWeight:
+def pack(w: Array, pattern: Pattern, scheme: Scheme | DType, scale: Array | None = None) -> PackedWeight:
     """[n, k] weights that obey the pattern -> PackedWeight.
 
     Args:
-        w: real numbers, quantized here if `dtype` has 8 bits; or 8-bit values already quantized, with their `scale` [n, 1].
+        w: real numbers, quantized here if the scheme has scales; or 8-bit values already quantized, with their `scale` [n, 1].
 
     Raises:
-        OperandError: NaN or infinity in w, or a value that overflows a 16-bit `dtype`.
+        OperandError: NaN or infinity in w, or a value that overflows a 16-bit type.
         PatternError: a group of stored values has more than nnz non-zeros.
     """
+    scheme = Scheme.of(scheme)
+    dtype = scheme.dtype
     if scale is not None:
         q = w
-    elif dtype.qmax is not None:
+    elif scheme.scaled:
         q, scale = quantize(w, dtype)
         require_finite(w)
     else:
@@ -225,7 +227,7 @@ def pack(w: Array, pattern: Pattern, dtype: DType, scale: Array | None = None) -
             q = w.astype(dtype.numpy)
     require_finite(q)
     values, meta = compress(slide(q, pattern))
-    return PackedWeight(values, meta, scale, pattern, (w.shape[0], w.shape[1]), dtype)
+    return PackedWeight(values, meta, scale, pattern, (w.shape[0], w.shape[1]), scheme)
 
 
 def require_finite(w: Array) -> None:
@@ -257,13 +259,12 @@ def matmul(x: Array, packed: PackedWeight, bias: Array | None = None, out_dtype:
     """
     packed.check_shapes()
     pattern = packed.pattern
-    if packed.dtype.qmax is None:
+    if not packed.scheme.scaled:
         with np.errstate(over="ignore"):  # to infinity
             xq, scale_x = x.astype(packed.dtype.numpy), None
     else:
         xq, scale_x = quantize(x, packed.dtype)
-    exact = packed.dtype.numpy == np.int8
-    accumulator = np.int32 if exact else np.float32
+    accumulator = packed.scheme.accumulator
     xs = in_groups(lift(xq, pattern).astype(accumulator), 4)  # [m, windows, 4]
     values = in_groups(np.asarray(packed.values).view(packed.dtype.numpy).astype(accumulator), 2)
     index = window_index(packed.meta)

@@ -21,9 +21,10 @@ import numpy as np
 from numba.core import caching
 from numpy.typing import NDArray
 
-from ..core.dtypes import BFLOAT16, FLOAT8, FLOAT16, DType, packed_dtype
+from ..core.dtypes import BFLOAT16, FLOAT8, FLOAT16, DType
 from ..core.pattern import Pattern
 from ..core.reference import TINY
+from ..core.scheme import Scheme
 from ..errors import OperandError, shown
 
 Array = NDArray[Any]
@@ -93,7 +94,7 @@ def to_float32(w: Array) -> Array:
     if w.dtype not in (FLOAT8.numpy, FLOAT16.numpy):
         return np.array(w, np.float32, order="C")
     out = np.empty(w.shape, np.float32)
-    _look_up(contiguous(raw_bits(w)).reshape(-1), float32_table(packed_dtype(w.dtype)), out.reshape(-1))
+    _look_up(contiguous(raw_bits(w)).reshape(-1), float32_table(Scheme.of(w.dtype).dtype), out.reshape(-1))
     return out
 
 

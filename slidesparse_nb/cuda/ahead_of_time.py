@@ -15,9 +15,10 @@ from pathlib import Path
 from .. import env
 from ..arch import Config, choose, for_capability, serving
 from ..core.checks import float_dtype
-from ..core.dtypes import FLOATS, PACKED, DType, packed_dtype
+from ..core.dtypes import FLOATS, PACKED, DType
 from ..core.pattern import Pattern, known_patterns
 from ..core.problem import Asked, Device, GemmProblem
+from ..core.scheme import Scheme
 from .jit import cache, nvrtc
 
 ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
@@ -76,7 +77,7 @@ def build_kernels(
         UnsupportedError: there is no compiler, or it does not know an architecture.
         KernelError: a kernel does not compile.
     """
-    rows, out = [packed_dtype(d) for d in dtypes], FLOATS[float_dtype("out", out)]
+    rows, out = [Scheme.of(d).dtype for d in dtypes], FLOATS[float_dtype("out", out)]
     work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, rows, out))
     built = compile_all([job for job, _ in work], workers=workers)
     return [

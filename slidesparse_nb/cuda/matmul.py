@@ -20,6 +20,7 @@ from ..core.checks import check_activations, check_bias, float_dtype, result_dty
 from ..core.dtypes import CUDA_CODES, FLOATS, INT8, DType
 from ..core.packed import PackedWeight, QuantizedActivations
 from ..core.pattern import Pattern
+from ..core.scheme import Scheme
 from ..errors import OperandError
 from . import quantize as kernels
 from .arrays import as_cupy, as_stream, device_of, require_own_memory
@@ -188,7 +189,7 @@ def quantize(
     if tiled:
         tiles, scale = kernels.image(flat, dtype, pattern)
         return TiledActivations(tiles, pattern, k, scale, lead, dtype, source)
-    if dtype.qmax is not None:
+    if Scheme.of(dtype).scaled:
         values, scale = kernels.quantize(flat, dtype)
         return QuantizedActivations(values[:, :k], scale, lead, dtype, source)
     pitch = -(-2 * k // 16) * 16

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ..core.checks import SOURCES, has_scales, is_real, require_finite, require_size, row_scale, stored_dtype, unpackable
-from ..core.dtypes import FLOAT8, FLOAT16, FLOAT32, INT8, DType, packed_dtype
+from ..core.checks import SOURCES, has_scales, is_real, require_finite, require_size, row_scale, stored_scheme, unpackable
+from ..core.dtypes import FLOAT8, FLOAT16, FLOAT32, INT8, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.prune import GIVEN, bind, require_no_statistics
+from ..core.scheme import Scheme
 from ..errors import OperandError
 from . import quantize
 from .jit.numba import SIMULATED, arrays, current_device
@@ -88,11 +89,11 @@ def _types(w: Any, dtype: object) -> tuple[str, DType]:
     """The name of the type that w holds, and the type that is stored; or OperandError."""
     if w.ndim != 2:
         raise OperandError(f"w: shape {w.shape} must be [n, k]; reshape it to two dimensions")
-    if w.dtype == np.uint8 and dtype is not None and packed_dtype(dtype).bits == 8:
-        return packed_dtype(dtype).name, packed_dtype(dtype)
+    if w.dtype == np.uint8 and dtype is not None and Scheme.of(dtype).dtype.bits == 8:
+        return Scheme.of(dtype).dtype.name, Scheme.of(dtype).dtype
     if w.dtype not in SOURCES:
         raise unpackable(w.dtype, "of float8_e4m3fn weights pass the bits as uint8, and the dtype")
-    return w.dtype.name, stored_dtype(w, dtype)
+    return w.dtype.name, stored_scheme(w, dtype).dtype
 
 
 def _method(prune: Any, w: Any, source: str, seed: int, statistics: Any) -> tuple[str, Any]:
@@ -151,7 +152,7 @@ def launch(
     values = arrays.empty((n, pattern.slid_k(k) // 2), stored.numpy if stored in (INT8, FLOAT16) else stored.raw)
     meta = arrays.empty((n, pattern.slid_k(k) // 8), np.uint8)
     scale = None
-    if stored.qmax is not None:
+    if Scheme.of(stored).scaled:
         scale = arrays.empty((n, 1), np.float32) if scales is None else arrays.asarray(scales)
     units = pattern.padded_k(k) // pattern.slice_unit
     vector = _vector(w, pattern.group)
@@ -170,7 +171,7 @@ def launch(
             report,
             *(ld, w.strides[1] // step, k, units, seed & 0xFFFFFFFF, seed >> 32),
         )
-    return PackedWeight(values, meta, scale, pattern, (n, k), stored), report
+    return PackedWeight(values, meta, scale, pattern, (n, k), Scheme.of(stored)), report
 
 
 def _vector(w: Any, group: int) -> int:
@@ -208,7 +209,7 @@ def _raise_for(report: Any, w: Any, source: str, pattern: Pattern, stored: DType
 
 def _values(w: Any, row: int | slice, source: str) -> Any:
     """One row, or several, as NumPy numbers."""
-    return _host(arrays.ascontiguousarray(w[row])).view(FLOAT32 if source == "float32" else packed_dtype(source).numpy)
+    return _host(arrays.ascontiguousarray(w[row])).view(FLOAT32 if source == "float32" else Scheme.of(source).dtype.numpy)
 
 
 def obeys(w: Any, pattern: Pattern, dtype: object = None) -> bool:
@@ -260,7 +261,7 @@ def on_host(packed: PackedWeight, rows: slice) -> PackedWeight:
     """Some rows of a packed weight, in NumPy arrays."""
     values, meta = _host(packed.values[rows]).view(packed.dtype.numpy), _host(packed.meta[rows])
     scale = None if packed.scale is None else _host(packed.scale[rows])
-    return PackedWeight(values, meta, scale, packed.pattern, (values.shape[0], packed.k), packed.dtype)
+    return PackedWeight(values, meta, scale, packed.pattern, (values.shape[0], packed.k), packed.scheme)
 
 
 # ---- the device --------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ import cupy
 from .. import arch, env
 from ..arch import Config
 from ..arch.operand import Operand
-from ..core.dtypes import CUDA_CODES, DType, packed_dtype
+from ..core.dtypes import CUDA_CODES, DType
 from ..core.problem import GemmProblem
+from ..core.scheme import Scheme
 from . import quantize
 from .jit import cache as jit
 from .launch import Launcher
@@ -200,7 +201,7 @@ def writer(
         strides: of x, in bytes.
         offset: of its address, modulo 16.
     """
-    scaled = dtype.qmax is not None and source != dtype.name
+    scaled = Scheme.of(dtype).scaled and source != dtype.name
     if form.tiled or scaled:
         width, generation = None if form.tiled else form.pitch, quantize.generation(ordinal)
         found = quantize.plan(source, dtype.name, k, strides, offset == 0, generation, form.lift, width=width)
@@ -231,7 +232,7 @@ def rows_writer(ordinal: int, k: int, source: str, dtype: DType, strides: tuple[
 
 
 def _bytes(name: str) -> int:
-    return 4 if name == "float32" else packed_dtype(name).bits // 8
+    return 4 if name == "float32" else Scheme.of(name).dtype.bits // 8
 
 
 @functools.cache

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..arch.operand import STAGE, stages
-from ..core.dtypes import FLOAT8, FLOATS, INT8, DType, packed_dtype
+from ..core.dtypes import FLOAT8, FLOATS, INT8, DType
 from ..core.pattern import Pattern
+from ..core.scheme import Scheme
 from ..errors import OperandError
 from .jit.numba import SIMULATED, Kernel, arrays, current_device
 from .kernels.quantize import Variant, kernel
@@ -82,7 +83,7 @@ def quantize(
         OperandError: x, out or scale has the wrong type or shape.
     """
     name = _source(x, source)
-    if dtype.qmax is None:
+    if not Scheme.of(dtype).scaled:
         raise OperandError(f"dtype: {dtype} is not quantized to; it must be int8 or float8_e4m3fn")
     if pitch <= 0 or pitch % PITCH:
         raise OperandError(f"pitch: {pitch} bytes must be a positive multiple of {PITCH}")
@@ -130,7 +131,7 @@ def image(
     if x.ndim != 2:
         raise OperandError(f"x: shape {x.shape} must be [m, k]; reshape it to two dimensions")
     m, k = x.shape
-    quantizes = dtype.qmax is not None and not same
+    quantizes = Scheme.of(dtype).scaled and not same
     shape = (stages(pattern, k, dtype), -(-m // 8), 8, STAGE)
     out, scale = _results(out, shape, np.uint8, scale, (m, 1) if quantizes else None, stream)
     if m:
@@ -239,7 +240,7 @@ def plan(
     columns = 16 // size
     if width is None:
         assert pattern is not None
-        width = STAGE * stages(pattern, k, packed_dtype(stored))
+        width = STAGE * stages(pattern, k, Scheme.of(stored).dtype)
     pieces = width // 16
     total = -(-width // (4 * words))
     if windows:  # all that the last piece is gathered from, and four words are read for it

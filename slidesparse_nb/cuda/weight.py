@@ -12,10 +12,10 @@ import cupy
 
 from .. import arch
 from ..arch import Config
-from ..core.dtypes import DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import Device, GemmProblem
+from ..core.scheme import Scheme
 from ..errors import OperandError
 from . import tuned_store
 from .arrays import as_cupy
@@ -38,7 +38,7 @@ class DeviceWeight:
     """A packed weight on one GPU, arranged for its kernel; nothing of the packed tensors is held.
 
     Args:
-        pattern, dtype, shape: of the packed weight; shape is (n, k).
+        pattern, scheme, shape: of the packed weight; shape is (n, k).
         buffers: name -> CuPy array: what the architecture's kernels load, and "scale", float32 [n]. They are held.
         ordinal: number of the GPU, which must be the current one.
 
@@ -47,14 +47,14 @@ class DeviceWeight:
     """
 
     def __init__(
-        self, pattern: Pattern, dtype: DType, shape: tuple[int, int], buffers: Mapping[str, Any], ordinal: int
+        self, pattern: Pattern, scheme: Scheme, shape: tuple[int, int], buffers: Mapping[str, Any], ordinal: int
     ) -> None:
-        self.pattern, self.dtype, self.shape, self.ordinal = pattern, dtype, shape, ordinal
+        self.pattern, self.scheme, self.shape, self.ordinal = pattern, scheme, shape, ordinal
+        self.dtype, self.scaled = scheme.dtype, scheme.scaled
         self.device = Device(*device_facts(ordinal))
         self.arch = arch.for_capability(self.device.capability, self.device.portable)
-        arch.require_support(self.arch, self.device.capability, dtype)
-        self.scaled = dtype.qmax is not None
-        self.operand = self.arch.operand(pattern, shape[1], dtype)
+        arch.require_support(self.arch, self.device.capability, self.dtype)
+        self.operand = self.arch.operand(pattern, shape[1], self.dtype)
         self.buffers = dict(buffers)
         self.plans: dict[tuple[int, str], Bound] = {}
         self.writers: dict[tuple[str, tuple[int, int], int], Writer | None] = {}
@@ -74,7 +74,7 @@ class DeviceWeight:
         return sum(int(buffer.nbytes) for buffer in self.buffers.values())
 
     def __repr__(self) -> str:
-        return f"DeviceWeight({self.n} x {self.k}, {self.pattern.described}, {self.dtype}, on GPU {self.ordinal})"
+        return f"DeviceWeight({self.n} x {self.k}, {self.pattern.described}, {self.scheme}, on GPU {self.ordinal})"
 
     @classmethod
     def arrange(cls, packed: PackedWeight, ordinal: int) -> DeviceWeight:
@@ -86,9 +86,9 @@ class DeviceWeight:
         """
         packed.check_shapes()
         with cupy.cuda.Device(ordinal):
-            made = cls(packed.pattern, packed.dtype, packed.shape, {}, ordinal)
+            made = cls(packed.pattern, packed.scheme, packed.shape, {}, ordinal)
             values, meta = (cupy.asarray(a) for a in (packed.values.view(packed.dtype.raw), packed.meta))
-            there = PackedWeight(values, meta, None, packed.pattern, packed.shape, packed.dtype)
+            there = PackedWeight(values, meta, None, packed.pattern, packed.shape, packed.scheme)
             made.buffers = made.arch.arrange(there, cupy)
             if packed.scale is not None:
                 made.buffers["scale"] = cupy.asarray(packed.scale).reshape(-1)
@@ -113,7 +113,7 @@ class DeviceWeight:
 
     def problem(self, m: int, out: str) -> GemmProblem:
         """The product with m tokens, into the type named `out`."""
-        return GemmProblem(m, self.n, self.k, self.pattern, self.dtype, out, self.device)
+        return GemmProblem(m, self.n, self.k, self.pattern, self.scheme, out, self.device)
 
     def bind(self, m: int, out: str, configs: tuple[Config, ...] | None = None) -> Bound:
         """The plan for m tokens into the type named `out`, tuned or the cheapest unless `configs` are given."""
@@ -252,7 +252,7 @@ def to_device(packed: PackedWeight | DeviceWeight, ordinal: int | None = None) -
 
 
 def device_weight(
-    buffers: Mapping[str, Any], pattern: Pattern, dtype: DType, shape: tuple[int, int], device: int | None = None
+    buffers: Mapping[str, Any], pattern: Pattern, scheme: Scheme, shape: tuple[int, int], device: int | None = None
 ) -> DeviceWeight:
     """`slidesparse_nb.device_weight`."""
     views = {name: as_cupy(f"buffers[{name!r}]", array) for name, array in buffers.items()}
@@ -260,7 +260,7 @@ def device_weight(
         if not view.flags.c_contiguous or view.data.ptr % 16:
             raise OperandError(f"buffers[{name!r}]: must be contiguous and 16-byte aligned, as to_device made it")
     ordinal = int(cupy.cuda.runtime.getDevice()) if device is None else device
-    return DeviceWeight(pattern, dtype, shape, views, ordinal)
+    return DeviceWeight(pattern, scheme, shape, views, ordinal)
 
 
 def arranged_on(packed: PackedWeight) -> dict[int, DeviceWeight]:

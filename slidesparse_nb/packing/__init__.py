@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from .. import cuda
 from ..core import prune as pruning
-from ..core.checks import check_weights, on_gpu, require_finite, require_no_overflow, require_size, row_scales, stored_dtype
+from ..core.checks import check_weights, on_gpu, require_finite, require_no_overflow, require_size, row_scales, stored_scheme
 from ..core.dtypes import DType
 from ..core.packed import PackedWeight, require_packed
 from ..core.pattern import Pattern, known_patterns
 from ..core.prune import NOTHING, Pruning
 from ..core.reference import window_index
+from ..core.scheme import Scheme
 from ..cpu import kernels
 from ..errors import FormatError, PatternError
 from .proof import verify, verify_rows
@@ -71,20 +72,20 @@ def pack(
     if on_gpu(w):
         return _pack_on_gpu(w, pattern, dtype, scale, prune, pruning.check_seed(seed), statistics)
     w = check_weights(w)
-    stored = stored_dtype(w, dtype)
-    require_size(pattern, w.shape, stored)
+    scheme = stored_scheme(w, dtype)
+    require_size(pattern, w.shape, scheme)
     n, k = w.shape
     scales = row_scales(w, scale)
     method = pruning.bind(prune, w.shape, pruning.check_seed(seed), statistics)
     ks = pattern.slid_k(k)
-    values, meta = np.empty((n, ks // 2), stored.numpy), np.empty((n, ks // 8), np.uint8)
-    out_scale = None if stored.qmax is None else np.empty((n, 1), np.float32)
+    values, meta = np.empty((n, ks // 2), scheme.dtype.numpy), np.empty((n, ks // 8), np.uint8)
+    out_scale = np.empty((n, 1), np.float32) if scheme.scaled else None
 
     def block(rows: slice) -> PatternError | None:
         q, q_scale = store_rows(
             w[rows],
             pattern,
-            stored,
+            scheme,
             scale=None if scales is None else scales[rows],
             prune=method.rows(rows),
             first_row=rows.start,
@@ -101,7 +102,7 @@ def pack(
     if broken:
         first, count = broken[0], sum(error.count for error in broken)
         raise pattern.violated(first.row, first.group, count, violations_hint(w, pattern))
-    return PackedWeight(values, meta, out_scale, pattern, (n, k), stored)
+    return PackedWeight(values, meta, out_scale, pattern, (n, k), scheme)
 
 
 def _pack_on_gpu(w: Any, pattern: Pattern, dtype: object, scale: Any, prune: Any, seed: int, statistics: Any) -> PackedWeight:
@@ -183,7 +184,7 @@ def _stored_twice(values: Array, meta: Array, packed: PackedWeight, first_row: i
 def store_rows(
     w: Array,
     pattern: Pattern | str,
-    dtype: DType | str,
+    dtype: Scheme | DType | str,
     *,
     scale: Array | float | None = None,
     prune: Pruning = NOTHING,
@@ -204,8 +205,9 @@ def store_rows(
     """
     pattern = Pattern.of(pattern)
     w = check_weights(w)
-    stored = stored_dtype(w, dtype)
-    require_size(pattern, w.shape, stored)
+    scheme = stored_scheme(w, dtype)
+    stored = scheme.dtype
+    require_size(pattern, w.shape, scheme)
     scales = row_scales(w, scale, first_row)
     require_finite(w, first_row)
     q = np.array(w, order="C", subok=False) if w.dtype == stored.numpy else kernels.to_float32(w)
@@ -214,7 +216,7 @@ def store_rows(
         kernels.prune(q, pattern, None if by_magnitude else prune.scores(kernels.to_float32(q), first_row))
     if w.dtype == stored.numpy:
         return q, scales
-    if stored.qmax is not None:
+    if scheme.scaled:
         return kernels.quantize(q, stored)
     return require_no_overflow(kernels.round16(q, stored), w, first_row), None
 

@@ -97,7 +97,7 @@ def verify_rows(
     kept = (stored & mask) != 0
     if w.dtype == packed.dtype.numpy:
         wanted, wanted_scale = w, row_scales(w, scale, first_row)
-    elif packed.dtype.qmax is None:
+    elif not packed.scheme.scaled:
         with np.errstate(over="ignore"):  # what is infinite is no stored value, and said below
             wanted, wanted_scale = weights.astype(packed.dtype.numpy), None
     else:
@@ -169,7 +169,7 @@ def quantized(weights: Array, kept: Array, dtype: DType) -> tuple[Array, Array]:
 
     A row of which nothing was kept has scale 1, and every weight that would have forbidden this stands as the largest value.
     """
-    t = np.float32(dtype.qmax or 0)
+    t = np.float32(dtype.largest)
     absmax = np.max(np.abs(weights), axis=1, keepdims=True, initial=0, where=kept)
     live = absmax >= TINY
     safe = np.where(live, absmax, np.float32(1))

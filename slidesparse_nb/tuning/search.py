@@ -92,7 +92,7 @@ def _checked(asked: Asked) -> GemmProblem:
     for name, value in (("m", problem.m), ("n", problem.n), ("k", problem.k)):
         if value < 1:
             raise OperandError(f"{name}: {value} must be 1 or more")
-    if why := size_problem(problem.pattern, (problem.n, problem.k), problem.dtype):
+    if why := size_problem(problem.pattern, (problem.n, problem.k), problem.scheme):
         raise OperandError(f"product: {why}")
     return problem
 

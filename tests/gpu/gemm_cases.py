@@ -91,7 +91,7 @@ def product(x, packed, bias=None):
     reference's.
     """
     dtype = packed.dtype
-    q, scale = reference.quantize(x, dtype) if dtype.qmax is not None else (x.astype(dtype.numpy), None)
+    q, scale = reference.quantize(x, dtype) if ss.Scheme.of(dtype).scaled else (x.astype(dtype.numpy), None)
     w = ss.unpack(packed).astype(np.float64)
     q = q.astype(np.float64)
     acc, magnitude = q @ w.T, np.abs(q) @ np.abs(w).T

@@ -11,6 +11,7 @@ from device_cases import SOURCES, awkward_rows, bits, imaged, quantized, same
 
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.core.scheme import Scheme
 
 pytestmark = pytest.mark.gpu
 
@@ -119,7 +120,7 @@ def test_every_number_of_vectors(activations, vectors) -> None:
 
 def one_nan(image, dtype):
     """The bytes of an image, every NaN of a 16-bit type alike: what rounding makes of their bits is the hardware's."""
-    if dtype.qmax is not None:
+    if Scheme.of(dtype).scaled:
         return image
     values = np.ascontiguousarray(image).view(dtype.numpy)
     return np.where(np.isnan(values.astype(np.float32)), dtype.inf_bits | 1, bits(values))
@@ -154,7 +155,7 @@ def test_image_equals_the_reference(activations, source, dtype) -> None:
     for m, k in SHAPES:
         if source != "same":
             x = awkward_rows(m, k, source)
-        elif dtype.qmax is None:
+        elif not Scheme.of(dtype).scaled:
             x = awkward_rows(m, k, dtype.numpy)
         else:
             x = quantized(awkward_rows(m, k, BFLOAT16.numpy), dtype, None, k)[0].view(dtype.numpy)

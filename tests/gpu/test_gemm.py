@@ -170,7 +170,7 @@ def test_nan_and_infinity_reach_what_the_reference_says(dtype):
     rng = np.random.default_rng(7)
     for pattern in ("4:6", "6:8", "8:10"):
         packed = weight(rng, 40, 96, pattern, dtype)
-        x = tokens(rng, 30, 96, F32 if dtype.qmax else dtype.numpy)
+        x = tokens(rng, 30, 96, F32 if ss.Scheme.of(dtype).scaled else dtype.numpy)
         for row, value in enumerate((np.nan, np.inf, -np.inf)):
             x[4 * row + 3, rng.integers(96)] = value
         for row in range(15, 30):
@@ -330,7 +330,7 @@ def test_one_quantized_x_for_several_weights(family, dtype, k):
             assert y.shape == (1, 17, packed.n)
             assert y.dtype == BF16
             np.testing.assert_array_equal(host(y)[0], host(ss.matmul(on_gpu(x), packed)))
-    expected = reference.quantize(x, dtype)[0] if dtype.qmax else x.astype(dtype.numpy)
+    expected = reference.quantize(x, dtype)[0] if ss.Scheme.of(dtype).scaled else x.astype(dtype.numpy)
     np.testing.assert_array_equal(shared.values.get().view(dtype.raw), expected.view(dtype.raw))
 
 
@@ -339,7 +339,7 @@ def test_activations_quantized_elsewhere_are_laid_out(family):
     rng = np.random.default_rng(22)
     for dtype in PACKED:
         packed, x = weight(rng, 40, 80, "6:8", dtype), tokens(rng, 20, 80, BF16)
-        q, scale = reference.quantize(x, dtype) if dtype.qmax else (x.astype(dtype.numpy), None)
+        q, scale = reference.quantize(x, dtype) if ss.Scheme.of(dtype).scaled else (x.astype(dtype.numpy), None)
         scale = None if scale is None else cp.asarray(scale)
         given = ss.QuantizedActivations(on_gpu(q).view(dtype.raw), scale, (20,), dtype, BF16)
         np.testing.assert_array_equal(host(ss.matmul(given, packed)), host(ss.matmul(on_gpu(x), packed)))

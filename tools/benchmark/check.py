@@ -48,7 +48,7 @@ def check_product(y: Array, x: Array, packed: ss.PackedWeight) -> None:
         VerificationError: int8 results differ at all; others by more than the order of summation explains.
     """
     dtype = packed.dtype
-    if dtype.qmax is None:
+    if not packed.scheme.scaled:
         q, scale_x = x.astype(dtype.numpy), None
     else:
         q, scale_x = ss.reference.quantize(x, dtype)
@@ -106,7 +106,7 @@ def check_quantized(values: Array, scale: Array | None, x: Array, packed: ss.Pac
     Raises:
         VerificationError: a byte differs.
     """
-    if packed.dtype.qmax is None:
+    if not packed.scheme.scaled:
         wanted, wanted_scale = x.astype(packed.dtype.numpy), None
     else:
         wanted, wanted_scale = ss.reference.quantize(x, packed.dtype)

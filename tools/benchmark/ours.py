@@ -78,7 +78,7 @@ class Ours:
         values, meta = self.device.host(packed.values, rows), self.device.host(packed.meta, rows)
         scale = None if packed.scale is None else self.device.host(packed.scale, rows)
         values = values.view(packed.dtype.numpy)
-        return ss.PackedWeight(values, meta, scale, packed.pattern, (len(rows), packed.k), packed.dtype)
+        return ss.PackedWeight(values, meta, scale, packed.pattern, (len(rows), packed.k), packed.scheme)
 
     def _packed_verdict(self, packed: ss.PackedWeight, w: Any) -> Verdict:
         rows = sample(packed.n, ROWS, self._random)

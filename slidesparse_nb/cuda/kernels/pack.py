@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...core.dtypes import FLOAT8, INT8, PACKED, DType
+from ...core.scheme import Scheme
 from ..jit.numba import SIMULATED, Kernel, cuda, device_function
 from .numbers import INFINITY, LOW, ROUND, row_scale, to_float8
 from .ptx import (
@@ -93,7 +94,7 @@ class Variant:
     @property
     def quantized(self) -> bool:
         """Values are quantized here."""
-        return self.stored.qmax is not None and self.source != self.stored.name
+        return Scheme.of(self.stored).scaled and self.source != self.stored.name
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def pack_kernel(variant: Variant) -> Kernel:
     Key = np.uint32 if bits <= 16 and not ranked else np.uint64
     shift, places, highest = Key(16 if Key is np.uint32 else 32), Key(0xFFFF), Key(2 ** (32 if Key is np.uint32 else 64) - 1)
 
-    quantized, t = variant.quantized, np.float32(stored.qmax or 1)
+    quantized, t = variant.quantized, np.float32(Scheme.of(stored).weights.limit)
     first_look = 0 if quantized else 1
     rounded = not quantized and variant.source != stored.name
     mask, stored_bits, wide = np.uint32(stored.nonzero_mask), np.uint32(stored.bits), stored.bits == 16

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from ...arch.operand import HALVES as HALVES_AT
-from ...core.dtypes import FLOAT8, INT8, packed_dtype
+from ...core.dtypes import FLOAT8, INT8
+from ...core.scheme import Scheme
 from ..jit.numba import SIMULATED, Kernel, cuda, device_function
 from .numbers import HIGH, LOW, ROUND_TWO, row_scale, to_float8x4_early, to_int8x4
 from .ptx import (
@@ -159,7 +160,7 @@ def _to_stored(variant: Variant) -> Any:
 
 def _largest(variant: Variant) -> Any:
     """t, the largest quantized magnitude; of no use to 16-bit types."""
-    return np.float32(packed_dtype(variant.stored).qmax or 1)
+    return np.float32(Scheme.of(variant.stored).weights.limit)
 
 
 def _converter(variant: Variant) -> Any:

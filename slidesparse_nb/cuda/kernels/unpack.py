@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...core.dtypes import DType
+from ...core.scheme import Scheme
 from ..jit.numba import Kernel, cuda
 from .numbers import INFINITY
 from .pack import MOST_THREADS, Int
@@ -23,7 +24,7 @@ def unpack_kernel(stored: DType, windows: int) -> Kernel:
     """Every stored value back to its column: one block a row, one thread a slice unit at a time."""
     group, groups = 2 * windows + 2, 1 + windows % 2
     per_unit = groups * windows
-    mask, scaled = np.uint32(stored.nonzero_mask), stored.qmax is not None
+    mask, scaled = np.uint32(stored.nonzero_mask), Scheme.of(stored).scaled
 
     def kernel(
         values: Any,  # [n, ks/2]

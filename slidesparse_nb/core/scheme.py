@@ -1,0 +1,181 @@
+"""Scheme: how the weights and the activations of a product are stored and scaled, as rows of one table.
+
+    scheme       weights                                          activations                                    sums
+    INT8_W8A8    int8, float32 scale a row                        int8, float32 scale a token, then lifted       int32
+    FP8_DYNAMIC  float8_e4m3fn, float32 scale a row               float8_e4m3fn, float32 scale a token           float32
+    BF16, FP16   bfloat16, float16, no scale                      rounded to the same type                       float32
+    W4A8         float4_e2m1fn, e8m0 a block of 32, row scale     float8_e4m3fn, float32 scale a token           float32
+    NVFP4        float4_e2m1fn in pairs, e4m3 a block of 16, row  lifted first; e4m3 a block of 32, token scale  float32
+
+Code elsewhere asks a scheme's properties, never its name: what the table lacks is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import OperandError, shown
+from .dtypes import BFLOAT16, EXPONENT8, FLOAT4, FLOAT8, FLOAT16, FLOAT32, INT8, DType
+from .pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Block:
+    """Scales of runs of elements along k, each within the scale of its row.
+
+    Attributes:
+        size: elements that share a scale: stored values of weights, lifted columns of activations.
+        scale: type of the scales.
+        largest, smallest: the scales that are written, at most and at least; the block of a row's absmax has `largest`.
+        up: scales are rounded up, so that no value is clipped; otherwise to nearest even.
+    """
+
+    size: int
+    scale: DType
+    largest: float
+    smallest: float
+    up: bool
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one operand's numbers are stored.
+
+    Attributes:
+        element: type of the values.
+        row_scale: every row (output, token) has a float32 scale.
+        block: further scales along k; None if there are none.
+    """
+
+    element: DType
+    row_scale: bool = True
+    block: Block | None = None
+
+    @property
+    def limit(self) -> float:
+        """t of the format page: what the largest magnitude of a row becomes when the row is divided by its scale."""
+        if not self.row_scale:
+            return 1.0
+        return self.element.largest * (self.block.largest if self.block else 1.0)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights and the activations of a product are stored and scaled; a row of `SCHEMES`.
+
+    Attributes:
+        name: as compressed-tensors names its presets.
+        weights, activations: their storage.
+        lift_first: activations are lifted and then quantized, as scales along k demand; otherwise quantized and then lifted.
+        accumulator: dtype of the sums of products.
+        unit: elements that share one metadata position: 1, or 2 where the hardware keeps pairs.
+    """
+
+    name: str
+    weights: Storage
+    activations: Storage
+    lift_first: bool = False
+    accumulator: np.dtype[Any] = FLOAT32
+    unit: int = 1
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __str__(self) -> str:
+        """The name that files and messages use: that of the weights' type, where it tells the scheme."""
+        return self.name if self.blocks else self.dtype.name
+
+    @property
+    def dtype(self) -> DType:
+        """Element type of the weights."""
+        return self.weights.element
+
+    @property
+    def scaled(self) -> bool:
+        """Values are quantized: weights and activations have a float32 scale a row."""
+        return self.weights.row_scale
+
+    @property
+    def blocks(self) -> bool:
+        """Weights have scales along k, within those of the rows."""
+        return self.weights.block is not None
+
+    @classmethod
+    def of(cls, value: object) -> Scheme:
+        """The scheme of a name ("int8", "fp8", "INT8_W8A8", "nvfp4" ...), a `DType` or NumPy dtype of weights, or a `Scheme`.
+
+        Raises:
+            OperandError: `value` is none, or a type that several schemes store.
+        """
+        if isinstance(value, Scheme):
+            return value
+        key: Any = value
+        if isinstance(value, str):
+            key = value.lower()
+        elif not isinstance(value, DType):
+            with contextlib.suppress(TypeError, ValueError):
+                key = None if value is None else np.dtype(value).name  # type: ignore[call-overload]
+        with contextlib.suppress(TypeError):  # what cannot be hashed names nothing
+            if len(found := _BY_KEY.get(key, [])) == 1:
+                return found[0]
+            if found:
+                both = " and ".join(scheme.name for scheme in found)
+                raise OperandError(f"dtype: {shown(str(value))} is the type of {both}; name one of them")
+        names = ", ".join(map(str, SCHEMES.values()))
+        raise OperandError(f"dtype: {shown(value)} is not a packed type; it must be one of {names}")
+
+    def pattern(self, value: Pattern | str | tuple[int, int], *, any_unit: bool = False) -> Pattern:
+        """The pattern that `value` names, over the scheme's unit: with NVFP4 "6:8" and "6:8 pairs" are the same.
+
+        Args:
+            any_unit: a pattern over pairs stands for one over columns, too.
+
+        Raises:
+            OperandError: `value` is no pattern, or one over pairs where the scheme keeps single columns.
+        """
+        pattern = Pattern.of(value)
+        if pattern.unit > self.unit and not any_unit:
+            one = f"{pattern.nnz}:{pattern.group}"
+            raise OperandError(f"pattern: {pattern} must be over single columns, as {self} keeps them; pass '{one}'")
+        return replace(pattern, unit=self.unit)
+
+    def slice_unit(self, pattern: Pattern) -> int:
+        """Columns of k after which values, metadata and block scales all start anew, so that k may be cut there."""
+        unit = pattern.slice_unit
+        if self.weights.block is None:
+            return unit
+        slots = pattern.slid_k(unit) // 2
+        return unit * (math.lcm(slots, self.weights.block.size) // slots)
+
+
+_E4M3 = {"scale": FLOAT8, "largest": 448.0, "smallest": 2.0**-9, "up": False}
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("INT8_W8A8", Storage(INT8), Storage(INT8), accumulator=np.dtype(np.int32)),
+        Scheme("FP8_DYNAMIC", Storage(FLOAT8), Storage(FLOAT8)),
+        Scheme("BF16", Storage(BFLOAT16, False), Storage(BFLOAT16, False)),
+        Scheme("FP16", Storage(FLOAT16, False), Storage(FLOAT16, False)),
+        Scheme("W4A8", Storage(FLOAT4, True, Block(32, EXPONENT8, 1.0, 2.0**-126, True)), Storage(FLOAT8)),
+        Scheme(
+            "NVFP4",
+            Storage(FLOAT4, True, Block(16, **_E4M3)),  # type: ignore[arg-type]
+            Storage(FLOAT4, True, Block(32, **_E4M3)),  # type: ignore[arg-type]
+            lift_first=True,
+            unit=2,
+        ),
+    )
+}
+"""Every scheme, by name."""
+
+_BY_KEY: dict[object, list[Scheme]] = {}
+for _scheme in SCHEMES.values():
+    for _key in (_scheme.name.lower(), _scheme.dtype, _scheme.dtype.name):
+        _BY_KEY.setdefault(_key, []).append(_scheme)
+_BY_KEY["fp8"] = _BY_KEY["float8"] = [SCHEMES["FP8_DYNAMIC"]]
