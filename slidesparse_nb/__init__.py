@@ -26,6 +26,7 @@ _HOME = {
     "quantize": "ops",
     "to_device": "ops",
     "device_weight": "ops",
+    "operand_bytes": "ops",
     "workspace_bytes": "ops",
     "build_kernels": "cuda.ahead_of_time",
     "build_products": "cuda.ahead_of_time",
@@ -38,6 +39,7 @@ _HOME = {
     "unpack_checkpoint": "convert",
     "verify_checkpoint": "convert",
     "inspect_checkpoint": "convert",
+    "PackedConfig": "checkpoint.packed_config",
     "Options": "convert",
     "Run": "convert",
     "Report": "convert",
@@ -57,6 +59,7 @@ __all__ = [*_HOME, "reference"]
 if TYPE_CHECKING:
     from .checkpoint import load as load
     from .checkpoint import save as save
+    from .checkpoint.packed_config import PackedConfig as PackedConfig
     from .convert import Facts as Facts
     from .convert import Options as Options
     from .convert import Report as Report
@@ -82,6 +85,7 @@ if TYPE_CHECKING:
     from .errors import VerificationError as VerificationError
     from .ops import device_weight as device_weight
     from .ops import matmul as matmul
+    from .ops import operand_bytes as operand_bytes
     from .ops import quantize as quantize
     from .ops import to_device as to_device
     from .ops import workspace_bytes as workspace_bytes

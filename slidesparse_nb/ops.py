@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import cuda
+from .arch import for_capability
 from .core.checks import (
     check_activations,
     check_bias,
@@ -123,6 +124,19 @@ def device_weight(
         buffers, Scheme.of(scheme).pattern(pattern), Scheme.of(scheme), shape, device
     )
     return made
+
+
+def operand_bytes(m: int, k: int, pattern: Any, scheme: Any, capability: tuple[int, int] | None) -> tuple[int, bool]:
+    """Bytes of x [m, k] as `DeviceWeight.quantize` writes it on a GPU of this compute capability, and whether it has scales.
+
+    Args:
+        m: an integer, or what stands for one in a graph.
+        capability: None: on the CPU, rows of quantized values.
+    """
+    found = Scheme.of(scheme)
+    if capability is None:
+        return m * k * found.dtype.bits // 8, found.scaled
+    return for_capability(capability).operand(found.pattern(pattern), k, found.dtype).bytes(m), found.scaled
 
 
 def workspace_bytes(m: int, packed: PackedWeight | DeviceWeight, out_dtype: Any) -> int:

@@ -1,0 +1,487 @@
+"""PyTorch: operators over packed weights, and `SparseLinear`.
+
+    layer = SparseLinear.from_linear(linear, "6:8", "INT8_W8A8", prune="magnitude")
+    y = layer(x)                                            # x [..., k] -> y [..., n]
+
+Results, scratch memory and arranged weights are PyTorch's memory, in PyTorch's current stream. Weights are operands of the
+operators, never addresses or counters in a graph, so that compiled graphs may be cached on disk and shared by layers.
+
+`Library.define` and `impl` cost a call about half of what `torch.library.custom_op` does.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import slidesparse_nb as ss
+
+NUMPY = {
+    torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8",
+    torch.float8_e4m3fn: "float8_e4m3fn", torch.uint8: "uint8", torch.int64: "int64",
+}  # fmt: skip
+"""PyTorch dtype -> NumPy's or ml_dtypes' name of it."""
+
+TORCH = {name: dtype for dtype, name in NUMPY.items()}
+FLOATS = {torch.float32: ("float32", 4, 4), torch.float16: ("float16", 2, 3), torch.bfloat16: ("bfloat16", 2, 2)}
+"""Types of activations, results and biases -> name, bytes, code of the kernels."""
+
+PACKED = ("weight_packed", "weight_meta", "weight_scale", "weight_shape")
+
+
+# ---- tensors of one library as arrays of another ---------------------------------------------------------------------
+
+
+def as_numpy(tensor: Tensor) -> Any:
+    """A CPU tensor as a NumPy array of the same memory, bfloat16 and float8 as ml_dtypes has them."""
+    name = NUMPY[tensor.dtype]
+    if name in ("bfloat16", "float8_e4m3fn"):
+        bits = torch.int16 if name == "bfloat16" else torch.uint8
+        return tensor.detach().view(bits).numpy().view(np.dtype(_ml_dtypes(name)))
+    return tensor.detach().numpy()
+
+
+def from_numpy(array: Any) -> Tensor:
+    """The inverse of `as_numpy`."""
+    name = array.dtype.name
+    if name in ("bfloat16", "float8_e4m3fn"):
+        return torch.from_numpy(array.view(f"i{array.itemsize}")).view(TORCH[name])
+    return torch.from_numpy(array)
+
+
+def _ml_dtypes(name: str) -> Any:
+    import ml_dtypes
+
+    return getattr(ml_dtypes, name)
+
+
+def as_cupy(tensor: Tensor) -> Any:
+    """A contiguous CUDA tensor as a CuPy array of the same memory, as bits where CuPy lacks the type. It owns nothing."""
+    import cupy
+
+    name = NUMPY[tensor.dtype]
+    dtype = np.dtype(_ml_dtypes(name) if name == "bfloat16" else "uint8" if name == "float8_e4m3fn" else name)
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), max(1, tensor.nbytes), None, tensor.get_device())
+    return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+# ---- weights by their operands ---------------------------------------------------------------------------------------
+
+_weights: dict[int, Any] = {}
+"""Address of an arranged weight's first buffer -> DeviceWeight. An entry lives as long as that tensor."""
+
+
+def _device_weight(weight: Sequence[Tensor], n: int, k: int, facts: str) -> Any:
+    """The DeviceWeight of these buffers, made where it is not known: after a copy, or in another process."""
+    pattern, dtype, names = facts.split(" ")
+    buffers = {name: as_cupy(tensor) for name, tensor in zip(names.split(","), weight, strict=True)}
+    made = ss.device_weight(buffers, pattern, dtype, (n, k), weight[0].get_device())
+    address = weight[0].data_ptr()
+    _weights[address] = made
+    weakref.finalize(weight[0], _forget, address, made)
+    return made
+
+
+def _forget(address: int, made: Any) -> None:
+    if _weights.get(address) is made:
+        del _weights[address]
+
+
+def _packed(weight: Sequence[Tensor], n: int, k: int, facts: str) -> ss.PackedWeight:
+    """The PackedWeight of operands on the CPU."""
+    pattern, dtype, _ = facts.split(" ")
+    values, meta, *scale = map(as_numpy, weight)
+    tensors = dict(zip(PACKED, (values, meta, scale[0] if scale else None, np.array([n, k])), strict=True))
+    return ss.PackedWeight.from_tensors(tensors, pattern, dtype)
+
+
+def arrange(packed: ss.PackedWeight, device: torch.device) -> tuple[dict[str, Tensor], str]:
+    """A packed weight arranged for a GPU in PyTorch's memory: uint8 buffers by name, and the operators' `facts`."""
+    with torch.cuda.device(device):
+        there = ss.to_device(packed, device.index)
+        there.complete()
+        buffers = {name: torch.empty(own.nbytes, dtype=torch.uint8, device=device) for name, own in there.buffers.items()}
+        for name, own in there.buffers.items():
+            as_cupy(buffers[name])[...] = own.reshape(-1).view(np.uint8)
+        torch.cuda.synchronize(device)
+    return buffers, f"{packed.pattern} {packed.scheme} {','.join(buffers)}"
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+#
+# weight: the buffers of a DeviceWeight, or weight_packed, weight_meta, weight_scale on the CPU.
+# facts: pattern, dtype and the names of the buffers, separated by spaces: "6:8 int8 values,codes,words,scale".
+
+LIBRARY = torch.library.Library("slidesparse", "DEF")
+_TAGS = (torch.Tag.needs_fixed_stride_order,)
+LIBRARY.define("linear(Tensor x, Tensor[] weight, Tensor? bias, int n, int k, str facts) -> Tensor", tags=_TAGS)
+LIBRARY.define("quantize(Tensor x, Tensor[] weight, int n, int k, str facts) -> (Tensor, Tensor)", tags=_TAGS)
+LIBRARY.define(
+    "product(Tensor operand, Tensor scale, Tensor[] weight, Tensor? bias, SymInt m, ScalarType out, int n, int k, str facts)"
+    " -> Tensor",
+    tags=_TAGS,
+)
+_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def _known(weight: Sequence[Tensor], x: Tensor, n: int, k: int, facts: str) -> Any:
+    """The DeviceWeight, on the device of x, which is made the current one by the caller."""
+    found = _weights.get(weight[0].data_ptr())
+    if found is None or found.shape != (n, k):
+        found = _device_weight(weight, n, k, facts)
+    if found.ordinal != x.get_device():
+        raise ss.OperandError(f"x: is on {x.device}, the weight on cuda:{found.ordinal}; move one of them")
+    return found
+
+
+def _bound(there: Any, m: int, out: str) -> Any:
+    """The plan for m tokens; compiled kernels and addresses are found before a CUDA graph is captured, not while."""
+    if (bound := there.plans.get((m, out))) is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise ss.OperandError(
+                f"x: {m} tokens were not multiplied by this weight before the capture of a CUDA graph, which may not compile"
+                " kernels; run each number of tokens once first"
+            )
+        bound = there.bound(m, out)
+    return bound
+
+
+_scratch: dict[tuple[int, int, int], Tensor] = {}
+"""(device, stream, thread) -> scratch memory of eager calls: those of one thread on one stream follow each other."""
+
+
+def _workspace(size: int, device: int, stream: int, x: Tensor) -> Tensor:
+    """Scratch memory, at least `size` bytes. While a CUDA graph is captured it is the graph's own: graphs may run side by side."""
+    key = device, stream, threading.get_ident()
+    held = _scratch.get(key)
+    if held is not None and held.nbytes >= size and not torch.cuda.is_current_stream_capturing():
+        return held
+    made = torch.empty(size if held is None else max(size, 2 * held.nbytes), dtype=torch.uint8, device=x.device)
+    if not torch.cuda.is_current_stream_capturing():
+        _scratch[key] = made
+    return made
+
+
+def _check(x: Tensor, bias: Tensor | None, n: int, k: int) -> int:
+    """m; OperandError unless x and bias are operands."""
+    if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != k:
+        raise ss.OperandError(f"x: {x.dtype} {tuple(x.shape)} must be float32, float16 or bfloat16, of shape [..., {k}]")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ss.OperandError("x: requires grad, but packed linears are for inference only; call under torch.no_grad()")
+    if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,) or bias.device != x.device):
+        raise ss.OperandError(
+            f"bias: {bias.dtype} {tuple(bias.shape)} on {bias.device} must be a float type, [{n}], on {x.device}"
+        )
+    return x.numel() // k if k else x.shape[:-1].numel()
+
+
+def _rows(x: Tensor, m: int, k: int, size: int) -> tuple[Tensor, tuple[int, int]]:
+    """x as [m, k], and its strides in bytes."""
+    if x.dim() != 2:
+        x = x.reshape(m, k)
+    rows, columns = x.stride()
+    return x, ((k if m == 1 else rows) * size, columns * size)
+
+
+def _linear_cuda(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str) -> Tensor:
+    m = _check(x, bias, n, k)
+    device = x.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _linear_cuda(x, weight, bias, n, k, facts)
+    y = x.new_empty((*x.shape[:-1], n))
+    if m and n:
+        there = _known(weight, x, n, k, facts)
+        name, size, _ = FLOATS[x.dtype]
+        rows, strides = _rows(x, m, k, size)
+        stream = _stream(device)
+        scratch = _workspace(_bound(there, m, name).plan.bytes, device, stream, x)
+        bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
+        there.linear(m, rows.data_ptr(), name, strides, y.data_ptr(), n, name, scratch.data_ptr(), stream, bias_at, code)
+    return y
+
+
+def _linear_cpu(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str) -> Tensor:
+    _check(x, bias, n, k)
+    packed = _packed(weight, n, k, facts)
+    return from_numpy(ss.matmul(as_numpy(x), packed, bias=None if bias is None else as_numpy(bias)))
+
+
+def _linear_fake(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _quantize_cuda(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
+    m = _check(x, None, n, k)
+    device = x.get_device()
+    with torch.cuda.device(device):
+        there = _known(weight, x, n, k, facts)
+        form, (name, size, _) = there.operand, FLOATS[x.dtype]
+        operand = torch.empty(form.bytes(m), dtype=torch.uint8, device=x.device)
+        scale = torch.empty(m if there.scaled else 0, dtype=torch.float32, device=x.device)
+        if m:
+            rows, strides = _rows(x, m, k, size)
+            there.quantize(m, rows.data_ptr(), name, strides, operand.data_ptr(), scale.data_ptr(), _stream(device))
+    return operand, scale
+
+
+def _quantize_cpu(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
+    _check(x, None, n, k)
+    q = ss.quantize(as_numpy(x), _packed(weight, n, k, facts))
+    scale = np.empty(0, np.float32) if q.scale is None else q.scale[:, 0]
+    return torch.from_numpy(q.values.view(np.uint8).reshape(-1)), torch.from_numpy(scale.copy())
+
+
+def _quantize_fake(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
+    m = x.shape[:-1].numel()
+    pattern, dtype, _ = facts.split(" ")
+    capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
+    size, scaled = ss.operand_bytes(m, k, pattern, dtype, capability)
+    return x.new_empty(size, dtype=torch.uint8), x.new_empty(m if scaled else 0, dtype=torch.float32)
+
+
+def _product_cuda(
+    operand: Tensor,
+    scale: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    m: int,
+    out: torch.dtype,
+    n: int,
+    k: int,
+    facts: str,
+) -> Tensor:
+    device, (name, _, _) = operand.get_device(), FLOATS[out]
+    y = torch.empty((m, n), dtype=out, device=operand.device)
+    with torch.cuda.device(device):
+        if m and n:
+            there = _known(weight, operand, n, k, facts)
+            bound = _bound(there, m, name)
+            if operand.nbytes != bound.plan.scale_at or operand.data_ptr() % 16:
+                raise ss.OperandError(
+                    f"operand: {operand.nbytes} bytes must be {bound.plan.scale_at}; make it with quantize(x)"
+                )
+            scratch = torch.empty(bound.plan.bytes - bound.plan.parts_at, dtype=torch.uint8, device=operand.device)
+            bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
+            there.multiply(
+                bound, operand.data_ptr(), bound.plan.operand.pitch, scale.data_ptr(), y.data_ptr(), n,
+                scratch.data_ptr() - bound.plan.parts_at, _stream(device), bias_at, code,
+            )  # fmt: skip
+    return y
+
+
+def _product_cpu(
+    operand: Tensor,
+    scale: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    m: int,
+    out: torch.dtype,
+    n: int,
+    k: int,
+    facts: str,
+) -> Tensor:
+    packed = _packed(weight, n, k, facts)
+    values = as_numpy(operand).view(packed.dtype.numpy).reshape(m, k)
+    scales = as_numpy(scale).reshape(m, 1) if scale.numel() else None
+    source = np.dtype(_ml_dtypes("bfloat16") if out == torch.bfloat16 else NUMPY[out])
+    q = ss.QuantizedActivations(values, scales, (m,), packed.dtype, source)
+    return from_numpy(ss.matmul(q, packed, bias=None if bias is None else as_numpy(bias)))
+
+
+def _product_fake(
+    operand: Tensor,
+    scale: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    m: int,
+    out: torch.dtype,
+    n: int,
+    k: int,
+    facts: str,
+) -> Tensor:
+    return operand.new_empty((m, n), dtype=out)
+
+
+for _name in ("linear", "quantize", "product"):
+    LIBRARY.impl(_name, globals()[f"_{_name}_cuda"], "CUDA")
+    LIBRARY.impl(_name, globals()[f"_{_name}_cpu"], "CPU")
+    LIBRARY._register_fake(_name, globals()[f"_{_name}_fake"])
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------
+
+
+class Quantized(NamedTuple):
+    """Activations quantized once, for several layers of one pattern, scheme and k: from `SparseLinear.quantize`."""
+
+    operand: Tensor
+    scale: Tensor
+    lead: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class SparseLinear(nn.Module):
+    """y = x @ w.T + bias with a packed weight [out_features, in_features]; inference only.
+
+    The tensors of the packed format (docs/format.md) are its state: `weight_packed`, `weight_meta`, `weight_scale`,
+    `weight_shape`, `bias`. On a GPU the weight is arranged in memory of PyTorch's there, and the packed tensors stay on the
+    host; `drop_packed` frees them.
+
+    Args:
+        pattern: "6:8", (6, 8) or a Pattern.
+        scheme: "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16", or another name of the type of weights.
+        bias: whether there is one, of `dtype`.
+        device, dtype: as of torch.nn.Linear; the packed tensors keep their types whatever `dtype` and later casts say.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        pattern: Any = "6:8",
+        scheme: Any = "INT8_W8A8",
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        config = ss.PackedConfig.of(pattern, scheme)
+        self.pattern, self.scheme = config.pattern, config.scheme
+        for name, (kind, shape) in config.tensors(out_features, in_features).items():
+            self.register_buffer(name, torch.empty(shape, dtype=TORCH[kind], device=device))
+        if "weight_scale" not in self._buffers:
+            self.register_buffer("weight_scale", None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), False) if bias else None
+        )
+        self.arranged: list[Tensor] = []
+        self.facts = f"{self.pattern} {self.scheme} packed"
+
+    # ---- where weights come from
+
+    @classmethod
+    def from_packed(cls, packed: ss.PackedWeight, bias: Tensor | None = None, device: Any = None) -> SparseLinear:
+        """Of a packed weight on the host or a GPU."""
+        with torch.device("meta"):
+            made = cls(packed.k, packed.n, packed.pattern, packed.scheme, bias=False)
+        on_gpu = not isinstance(packed.values, np.ndarray)
+        for name, array in packed.tensors().items():
+            if on_gpu and not isinstance(array, np.ndarray):
+                array = array.get().view(packed.dtype.numpy) if name == "weight_packed" else array.get()
+            made._buffers[name] = from_numpy(np.array(array))
+        if bias is not None:
+            made.bias = nn.Parameter(bias.detach(), False)
+        return made.settle(device)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, pattern: Any = "6:8", scheme: Any = "INT8_W8A8", prune: Any = "magnitude"
+    ) -> SparseLinear:
+        """Prune, quantize and pack a dense layer, where it is; arguments and errors are those of `slidesparse_nb.pack`."""
+        weight = linear.weight.detach()
+        w = as_numpy(weight) if weight.device.type == "cpu" else as_cupy(weight.contiguous())
+        packed = ss.pack(w, pattern, ss.Scheme.of(scheme), prune=prune)
+        return cls.from_packed(packed, linear.bias, weight.device)
+
+    # ---- where they are
+
+    def settle(self, device: Any = None) -> SparseLinear:
+        """Arrange the packed tensors for the GPU that they are on, or are to go to; the packed ones go to the host.
+
+        Called by whoever filled the buffers: `.to`, `load_state_dict`, adapters.
+        """
+        target = torch.device(device) if device is not None else self._place()
+        if target.type == "cuda":
+            if target.index is None:
+                target = torch.device("cuda", torch.cuda.current_device())
+            buffers, self.facts = arrange(self.packed(), target)
+            self.arranged = list(buffers.values())
+        else:
+            self.arranged, self.facts = [], f"{self.pattern} {self.scheme} packed"
+        if self.weight_packed is not None and target.type != "meta":
+            for name in PACKED:
+                if self._buffers[name] is not None:
+                    self._buffers[name] = self._buffers[name].to("cpu")
+        if self.bias is not None and self.bias.device != target:
+            self.bias = nn.Parameter(self.bias.to(target), False)
+        return self
+
+    def _place(self) -> torch.device:
+        if self.weight_packed is not None and self.weight_packed.device.type != "cpu":
+            return self.weight_packed.device
+        return self.arranged[0].device if self.arranged else torch.device("cpu")
+
+    def packed(self) -> ss.PackedWeight:
+        """The packed weight, on the host.
+
+        Raises:
+            OperandError: it was dropped.
+            FormatError: the tensors do not belong together.
+        """
+        if self.weight_packed is None:
+            raise ss.OperandError("weight: the packed tensors were dropped; load the layer again")
+        tensors = {name: as_numpy(self._buffers[name].cpu()) for name in PACKED if self._buffers[name] is not None}
+        return ss.PackedWeight.from_tensors(tensors, self.pattern, self.scheme)
+
+    def drop_packed(self) -> None:
+        """Free the packed tensors; the layer then has no state to save. On the CPU they are what is multiplied."""
+        if self.arranged:
+            for name in PACKED:
+                self._buffers[name] = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        probe = fn(torch.empty(0, dtype=torch.uint8, device=self._place()))  # casts change no integers
+        if self.bias is not None:
+            self.bias = nn.Parameter(fn(self.bias.detach()), False)
+        if probe.device != self._place():
+            if probe.device.type == "meta":
+                for name in PACKED:
+                    if self._buffers[name] is not None:
+                        self._buffers[name] = self._buffers[name].to("meta")
+            self.settle(probe.device)
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        if self.weight_packed is not None and self.weight_packed.device.type != "meta":
+            self.settle()
+
+    # ---- the product
+
+    def _operands(self) -> list[Tensor]:
+        if self.arranged:
+            return self.arranged
+        held = [self._buffers[name] for name in PACKED[:3] if self._buffers[name] is not None]
+        return [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in held]  # whose bits are all that is read
+
+    def quantize(self, x: Tensor) -> Quantized:
+        """x [..., k], quantized for this layer and others of the same pattern, scheme and k (q/k/v, gate/up)."""
+        operand, scale = torch.ops.slidesparse.quantize(x, self._operands(), self.out_features, self.in_features, self.facts)
+        return Quantized(operand, scale, tuple(x.shape[:-1]), x.dtype)
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        """x: [..., k] float32, float16 or bfloat16, or what `quantize` made of it -> y: [..., n] of its type."""
+        facts = self.out_features, self.in_features, self.facts
+        if isinstance(x, Quantized):
+            m = 1
+            for size in x.lead:
+                m = m * size
+            y = torch.ops.slidesparse.product(x.operand, x.scale, self._operands(), self.bias, m, x.dtype, *facts)
+            return y.reshape(*x.lead, self.out_features)
+        return torch.ops.slidesparse.linear(x, self._operands(), self.bias, *facts)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
+            f" {self.pattern.described}, {self.scheme}"
+        )

@@ -1,0 +1,150 @@
+"""The quantization method of vLLM for packed linears; vLLM's classes of that kind are its public way in.
+
+A layer loads the tensors of the packed format, cut along n and k by vLLM's own parameter classes (fused q/k/v and gate/up,
+tensor parallelism by columns and rows). Then they are arranged for the GPU in PyTorch's memory, and freed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
+
+import slidesparse_nb as ss
+
+from ..torch import TORCH, arrange, as_cupy, as_numpy
+
+PLACED = {
+    "weight_packed": ModelWeightParameter,
+    "weight_meta": ModelWeightParameter,
+    "weight_scale": ChannelQuantScaleParameter,
+}
+"""Tensor of the packed format -> the class of parameters that knows how vLLM cuts it."""
+
+
+class SlideSparseConfig(QuantizationConfig):
+    """`quantization_config` of a packed model's config.json."""
+
+    def __init__(self, packed: ss.PackedConfig) -> None:
+        super().__init__()
+        self.packed, self.ignore = packed, list(packed.ignore)
+
+    def get_name(self) -> str:
+        return "slidesparse"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SlideSparseConfig:
+        return cls(ss.PackedConfig.read(config))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        ignored = should_ignore_layer(prefix, self.ignore, self.packed_modules_mapping)
+        if isinstance(layer, LinearBase):
+            return UnquantizedLinearMethod() if ignored else SlideSparseMethod(self.packed, prefix)
+        experts = "Experts" in type(layer).__name__ or "MoE" in type(layer).__name__
+        if experts and not (ignored or self._experts_ignored(prefix)):
+            raise ss.UnsupportedError(
+                f"{prefix}: packed experts are not served by vLLM yet; pack the model with its experts dense (--targets for the"
+                " other layers)"
+            )
+        return None
+
+    def _experts_ignored(self, prefix: str) -> bool:
+        """Whether the experts' own layers, which this layer fuses, stay dense."""
+        return any(name.startswith((f"{prefix}.", f"re:{prefix}")) for name in self.ignore)
+
+
+@register_weight_loader_v2_supported_method
+class SlideSparseMethod(LinearMethodBase):
+    """y = x @ w.T + bias with packed weights.
+
+    Args:
+        name: of the layer, for messages.
+    """
+
+    def __init__(self, packed: ss.PackedConfig, name: str) -> None:
+        self.packed, self.name = packed, name
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Parameters of the packed format, for vLLM to load into."""
+        if get_current_vllm_config().lora_config is not None:
+            raise ss.UnsupportedError(f"{self.name}: packed layers take no LoRA adapters; merge them before packing")
+        pattern, scheme = self.packed.pattern, self.packed.scheme
+        k, unit = input_size_per_partition, scheme.slice_unit(pattern)
+        if k != input_size and k % unit:
+            raise ss.UnsupportedError(
+                f"{self.name}: k={input_size} over {input_size // k} GPUs gives {k} columns each, which must be a multiple of"
+                f" {unit}, the slice unit of {pattern.described}; use fewer GPUs"
+            )
+        shape, load = (sum(output_partition_sizes), k), extra["weight_loader"]
+        for name, (kind, size) in self.packed.tensors(*shape).items():
+            data = torch.empty(size, dtype=TORCH[kind])
+            if name == "weight_shape":  # of the whole, which is not looked at
+                parameter = BasevLLMParameter(data=data, weight_loader=load)
+            elif (place := PLACED.get(name)) is ModelWeightParameter:
+                parameter = place(data=data, input_dim=1, output_dim=0, weight_loader=load)
+            elif place is not None:
+                parameter = place(data=data, output_dim=0, weight_loader=load)
+            else:
+                raise ss.UnsupportedError(f"{self.name}: {scheme} weights have no kernel in vLLM; pack as int8 or fp8")
+            layer.register_parameter(name, parameter)
+        layer.slidesparse_shape = shape
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Arrange the loaded weight, and free what was loaded."""
+        n, k = layer.slidesparse_shape
+        pattern, scheme = self.packed.pattern, self.packed.scheme
+        held = {name: getattr(layer, name).data for name in (*PLACED, "weight_shape") if hasattr(layer, name)}
+        on_gpu = held["weight_packed"].is_cuda
+        view = as_cupy if on_gpu else as_numpy
+        tensors = {name: view(tensor) for name, tensor in held.items() if name != "weight_shape"}
+        packed = ss.PackedWeight.from_tensors({**tensors, "weight_shape": [n, k]}, pattern, scheme)
+        if on_gpu:
+            buffers, facts = arrange(packed, held["weight_packed"].device)
+        else:
+            buffers = {name: tensor for name, tensor in held.items() if name != "weight_shape"}
+            facts = f"{pattern} {scheme} packed"
+        for name in held:
+            delattr(layer, name)
+        for name, tensor in buffers.items():
+            layer.register_parameter(f"slidesparse_{name}", Parameter(tensor, requires_grad=False))
+        layer.slidesparse_names = tuple(f"slidesparse_{name}" for name in buffers)
+        layer.slidesparse_facts = facts
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        n, k = layer.slidesparse_shape
+        weight = [getattr(layer, name) for name in layer.slidesparse_names]
+        return torch.ops.slidesparse.linear(x, weight, bias, n, k, layer.slidesparse_facts)
