@@ -82,7 +82,7 @@ def test_a_description_outlives_a_fit() -> None:
     assert isinstance(config, sm90.Config)
     assert tuned.described(replace(config, tile=replace(config.tile, stage_ns=1, tile_ns=1))) == tuned.described(config)
     assert tuned.described(replace(config, resident=3)) != tuned.described(config)
-    assert tuned.described(replace(config, band=3)) != tuned.described(config)
+    assert tuned.described(replace(config, raster_group=3)) != tuned.described(config)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
