@@ -24,14 +24,18 @@ template <bool Value> struct Flag {
     static constexpr bool value = Value;
 };
 
-// Writes the 64 outputs from n0 of the EPILOGUE_TOKENS tokens from m0.
-//   Whole: all of them are inside y, whose rows are aligned.
+// Writes the 64 outputs from n0 of the EPILOGUE_TOKENS tokens from m0: y = acc * token * channel + offset.
+//   Biased: offset is not zero. Whole: all of them are inside y, whose rows are aligned
+//   acc, token, channel, offset: this thread's, of its sums, tokens and two outputs
+//   y: [m, n]; y_pitch: elements from row to row; aligned: its rows start at multiples of 16 bytes
+//   staging: two chunks of this warpgroup; thread: of the warpgroup; barrier: its bar.sync
 // A chunk of tokens leaves shared memory while the next one is converted; with LOW_REGISTER_EPILOGUE it leaves before.
 template <bool Biased, bool Whole>
 INLINE void write_rows(const Accumulator (&acc)[EPILOGUE_TOKENS / 2], const TokenScales& token, const float (&channel)[2],
                        const float (&offset)[2], Out* __restrict__ y, i64 y_pitch, bool aligned, int m0, int n0, int m, int n, u8* staging,
                        int thread, int barrier) {
-    constexpr int CHUNKS = EPILOGUE_TOKENS / CHUNK, VECTOR = 16 / sizeof(Out), VECTORS = 64 / VECTOR;  // elements; of a row of 64 outputs
+    constexpr int CHUNKS = EPILOGUE_TOKENS / CHUNK;
+    constexpr int VECTOR = 16 / sizeof(Out), VECTORS = 64 / VECTOR;  // elements in 16 bytes; of these in a row of 64 outputs
     constexpr int PASSES = (CHUNK * VECTORS + 127) / 128;
     const int warp = thread / 32, lane = thread % 32, g = lane / 4, q = lane % 4;
     const int to_row = thread / VECTORS, to_vector = thread % VECTORS, to_n = n0 + to_vector * VECTOR;

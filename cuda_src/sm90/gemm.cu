@@ -212,7 +212,8 @@ extern "C" __global__ void
         if constexpr (SPLIT_K == 1) {
 #pragma unroll
             for (int at = 0; at < TOKENS; at += EPILOGUE_TOKENS) {
-                const bool more = !WIDE && at + EPILOGUE_TOKENS < TOKENS, early = OUT != TYPE_FLOAT32;  // which leaves no registers
+                // the next scales are loaded before these tokens are stored, or after float32, which leaves no registers
+                const bool more = !WIDE && at + EPILOGUE_TOKENS < TOKENS, early = OUT != TYPE_FLOAT32;
                 TokenScales later;
                 if (more && early) later.load(scale_x, m0 + at + EPILOGUE_TOKENS, m, lane);
                 finish((const Accumulator (&)[EPILOGUE_TOKENS / 2])acc[0][at / 2], m0 + at);
@@ -228,7 +229,7 @@ extern "C" __global__ void
 #pragma unroll 1
                 for (int at = 0; at < REDUCER_TOKENS; at += EPILOGUE_TOKENS) {
                     if (!WIDE && at > 0) token.load(scale_x, m0 + share + at, m, lane);
-                    Accumulator sum[EPILOGUE_TOKENS / 2];
+                    Accumulator sum[EPILOGUE_TOKENS / 2];  // of all parts, in order of rank
 #pragma unroll
                     for (u32 r = 0; r < SPLIT_K; r++) {
 #pragma unroll

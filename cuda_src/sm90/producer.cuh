@@ -5,9 +5,11 @@
 #include "sm90/smem.cuh"
 
 struct Loads {
-    const u8 *x, *values, *metadata;
+    const u8* x;         // [stages, rows, 128]
+    const u8* values;    // [stages, row_tiles, VALUE_BYTES]
+    const u8* metadata;  // [stages, row_tiles, METADATA_BYTES]
     Smem smem;
-    int rows, row_tiles;  // of a stage in global memory: tokens, padded to 8; row tiles, padded to 2
+    int rows, row_tiles;  // tokens, padded to 8; row tiles, padded to 2
 
     INLINE Loads(const Problem& p, const u8* x, const u8* values, const u8* metadata, Smem smem)
         : x(x), values(values), metadata(metadata), smem(smem), rows((p.m + 7) / 8 * 8), row_tiles((p.n + 127) / 128 * 2) {}
