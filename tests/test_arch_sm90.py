@@ -1,4 +1,4 @@
-"""The Hopper kernel's images and choices: a model of wgmma.sp multiplies what arrange and image lay out."""
+"""Hopper's layouts and choices: a model of wgmma.sp multiplies the layouts of arrange and image."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def instruction(values: np.ndarray, words: np.ndarray, step: int, dtype: DType) 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("pattern", [*known_patterns(), Pattern(22, 24)], ids=str)
 @pytest.mark.parametrize("full", [True, False])
-def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType, full: bool) -> None:
+def test_layouts_multiply_to_the_product(pattern: Pattern, dtype: DType, full: bool) -> None:
     rng = np.random.default_rng(pattern.group)
     n, k, m = 70, 75, 19
     packed = packed_weight(rng, n, k, pattern, dtype, full)
@@ -63,20 +63,20 @@ def test_images_multiply_to_the_product(pattern: Pattern, dtype: DType, full: bo
     arranged, tiles = arrange(packed), image(x, pattern)
     count = stages(pattern, k, dtype)
     assert arranged["values"].shape == (count, 2, 4096)
-    assert ("codes" in arranged) == (2 <= pattern.windows <= 7 and (full or dtype.bits == 8))
-    words = expand(arranged["codes"], pattern, dtype) if "codes" in arranged else arranged["words"]
-    assert "codes" not in arranged or words.nbytes == 2 * arranged["codes"].nbytes
+    assert ("compact" in arranged) == (2 <= pattern.windows <= 7 and (full or dtype.bits == 8))
+    words = expand(arranged["compact"], pattern, dtype) if "compact" in arranged else arranged["expanded"]
+    assert "compact" not in arranged or words.nbytes == 2 * arranged["compact"].nbytes
     assert tiles.shape == (count, 3, 8, 128)
     assert tiles.nbytes == sm90.ARCH.operand(pattern, k, dtype).bytes(m)
     y = np.zeros((128, 24))
     for stage in range(count):
         rows, token, byte = tiles[stage].reshape(24, 128), np.arange(24)[:, None], np.arange(128)
         slid = np.take_along_axis(rows, byte ^ (token % 8 * 16), 1).view(dtype.numpy).astype(np.float64)
-        for strip in range(2):
+        for tile in range(2):
             for step in range(2):
                 part = slid[:, step * slid.shape[1] // 2 : (step + 1) * slid.shape[1] // 2]  # 64 bytes a token
-                y[64 * strip : 64 * strip + 64] += (
-                    instruction(arranged["values"][stage, strip], words[stage, strip], step, dtype) @ part.T
+                y[64 * tile : 64 * tile + 64] += (
+                    instruction(arranged["values"][stage, tile], words[stage, tile], step, dtype) @ part.T
                 )
     np.testing.assert_array_equal(y[:n, :m], reference.unpack(packed).astype(np.float64) @ x.astype(np.float64).T)
     assert not y[n:].any()
@@ -101,28 +101,28 @@ def test_restore_gives_the_same_matrix(shape: tuple[int, int], pattern: str, dty
     np.testing.assert_array_equal(
         reference.unpack(back).view(dtype.raw), reference.unpack(packed).view(dtype.raw), err_msg="dense"
     )
-    if pattern in ("2:4", "22:24"):  # no codes: everything stays where it was
+    if pattern in ("2:4", "22:24"):  # no compact metadata: everything stays where it was
         assert back.values.tobytes() == packed.values.tobytes()
         assert back.meta.tobytes() == packed.meta.tobytes()
 
 
 @pytest.mark.parametrize("pattern", known_patterns()[1:], ids=str)
-def test_every_mask_has_a_code_and_its_nibbles(pattern: Pattern) -> None:
+def test_every_mask_has_a_number_and_its_nibbles(pattern: Pattern) -> None:
     table = sm90_layout.nibbles(pattern)
     masks = [set(range(pattern.group)) - {a, b} for b in range(pattern.group) for a in range(b)]
-    assert len(table) == len(masks) <= 1 << sm90_layout.code_bits(pattern)
+    assert len(table) == len(masks) <= 1 << sm90_layout.mask_bits(pattern)
     for mask, row in zip(masks, table, strict=True):
         assert [2 * j + p for j, nibble in enumerate(row) for p in (nibble & 3, nibble >> 2)] == sorted(mask)
-    assert sm90_layout.code_bits(pattern) * sm90_layout.codes_in_a_word(pattern) <= 32
+    assert sm90_layout.mask_bits(pattern) * sm90_layout.masks_per_word(pattern) <= 32
 
 
-def test_a_column_kept_in_two_windows_is_multiplied_twice_without_codes() -> None:
+def test_a_column_stored_in_two_windows_is_multiplied_twice_without_compact_metadata() -> None:
     # 6:8, two groups: columns 0 2 | 2 3 | ...
     values = np.array([[1, 2, 3, 4, 0, 0, 0, 0, 0, 0, 0, 0]], np.int8)
     meta = np.array([[0x48, 0x44, 0x44]], np.uint8)
     packed = PackedWeight(values, meta, np.ones((1, 1), np.float32), Pattern(6, 8), (1, 16), INT8)
     arranged = arrange(packed)
-    assert "codes" not in arranged
+    assert "compact" not in arranged
     back = restore(arranged, packed)
     assert back.values.tobytes() == values.tobytes()
     assert back.meta.tobytes() == meta.tobytes()
@@ -135,7 +135,7 @@ def test_candidates_fit(dtype: DType, out: str) -> None:
         room = (sm90.SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
         assert config.stages >= (5 if config.tile.tokens <= 64 else 4)
         assert config.shared_bytes <= room
-        more = config.shared_bytes + sm90.stage_bytes(config.tile, dtype, config.windows > 0)
+        more = config.shared_bytes + sm90.stage_bytes(config.tile, dtype, config.compact)
         assert more > room - 1024 or config.stages == sm90.MOST_STAGES
         assert str(config.tile) in str(config)
 
@@ -148,7 +148,7 @@ SHAPES = [*QWEN, (130, 70), (1, 1), (8448, 512), (64, 100000), (8500, 300)]
 
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 200, 256, 300, 1024, 4096, 65536])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_way_of_sharing_out_covers_every_tile_and_step(m: int, shape: tuple[int, int]) -> None:
+def test_every_candidate_covers_every_tile_and_step(m: int, shape: tuple[int, int]) -> None:
     n, k = shape
     problem = GemmProblem(m, n, k, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE)
     chosen = choose(problem)
@@ -157,27 +157,27 @@ def test_every_way_of_sharing_out_covers_every_tile_and_step(m: int, shape: tupl
     for launches in every:
         assert [config.order for config in launches] in ([sm90.ALONE], [sm90.BEFORE_REST, sm90.REST])
         first, last = launches[0], launches[-1]
-        assert (first.strips[0], last.strips[1]) == (0, -(-n // 64))
+        assert (first.row_tiles[0], last.row_tiles[1]) == (0, -(-n // 64))
         assert (first.begin, last.end) == (0, last.tiles(m))
         if first is not last:
-            if first.strips == last.strips:  # tiles after tiles
+            if first.row_tiles == last.row_tiles:  # tiles after tiles
                 assert first.end == last.begin
                 assert first.tile == last.tile
-            else:  # strips after strips; the second launch may take two at a time
+            else:  # row tiles after row tiles; the second launch may take two at a time
                 assert (first.end, last.begin) == (first.tiles(m), 0)
-                assert first.strips[1] == last.strips[0]
-                assert last.strips[0] % 2 == 0
+                assert first.row_tiles[1] == last.row_tiles[0]
+                assert last.row_tiles[0] % 2 == 0
         for config in launches:
             tiles = config.end - config.begin
             assert tiles > 0
             assert config.possible(sm90.along_k(problem))
             assert config.arguments(problem) == {
-                "stages": sm90.along_k(problem), "first_strip": config.strips[0], "last_strip": config.strips[1],
-                "begin": config.begin, "end": config.end, "order": config.order, "band": config.band,
+                "stages": sm90.along_k(problem), "first_row_tile": config.row_tiles[0], "last_row_tile": config.row_tiles[1],
+                "begin": config.begin, "end": config.end, "order": config.order, "raster_group": config.raster_group,
             }  # fmt: skip
-            if config.cut > 1:
-                assert config.blocks == tiles * config.cut <= 132 * config.resident
-                assert sm90.along_k(problem) // 2 >= config.cut  # every block has a step, of two stages at most
+            if config.split_k > 1:
+                assert config.blocks == tiles * config.split_k <= 132 * config.resident
+                assert sm90.along_k(problem) // 2 >= config.split_k  # every block has a step, of two stages at most
             elif config.order == sm90.REST:
                 assert config.blocks == tiles <= 132 * config.resident
             else:
@@ -221,38 +221,38 @@ def test_all_types_are_supported() -> None:
 
 
 @pytest.mark.parametrize("tile", [tile for tile in sm90.TILES if tile.warpgroups == 3], ids=str)
-def test_three_warpgroups_have_strips_enough_and_what_loads_itself_stages(tile: sm90.Tile) -> None:
-    assert tile.loads_itself == (tile.tokens > 192)
-    short = not tile.loads_itself  # 160 columns of 6:8 are two stages
+def test_three_warpgroups_have_row_tiles_enough_and_consumers_that_load_stages(tile: sm90.Tile) -> None:
+    assert tile.consumers_load == (tile.tokens > 192)
+    short = not tile.consumers_load  # 160 columns of 6:8 are two stages
     for n, k, possible in ((192, 3584, True), (193, 3584, True), (129, 3584, True), (128, 3584, False), (192, 160, short)):
         problem = GemmProblem(4096, n, k, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE)
         assert bool(list(sm90.candidates_of(tile, problem))) == possible, (n, k)
 
 
-def test_larger_tiles_read_codes_where_one_takes_all_tokens() -> None:
+def test_larger_tiles_read_compact_metadata_where_one_takes_all_tokens() -> None:
     cases = [
         (100, 64, 2, FLOAT8, True),  # small: always
         (128, 128, 2, FLOAT8, True), (129, 128, 2, FLOAT8, False), (256, 256, 2, FLOAT8, True), (100, 256, 3, FLOAT8, False),
         (128, 128, 2, BFLOAT16, True), (100, 160, 2, BFLOAT16, False), (256, 256, 2, INT8, True),
     ]  # fmt: skip
-    for m, tokens, warpgroups, dtype, codes in cases:
+    for m, tokens, warpgroups, dtype, compact in cases:
         tile = next(tile for tile in sm90.TILES if (tile.tokens, tile.warpgroups) == (tokens, warpgroups))
         for pattern in (Pattern(6, 8), Pattern(2, 4)):
             problem = GemmProblem(m, 4608, 3584, pattern, dtype, "bfloat16", DEVICE)
             read = {launches[0].windows for launches in sm90.candidates_of(tile, problem)}
-            assert read == {pattern.windows if codes and pattern.group > 4 else 0}, (m, tile, dtype, pattern)
+            assert read == {pattern.windows if compact and pattern.group > 4 else 0}, (m, tile, dtype, pattern)
 
 
-def test_small_tiles_are_for_few_tokens_and_bands_narrow_for_not_too_many() -> None:
-    def ways(m: int) -> list[sm90.Config]:
+def test_small_tiles_are_for_few_tokens_and_rasterization_groups_narrow_for_not_too_many() -> None:
+    def launches(m: int) -> list[sm90.Config]:
         problem = GemmProblem(m, 4608, 3584, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE)
-        return [config for way in sm90.ARCH.candidates(problem) for config in way]
+        return [config for candidate in sm90.ARCH.candidates(problem) for config in candidate]
 
-    assert min(config.tile.tokens for config in ways(sm90.SMALL_M)) <= sm90.SMALL_TOKENS
-    assert min(config.tile.tokens for config in ways(sm90.SMALL_M + 1)) > sm90.SMALL_TOKENS
-    for m, band in ((sm90.NARROW_TOKENS, sm90.NARROW_BAND), (sm90.NARROW_TOKENS + 1, sm90.BAND)):
-        assert {config.band for config in ways(m) if config.tile.tokens == 256} == {band}
-        assert {config.band for config in ways(m) if config.tile.tokens < 256} == {sm90.BAND}
+    assert min(config.tile.tokens for config in launches(sm90.SMALL_M)) <= sm90.SMALL_TOKENS
+    assert min(config.tile.tokens for config in launches(sm90.SMALL_M + 1)) > sm90.SMALL_TOKENS
+    for m, group in ((sm90.NARROW_TOKENS, sm90.NARROW_RASTER_GROUP), (sm90.NARROW_TOKENS + 1, sm90.RASTER_GROUP)):
+        assert {config.raster_group for config in launches(m) if config.tile.tokens == 256} == {group}
+        assert {config.raster_group for config in launches(m) if config.tile.tokens < 256} == {sm90.RASTER_GROUP}
 
 
 def test_many_tokens_take_the_tile_that_copies_least() -> None:

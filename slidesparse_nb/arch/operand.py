@@ -1,10 +1,10 @@
-"""How kernels load activations: as rows, or slid and in swizzled tiles. NumPy, or CuPy by the same lines.
+"""The layouts in which kernels load activations: rows, or the swizzled tile layout. NumPy, or CuPy by the same lines.
 
-Rows are x as it stands, 16-byte aligned; a kernel that cannot lift a pattern gets them lifted. Tiles are an image of shared
-memory, [stages, groups of 8 tokens, 8 x 128 bytes]: a stage is 128 slid bytes along k, and any run of groups is a tile, which
-one bulk copy moves. The 16-byte pieces of a 128-byte row are swizzled (PTX ISA, "Asynchronous warpgroup level matrix
-multiply-accumulate", "Shared memory matrix layout"); those of an 8-bit type in the order `HALVES`, which puts the windows of an
-instruction side by side.
+Rows are x unchanged, 16-byte aligned; for a kernel that cannot lift the pattern they are lifted. The swizzled tile layout is
+that of shared memory, [stages, groups of 8 tokens, 8 x 128 bytes]: a stage is 128 bytes of expanded k, and any run of groups is
+a tile, which one bulk copy moves. The 16-byte chunks of a 128-byte row are swizzled (PTX ISA, "Asynchronous warpgroup level
+matrix multiply-accumulate", "Shared memory matrix layout"); those of an 8-bit type are in the order `HALVES` before, which puts
+the windows of an instruction side by side.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Operand:
     """The layout of x [m, k] that a kernel loads.
 
     Attributes:
-        tiled: swizzled tiles; else rows.
+        tiled: the swizzled tile layout; else rows.
         lift: the pattern by which x is lifted in memory; None: the kernel lifts it.
-        row_bytes: of a token.
+        row_bytes: bytes of a token.
     """
 
     tiled: bool
@@ -34,21 +34,21 @@ class Operand:
 
     @property
     def pitch(self) -> int:
-        """Bytes from one token to the next, where they are made here."""
+        """Bytes from one token to the next, in buffers of our own."""
         return -(-self.row_bytes // 16) * 16
 
     def bytes(self, m: int) -> int:
-        """Bytes of m tokens; tiles are of whole groups."""
+        """Bytes of m tokens; the swizzled tile layout has whole groups of 8."""
         return (-(-m // 8) * 8 if self.tiled else m) * self.pitch
 
 
-# ---- tiles -----------------------------------------------------------------------------------------------------------
+# ---- the swizzled tile layout ----------------------------------------------------------------------------------------
 
 STAGE = 128
-"""Slid bytes of one token in a stage."""
+"""Bytes of expanded k of one token in a stage."""
 
 HALVES = np.array([0, 1, 4, 5, 2, 3, 6, 7])
-"""Where the 16-byte pieces of a stage of an 8-bit type stand: both instructions' windows 0-15, then 16-31. Its own inverse."""
+"""Positions of the 16-byte chunks of a stage of an 8-bit type: both instructions' windows 0-15, then 16-31. Its own inverse."""
 
 TOKEN, PIECE = np.arange(8)[:, None], np.arange(8)
 
@@ -74,7 +74,7 @@ def _stages_of(slid_bytes: int) -> int:
 
 
 def image(x: Any, pattern: Pattern, xp: Any = np) -> Any:
-    """Activations [m, k] of a packed type, slid and laid out: uint8 [stages, ceil(m / 8), 8, 128].
+    """Activations [m, k] of a packed type, lifted, in the swizzled tile layout: uint8 [stages, ceil(m / 8), 8, 128].
 
     Chunk p of 16 bytes of a token's stage is stored at `piece_at`, which swizzles.
     """
@@ -87,8 +87,8 @@ def image(x: Any, pattern: Pattern, xp: Any = np) -> Any:
     padded[:m, :k] = raw
     slid = xp.zeros((padded.shape[0], count * STAGE // size), raw.dtype)
     slid[:, :ks] = padded[:, xp.asarray(pattern.lift_index(k))]
-    slid = slid.view(np.uint8).reshape(-1, 8, count, 8, 16)  # group, token, stage, piece, byte
-    slid = slid[:, xp.asarray(TOKEN), :, xp.asarray(piece_from(size))]  # [token, place, group, stage, byte]
+    slid = slid.view(np.uint8).reshape(-1, 8, count, 8, 16)  # group, token, stage, chunk, byte
+    slid = slid[:, xp.asarray(TOKEN), :, xp.asarray(piece_from(size))]  # [token, position, group, stage, byte]
     return xp.ascontiguousarray(slid.transpose(3, 2, 0, 1, 4)).reshape(count, -1, 8, STAGE)
 
 

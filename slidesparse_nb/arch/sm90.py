@@ -1,6 +1,6 @@
-"""The kernel on `wgmma.mma_async.sp`, the sparse tensor-core instruction of Hopper (sm_90a): tiles, candidates, cost.
+"""The kernel on `wgmma.mma_async.sp`, the sparse tensor-core instruction of Hopper (sm_90a): tiles, launches, candidates.
 
-Data and pure functions; how weights are laid out is in sm90_layout.py.
+Data and pure functions. sm90_layout.py has the layout of weights, sm90_cost.py the estimate of time.
 """
 
 from __future__ import annotations
@@ -14,32 +14,37 @@ from ..core.dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
+from . import sm90_cost
 from .operand import STAGE, Operand, stages
-from .sm90_layout import VALUE_BYTES, arrange, coded, expand, index_bytes
+from .sm90_layout import VALUE_BYTES, arrange, expand, has_compact_metadata, metadata_bytes
 
 PARAMETERS = {
     "x": "address", "values": "address", "scale_x": "address", "scale_w": "address", "bias": "address",
-    "bias_type": "integer", "y": "address", "y_pitch": "integer", "m": "integer", "n": "integer", "index": "address",
-    "stages": "integer", "first_strip": "integer", "last_strip": "integer", "begin": "integer", "end": "integer",
-    "order": "integer", "band": "integer",
+    "bias_type": "integer", "y": "address", "y_pitch": "integer", "m": "integer", "n": "integer", "metadata": "address",
+    "stages": "integer", "first_row_tile": "integer", "last_row_tile": "integer", "begin": "integer", "end": "integer",
+    "order": "integer", "raster_group": "integer",
 }  # fmt: skip
-"""Of the kernel, in its order."""
+"""Parameters of the kernel, in its order."""
 
 SHARED_MEMORY = 232448
-"""Bytes that a thread block may have. CUDA C++ Programming Guide, "Compute Capabilities"."""
+"""Most bytes of shared memory of a thread block. CUDA C++ Programming Guide, "Compute Capabilities"."""
 
 MOST_STAGES = 24
-PARTS_APART = 16384
-"""Up to so many bytes of parts of a cluster have memory of their own."""
+"""Most stages of a ring."""
+
+MOST_OWN_PARTS = 16384
+"""Largest partial sums of a cluster, in bytes a block, that have a buffer of their own; larger ones replace stages."""
 
 FLOAT8_ERROR = 2.0**-10
-"""Error of one float8 instruction (64 slid columns), relative to the sum of magnitudes: its accumulator keeps 13 bits of
-fraction (docs/hopper.md), and each of its addends is cut off there."""
+"""Error of one float8 instruction (64 expanded columns), relative to the sum of magnitudes. Its accumulator has 13 bits of
+fraction and cuts off what is below (docs/hopper.md)."""
 
-EARLY_TOKENS = 512
-"""Up to so many tokens a product may start while the kernel before it ends. Blocks that take the place of a quantization's, as
-these leave, are spread over the processors at random; those that share activations are then apart, L2 serves them one by
-one, and the product takes up to half as long again (docs/hopper.md)."""
+PDL_TOKENS = 512
+"""Largest m whose first launch uses PDL. Above it, blocks launched while the quantization kernel drains land on arbitrary SMs,
+neighbouring tiles lose L2 locality, and the GEMM takes up to 1.5x as long (docs/hopper.md)."""
+
+ALONE, BEFORE_REST, REST = 0, 1, 2
+"""Orders of a launch, as cuda_src/sm90/scheduler.cuh numbers them."""
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -47,18 +52,18 @@ one, and the product takes up to half as long again (docs/hopper.md)."""
 
 @dataclass(frozen=True)
 class Tile:
-    """A thread block computes `tokens` x `n` outputs: `warpgroups` consumers, each with a strip of 64.
+    """The outputs of a thread block: `tokens` x `n`, by `warpgroups` consumers with a row tile of 64 outputs each.
 
     Attributes:
-        stage_ns, tile_ns: fitted to measurements on an H100 at 6:8: time of a stage, and of a tile beside its stages.
-        cuts: into how many equal parts k may be cut.
+        stage_ns, tile_ns: time of a stage, and of a tile beside its stages; fitted to measurements on an H100 at 6:8.
+        splits: split-K candidates: thread blocks that share the k of a tile.
     """
 
     tokens: int
     warpgroups: int
     stage_ns: int
     tile_ns: int
-    cuts: tuple[int, ...]
+    splits: tuple[int, ...]
 
     @property
     def n(self) -> int:
@@ -66,8 +71,8 @@ class Tile:
         return 64 * self.warpgroups
 
     @property
-    def loads_itself(self) -> bool:
-        """Whether accumulators leave no registers for a producer."""
+    def consumers_load(self) -> bool:
+        """Whether accumulators leave no registers for a producer, so that consumers load their stages."""
         return self.warpgroups == 3 and self.tokens > 192
 
     def __str__(self) -> str:
@@ -97,52 +102,40 @@ TILES = (
     Tile(8, 2, 147, 0, (2, 4, 8)),
     Tile(8, 1, 90, 0, (2,)),
 )
-LAUNCH_NS = 838
-"""What a product takes beside its work."""
-CUT_NS_A_BLOCK, CUT_NS_A_TOKEN = 136, 24.0
-"""What adding up in a cluster adds."""
-RING_NS = 750
-"""How long a stage takes to come: a ring of s stages feeds one in so long / s at best."""
-CLUSTERS_FIT = 0.9
-"""Of the multiprocessors, how many clusters of three and more blocks find free: a cluster keeps to one group of them."""
-READ_BYTES_A_NS = 3230
-"""What the memory gives: fitted, too."""
-AGAIN_BYTES_A_NS = 6810
-"""What the L2 cache gives, of weights that tiles of other tokens read, too."""
-OVERLAP = 0.29
-"""Of the shorter of computing and reading, how much shows."""
-SMALL_TOKENS, SMALL_M = 64, 128
-"""Tiles of up to so many tokens are small: they read codes. Products of more than so many tokens take none of them: larger
-ones were faster wherever both were measured."""
-CODED_TOKENS = {8: 256, 16: 128}
-"""Of a type's bits: tiles of up to so many tokens read codes, too, where one takes all tokens, and all waits for weights from
-memory. Where several read the same weights, all but one from the L2 cache, decoding takes longer (docs/hopper.md)."""
-LARGEST, LONG_TOKENS, CAPPED = TILES[0], 8192, 1.08
-"""From so many tokens on, products take long enough for the board's power limit to decide, and other tiles than the largest,
-which copy more for an operation, are slower by so much."""
-BAND, NARROW_BAND, NARROW_TOKENS = 16, 8, 2048
-"""Tiles of n that run together with all tiles of m; with tiles of 256 tokens fewer, up to so many tokens (docs/hopper.md)."""
+SMALL_TOKENS = 64
+"""Largest small tile, in tokens. Small tiles read compact metadata wherever the pattern has it."""
+SMALL_M = 128
+"""Largest m that small tiles serve: above it larger tiles were faster in every measurement."""
+COMPACT_TOKENS = {8: 256, 16: 128}
+"""Largest tile (tokens) that reads compact metadata, by element width. Above SMALL_TOKENS a tile does so only if it takes all m
+tokens: then the weights come from memory, once. When several tiles read the same weights, L2 serves all but one, and decoding
+takes longer than it saves (docs/hopper.md)."""
+RASTER_GROUP = 16
+"""Tiles along n of a rasterization group, which runs together with all tiles along m."""
+NARROW_RASTER_GROUP, NARROW_TOKENS = 8, 2048
+"""Rasterization group of tiles of 256 tokens, and the largest m that takes it (docs/notes/hopper-attempts.md)."""
 MIXED_ROUNDS = 4
-"""Whole rounds after which the shape of the rest's tiles matters no more."""
-ALONE, BEFORE_REST, REST = 0, 1, 2
-"""Orders of a launch, as cuda_src/sm90/gemm.cu numbers them."""
+"""Most whole rounds of tiles before a rest in smaller tiles; after more rounds the shape of the rest makes no difference."""
+CLUSTERS_FIT = 0.9
+"""Share of the SMs that clusters of three and more blocks find free: the blocks of a cluster share a GPC."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One launch of the kernel; or, where there are no `blocks`, the kernel alone.
+    """One launch of the kernel; without `blocks`, the kernel alone.
 
     Attributes:
         dtype, out: type of weights and activations; name of the type of y.
-        tile: and how many `stages` of it are under way.
-        windows: of the pattern, whose masks are read as codes; 0: index words are read.
-        cut: thread blocks of a cluster that share a tile, each with an equal part of k.
-        resident: thread blocks that fit on a multiprocessor: with 2, those of the next launch start beside these.
-        strips: the first strip of weights that this launch may compute, and the one after the last.
-        begin, end: the tiles of these strips that it computes.
+        tile: what a thread block, or a cluster, computes.
+        stages: slots of the ring.
+        windows: windows of a group, of a pattern whose metadata is read in compact form; 0: expanded metadata.
+        split_k: thread blocks of a cluster, which share the k of a tile in equal parts.
+        resident: thread blocks that fit on an SM; with 2, those of the next launch start beside these.
+        row_tiles: the first row tile of weights that this launch may compute, and the one after the last.
+        begin, end: the tiles of these row tiles that it computes.
         blocks: thread blocks.
-        order: ALONE; or BEFORE_REST and REST, of two launches that share out the tiles.
-        band: tiles of n that run together with all tiles of m.
+        order: ALONE; or BEFORE_REST and REST, of two launches that share the tiles.
+        raster_group: tiles along n that run together with all tiles along m.
     """
 
     dtype: DType
@@ -150,65 +143,75 @@ class Config:
     tile: Tile
     stages: int
     windows: int
-    cut: int = 1
+    split_k: int = 1
     resident: int = 1
-    strips: tuple[int, int] = (0, 0)
+    row_tiles: tuple[int, int] = (0, 0)
     begin: int = 0
     end: int = 0
     blocks: int = 0
     order: int = ALONE
-    band: int = BAND
+    raster_group: int = RASTER_GROUP
 
     def __str__(self) -> str:
-        cut = f", k cut in {self.cut}" if self.cut > 1 else ""
-        codes = " with codes" if self.windows else ""
-        kernel = f"{self.tile}{cut}, {self.stages} stages{codes}, {self.resident} on a multiprocessor"
+        split = f", split-K {self.split_k}" if self.split_k > 1 else ""
+        metadata = ", compact metadata" if self.compact else ""
+        kernel = f"{self.tile}{split}, {self.stages} stages{metadata}, {self.resident} per SM"
         if not self.blocks:
             return kernel
-        first, last = (64 * s for s in self.strips)
+        first, last = (64 * r for r in self.row_tiles)
         return f"{kernel}, tiles {self.begin} to {self.end} of outputs {first} to {last}, on {self.blocks} blocks"
 
     @property
+    def compact(self) -> bool:
+        """Whether the kernel reads compact metadata."""
+        return self.windows > 0
+
+    @property
     def threads(self) -> int:
-        """Consumers, and a producer: a warp, or a warpgroup if it must give registers away; or none."""
+        """Threads of a block: consumers, and a producer of a warp, or of a warpgroup if it gives registers away."""
         consumers = 128 * self.tile.warpgroups
-        if self.tile.loads_itself:
+        if self.tile.consumers_load:
             return consumers
         return consumers + (128 if self.tile.tokens > 128 or self.tile.warpgroups == 3 else 32)
 
     @property
+    def fixed_bytes(self) -> int:
+        """Shared memory beside the stages and their barriers (cuda_src/sm90/smem.cuh)."""
+        table = 4 * math.comb(2 * self.windows + 2, 2) if self.compact else 0  # a word of nibbles for each mask
+        return staging_bytes(self.tile, self.out, self.split_k) + table + parts_bytes(self.tile, self.split_k)
+
+    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: stages, rows on their way to y, barriers, nibbles of codes, parts of a cluster (gemm.cu)."""
-        used = self.stages * (stage_bytes(self.tile, self.dtype, self.windows > 0) + 16)
-        used += staging_bytes(self.tile, self.out, self.cut) + table_bytes(self.windows) + parts_bytes(self.tile, self.cut)
-        return -(-used // 1024) * 1024
+        """Dynamic shared memory of a block, in bytes."""
+        stage = stage_bytes(self.tile, self.dtype, self.compact)
+        return -(-(self.stages * (stage + 16) + self.fixed_bytes) // 1024) * 1024
 
     def tiles(self, m: int) -> int:
-        """All tiles of m tokens and the strips."""
-        return -(-m // self.tile.tokens) * -(-(self.strips[1] - self.strips[0]) // self.tile.warpgroups)
+        """All tiles of m tokens and these row tiles."""
+        return -(-m // self.tile.tokens) * -(-(self.row_tiles[1] - self.row_tiles[0]) // self.tile.warpgroups)
 
     def possible(self, along_k: int) -> bool:
-        """Whether there are strips enough, and stages: two a block of a cluster; what loads itself fills its ring at once."""
-        if self.tile.warpgroups == 3 and self.strips[1] - self.strips[0] < 3:  # strips are padded to pairs
+        """Whether row tiles and stages suffice: two stages a block of a cluster; a whole ring where consumers load."""
+        if self.tile.warpgroups == 3 and self.row_tiles[1] - self.row_tiles[0] < 3:  # weights are padded to pairs
             return False
-        return along_k >= (self.stages if self.tile.loads_itself else 2 * self.cut)
+        return along_k >= (self.stages if self.tile.consumers_load else 2 * self.split_k)
 
     @property
     def buffers(self) -> dict[str, str]:
-        return {"values": "values", "index": "codes" if self.windows else "words"}
+        return {"values": "values", "metadata": "compact" if self.compact else "expanded"}
 
     def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
         return self.blocks, 1, 1
 
     def arguments(self, problem: GemmProblem) -> dict[str, int]:
-        (first, last), count = self.strips, along_k(problem)
+        (first, last), count = self.row_tiles, along_k(problem)
         if not self.possible(count):
             raise AssertionError(self)
-        tiles = {"first_strip": first, "last_strip": last, "begin": self.begin, "end": self.end}
-        return {"stages": count, **tiles, "order": self.order, "band": self.band}
+        tiles = {"first_row_tile": first, "last_row_tile": last, "begin": self.begin, "end": self.end}
+        return {"stages": count, **tiles, "order": self.order, "raster_group": self.raster_group}
 
     def early(self, problem: GemmProblem) -> bool:
-        return problem.m <= EARLY_TOKENS or self.order == REST
+        return problem.m <= PDL_TOKENS or self.order == REST
 
     def counters(self, problem: GemmProblem) -> int:
         return 0
@@ -217,11 +220,11 @@ class Config:
         return 0
 
     def shares(self) -> dict[str, object]:
-        (first, last), tiles = self.strips, f"{self.begin}-{self.end}"
-        return {"strips": f"{first}-{last}", "tiles": tiles, "band": self.band, "blocks": self.blocks, "order": self.order}
+        (first, last), launch = self.row_tiles, {"blocks": self.blocks, "order": self.order, "raster_group": self.raster_group}
+        return {"row_tiles": f"{first}-{last}", "tiles": f"{self.begin}-{self.end}", **launch}
 
     def defines(self) -> dict[str, int | str]:
-        """What stands above the #include of the kernel."""
+        """The #defines above the #include of the kernel."""
         return {
             "DTYPE": CUDA_CODES[self.dtype.name],
             "OUT": CUDA_CODES[self.out],
@@ -229,93 +232,83 @@ class Config:
             "WARPGROUPS": self.tile.warpgroups,
             "STAGES": self.stages,
             "WINDOWS": self.windows,
-            "CUT": self.cut,
-            "BLOCKS": self.resident,
+            "SPLIT_K": self.split_k,
+            "BLOCKS_PER_SM": self.resident,
             "THREADS": self.threads,
             "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
 
-    def with_words(self) -> Config:
-        """The same launch, for weights that have no codes."""
-        if not self.windows:
-            return self
-        plain = replace(self, windows=0)
-        return replace(plain, stages=min(MOST_STAGES, _stages_that_fit(plain)))
+    def with_most_stages(self) -> Config:
+        """The same launch with as many stages as fit into shared memory."""
+        room = (SHARED_MEMORY + 1024) // self.resident - 1024 - self.fixed_bytes  # each block takes one KiB more
+        fit = room // (stage_bytes(self.tile, self.dtype, self.compact) + 16)
+        return replace(self, stages=min(MOST_STAGES, fit))
+
+    def with_expanded_metadata(self) -> Config:
+        """The same launch, for weights that have no compact metadata."""
+        return replace(self, windows=0).with_most_stages() if self.compact else self
 
 
-def stage_bytes(tile: Tile, dtype: DType, codes: bool) -> int:
+def stage_bytes(tile: Tile, dtype: DType, compact: bool) -> int:
     """Shared memory of one stage."""
-    return -(-(tile.tokens * STAGE + tile.warpgroups * (VALUE_BYTES + index_bytes(dtype, codes))) // 1024) * 1024
+    return -(-(tile.tokens * STAGE + tile.warpgroups * (VALUE_BYTES + metadata_bytes(dtype, compact))) // 1024) * 1024
 
 
-def _share(tile: Tile, cut: int) -> int:
-    """Tokens that a block of a cluster adds up: as many blocks share them out as a power of two allows."""
-    return tile.tokens // min(1 << cut.bit_length() - 1, tile.tokens // 8)
+def _reducer_tokens(tile: Tile, split_k: int) -> int:
+    """Tokens that a block of a cluster adds up: the largest power of two of blocks shares them."""
+    return tile.tokens // min(1 << split_k.bit_length() - 1, tile.tokens // 8)
 
 
-def staging_bytes(tile: Tile, out: str, cut: int) -> int:
-    """Shared memory of rows on their way to y: two chunks of tokens a warpgroup (epilogue.cuh)."""
+def staging_bytes(tile: Tile, out: str, split_k: int) -> int:
+    """Shared memory of rows on their way to y: two chunks of tokens a warpgroup (cuda_src/sm90/epilogue.cuh)."""
     size = 4 if out == "float32" else 2
-    portion = tile.tokens
-    if cut > 1:
-        portion = _share(tile, cut)
-        portion //= 2 if portion > 64 else 1
-    chunk = 32 if portion % 32 == 0 and size == 2 else 16 if portion % 16 == 0 else 8
+    tokens = tile.tokens
+    if split_k > 1:
+        tokens = _reducer_tokens(tile, split_k)
+        tokens //= 2 if tokens > 64 else 1
+    chunk = 32 if tokens % 32 == 0 and size == 2 else 16 if tokens % 16 == 0 else 8
     return 2 * tile.warpgroups * chunk * 64 * size
 
 
-def table_bytes(windows: int) -> int:
-    """Shared memory of the nibbles of every code: a word each."""
-    return 2 * (2 * windows + 2) * (2 * windows + 1) if windows else 0
-
-
-def parts_bytes(tile: Tile, cut: int) -> int:
-    """Shared memory of a cluster's barriers, and of the parts that a block adds up, unless they take the place of stages."""
-    if cut == 1:
+def parts_bytes(tile: Tile, split_k: int) -> int:
+    """Shared memory of a cluster's barriers, and of a block's partial sums if they have a buffer of their own."""
+    if split_k == 1:
         return 0
-    parts = 4 * cut * _share(tile, cut) * tile.n
-    return 32 + (parts if parts <= PARTS_APART else 0)
+    parts = 4 * split_k * _reducer_tokens(tile, split_k) * tile.n
+    return 32 + (parts if parts <= MOST_OWN_PARTS else 0)
 
 
-def _stages_that_fit(config: Config) -> int:
-    room = (SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
-    room -= staging_bytes(config.tile, config.out, config.cut) + table_bytes(config.windows)
-    room -= parts_bytes(config.tile, config.cut)
-    return room // (stage_bytes(config.tile, config.dtype, config.windows > 0) + 16)
-
-
-def configured(tile: Tile, cut: int, pattern: Pattern, dtype: DType, out: str, codes: bool, resident: int = 0) -> Config:
+def configured(tile: Tile, split_k: int, pattern: Pattern, dtype: DType, out: str, compact: bool, resident: int = 0) -> Config:
     """The kernel of a tile, with as many stages as fit; `resident` is the first of `residents` by default.
 
     Args:
-        codes: read codes, if masks of this pattern have them.
+        compact: read compact metadata, if the pattern has it.
     """
-    windows = pattern.windows if codes and coded(pattern) else 0
-    config = Config(dtype, out, tile, 0, windows, cut, resident or residents(tile, cut)[0])
-    return replace(config, stages=min(MOST_STAGES, _stages_that_fit(config)))
+    windows = pattern.windows if compact and has_compact_metadata(pattern) else 0
+    return Config(dtype, out, tile, 0, windows, split_k, resident or residents(tile, split_k)[0]).with_most_stages()
 
 
-def residents(tile: Tile, cut: int) -> tuple[int, ...]:
-    """How many thread blocks a multiprocessor may be shared by."""
-    if tile.warpgroups == 1 or (tile.tokens <= 32 and cut > 1):
+def residents(tile: Tile, split_k: int) -> tuple[int, ...]:
+    """Candidates for the thread blocks that share an SM."""
+    if tile.warpgroups == 1 or (tile.tokens <= 32 and split_k > 1):
         return (2,)
     return (1, 2) if tile.tokens <= 32 else (1,)
 
 
-def _forms(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, ...]:
-    """Whether a tile reads codes: sometimes, always or never."""
-    if not coded(pattern) or not decodes(tile, dtype):
+def _metadata_forms(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, ...]:
+    """Whether launches of a tile read compact metadata: never, always or sometimes."""
+    if not has_compact_metadata(pattern) or not may_read_compact(tile, dtype):
         return (False,)
     return (True,) if tile.tokens <= SMALL_TOKENS else (True, False)
 
 
-def decodes(tile: Tile, dtype: DType) -> bool:
-    """Whether a tile ever reads codes. With three warpgroups none does: of 256 tokens it would spill, and where one tile takes
-    all tokens two warpgroups are as fast."""
-    return tile.tokens <= CODED_TOKENS[dtype.bits] and tile.warpgroups < 3
+def may_read_compact(tile: Tile, dtype: DType) -> bool:
+    """Whether a tile ever reads compact metadata. Tiles of three warpgroups do not: those of 256 tokens would spill, and where
+    one tile takes all tokens two warpgroups are as fast."""
+    return tile.tokens <= COMPACT_TOKENS[dtype.bits] and tile.warpgroups < 3
 
 
-# ---- the choice ------------------------------------------------------------------------------------------------------
+# ---- candidates ------------------------------------------------------------------------------------------------------
 
 
 def along_k(problem: GemmProblem) -> int:
@@ -323,75 +316,79 @@ def along_k(problem: GemmProblem) -> int:
     return stages(problem.pattern, problem.k, problem.dtype)
 
 
-def takes(problem: GemmProblem, tile: Tile) -> bool:
-    """Whether so many tokens may be computed by this tile."""
-    return problem.m <= SMALL_M or tile.tokens > SMALL_TOKENS
+def fits_m(tile: Tile, m: int) -> bool:
+    """Whether the tile is a candidate for m tokens."""
+    return m <= SMALL_M or tile.tokens > SMALL_TOKENS
 
 
-def reads_codes(problem: GemmProblem, tile: Tile) -> bool:
-    """Whether this tile reads codes."""
-    return decodes(tile, problem.dtype) and (tile.tokens <= SMALL_TOKENS or problem.m <= tile.tokens)
+def reads_compact(problem: GemmProblem, tile: Tile) -> bool:
+    """Whether this tile reads compact metadata, if the pattern has it."""
+    return may_read_compact(tile, problem.dtype) and (tile.tokens <= SMALL_TOKENS or problem.m <= tile.tokens)
 
 
-def of_strips(problem: GemmProblem, tile: Tile, cut: int, resident: int, first: int = 0) -> Config:
-    """The kernel of a tile, for all strips from `first` on."""
-    config = configured(tile, cut, problem.pattern, problem.dtype, problem.out, reads_codes(problem, tile), resident)
-    band = NARROW_BAND if tile.tokens == 256 and problem.m <= NARROW_TOKENS else BAND
-    return replace(config, strips=(first, -(-problem.n // 64)), band=band)
+def of_row_tiles(problem: GemmProblem, tile: Tile, split_k: int, resident: int, first: int = 0) -> Config:
+    """The kernel of a tile, for all row tiles from `first` on."""
+    config = configured(tile, split_k, problem.pattern, problem.dtype, problem.out, reads_compact(problem, tile), resident)
+    group = NARROW_RASTER_GROUP if tile.tokens == 256 and problem.m <= NARROW_TOKENS else RASTER_GROUP
+    return replace(config, row_tiles=(first, -(-problem.n // 64)), raster_group=group)
 
 
 def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
-    """Whether so many tiles, each with a block or a cluster of its own, are all at work together."""
-    fit = CLUSTERS_FIT if config.cut > 2 else 1
-    return config.possible(along_k(problem)) and tiles * config.cut <= problem.device.sms * config.resident * fit
+    """Whether `tiles` tiles, each with a block or a cluster of its own, all run at the same time."""
+    fit = CLUSTERS_FIT if config.split_k > 2 else 1
+    return config.possible(along_k(problem)) and tiles * config.split_k <= problem.device.sms * config.resident * fit
 
 
 def candidates_of(tile: Tile, problem: GemmProblem) -> Iterator[tuple[Config, ...]]:
-    """The launches of a tile, in every way that may pay.
+    """Candidates of a tile, the launches of each.
 
-    Whole tiles; k cut; whole rounds of tiles, and the rest with k cut, or in tiles of fewer tokens.
+    All tiles at once by split-K; whole tiles; whole rounds of tiles, then the rest by split-K, or in tiles of fewer tokens.
     """
     m, sms = problem.m, problem.device.sms
-    if not takes(problem, tile) or not of_strips(problem, tile, 1, 1).possible(along_k(problem)):
+    if not fits_m(tile, m) or not of_row_tiles(problem, tile, 1, 1).possible(along_k(problem)):
         return
-    for cut in tile.cuts:
-        for resident in residents(tile, cut):
-            parted = of_strips(problem, tile, cut, resident)
-            if at_once(parted, parted.tiles(m), problem):
-                yield (replace(parted, end=parted.tiles(m), blocks=parted.tiles(m) * cut),)
+    for split in tile.splits:
+        for resident in residents(tile, split):
+            config = of_row_tiles(problem, tile, split, resident)
+            if at_once(config, config.tiles(m), problem):
+                yield (replace(config, end=config.tiles(m), blocks=config.tiles(m) * split),)
     for resident in residents(tile, 1):
-        whole = of_strips(problem, tile, 1, resident)
+        whole = of_row_tiles(problem, tile, 1, resident)
         tiles = whole.tiles(m)
         yield (replace(whole, end=tiles, blocks=min(tiles, sms)),)
-        full = tiles // sms * sms
+        full = tiles // sms * sms  # tiles of whole rounds
         if not full or full == tiles:
             continue
         before = replace(whole, end=full, blocks=sms, order=BEFORE_REST)
-        for cut in tile.cuts:
-            parted = replace(of_strips(problem, tile, cut, residents(tile, cut)[-1]), begin=full, end=tiles)
-            if at_once(parted, tiles - full, problem):
-                yield before, replace(parted, blocks=(tiles - full) * cut, order=REST)
-        tiles_m = -(-m // tile.tokens)
-        step = sms // math.gcd(sms, tiles_m)  # so many columns of tiles make whole rounds
-        columns = full // tiles_m // step * step
-        if not columns or full > MIXED_ROUNDS * sms:
-            continue
-        split = columns * tile.warpgroups
-        if split % 2:  # the others start on a pair of strips
-            continue
-        before = replace(whole, strips=(0, split), end=columns * tiles_m, blocks=min(sms, columns * tiles_m), order=BEFORE_REST)
-        for other in TILES:
-            if other.tokens < tile.tokens and takes(problem, other):
-                for cut in (1, *other.cuts):
-                    rest = of_strips(problem, other, cut, residents(other, cut)[-1], split)
-                    if at_once(rest, rest.tiles(m), problem):
-                        yield before, replace(rest, end=rest.tiles(m), blocks=rest.tiles(m) * cut, order=REST)
+        for split in tile.splits:
+            rest = replace(of_row_tiles(problem, tile, split, residents(tile, split)[-1]), begin=full, end=tiles)
+            if at_once(rest, tiles - full, problem):
+                yield before, replace(rest, blocks=(tiles - full) * split, order=REST)
+        yield from _with_smaller_rest(whole, full, problem)
+
+
+def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem) -> Iterator[tuple[Config, ...]]:
+    """Two launches: columns of tiles that make whole rounds, `full` tiles at most; then the others in tiles of fewer tokens."""
+    tile, sms, tiles_m = whole.tile, problem.device.sms, -(-problem.m // whole.tile.tokens)
+    step = sms // math.gcd(sms, tiles_m)  # columns that make whole rounds
+    columns = full // tiles_m // step * step
+    boundary = columns * tile.warpgroups
+    if not columns or full > MIXED_ROUNDS * sms or boundary % 2:  # the second launch starts on a pair of row tiles
+        return
+    blocks = min(sms, columns * tiles_m)
+    before = replace(whole, row_tiles=(0, boundary), end=columns * tiles_m, blocks=blocks, order=BEFORE_REST)
+    for other in TILES:
+        if other.tokens < tile.tokens and fits_m(other, problem.m):
+            for split in (1, *other.splits):
+                rest = of_row_tiles(problem, other, split, residents(other, split)[-1], boundary)
+                if at_once(rest, rest.tiles(problem.m), problem):
+                    yield before, replace(rest, end=rest.tiles(problem.m), blocks=rest.tiles(problem.m) * split, order=REST)
 
 
 class Hopper:
     """See `arch.Arch`."""
 
-    source, suffix, parameters, portable = "sm90/gemm.cu", "a", PARAMETERS, False  # wgmma is in sm_90a alone
+    source, suffix, parameters, portable = "sm90/gemm.cu", "a", PARAMETERS, False  # only sm_90a has wgmma
 
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability == (9, 0)
@@ -408,46 +405,31 @@ class Hopper:
         return arrange(packed, xp)
 
     def derived(self, buffers: Collection[str]) -> tuple[str, ...]:
-        return ("words",) if "codes" in buffers else ()
+        return ("expanded",) if "compact" in buffers else ()
 
     def derive(self, buffer: str, buffers: Mapping[str, Any], pattern: Pattern, dtype: DType, xp: Any) -> Any:
-        """Words, of codes."""
-        if buffer != "words":
+        """Expanded metadata, from compact."""
+        if buffer != "expanded":
             raise KeyError(buffer)
-        return expand(buffers["codes"], pattern, dtype, xp)
+        return expand(buffers["compact"], pattern, dtype, xp)
 
     def fitted(self, config: Config, buffers: Mapping[str, Any]) -> Config:
-        return config if "codes" in buffers else config.with_words()
+        return config if "compact" in buffers else config.with_expanded_metadata()
 
     def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
-        """Of every tile, with k whole and cut."""
+        """Of every tile, without and with split-K."""
         for tile in TILES:
-            for cut in (1, *tile.cuts):
-                for resident in residents(tile, cut):
-                    for codes in _forms(tile, pattern, dtype):
-                        yield configured(tile, cut, pattern, dtype, out, codes, resident)
+            for split in (1, *tile.splits):
+                for resident in residents(tile, split):
+                    for compact in _metadata_forms(tile, pattern, dtype):
+                        yield configured(tile, split, pattern, dtype, out, compact, resident)
 
     def candidates(self, problem: GemmProblem) -> Iterator[tuple[Config, ...]]:
         return (candidate for tile in TILES for candidate in candidates_of(tile, problem))
 
     def cost(self, candidate: tuple[Config, ...], problem: GemmProblem) -> float:
-        """Nanoseconds: rounds of tiles, or reading the weights from memory where that takes longer."""
-        compute, read, count = 0.0, 0.0, along_k(problem)
-        for config in candidate:
-            tile, together = config.tile, min(config.resident, max(1.0, config.blocks / problem.device.sms))  # blocks an SM
-            rounds = -(-(config.end - config.begin) * config.cut // config.blocks)
-            stage = max(tile.stage_ns * together, RING_NS / config.stages)
-            if problem.m >= LONG_TOKENS and tile != LARGEST:
-                stage *= CAPPED
-            each = -(-count // config.cut) * stage + tile.tile_ns
-            compute += rounds * each
-            if config.cut > 1:
-                compute += CUT_NS_A_BLOCK * config.cut + CUT_NS_A_TOKEN * tile.tokens
-            strip = VALUE_BYTES + index_bytes(config.dtype, config.windows > 0)
-            weights = (config.end - config.begin) * count * tile.warpgroups * strip
-            once = 1 / -(-problem.m // tile.tokens)
-            read += weights * (once / READ_BYTES_A_NS + (1 - once) / AGAIN_BYTES_A_NS)
-        return LAUNCH_NS + max(compute, read) + OVERLAP * min(compute, read)
+        """Nanoseconds."""
+        return sm90_cost.nanoseconds(candidate, problem, along_k(problem))
 
     def error(self, dtype: DType, ks: int) -> float:
         return -(-ks // 64) * FLOAT8_ERROR if dtype is FLOAT8 else 0.0

@@ -157,7 +157,7 @@ _scratch: dict[tuple[int, int, int], Tensor] = {}
 
 
 def _workspace(size: int, device: int, stream: int, x: Tensor) -> Tensor:
-    """Scratch memory, at least `size` bytes. While a CUDA graph is captured it is the graph's own: graphs may run side by side."""
+    """Scratch memory, at least `size` bytes; of a CUDA graph while one is captured, since graphs may run side by side."""
     key = device, stream, threading.get_ident()
     held = _scratch.get(key)
     if held is not None and held.nbytes >= size and not torch.cuda.is_current_stream_capturing():

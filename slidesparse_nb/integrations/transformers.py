@@ -83,9 +83,7 @@ class SlideSparseQuantizer(HfQuantizer):
 
     def _layers(self, model: nn.Module) -> list[tuple[str, nn.Linear]]:
         config = self.quantization_config
-        return [
-            (name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear and not config.ignores(name)
-        ]
+        return [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear and not config.ignores(name)]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:

@@ -30,7 +30,7 @@ UNWRITTEN = 0x7FA5
 """A NaN that no kernel writes."""
 
 SHAPES = [(200, 520), (131, 20003), (8504, 264)]
-"""(n, k): small; k cut in clusters, and rows of x and y that are not aligned; more tiles than processors, so two launches."""
+"""(n, k): small; split-K in clusters, and rows of x and y that are not aligned; more tiles than processors, so two launches."""
 
 LAYERS = [(4608, 3584), (3584, 18944)]
 SOME_M = (1, 7, 16, 33, 64, 100, 129, 256, 300)
@@ -43,8 +43,8 @@ def compiled_ahead(family):
     capability = capability_here()
     dtypes = [dtype for dtype in PACKED if not family.refuses(capability, dtype)]
     every = [c for dtype in dtypes for c in family.kernels(P, dtype, OUT, capability)]
-    if family is sm90.ARCH:  # weights of 16 bits have no codes where groups are not full
-        every += [c.with_words() for c in every if c.dtype.bits == 16]
+    if family is sm90.ARCH:  # weights of 16 bits have no compact metadata where groups are not full
+        every += [c.with_expanded_metadata() for c in every if c.dtype.bits == 16]
     compile_ahead(every)
 
 
@@ -108,7 +108,7 @@ def test_every_m(gemm, dtype, shape):
 
 def kind(way):
     """What makes ways differ in how they share out the work."""
-    return tuple((c.splits > 1,) if isinstance(c, sm80.Config) else (c.order, c.cut > 1, c.strips[0] > 0) for c in way)
+    return tuple((c.splits > 1,) if isinstance(c, sm80.Config) else (c.order, c.split_k > 1, c.row_tiles[0] > 0) for c in way)
 
 
 def ways_of_each_kind(asked):
@@ -175,7 +175,7 @@ def test_every_run_gives_the_same_bits(gemm, family, dtype, shape):
     neighbour.stream.synchronize()
     tally.check()
     if family is sm90.ARCH:
-        assert any(cut for way in kinds for _, cut, _ in way)
+        assert any(split for way in kinds for _, split, _ in way)
         assert any(order == sm90.REST for way in kinds for order, _, _ in way) or shape != LAYERS[0]
     else:
         assert any(split for way in kinds for (split,) in way)
@@ -195,15 +195,15 @@ def size_of(config):
 
 
 def shared_out(config, m, n, stages, sms):
-    """The launches of all tiles: on a block a processor, on few, on a block each; k cut."""
+    """The launches of all tiles: on a block a processor, on few, on a block each; split-K."""
     if isinstance(config, sm80.Config):
         return [(config,)]
-    config = replace(config, strips=(0, -(-n // 64)))
+    config = replace(config, row_tiles=(0, -(-n // 64)))
     tiles = config.tiles(m)
-    if config.tile.loads_itself and stages < config.stages:
+    if config.tile.consumers_load and stages < config.stages:
         return []
-    if config.cut > 1:
-        return [(replace(config, end=tiles, blocks=tiles * config.cut),)] if stages >= 2 * config.cut else []
+    if config.split_k > 1:
+        return [(replace(config, end=tiles, blocks=tiles * config.split_k),)] if stages >= 2 * config.split_k else []
     return [(replace(config, end=tiles, blocks=blocks),) for blocks in dict.fromkeys((min(tiles, sms), min(tiles, 5), tiles))]
 
 

@@ -115,33 +115,33 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
     k = 2100  # eight blocks of a cluster have a step each, whatever the type
     packed = weight(rng, 273, k, pattern, dtype, full=True)
     device = gemm.to_device(packed)
-    assert family is sm80.ARCH or ("codes" in device.buffers) == (pattern != "2:4")
+    assert family is sm80.ARCH or ("compact" in device.buffers) == (pattern != "2:4")
 
     def ways(config, m):
-        """The launches to try: on few blocks and on many, k cut and not, one launch and two."""
+        """The launches to try: on few blocks and on many, with split-K and without, one launch and two."""
         if family is sm80.ARCH:
             return [(dataclasses.replace(config, splits=splits),) for splits in (1, 2, 5)]
-        config = dataclasses.replace(config, strips=(0, 5))
+        config = dataclasses.replace(config, row_tiles=(0, 5))
         tiles = config.tiles(m)
-        alone = dataclasses.replace(config, end=tiles, blocks=min(3, tiles) if config.cut == 1 else tiles * config.cut)
-        whole = sm90.configured(config.tile, 1, packed.pattern, dtype, config.out, config.windows > 0)
-        before = dataclasses.replace(whole, strips=(0, 5), end=tiles // 2, blocks=1, order=sm90.BEFORE_REST)
+        alone = dataclasses.replace(config, end=tiles, blocks=min(3, tiles) if config.split_k == 1 else tiles * config.split_k)
+        whole = sm90.configured(config.tile, 1, packed.pattern, dtype, config.out, config.compact)
+        before = dataclasses.replace(whole, row_tiles=(0, 5), end=tiles // 2, blocks=1, order=sm90.BEFORE_REST)
         after = dataclasses.replace(
-            config, begin=tiles // 2, end=tiles, blocks=(tiles - tiles // 2) * config.cut, order=sm90.REST
+            config, begin=tiles // 2, end=tiles, blocks=(tiles - tiles // 2) * config.split_k, order=sm90.REST
         )
-        if config.tile.warpgroups == 3:  # two strips are too few for one
+        if config.tile.warpgroups == 3:  # two row tiles are too few for one
             two = next(tile for tile in sm90.TILES if tile.warpgroups == 2)
-            whole = sm90.configured(two, 1, packed.pattern, dtype, config.out, config.windows > 0)
-        left = dataclasses.replace(whole, strips=(0, 2), blocks=1, order=sm90.BEFORE_REST)
-        right = dataclasses.replace(config, strips=(2, 5), order=sm90.REST)
-        right = dataclasses.replace(right, end=right.tiles(m), blocks=right.tiles(m) * config.cut)
+            whole = sm90.configured(two, 1, packed.pattern, dtype, config.out, config.compact)
+        left = dataclasses.replace(whole, row_tiles=(0, 2), blocks=1, order=sm90.BEFORE_REST)
+        right = dataclasses.replace(config, row_tiles=(2, 5), order=sm90.REST)
+        right = dataclasses.replace(right, end=right.tiles(m), blocks=right.tiles(m) * config.split_k)
         every = [(alone,), (before, after), (dataclasses.replace(left, end=left.tiles(m)), right)]
-        return every if config.cut > 1 else [*every, (dataclasses.replace(alone, blocks=tiles),)]
+        return every if config.split_k > 1 else [*every, (dataclasses.replace(alone, blocks=tiles),)]
 
     def candidates(out):
         """Of other types than bfloat16, those whose epilogues differ most."""
         every = family.kernels(packed.pattern, dtype, out, device.device.capability)
-        return [c for c in every if out == "bfloat16" or (family is sm90.ARCH and (c.tile.loads_itself or c.cut == 3))]
+        return [c for c in every if out == "bfloat16" or (family is sm90.ARCH and (c.tile.consumers_load or c.split_k == 3))]
 
     bias = rng.standard_normal(273).astype(np.float32)
 
@@ -460,7 +460,7 @@ def test_to_device_ahead_and_explanation(gemm, family, monkeypatch, capfd):
     for name, buffer in twin.items():
         np.testing.assert_array_equal(weight_there.buffers[name].get(), buffer)
     if family is sm90.ARCH:
-        assert weight_there.address("words") != weight_there.address("codes")
+        assert weight_there.address("expanded") != weight_there.address("compact")
     ss.matmul(cp.zeros((3, 128), F32), packed)
     told = capfd.readouterr().err
     assert "y[3, 64] = x[3, 128] @ w.T, 6:8 (2 zeros in 8) int8 -> float32" in told

@@ -1,13 +1,14 @@
-// The instructions of the sparse tensor cores of sm_90a, one for each type and number of tokens.
+// wgmma.mma_async.sp of sm_90a, one specialization for each type and number of tokens.
 #pragma once
 #include "common/types.cuh"
 
-// wgmma.mma_async.sp: D[64, N] += A[64, k] * B[k, N], A 2:4 sparse (32 stored bytes a row), B dense (64 bytes a column).
-// D: d[v] of thread t is row 16 (t / 32) + g + 8 (v >> 1 & 1), column 8 (v >> 2) + 2 q + (v & 1), with t % 32 = 4 g + q.
-// e: index nibbles, as of mma.sp for the 16 rows of the warp; SELECTOR: which lane pair of a quad holds them (16-bit only).
+// "Asynchronous Warpgroup Level Matrix Instructions: wgmma.mma_async.sp": D[64, N] += A[64, k] * B[k, N]. A: 2:4 sparse, 32 stored bytes
+// a row; B: dense, 64 bytes a column; both in shared memory, by matrix descriptors a, b. k = 64 for 8-bit types, 32 for 16-bit types.
+// D: d[v] of thread t = D[16 (t / 32) + g + 8 (v >> 1 & 1), 8 (v >> 2) + 2 q + (v & 1)], with t % 32 = 4 g + q.
+// e: metadata, as of mma.sp for the 16 rows of the warp; SELECTOR: which lane pair of a quad holds it (16-bit types only).
 // add: 0 for D = A * B.
-template <int TYPE, int N, int SELECTOR> struct Wgmma;
-// the accumulator's registers 0 to 8 i + 7, as text; DH: 0 to 3
+template <int TYPE, int N, int SELECTOR> struct WgmmaSp;
+// D i: the accumulator's registers 0 to 8 i + 7, as text; DH: 0 to 3
 #define DH "%0,%1,%2,%3"
 #define D0 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define D1 D0 ",%8,%9,%10,%11,%12,%13,%14,%15"
@@ -25,7 +26,7 @@ template <int TYPE, int N, int SELECTOR> struct Wgmma;
 #define D13 D12 ",%104,%105,%106,%107,%108,%109,%110,%111"
 #define D14 D13 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define D15 D14 ",%120,%121,%122,%123,%124,%125,%126,%127"
-// the same registers as operands, with constraint C
+// O i: the same registers as operands, with constraint C
 #define OH(C) "+" C(d[0]), "+" C(d[1]), "+" C(d[2]), "+" C(d[3])
 #define O0(C) "+" C(d[0]), "+" C(d[1]), "+" C(d[2]), "+" C(d[3]), "+" C(d[4]), "+" C(d[5]), "+" C(d[6]), "+" C(d[7])
 #define O1(C) O0(C), "+" C(d[8]), "+" C(d[9]), "+" C(d[10]), "+" C(d[11]), "+" C(d[12]), "+" C(d[13]), "+" C(d[14]), "+" C(d[15])
@@ -44,7 +45,7 @@ template <int TYPE, int N, int SELECTOR> struct Wgmma;
 #define O14(C) O13(C), "+" C(d[112]), "+" C(d[113]), "+" C(d[114]), "+" C(d[115]), "+" C(d[116]), "+" C(d[117]), "+" C(d[118]), "+" C(d[119])
 #define O15(C) O14(C), "+" C(d[120]), "+" C(d[121]), "+" C(d[122]), "+" C(d[123]), "+" C(d[124]), "+" C(d[125]), "+" C(d[126]), "+" C(d[127])
 #define WGMMA_SP(TYPE, N, SHAPE, TYPES, SELECTOR, SCALES, ACC, C, REGISTERS, OPERANDS, A, B, E, ADD)                          \
-    template <> struct Wgmma<TYPE, N, SELECTOR> {                                                                          \
+    template <> struct WgmmaSp<TYPE, N, SELECTOR> {                                                                          \
         static INLINE void mma(ACC (&d)[N / 2], u64 a, u64 b, u32 e, u32 add) {                                            \
             asm volatile("{.reg .pred add; setp.ne.b32 add, " ADD ", 0; "                                                  \
                          "wgmma.mma_async.sp.sync.aligned.m64n" #N SHAPE "." TYPES " {" REGISTERS "}, " A ", " B ", " E    \

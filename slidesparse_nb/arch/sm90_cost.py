@@ -1,0 +1,49 @@
+"""Estimated time of launches of Hopper's kernel, fitted to 3000 timings on several H100s at 6:8, of 1 to 16384 tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..core.problem import GemmProblem
+from .sm90_layout import VALUE_BYTES, metadata_bytes
+
+if TYPE_CHECKING:
+    from .sm90 import Config
+
+LAUNCH_NS = 838
+"""Time of a product beside its tiles, in ns."""
+SPLIT_K_NS_PER_BLOCK = 136
+"""Time that split-K adds for each block of a cluster, in ns."""
+SPLIT_K_NS_PER_TOKEN = 24.0
+"""Time that split-K adds for each token of a tile, in ns."""
+LOAD_NS = 750
+"""Time from the request of a stage until it is in shared memory, in ns: a ring of s stages delivers one in LOAD_NS / s."""
+MEMORY_BYTES_PER_NS = 3230
+"""Rate at which memory delivers weights."""
+L2_BYTES_PER_NS = 6810
+"""Rate at which L2 delivers weights that tiles of other tokens read, too."""
+OVERLAP = 0.29
+"""Share of the shorter of computing and reading that adds to the longer."""
+LONG_M = 8192
+"""Smallest m at which the board's power limit decides."""
+POWER_PENALTY = 1.08
+"""Factor on a stage, from LONG_M on, of tiles other than the largest (256 x 192), which copy more for each operation."""
+
+
+def nanoseconds(candidate: tuple[Config, ...], problem: GemmProblem, stages: int) -> float:
+    """Rounds of tiles, or reading the weights from memory where that takes longer; `stages` cover k."""
+    compute, read = 0.0, 0.0
+    for config in candidate:
+        tile, together = config.tile, min(config.resident, max(1.0, config.blocks / problem.device.sms))  # blocks an SM
+        tiles = config.end - config.begin
+        rounds = -(-tiles * config.split_k // config.blocks)
+        stage = max(tile.stage_ns * together, LOAD_NS / config.stages)
+        if problem.m >= LONG_M and (tile.tokens, tile.warpgroups) != (256, 3):
+            stage *= POWER_PENALTY
+        compute += rounds * (-(-stages // config.split_k) * stage + tile.tile_ns)
+        if config.split_k > 1:
+            compute += SPLIT_K_NS_PER_BLOCK * config.split_k + SPLIT_K_NS_PER_TOKEN * tile.tokens
+        weights = tiles * stages * tile.warpgroups * (VALUE_BYTES + metadata_bytes(config.dtype, config.compact))
+        once = 1 / -(-problem.m // tile.tokens)
+        read += weights * (once / MEMORY_BYTES_PER_NS + (1 - once) / L2_BYTES_PER_NS)
+    return LAUNCH_NS + max(compute, read) + OVERLAP * min(compute, read)
