@@ -314,7 +314,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
         with contextlib.suppress(OSError):
             os.unlink(beside)
         if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # the user's file, not the one beside it
+            raise OSError(error.errno, error.strerror, str(path)) from error  # the user's file, not the one beside it
         raise
 
 
