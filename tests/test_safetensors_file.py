@@ -248,7 +248,6 @@ def test_what_write_takes(tmp_path: Path) -> None:
         writer.write("c", bytearray(b"\x38"), 1)
         assert writer.read("m", 2, 99) == b"\2\0"
         assert writer.read("m", 5, 1) == writer.read("m", -1, 1) == writer.read("x", 0, 1) == b""
-        writer.sync()
         for offset, data in [(-1, b"a"), (0, bytes(5)), (4, b"a"), (2, np.zeros(3, np.uint8))]:
             with pytest.raises(OperandError, match="not inside tensor 'm' of 4 bytes"):
                 writer.write("m", data, offset)
