@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from slidesparse_nb import PackedWeight, Pattern
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import DType
+from slidesparse_nb.core.dtypes import INT8, DType
 
 Array = NDArray[Any]
 
@@ -55,6 +55,13 @@ def weights(shape: tuple[int, int], dtype: Any = np.float32, seed: int = 0) -> A
     w[rng.random(shape) < 0.1] = 0
     w[rng.random(shape) < 0.05] = -0.0
     return w.astype(dtype)
+
+
+def packed_weight(n: int, k: int, pattern: str | Pattern = "6:8", dtype: DType = INT8, seed: int = 0) -> PackedWeight:
+    """Normal weights [n, k], pruned by magnitude and packed by the reference."""
+    pattern = Pattern.of(pattern)
+    w = np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
+    return reference.pack(reference.prune(w, pattern), pattern, dtype)
 
 
 def stored(shape: tuple[int, int], pattern: Pattern, dtype: DType, seed: int = 0) -> Array:

@@ -1,8 +1,7 @@
 """Times that no test asserts, printed: `python tests/costs.py`. They are true of a quiet machine only.
 
-Anywhere: what a warm call costs the thread that makes it, with NumPy in CuPy's place and a C function in the driver's; reading
-of a large header. With an NVIDIA GPU and CuPy: the same of real calls; quantization of activations beside a plain copy of as
-many bytes; the clock of `slidesparse tune` beside CuPy's.
+Anywhere: what a warm call costs the thread that makes it, with NumPy in CuPy's place and a C function in the driver's. With an
+NVIDIA GPU and CuPy: the same of real calls, and quantization of activations beside a plain copy of as many bytes.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import dataclasses
 import importlib
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +28,6 @@ from numpy_gpu import BF16, array, empty, numpy_for_cupy, ops, weight
 
 import slidesparse_nb as ss
 from slidesparse_nb.arch import sm90
-from slidesparse_nb.checkpoint.safetensors import SafetensorsFile, SafetensorsWriter
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOATS, INT8, DType
 from slidesparse_nb.core.pattern import Pattern
 
@@ -80,21 +78,11 @@ def python_costs(portable: bool) -> None:
     print(f"  a launch {launch_us:.2f} us; a warm 8-bit linear, {kernel} kernel, {told}")
 
 
-def header_seconds() -> None:
-    """Opening a file of 100,000 tensors."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        with SafetensorsWriter(path, [(f"model.layers.{i}.q_proj.weight", "BF16", (2, 4)) for i in range(100_000)], {}):
-            pass
-        us = host_us(lambda: SafetensorsFile(path), 1, runs=3)
-    print(f"  opening a file of 100,000 tensors {us * 1e-6:.2f} s")
-
-
 # ---- with a GPU ------------------------------------------------------------------------------------------------------
 
 
 def real_costs(cp: Any) -> None:
-    """A whole 8-bit linear, its quantization alone, and packing of a large layer."""
+    """A whole 8-bit linear and its parts; packing of a large layer."""
     rng = np.random.default_rng(21)
     packed = ss.pack(rng.standard_normal((256, 512)).astype(np.float32), "6:8", "int8", prune="magnitude")
     x = cp.asarray(bits(rng.standard_normal((8, 512)).astype(BF16))).view(BF16)
@@ -114,33 +102,15 @@ def real_costs(cp: Any) -> None:
         print(f"  {name:32} {host_us(call, 50, wait):5.1f} us")
     w = cp.random.default_rng(0).standard_normal((18944, 3584), dtype=cp.float32).astype(BF16)
     for dtype in (INT8, FLOAT8, BFLOAT16):
-        ss.pack(w, "6:8", dtype, prune="magnitude")
-        us = host_us(lambda dtype=dtype: ss.pack(w, "6:8", dtype, prune="magnitude"), 1, wait)
-        print(f"  pack 18944 x 3584 bfloat16 to {dtype!s:14} {us / 1e3:.2f} ms")
-
-
-def device_seconds(cp: Any, launches: Sequence[Callable[[Any], object]]) -> float:
-    """Median device time of one of these launches, run one after the other from a graph."""
-    stream = cp.cuda.Stream(non_blocking=True)
-    with stream:
-        stream.begin_capture()
-        for launch in launches:
-            launch(stream)
-        graph = stream.end_capture()
-        times = []
-        for _ in range(12):
-            begin, end = cp.cuda.Event(), cp.cuda.Event()
-            begin.record(stream)
-            graph.launch(stream)
-            end.record(stream)
-            end.synchronize()
-            times.append(cp.cuda.get_elapsed_time(begin, end) * 1e-3 / len(launches))
-    return statistics.median(times[2:])
+        pack = partial(ss.pack, w, "6:8", dtype, prune="magnitude")
+        pack()
+        print(f"  pack 18944 x 3584 bfloat16 to {dtype!s:14} {host_us(pack, 1, wait) / 1e3:.2f} ms")
 
 
 def bandwidths(cp: Any, m: int, k: int, source: np.dtype[Any], dtype: DType, pattern: Pattern | None) -> tuple[float, float]:
-    """GB/s, read and written, of quantization to rows (no pattern) or to Hopper's image, and of a copy of as many bytes."""
+    """GB/s, read and written, of quantization to rows (no pattern) or to Hopper's tiles, and of a copy of as many bytes."""
     from slidesparse_nb.cuda import quantize as activations
+    from slidesparse_nb.tuning.race import GpuClock
 
     if pattern is None:
         width = activations.row_pitch(k, None)
@@ -150,23 +120,19 @@ def bandwidths(cp: Any, m: int, k: int, source: np.dtype[Any], dtype: DType, pat
     strides = (k * source.itemsize, source.itemsize)
     launch = activations.plan(FLOATS[source], dtype.name, k, strides, True, 90, pattern, **more)
     moved = m * k * source.itemsize + int(np.prod(shape)) + 4 * m
-    count = max(2, -(-BUFFERS_BYTES // moved))
-    rng = cp.random.default_rng(0)
-    xs = [rng.standard_normal((m, k), dtype=cp.float32).astype(source) for _ in range(count)]
-    outs = [(cp.empty(shape, cp.int8), cp.empty((m, 1), cp.float32)) for _ in range(count)]
-    half = moved // 2
-    froms, tos = ([cp.empty(half, cp.uint8) for _ in range(count)] for _ in range(2))
-
-    def quantize(i: int) -> Callable[[Any], object]:
-        return lambda stream: launch(m, xs[i], *outs[i], stream)
-
-    def copy(i: int) -> Callable[[Any], object]:
-        return lambda stream: cp.cuda.runtime.memcpyAsync(tos[i].data.ptr, froms[i].data.ptr, half, 3, stream.ptr)
-
-    quantize(0)(cp.cuda.get_current_stream())  # compiled and loaded before anything is captured
-    cp.cuda.get_current_stream().synchronize()
-    seconds = [device_seconds(cp, [call(i) for i in range(count)]) for call in (quantize, copy)]
-    return moved / seconds[0] * 1e-9, 2 * half / seconds[1] * 1e-9
+    count, half = max(2, -(-BUFFERS_BYTES // moved)), moved // 2
+    rng, clock = cp.random.default_rng(0), GpuClock()
+    calls: dict[str, list[Callable[[], object]]] = {"quantize": [], "copy": []}
+    for _ in range(count):
+        x, old, new = (
+            rng.standard_normal((m, k), dtype=cp.float32).astype(source),
+            cp.empty(half, cp.uint8),
+            cp.empty(half, cp.uint8),
+        )
+        calls["quantize"].append(partial(launch, m, x, cp.empty(shape, cp.int8), cp.empty((m, 1), cp.float32), clock.stream))
+        calls["copy"].append(partial(cp.copyto, new, old))
+    us = [statistics.median(clock.burst(graph, 1) for _ in range(10)) / count for graph in map(clock.capture, calls.values())]
+    return moved / us[0] * 1e-3, 2 * half / us[1] * 1e-3
 
 
 def bandwidth_table(cp: Any) -> None:
@@ -185,24 +151,10 @@ def bandwidth_table(cp: Any) -> None:
         print(f"{m:6} {k:6}  {source.name:9} {dtype.name:14} {form:9} {reached:6.0f} {copy:6.0f}  {reached / copy:5.2f}")
 
 
-def clocks(cp: Any) -> None:
-    """Adding nothing to 256 MiB, timed by `slidesparse tune` and by CuPy."""
-    from cupyx.profiler import benchmark
-
-    from slidesparse_nb.tuning import race as timing
-
-    clock = timing.GpuClock()
-    source, target = cp.ones(1 << 28, np.uint8), cp.empty(1 << 28, np.uint8)
-    launch = clock.capture([lambda: cp.positive(source, out=target)])
-    theirs = statistics.median(benchmark(lambda: cp.positive(source, out=target), n_repeat=20).gpu_times.ravel()) * 1e6
-    print(f"  tune's clock {statistics.median(clock.burst(launch, 10) for _ in range(5)):.0f} us, CuPy's {theirs:.0f} us")
-
-
 def main() -> None:
     print("Python alone:")
     for portable in (False, True):
         python_costs(portable)
-    header_seconds()
     try:
         import cupy as cp
 
@@ -215,7 +167,6 @@ def main() -> None:
     real_costs(cp)
     print("quantization of activations beside a copy, both by the GPU's clock:")
     bandwidth_table(cp)
-    clocks(cp)
 
 
 if __name__ == "__main__":

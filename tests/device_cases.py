@@ -20,6 +20,15 @@ def bits(a: Any) -> Any:
     return a.view(f"u{a.itemsize}")
 
 
+def at_address(x: Any, offset: int = 0, pitch: int | None = None) -> Any:
+    """x [m, k] copied to a 16-byte aligned address plus `offset`, its rows `pitch` bytes apart."""
+    pitch = pitch or x.shape[1] * x.itemsize
+    memory = np.full(x.shape[0] * pitch + 32, 0x7F, np.uint8)
+    placed: Any = np.ndarray(x.shape, x.dtype, memory, -memory.ctypes.data % 16 + offset, (pitch, x.itemsize))
+    placed[...] = x
+    return placed
+
+
 def awkward_rows(m: int, k: int, source: np.dtype[Any], seed: int = 0) -> Any:
     """[m, k] of `source`: rows of normal numbers, and among them every kind of row that rounding or scaling could get wrong."""
     rng = np.random.default_rng([seed, m, k])

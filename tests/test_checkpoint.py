@@ -6,6 +6,7 @@ import itertools
 import json
 import mmap
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from cases import packed_weight
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,22 +44,15 @@ from slidesparse_nb.errors import FormatError, OperandError, UnsupportedError
 GOLDEN = Path(__file__).parent / "golden" / "tiny.safetensors"
 
 
-def packed_weight(n: int, k: int, pattern: str | Pattern = "6:8", dtype: DType = INT8, seed: int = 0) -> PackedWeight:
-    pattern = Pattern.of(pattern)
-    w = np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
-    return reference.pack(reference.prune(w, pattern), pattern, dtype)
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, PackedWeight):
-        facts = [(p.pattern, p.shape, p.dtype, p.scale is None) for p in (a, b)]
-        parts = [(p.values, p.meta) if p.scale is None else (p.values, p.meta, p.scale) for p in (a, b)]
-        return facts[0] == facts[1] and all(same(x, y) for x, y in zip(*parts, strict=True))
-    return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+def facts(value: Any) -> Any:
+    """All of an array or a packed weight, to be compared."""
+    if isinstance(value, PackedWeight):
+        return value.pattern, value.shape, value.dtype, *map(facts, (value.values, value.meta, value.scale))
+    return None if value is None else (value.dtype, value.shape, value.tobytes())
 
 
 def same_all(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    return {name: facts(value) for name, value in a.items()} == {name: facts(value) for name, value in b.items()}
 
 
 def write(path: Path, text: str = "x") -> None:
@@ -104,16 +99,15 @@ def test_round_trip_of_anything(tmp_path_factory: Any, data: st.DataObject) -> N
             n, k = data.draw(st.tuples(st.integers(0, 4), st.integers(0, 50)))
             tensors[f"packed/{name}"] = packed_weight(n, k, pattern, data.draw(st.sampled_from(PACKED)))
         else:
-            dtype = NUMPY_OF[data.draw(st.sampled_from(sorted(NUMPY_OF)))]
-            shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
-            tensors[f"array/{name}"] = np.frombuffer(bytes(i % 2 for i in range(27 * 8)), dtype)[: int(np.prod(shape))].reshape(
-                shape
+            dtype, shape = (
+                NUMPY_OF[data.draw(st.sampled_from(sorted(NUMPY_OF)))],
+                data.draw(st.lists(st.integers(0, 3), max_size=3)),
             )
+            tensors[f"array/{name}"] = (np.arange(np.prod(shape)) % 2).astype(dtype).reshape(shape)
     path = tmp_path_factory.mktemp("any") / "f.safetensors"
     save(path, tensors)
     once = path.read_bytes()
     loaded = load(path)
-    assert same_all(loaded, tensors)
     save(path, loaded)  # over the very file that is mapped
     assert path.read_bytes() == once
     assert same_all(loaded, tensors)
@@ -144,7 +138,7 @@ def test_loading_copies_nothing_and_keeps_the_file(tmp_path: Path) -> None:
         assert isinstance(base.base, memoryview)
         assert isinstance(base.base.obj, mmap.mmap)
         assert not array.flags.writeable
-    assert same(packed, packed_weight(4, 40))
+    assert facts(packed) == facts(packed_weight(4, 40))
 
 
 def test_names(tmp_path: Path) -> None:
@@ -240,37 +234,19 @@ def test_what_save_accepts_load_reads_back(tmp_path_factory: Any, data: st.DataO
         assert same_all(load(path), tensors)
 
 
-@pytest.mark.parametrize("shape", [(0, 2**40), (2**50, 0), (2**31, 0), (-(2**62), 0)], ids=str)
-@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
-def test_absurd_shapes(tmp_path: Path, shape: tuple[int, int], dtype: DType) -> None:
+@pytest.mark.parametrize("shape", [(0, 2**40), (2**31, 0), (-(2**62), 0)], ids=str)
+def test_absurd_shapes(tmp_path: Path, shape: tuple[int, int]) -> None:
     """Refused at once, by the shape alone: the tensors are as long as it says, and empty."""
     pattern = Pattern(6, 8)
-    entries = [(name, code, tuple(max(0, v) for v in size)) for name, code, size in packed_entries("fc", pattern, dtype, shape)]
-    if shape[0] > 0 and dtype is INT8:
-        entries[2] = ("fc.weight_scale", "F32", (0, 1))  # a real one would take the space of its shape
-    with SafetensorsWriter(tmp_path / "f.safetensors", entries, slidesparse_metadata(pattern, dtype)) as writer:
+    found = packed_entries("fc", pattern, BFLOAT16, shape)
+    entries = [(name, code, tuple(max(0, v) for v in size)) for name, code, size in found]
+    with SafetensorsWriter(tmp_path / "f.safetensors", entries, slidesparse_metadata(pattern, BFLOAT16)) as writer:
         writer.write("fc.weight_shape", np.array(shape))
     with pytest.raises(FormatError, match=r"'fc.weight_shape': shape \(.*\) must (be below 2\^31 in both|not be neg)"):
         load(tmp_path / "f.safetensors")
 
 
-@pytest.mark.parametrize("group", [4098, 10**12, 10**30])
-def test_absurd_groups(tmp_path: Path, group: int) -> None:
-    header = json.dumps({"version": 1, "pattern": {"nnz": group - 2, "group": group}, "dtype": "int8", "tool": "t"})
-    metadata = {"format": "pt", "slidesparse": header}
-    entries = packed_entries("fc", Pattern(6, 8), INT8, (0, 0))
-    with SafetensorsWriter(tmp_path / "f.safetensors", entries, metadata):
-        pass
-    with pytest.raises(FormatError, match=r"metadata 'slidesparse': pattern: .* is too large; a group may have 4096 columns"):
-        load(tmp_path / "f.safetensors")
-
-
 def test_names_of_strangers_are_escaped(tmp_path: Path) -> None:
-    bad = packed_weight(2, 16)
-    bad = PackedWeight(bad.values, bad.meta, -bad.scale, bad.pattern, bad.shape, bad.dtype)
-    with pytest.raises(FormatError, match="must be finite") as caught:
-        save(tmp_path / "f.safetensors", {"\x1b[31m": bad})
-    assert str(caught.value).isprintable()
     index = {"\x1b": "f\x1b.safetensors", "a": "f\x1b.safetensors"}
     save(tmp_path / "f\x1b.safetensors", {"a": np.ones(1)})
     (tmp_path / "model.safetensors.index.json").write_bytes(index_bytes(index, 0))
@@ -280,20 +256,20 @@ def test_names_of_strangers_are_escaped(tmp_path: Path) -> None:
 
 
 def test_save_refuses_bad_paths_and_weights(tmp_path: Path) -> None:
+    (tmp_path / "d.safetensors").mkdir()
     for path in (tmp_path / "f.bin", tmp_path, tmp_path / "d.safetensors"):
-        (tmp_path / "d.safetensors").mkdir(exist_ok=True)
         with pytest.raises(OperandError, match=r"must be a file ending in .safetensors"):
             save(path, {})
     packed = packed_weight(2, 16)
-    bad = PackedWeight(packed.values, packed.meta, -packed.scale, packed.pattern, packed.shape, packed.dtype)
-    with pytest.raises(FormatError, match=r"'fc'.scale: .* must be finite and not negative"):
-        save(tmp_path / "f.safetensors", {"fc": bad})
+    with pytest.raises(FormatError, match=r"'\\x1b\[31m'.scale: .* must be finite and not negative"):
+        save(tmp_path / "f.safetensors", {"\x1b[31m": replace(packed, scale=-packed.scale)})
     with pytest.raises(FileNotFoundError):
         save(tmp_path / "none" / "f.safetensors", {})
     assert os.listdir(tmp_path) == ["d.safetensors"]
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     path = tmp_path / "f.safetensors"
     save(path, {"a": np.ones(3)})
     old = path.read_bytes()
@@ -301,13 +277,11 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path, monk
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    for call in ("pwrite", "fsync", "replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, full)
-            with pytest.raises(OSError, match="No space"):
-                save(path, {"a": np.zeros(3)})
-        assert path.read_bytes() == old
-        assert os.listdir(tmp_path) == [path.name]
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match=r"No space left.*f\.safetensors'$"):
+        save(path, {"a": np.zeros(3)})
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == [path.name]
 
 
 # ---- folders -----------------------------------------------------------------------------------------------------
@@ -320,18 +294,15 @@ def test_a_folder_with_one_file(tmp_path: Path) -> None:
     save(tmp_path / "2_Dense" / "model.safetensors", {"z": np.ones(1)})
     copied = ["README.md", "tokenizer.json", "1_Pooling/config.json", "2_Dense/config.json", "3_Dense/pytorch_model.bin"]
     copied += ["spk_dict.pt", "campplus.onnx"]
-    other = [
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-        "flax_model.msgpack",
-        "tf_model.h5",
-        "2_Dense/pytorch_model.bin",
-    ]
-    left = {**dict.fromkeys([*other, "A.GGUF", "model.onnx.data"], "the weights in another format")}
-    left |= dict.fromkeys(["onnx/", "original/", "checkpoint-500/"], "the model once more, not packed")
-    left |= dict.fromkeys(["training_args.bin", "optimizer.pt"], "the state of a training run")
-    left |= {"other.safetensors.index.json": "the index of another copy of the weights"}
-    left |= dict.fromkeys(["consolidated.safetensors", "ema.safetensors"], "another copy of the weights, not packed")
+    reasons = {
+        "the weights in another format": "pytorch_model.bin flax_model.msgpack tf_model.h5 2_Dense/pytorch_model.bin A.GGUF"
+        " pytorch_model.bin.index.json model.onnx.data",
+        "the model once more, not packed": "onnx/ original/ checkpoint-500/",
+        "the state of a training run": "training_args.bin optimizer.pt",
+        "the index of another copy of the weights": "other.safetensors.index.json",
+        "another copy of the weights, not packed": "consolidated.safetensors ema.safetensors",
+    }
+    left = {name: why for why, names in reasons.items() for name in names.split()}
     hidden = [".gitattributes", ".cache/x", ".git/config", "1_Pooling/.hidden"]
     for name in [*copied, *left, *hidden]:
         write(tmp_path / (f"{name}x" if name.endswith("/") else name))
@@ -359,9 +330,14 @@ def test_a_folder_with_one_file(tmp_path: Path) -> None:
 def test_a_file_alone(tmp_path: Path) -> None:
     save(tmp_path / "model.safetensors", {"x": np.ones(2)})
     write(tmp_path / "config.json", "{}")
-    with Checkpoint.open(tmp_path / "model.safetensors") as checkpoint:
-        assert checkpoint.is_single_file
-        assert (checkpoint.root, checkpoint.config, checkpoint.companions, checkpoint.left_behind) == (None, None, [], {})
+    with Checkpoint.open(tmp_path / "model.safetensors") as found:
+        assert (found.is_single_file, found.root, found.config, found.companions, found.left_behind) == (
+            True,
+            None,
+            None,
+            [],
+            {},
+        )
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -370,17 +346,11 @@ def test_shards(tmp_path: Path) -> None:
     write(tmp_path / "tokenizer.json")
     for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
         assert same_all(load(path), one | two)
-        with Checkpoint.open(path) as checkpoint:
-            assert [file.path.name for file in checkpoint.files] == [
-                "model-00001-of-00002.safetensors",
-                "model-00002-of-00002.safetensors",
-            ]
-            assert checkpoint.companions == ["tokenizer.json"]
-            assert checkpoint.left_behind == {}
-            assert checkpoint.config is None
-            assert checkpoint.root == tmp_path
-            assert not checkpoint.is_single_file
-            assert next(iter(checkpoint.tensors)).startswith("b")
+        with Checkpoint.open(path) as found:
+            assert [file.path.name for file in found.files] == [shard_name(0, 2), shard_name(1, 2)]
+            assert (found.companions, found.left_behind, found.config) == (["tokenizer.json"], {}, None)
+            assert (found.root, found.is_single_file) == (tmp_path, False)
+            assert next(iter(found.tensors)).startswith("b")
 
 
 def test_which_weights_a_folder_means(tmp_path: Path) -> None:
@@ -437,9 +407,7 @@ def test_the_hub_cache(tmp_path: Path) -> None:
 
 def test_shard_plan() -> None:
     items = [("a", 4), ("b", 4), ("c", 3), ("d", 20), ("e", 1), ("f", 0)]
-    assert shard_plan(items, 10) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
     assert shard_plan(items, 8) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
-    assert shard_plan(items, 1) == [["a"], ["b"], ["c"], ["d"], ["e", "f"]]
     assert shard_plan(items, None) == [["a", "b", "c", "d", "e", "f"]]
     assert shard_plan([], 5) == [[]]
 
@@ -463,17 +431,12 @@ def test_shard_names_and_index() -> None:
 
 def test_metadata() -> None:
     metadata = slidesparse_metadata(Pattern(6, 8), INT8)
-    assert metadata["format"] == "pt"
-    assert json.loads(metadata["slidesparse"]) == {
-        "version": 1,
-        "pattern": {"nnz": 6, "group": 8},
-        "dtype": "int8",
-        "tool": packed_format.TOOL,
-    }
+    header = {"version": 1, "pattern": {"nnz": 6, "group": 8}, "dtype": "int8", "tool": packed_format.TOOL}
+    assert (metadata["format"], json.loads(metadata["slidesparse"])) == ("pt", header)
     for pattern in known_patterns():
         for dtype in (*PACKED, None):
-            header = parse_metadata(slidesparse_metadata(pattern, dtype, "t"))
-            assert header == packed_format.PackedHeader(pattern, dtype, "t")
+            found = parse_metadata(slidesparse_metadata(pattern, dtype, "t"))
+            assert found == packed_format.PackedHeader(pattern, dtype, "t")
     assert parse_metadata({"format": "pt"}) is None
 
 
@@ -492,7 +455,6 @@ def test_other_tools_weight_packed_is_an_ordinary_tensor(tmp_path: Path) -> None
     tensors = {
         "fc.weight_packed": np.ones((2, 2), np.int32),
         "fc.weight_shape": np.array([2, 16]),
-        "fc.weight_scale": np.ones(2),
     }
     save(tmp_path / "f.safetensors", tensors)
     with Checkpoint.open(tmp_path / "f.safetensors") as checkpoint:

@@ -1,4 +1,4 @@
-"""The Numba kernels of slidesparse_nb.cuda in Numba's CUDA simulator: their logic, without a GPU, every index checked.
+"""The Numba kernels of activations in Numba's CUDA simulator: their logic, without a GPU, every index checked.
 
 The simulator is chosen when Numba is imported, so this file runs itself once more in a process of its own.
 """
@@ -18,28 +18,17 @@ if not SIMULATED:
         run_in_simulator(__file__)
 
 else:
-    from device_cases import SOURCES, awkward_rows, bits, imaged, quantized, same, same_weight
+    from device_cases import SOURCES, at_address, awkward_rows, bits, imaged, quantized, same
 
-    from slidesparse_nb import packing
     from slidesparse_nb.arch.operand import STAGE, stages
     from slidesparse_nb.core import reference
     from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
     from slidesparse_nb.core.pattern import Pattern
-    from slidesparse_nb.cuda import pack as weights
     from slidesparse_nb.cuda import quantize as activations
     from slidesparse_nb.cuda.jit import numba as numba_kernel
     from slidesparse_nb.cuda.kernels import numbers as elements
     from slidesparse_nb.cuda.kernels import ptx
-    from slidesparse_nb.errors import OperandError, PatternError
-
-    def at_address(x, offset=0, pitch=None):
-        """x copied to a 16-byte aligned address plus `offset`, rows `pitch` bytes apart."""
-        pitch = pitch or x.shape[1] * x.itemsize
-        memory = np.full(x.shape[0] * pitch + 32, 0x7F, np.uint8)
-        start = -memory.ctypes.data % 16 + offset
-        placed = np.ndarray(x.shape, x.dtype, memory, start, (pitch, x.itemsize))
-        placed[...] = x
-        return placed
+    from slidesparse_nb.errors import OperandError
 
     def laid_out(x, layout):
         """x [m, 32] of a 16-bit type, or no columns or rows of it, in a layout that kernels must not stumble over."""
@@ -130,16 +119,24 @@ else:
 
     @pytest.mark.parametrize("layout", ["odd address", "padded rows", "transposed", "every second", "no columns", "no rows"])
     @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
-    def test_image_strides(layout, dtype) -> None:
-        x = awkward_rows(9, 32, FLOAT16.numpy)
-        placed = laid_out(x, layout)
+    def test_strides(layout, dtype) -> None:
+        placed = laid_out(awkward_rows(9, 32, FLOAT16.numpy), layout)
+        if dtype is INT8:
+            same(
+                *activations.quantize(placed, FLOAT8, pitch=64),
+                quantized(placed, FLOAT8, None, activations.row_pitch(placed.shape[1], None, 64)),
+            )
         made, _ = activations.image(placed, dtype, Pattern(6, 8))
         np.testing.assert_array_equal(made, imaged(placed, dtype, Pattern(6, 8))[0])
 
-    def test_image_into_given_arrays() -> None:
-        x = at_address(awkward_rows(3, 24, BFLOAT16.numpy))
-        count = stages(Pattern(6, 8), 24, INT8)
-        out, scale = np.full((count, 1, 8, 128), 0x55, np.uint8), np.zeros((3, 1), np.float32)
+    def test_results_go_into_given_arrays() -> None:
+        x, scale = at_address(awkward_rows(3, 24, BFLOAT16.numpy)), np.zeros((3, 1), np.float32)
+        out = np.full((3, 32), 0x55, np.int8)
+        given = activations.quantize(x, INT8, out=out, scale=scale)
+        assert given[0] is out
+        assert given[1] is scale
+        same(out, scale, quantized(x, INT8, None, 32))
+        out = np.full((stages(Pattern(6, 8), 24, INT8), 1, 8, 128), 0x55, np.uint8)
         given = activations.image(x, INT8, Pattern(6, 8), out=out, scale=scale)
         assert given[0] is out
         assert given[1] is scale
@@ -148,12 +145,6 @@ else:
             activations.image(at_address(awkward_rows(9, 24, BFLOAT16.numpy)), INT8, Pattern(6, 8), out=out)
         with pytest.raises(OperandError, match="x: int8 must hold bfloat16, or be bfloat16, float16 or float32"):
             activations.image(np.zeros((2, 8), np.int8), BFLOAT16, Pattern(6, 8), source=BFLOAT16)
-
-    @pytest.mark.parametrize("layout", ["odd address", "padded rows", "transposed", "every second"])
-    def test_quantize_strides(layout) -> None:
-        x = awkward_rows(9, 32, FLOAT16.numpy)
-        placed = laid_out(x, layout)
-        same(*activations.quantize(placed, FLOAT8, pitch=64), quantized(x, FLOAT8, None, 64))
 
     def test_long_rows_are_read_twice() -> None:
         k = 8192 * 8 + 8
@@ -172,14 +163,6 @@ else:
         np.testing.assert_array_equal(got, np.clip(points, -448, 448).astype(FLOAT8.numpy).view(np.uint8))
         assert elements.to_float8x4_early(*points[200:204]) == ptx.to_float8x4(*points[200:204])
 
-    def test_quantize_into_given_arrays() -> None:
-        x = at_address(awkward_rows(3, 24, BFLOAT16.numpy))
-        out, scale = np.full((3, 32), 0x55, np.int8), np.zeros((3, 1), np.float32)
-        given = activations.quantize(x, INT8, out=out, scale=scale)
-        assert given[0] is out
-        assert given[1] is scale
-        same(out, scale, quantized(x, INT8, None, 32))
-
     @pytest.mark.parametrize(
         ("change", "words"),
         [
@@ -194,117 +177,6 @@ else:
     def test_quantize_refuses(change, words) -> None:
         with pytest.raises(OperandError, match=words):
             activations.quantize(**{"x": np.zeros((2, 3), np.float32), "dtype": INT8} | change)
-
-    # ---- weights -------------------------------------------------------------------------------------------------
-
-    @pytest.mark.parametrize("dtype", PACKED, ids=str)
-    @pytest.mark.parametrize("source", SOURCES, ids=str)
-    @pytest.mark.parametrize("pattern", ["2:4", "4:6", "6:8", "14:16"])
-    def test_pack(pattern, source, dtype) -> None:
-        pattern = Pattern.of(pattern)
-        for k in (37,) if dtype is FLOAT16 else (5, 48):
-            w = np.random.default_rng(k).standard_normal((3, k)).astype(source)
-            w[1, ::3] = -0.0
-            w[2, 1::2] = w[2, 0]  # equal scores
-            expected = reference.pack(reference.prune(w, pattern), pattern, dtype)
-            packed = weights.pack(w, pattern, dtype, prune="magnitude")
-            same_weight(packed, expected)
-            np.testing.assert_array_equal(
-                weights.unpack(packed)[0].view(dtype.raw), reference.unpack(expected).view(dtype.raw) & -1 % 2**dtype.bits
-            )
-            already = weights.pack(reference.prune(w, pattern), pattern, dtype)
-            same_weight(already, expected)
-
-    @pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
-    def test_pack_quantized(dtype) -> None:
-        pattern = Pattern(6, 8)
-        stored = np.random.default_rng(3).integers(0, 256, (4, 40), np.uint8)
-        stored[stored & 0x7F == 0x7F] = 0x80
-        w, scale = stored.view(dtype.numpy), np.float32([[1], [0], [0.5], [3e38]])
-        expected = reference.pack(reference.prune(w, pattern), pattern, dtype, scale)
-        same_weight(weights.pack(stored, pattern, dtype, scale=scale, prune="magnitude"), expected)
-
-    def test_pack_defaults() -> None:
-        w = np.random.default_rng(7).standard_normal((3, 16)).astype(np.float32)
-        same_weight(weights.pack(w, Pattern(14, 16), prune="magnitude"), packing.pack(w, "14:16", prune="magnitude"))
-        q = np.ones((3, 6), np.int8)
-        for scale in (2, [1, 2, 3], np.float64([[0.5]])):
-            same_weight(
-                weights.pack(q, Pattern(4, 6), scale=scale, prune="magnitude"),
-                packing.pack(q, "4:6", scale=scale, prune="magnitude"),
-            )
-
-    def test_pack_by_scores_of_strided_weights() -> None:
-        pattern = Pattern(4, 6)
-        rng = np.random.default_rng(4)
-        w = np.asfortranarray(rng.standard_normal((5, 25)).astype(np.float16))
-        score = rng.random((5, 25), np.float32)
-        expected = reference.pack(reference.prune(w, pattern, score), pattern, INT8)
-        same_weight(weights.pack(w, pattern, INT8, prune=score), expected)
-
-    @pytest.mark.parametrize(("n", "k"), [(0, 16), (3, 0), (0, 0)])
-    def test_pack_almost_nothing(n, k) -> None:
-        w = np.zeros((n, k), np.float32)
-        same_weight(weights.pack(w, Pattern(6, 8), INT8), reference.pack(w, Pattern(6, 8), INT8))
-
-    def test_pack_reports_violations() -> None:
-        w = np.ones((3, 40), np.float32)
-        w[0] = w[1, :16] = 0
-        with pytest.raises(PatternError) as reference_error:
-            reference.pack(w, Pattern(6, 8), INT8)
-        with pytest.raises(PatternError) as error:
-            weights.pack(w, Pattern(6, 8), INT8)
-        assert str(error.value) == str(reference_error.value)
-        assert (error.value.row, error.value.group, error.value.count) == (1, 2, 8)
-
-    @pytest.mark.parametrize("prune", ["none", "magnitude"])
-    @pytest.mark.parametrize("dtype", PACKED, ids=str)
-    def test_pack_refuses_what_is_not_finite(dtype, prune) -> None:
-        w = np.zeros((4, 40), np.float32)
-        w[2, 17], w[3, 1] = -np.inf, np.nan
-        with pytest.raises(OperandError, match=r"w: -inf at row 2, column 17; weights must be finite \(float32\)"):
-            weights.pack(w, Pattern(6, 8), dtype, prune=prune)
-
-    def test_pack_refuses_overflow_and_bad_scales() -> None:
-        w = np.zeros((2, 8), np.float32)
-        w[1, 3] = 70000
-        with pytest.raises(OperandError, match=r"w: 70000\.0 at row 1, column 3 overflows float16; store it in another type"):
-            weights.pack(w, Pattern(6, 8), FLOAT16)
-        stored = np.zeros((2, 8), np.int8)
-        with pytest.raises(OperandError, match=r"scale: -1\.0 at row 1 must be finite and not negative"):
-            weights.pack(stored, Pattern(6, 8), INT8, scale=np.float32([[1], [-1]]))
-        stored[1, 2] = 0x7F
-        with pytest.raises(OperandError, match=r"w: nan at row 1, column 2; weights must be finite \(float8_e4m3fn\)"):
-            weights.pack(stored.view(np.uint8), Pattern(6, 8), FLOAT8, scale=np.ones((2, 1), np.float32))
-
-    @pytest.mark.parametrize(
-        ("given", "words"),
-        [
-            (
-                {"w": np.zeros((2, 8), np.float64)},
-                "w: float64 cannot be packed; it must be one of float32, float16, bfloat16, int8, float8_e4m3fn; convert it",
-            ),
-            (
-                {"w": np.zeros((2, 8), np.uint8), "dtype": None},
-                "of float8_e4m3fn weights pass the bits as uint8, and the dtype",
-            ),
-            (
-                {"w": np.zeros((2, 8), np.int8), "dtype": FLOAT8},
-                "dtype: int8 weights are quantized already and keep their type",
-            ),
-            (
-                {"w": np.zeros((2, 8), np.int8), "scale": np.ones(3)},
-                r"scale: shape \(3,\) must be \[2, 1\], \[2\], or one number",
-            ),
-            ({"w": np.zeros(8, np.float32)}, r"w: shape \(8,\) must be \[n, k\]"),
-            ({"w": np.zeros((2, 8), np.int8)}, "scale: is missing; int8 weights are quantized already"),
-            ({"scale": np.ones((2, 1), np.float32)}, "scale: float32 weights are quantized here and take none"),
-            ({"prune": np.ones((2, 7), np.float32)}, r"prune: scores of shape \(2, 7\) must have one score a weight"),
-        ],
-    )
-    def test_pack_refuses(given, words) -> None:
-        with pytest.raises(OperandError, match=words):
-            weights.pack(**{"w": np.zeros((2, 8), np.float32), "pattern": Pattern(6, 8), "dtype": INT8} | given)
 
     def test_the_simulator_checks_indices() -> None:
         memory = numba_kernel.Memory(np.zeros(4, np.uint16), np.dtype(np.uint32))

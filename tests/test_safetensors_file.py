@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import models
 import numpy as np
 import pytest
 import safetensors
@@ -36,18 +37,6 @@ def random_array(code: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray
     dtype = NUMPY_OF[code]
     raw = np.random.default_rng(seed).integers(0, 2 if code == "BOOL" else 256, (*shape, dtype.itemsize), np.uint8)
     return np.frombuffer(raw.tobytes(), dtype).reshape(shape)
-
-
-def write(path: Path, arrays: dict[str, tuple[str, Any]], metadata: dict[str, str] | None = None) -> Path:
-    with SafetensorsWriter(path, [(n, code, a.shape) for n, (code, a) in arrays.items()], metadata or {}) as writer:
-        for name, (_, array) in arrays.items():
-            writer.write(name, array)
-    return path
-
-
-def hand_made(path: Path, header: bytes, data: bytes) -> Path:
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
-    return path
 
 
 # ---- the oracle --------------------------------------------------------------------------------------------------
@@ -147,16 +136,12 @@ def test_headers_that_no_reader_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_arrays_are_views_that_outlive_the_file(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "f", {"a": ("F32", np.arange(6, dtype=np.float32).reshape(2, 3)), "b": ("U8", np.arange(5, dtype="u1"))}
-    )
+    path = models.write(tmp_path / "f", {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(5, dtype="u1")})
     file = SafetensorsFile(path)
     a = file.array("a")
     assert np.shares_memory(a, file.raw("a"))
     assert not a.flags.writeable
     assert not file.raw("b").flags.writeable
-    with pytest.raises(ValueError, match="read-only"):
-        a[0, 0] = 1
     file.close()
     file.close()
     os.unlink(path)
@@ -171,7 +156,8 @@ def test_arrays_are_views_that_outlive_the_file(tmp_path: Path) -> None:
 def test_unaligned_tensors(tmp_path: Path) -> None:
     values = np.arange(4, dtype=np.float64)
     header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F64","shape":[4],"data_offsets":[1,33]}}'
-    with SafetensorsFile(hand_made(tmp_path / "f", header, b"\1" + values.tobytes())) as file:
+    (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header + b"\1" + values.tobytes())
+    with SafetensorsFile(tmp_path / "f") as file:
         b = file.array("b")
         assert b.flags.aligned
         assert not b.flags.writeable
@@ -180,17 +166,14 @@ def test_unaligned_tensors(tmp_path: Path) -> None:
 
 
 def test_types_and_shapes_that_numpy_lacks(tmp_path: Path) -> None:
-    entries = [("four", "F4", (6,)), ("deep", "I8", (1,) * 70), ("wide", "I8", (0, 2**62, 2))]
-    with SafetensorsWriter(tmp_path / "f", entries, {}) as writer:
+    lacks = {"four": ("F4", (6,), "type for F4"), "deep": ("I8", (1,) * 70, "shape"), "wide": ("I8", (0, 2**62, 2), "shape")}
+    with SafetensorsWriter(tmp_path / "f", [(name, code, shape) for name, (code, shape, _) in lacks.items()], {}) as writer:
         writer.write("four", b"abc")
     with SafetensorsFile(tmp_path / "f") as file:
         assert file.raw("four").tobytes() == b"abc"
-        with pytest.raises(UnsupportedError, match="'four': NumPy has no type for F4"):
-            file.array("four")
-        with pytest.raises(UnsupportedError, match="'deep': NumPy has no shape"):
-            file.array("deep")
-        with pytest.raises(UnsupportedError, match="'wide': NumPy has no shape"):
-            file.array("wide")
+        for name, (_, _, what) in lacks.items():
+            with pytest.raises(UnsupportedError, match=f"'{name}': NumPy has no {what}"):
+                file.array(name)
 
 
 def resident() -> int:
@@ -206,15 +189,11 @@ def test_release_gives_memory_back(tmp_path: Path) -> None:
     with SafetensorsFile(tmp_path / "f") as file:
         before = resident()
         raw = file.raw("a")
-        assert int(raw.max()) == 7
-        touched = resident()
-        assert touched - before > size * 0.9
-        file.release("a", size // 2)
-        half = resident()
-        assert size * 0.4 < touched - half < size * 0.6
-        file.release("a")
-        assert resident() - before < size * 0.1
-        assert int(raw.max()) == 7  # and it comes back
+        for release, left in (((), 0), ((size // 2,), 0.5), ((0, size // 4), 0.75)):
+            assert int(raw.max()) == 7  # and it comes back
+            assert resident() - before > size * 0.9
+            file.release("a", *release)
+            assert abs((resident() - before) / size - left) < 0.1
         file.release("b", 0, 5)
         file.release("b", 20)
         assert file.raw("b").tolist() == list(range(10))
@@ -269,7 +248,6 @@ def test_what_write_takes(tmp_path: Path) -> None:
         writer.write("c", bytearray(b"\x38"), 1)
         assert writer.read("m", 2, 99) == b"\2\0"
         assert writer.read("m", 5, 1) == writer.read("m", -1, 1) == writer.read("x", 0, 1) == b""
-        writer.sync()
         for offset, data in [(-1, b"a"), (0, bytes(5)), (4, b"a"), (2, np.zeros(3, np.uint8))]:
             with pytest.raises(OperandError, match="not inside tensor 'm' of 4 bytes"):
                 writer.write("m", data, offset)

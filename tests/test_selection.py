@@ -96,41 +96,45 @@ def test_matcher_tells_which_pattern_matched() -> None:
     assert astray == ["x"]
 
 
+NO_LINEAR_LAYERS = """
+    cls.predictions.decoder lm_head.decoder lm_head.dense qa_outputs vocab_projector output transformer.output_layer proj_out
+    head v_head.summary classifier.dense tok_emb pos_emb emb encoder.block.0.layer.0.SelfAttention.relative_attention_bias
+    transformer.wte model.vision_embed_tokens _orig_mod.output module.lm_head talker.code_predictor.lm_head.3 decoder.to_logits
+    audio.quantizer.layers.0.codebook char_embeddings.HashBucketCodepointEmbedder_3 mask_decoder.mask_tokens
+    classification_head.out_proj detector.class_head.dense model.layers.0.altup.modality_router model.layers.0.mlp.gate.linear
+    vq.layers.0.project model.tok_embeddings.0 encoder.positions model.layers.0.moe.gate_network model.layers.0.ffn.router.layer
+"""
+AS_LARGE_AS_A_VOCABULARY = {
+    "language_model.output": {"llm_config": {"model_type": "internlm2", "vocab_size": 1024}},
+    "transformer.ff_out": {"vocab_size": 1000, "embedding_size": 1024},
+    "talker.codec_head": {"talker_config": {"vocab_size": 1024}},
+    "medusa_head.0.1": {"vocab_size": 1024},
+    "predict": {"vocab_size": 1024},
+}
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "rows", "config"),
     [
-        "cls.predictions.decoder",
-        "lm_head.decoder",
-        "lm_head.dense",
-        "qa_outputs",
-        "vocab_projector",
-        "output",
-        "transformer.output_layer",
-        "proj_out",
-        "head",
-        "v_head.summary",
-        "classifier.dense",
-        "tok_emb",
-        "pos_emb",
-        "emb",
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
-        "transformer.wte",
-        "model.vision_embed_tokens",
+        *((name, 32, None) for name in NO_LINEAR_LAYERS.split()),
+        *((name, 1024, config) for name, config in AS_LARGE_AS_A_VOCABULARY.items()),
+        ("predict.tokens", 2048, {"vocab_size": 1000}),  # padded: as many rows as the embedding
     ],
 )
-def test_heads_and_embeddings_by_their_names(tmp_path: Path, name: str) -> None:
-    parts = {f"{name}.weight": np.ones((32, 16), np.float32), "layers.0.fc.weight": np.zeros((8, 16), np.float32)}
-    assert {m.name for m in chosen(tmp_path, parts).modules} == {"layers.0.fc"}
+def test_matrices_that_are_no_linear_layers_stay(tmp_path: Path, name: str, rows: int, config: dict[str, Any] | None) -> None:
+    shapes = {name: (rows, 16), "model.embed_tokens": (2048, 16), "layers.0.fc": (8, 16)}
+    selection = chosen(tmp_path, {f"{each}.weight": np.zeros(shape, np.float32) for each, shape in shapes.items()}, config)
+    assert {m.name for m in selection.modules} == {"layers.0.fc"}
+    assert name in selection.left_dense
 
 
-def test_heads_and_embeddings_by_their_size_and_weights_narrower_than_a_group(tmp_path: Path) -> None:
-    parts = {
-        name: np.zeros(shape, np.float32)
-        for name, shape in {"a.w.weight": (4096, 16), "a.v.weight": (8, 16), "a.u.weight": (9, 7)}.items()
-    }
-    selection = chosen(tmp_path, parts, {"vocab_size": 4096}, pattern=ss.Pattern(6, 8))
-    assert selection.left_dense == {"a.w": "as large as the vocabulary", "a.u": "narrower than a group of 6:8"}
-    assert [m.name for m in selection.modules] == ["a.v"]
+def test_layers_as_wide_as_a_small_vocabulary_are_packed_and_those_narrower_than_a_group_are_not(tmp_path: Path) -> None:
+    """An audio model with 1024 codes and 1024 hidden units."""
+    parts = {f"model.layers.{i}.mlp.fc.weight": np.zeros((1024, 512), np.float32) for i in range(2)}
+    parts |= {"a.v.weight": np.zeros((8, 8), np.float32), "a.u.weight": np.zeros((9, 7), np.float32)}
+    selection = chosen(tmp_path, parts, {"vocab_size": 1024}, pattern=ss.Pattern(6, 8))
+    assert selection.left_dense == {"a.u": "narrower than a group of 6:8"}
+    assert len(selection.modules) == 3
 
 
 def test_types_that_cannot_be_packed_are_refused_and_not_passed_over(tmp_path: Path) -> None:
@@ -181,30 +185,6 @@ def test_unquantized_layers_of_a_quantized_checkpoint_stay(tmp_path: Path) -> No
     parts["model.layers.0.extra.weight"] = np.ones((8, 16), models.BF16)
     selection = chosen(tmp_path, parts, config)
     assert selection.left_dense["model.layers.0.extra"] == "not quantized in the source (BF16)"
-
-
-def compressed(weights: dict[str, Any] | None = None, inputs: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
-    group = {"weights": {"num_bits": 8, "strategy": "channel", **(weights or {})}, "input_activations": inputs}
-    return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, **given}}
-
-
-OK = {"num_bits": 8, "dynamic": True}
-
-
-@pytest.mark.parametrize(
-    ("config", "why"),
-    [
-        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq', which is not supported"),
-        (compressed({"num_bits": 4}, OK), "num_bits = 4"),
-        (compressed({"strategy": "group"}, OK), "strategy = 'group'"),
-        (compressed({"symmetric": False}, OK), "symmetric = False"),
-        (compressed({}, None), "weight-only"),
-        (compressed({}, {"num_bits": 16}), "input_activations"),
-    ],
-)
-def test_checkpoints_of_other_kinds_are_refused(tmp_path: Path, config: dict[str, Any], why: str) -> None:
-    with pytest.raises(ss.UnsupportedError, match=why):
-        chosen(tmp_path, with_scale((8, 1)), config)
 
 
 def test_packed_and_foreign_packed_checkpoints_are_refused(tmp_path: Path) -> None:

@@ -95,15 +95,19 @@ class Checkpoint:
                     raise
                 raise FormatError(f"{error}; {name} says that it holds tensor {shown(tensor)}: download it, too") from None
         checkpoint = cls([SafetensorsFile(root / file) for file in sorted(held)], root, name)
-        anew = "download both again, or load the model where it was made and save it anew"
-        for tensor, file in weight_map.items():
-            if tensor not in checkpoint.tensors or checkpoint.tensors[tensor][1].path.name != file:
-                raise FormatError(
-                    f"{first}: tensor {shown(tensor)} is not in {shown(file)}, where the index says it is; {anew}"
+        homes = {tensor: file.path.name for tensor, (_, file) in checkpoint.tensors.items()}
+        for tensor in (*weight_map, *homes):
+            if weight_map.get(tensor) != homes.get(tensor):
+                told = weight_map.get(tensor)
+                what = (
+                    f"is not in {shown(told)}, where the index says it is"
+                    if told
+                    else f"of {homes[tensor]} is not in the index"
                 )
-        for tensor, (_, shard) in checkpoint.tensors.items():
-            if tensor not in weight_map:
-                raise FormatError(f"{first}: tensor {shown(tensor)} of {shard.path.name} is not in the index; {anew}")
+                raise FormatError(
+                    f"{first}: tensor {shown(tensor)} {what}; download both again, or load the model where it was made and save"
+                    " it anew"
+                )
         return checkpoint
 
     def __enter__(self) -> Checkpoint:
@@ -124,10 +128,9 @@ class Checkpoint:
 
     @cached_property
     def _other_files(self) -> tuple[list[str], dict[str, str]]:
-        weights = {file.path.name for file in self.files} | {self._index or ""}
         if self.root is None:
             return [], {}
-        found = companions(self.root, weights, self.tensors)
+        found = companions(self.root, {file.path.name for file in self.files} | {self._index or ""}, self.tensors)
         self._states |= {self.root / name: file_state(self.root / name) for name in found[0]}
         return found
 
@@ -315,7 +318,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
         with contextlib.suppress(OSError):
             os.unlink(beside)
         if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # the user's file, not the one beside it
+            raise OSError(error.errno, error.strerror, str(path)) from error  # the user's file, not the one beside it
         raise
 
 

@@ -5,8 +5,8 @@
     model.safetensors.index.json       {"weight_map": {tensor: shard}} and its shards model-00001-of-00002.safetensors ...
     tokenizer.json, 1_Pooling/ ...     companions: whatever else the model needs; copies of the weights are none
 
-A folder may come from a stranger. A link in it is followed only to a place inside it, or, in a hub cache
-(models--ORG--NAME/snapshots/REVISION), to the cache's own `blobs` beside the snapshots, where the files lie in truth.
+A folder is untrusted. A link in it is followed only to a place inside it, or, in a hub cache
+(models--ORG--NAME/snapshots/REVISION), to the cache's own `blobs` beside the snapshots, where the files are stored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -166,15 +166,15 @@ def _chosen(root: Path, names: list[str], indexes: list[str], files: list[str]) 
     raise FormatError(f"{root}: holds no .safetensors file")
 
 
-def _refuse_incomplete(root: Path, choice: str, used: Iterable[str], files: list[str]) -> None:
+def _refuse_incomplete(root: Path, choice: str, used: set[str], files: list[str]) -> None:
     """Refuse shards i of n without the others, in what is used, and shards in the folder that the index does not name.
 
     Raises:
         FormatError: the model is not whole; names what is missing.
     """
-    used = set(used)
-    for name in sorted(used):
-        if (part := PART.fullmatch(name)) is None:
+    parts = {name: part for name in sorted({*used, *files}) if (part := PART.fullmatch(name))}
+    for name, part in parts.items():
+        if name not in used:
             continue
         n, width = int(part["n"]), len(part["i"])
         start, end = name[: part.start("i")], name[part.end("i") :]
@@ -188,13 +188,12 @@ def _refuse_incomplete(root: Path, choice: str, used: Iterable[str], files: list
                 + (f" (of the index: {there} of these are in the folder)" if there else "")
                 + f", or name {shown(name)} itself to take it alone"
             )
-    spare = [name for name in files if name not in used and PART.fullmatch(name)]
-    stems = {PART.fullmatch(name)["stem"] for name in used if PART.fullmatch(name)}  # type: ignore[index]
-    for name in spare:
-        if choice.endswith(INDEX_SUFFIX) and PART.fullmatch(name)["stem"] in stems:  # type: ignore[index]
-            raise FormatError(
-                f"{root}: {shown(name)} is in the folder, but {choice} does not name it; download the index again, or remove it"
-            )
+    stems = {part["stem"] for name, part in parts.items() if name in used}
+    spare = [name for name, part in parts.items() if name not in used and part["stem"] in stems]
+    if choice.endswith(INDEX_SUFFIX) and spare:
+        raise FormatError(
+            f"{root}: {shown(spare[0])} is in the folder, but {choice} does not name it; download the index again, or remove it"
+        )
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -235,16 +234,16 @@ def companions(root: Path, weights: set[str], tensors: Collection[str]) -> tuple
     behind: dict[str, str] = {}
     parts = _folders_of_the_model(root)
     for folder, subfolders, files in os.walk(root, onerror=refuse):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         place = Path(folder).relative_to(root)
-        for name in subfolders:
-            if os.path.islink(os.path.join(folder, name)):
-                raise FormatError(f"{root}: {shown(str(place / name))} is a link to a folder; put the folder itself there")
-        for name in list(subfolders):
+        found, subfolders[:] = sorted(name for name in subfolders if not name.startswith(".")), []
+        for name in found:
             path = (place / name).as_posix()
+            if os.path.islink(os.path.join(folder, name)):
+                raise FormatError(f"{root}: {shown(path)} is a link to a folder; put the folder itself there")
             if UNPACKED_FOLDERS.fullmatch(name.lower()) and path not in parts:
                 behind[f"{path}/"] = "the model once more, not packed"
-                subfolders.remove(name)
+            else:
+                subfolders.append(name)
         for file in sorted(name for name in files if not name.startswith(".")):
             path = (place / file).as_posix()
             if path == CONFIG or path in weights:
@@ -275,34 +274,26 @@ def _folders_of_the_model(root: Path) -> set[str]:
 def _why_behind(root: Path, path: str, siblings: list[str], tensors: Collection[str], *, part: bool) -> str | None:
     """Why a file is not copied; None if it is. `part`: its folder is one that the model's own list names."""
     file = path.rpartition("/")[2]
-    name = file.lower().removesuffix(".index.json")
-    top = path == file
+    name, top = file.lower().removesuffix(".index.json"), path == file
     if TRAINING.fullmatch(name):
         return "the state of a training run"
     if top and INDEX_FILE.search(file.lower()):
         return "the index of another copy of the weights"
     if name.endswith(".safetensors"):
-        if not top and part:
-            return None
-        if top and COPIES.fullmatch(name):
-            return "another copy of the weights, not packed"
-        return _same_tensors(root, path, tensors)
-    if not name.endswith(OTHER_WEIGHTS):
-        return None
-    if name.endswith(ALWAYS_COPIES):
-        return "the weights in another format"
+        copied = (top or not part) and bool((top and COPIES.fullmatch(name)) or _same_tensors(root, path, tensors))
+        return "another copy of the weights, not packed" if copied else None
     stands_in = top or any(other.endswith(".safetensors") for other in siblings)
-    return "the weights in another format" if COPIES.fullmatch(name) and stands_in else None
+    whole = name.endswith(OTHER_WEIGHTS) and stands_in and COPIES.fullmatch(name)
+    return "the weights in another format" if whole or name.endswith(ALWAYS_COPIES) else None
 
 
-def _same_tensors(root: Path, path: str, tensors: Collection[str]) -> str | None:
-    """Why a file of tensors is a copy of the model: it has tensors of the same names."""
+def _same_tensors(root: Path, path: str, tensors: Collection[str]) -> bool:
+    """Whether a file of tensors is a copy of the model: most of its tensors have names of the model's."""
     try:
         with SafetensorsFile(member(root, path)) as file:
-            same = sum(name in tensors for name in file.tensors)
-            return "another copy of the weights, not packed" if 2 * same > len(file.tensors) else None
+            return 2 * sum(name in tensors for name in file.tensors) > len(file.tensors)
     except FormatError:
-        return None  # an index, or no such file after all: it goes along as it is
+        return False  # an index, or no such file after all: it goes along as it is
 
 
 def _listed(folder: Path) -> list[str]:

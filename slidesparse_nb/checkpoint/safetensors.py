@@ -5,8 +5,8 @@
                 {"__metadata__": {str: str}, NAME: {"dtype": CODE, "shape": [...], "data_offsets": [start, stop]}, ...}
     the rest    the tensors' bytes, row-major, little-endian; offsets count from here, without holes or overlaps
 
-A file is data from strangers: everything in the header is checked before anything is believed, and names are only names,
-never paths. Source: the safetensors format, https://github.com/huggingface/safetensors, section "Format".
+A file is untrusted: everything in the header is checked before anything is used, and names are only names, never paths.
+Source: the safetensors format, https://github.com/huggingface/safetensors, section "Format".
 """
 
 from __future__ import annotations
@@ -81,13 +81,8 @@ def tensor_bytes(code: str, shape: Sequence[int]) -> int:
 
 
 def _sizes(value: object) -> bool:
-    """Whether `value` is a list of integers from 0 to 2^63 - 1."""
-    if not isinstance(value, list):
-        return False
-    for v in value:  # noqa: SIM110 (twice as fast, and a header may hold a million lists)
-        if type(v) is not int or not 0 <= v < _COUNT_LIMIT:  # type(): True is an int, too
-            return False
-    return True
+    """Whether `value` is a list of integers from 0 to 2^63 - 1. A header may hold a million lists; True is an int, too."""
+    return isinstance(value, list) and not [v for v in value if type(v) is not int or not 0 <= v < _COUNT_LIMIT]
 
 
 def _parse_entry(name: str, entry: object, data_start: int) -> TensorInfo:
@@ -204,6 +199,7 @@ class SafetensorsFile:
         FormatError: the file cannot be opened or its header breaks a rule of the format.
     """
 
+    @uncollected()
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path = checked_path(path, "path")
         descriptor = open_regular(path)
@@ -214,26 +210,18 @@ class SafetensorsFile:
             length = int.from_bytes(head[:8], "little")
             if size < 8 or length > size - 8 or length > LARGEST_HEADER or head[8 : 9 if length else 8] != b"{":
                 raise FormatError(f"{path}: {mistaken(head, '.safetensors file') or _no_header(head, length, size)}")
-            self._map: mmap.mmap | None = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
         finally:
             os.close(descriptor)
-        try:
-            with uncollected():
-                self._read_header(self._map[8 : 8 + length], size)
-        except FormatError:
-            self.close()
-            raise
-        self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8)
-
-    def _read_header(self, text: bytes, size: int) -> None:
-        header = parse_json(text, f"{self.path}: header")
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise FormatError(f"{self.path}: __metadata__ is {shown(metadata)}, must map strings to strings")
-        self.metadata: dict[str, str] = metadata
-        self.tensors = _parse_header(header, 8 + len(text), size, self.path)
+        header = parse_json(mapped[8 : 8 + length], f"{path}: header")
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        if not isinstance(self.metadata, dict) or not all(isinstance(value, str) for value in self.metadata.values()):
+            raise FormatError(f"{path}: __metadata__ is {shown(self.metadata)}, must map strings to strings")
+        self.tensors = _parse_header(header, 8 + length, size, path)
+        self._map: mmap.mmap | None = mapped
+        self._bytes: NDArray[np.uint8] | None = np.frombuffer(mapped, np.uint8)
 
     def __enter__(self) -> SafetensorsFile:
         return self
@@ -311,15 +299,8 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 # ---- write -------------------------------------------------------------------------------------------------------
 
 
+@uncollected()
 def header_bytes(
-    entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, TensorInfo]]:
-    """See `_header_bytes`."""
-    with uncollected():
-        return _header_bytes(entries, metadata)
-
-
-def _header_bytes(
     entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, TensorInfo]]:
     """Lay out a file: its first bytes (length and header), and where every tensor goes.
@@ -359,8 +340,8 @@ def _header_bytes(
     if len(text) > LARGEST_HEADER:
         raise OperandError(f"entries: the header would take {len(text)} bytes, above the limit of {LARGEST_HEADER}")
     data = 8 + len(text)
-    placed = [TensorInfo(t.name, t.code, t.shape, data + t.start, data + t.stop) for t in placed]
-    return len(text).to_bytes(8, "little") + text, {tensor.name: tensor for tensor in placed}
+    found = {t.name: TensorInfo(t.name, t.code, t.shape, data + t.start, data + t.stop) for t in placed}
+    return len(text).to_bytes(8, "little") + text, found
 
 
 class SafetensorsWriter:
@@ -425,7 +406,12 @@ class SafetensorsWriter:
         if isinstance(data, np.ndarray):
             data = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-        self._write_at(view, self._position(name, offset, len(view)))
+        if name not in self.tensors:
+            raise OperandError(f"name: {shown(name)} is no tensor of {self.path}")
+        info, stop = self.tensors[name], offset + len(view)
+        if not 0 <= offset <= stop <= info.nbytes:
+            raise OperandError(f"bytes {offset} to {stop} are not inside tensor {shown(name)} of {info.nbytes} bytes")
+        self._write_at(view, info.start + offset)
 
     def read(self, name: str, offset: int, count: int) -> bytes:
         """`count` bytes from byte `offset` of a tensor, as they are in the file now; fewer where it ends, none if unknown."""
@@ -438,25 +424,12 @@ class SafetensorsWriter:
             offset, count = offset + len(part), count - len(part)
         return b"".join(parts)
 
-    def _position(self, name: str, offset: int, count: int) -> int:
-        if name not in self.tensors:
-            raise OperandError(f"name: {shown(name)} is no tensor of {self.path}")
-        info = self.tensors[name]
-        if not 0 <= offset <= offset + count <= info.nbytes:
-            raise OperandError(f"bytes {offset} to {offset + count} are not inside tensor {shown(name)} of {info.nbytes} bytes")
-        return info.start + offset
-
     def _write_at(self, view: memoryview, position: int) -> None:
         with naming(self.path):
             while view:
                 if not (done := os.pwrite(self._descriptor, view, position)):  # at most 2 GiB at a time
                     raise OSError(errno.EIO, "wrote nothing")
                 view, position = view[done:], position + done
-
-    def sync(self) -> None:
-        """Wait until everything written so far is on the disk."""
-        with naming(self.path):
-            os.fsync(self._descriptor)
 
     def close(self, *, sync: bool = True) -> None:
         """Close the file, by default after it is on the disk."""
