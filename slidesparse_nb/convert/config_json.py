@@ -7,10 +7,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ..checkpoint import Checkpoint, slidesparse_metadata
-from ..checkpoint.packed_format import TOOL, VERSION
-from ..core.dtypes import DType
+from ..checkpoint.packed_format import TOOL, pattern_facts, version_of
 from ..core.pattern import Pattern
-from ..core.scheme import Scheme
+from ..core.scheme import Scheme, Storage
 from ..errors import UnsupportedError, shown
 from . import kinds
 from .select import QUANTIZED_CODES, QUANTIZED_PARTS, scale_problem
@@ -20,10 +19,10 @@ DENSE_MARK = "slidesparse_dense"
 """Metadata key of files in dense format; its value is that of "slidesparse" in packed ones."""
 
 
-def output_metadata(source: Checkpoint, format: str, pattern: Pattern, dtype: DType | None) -> dict[str, str]:
+def output_metadata(source: Checkpoint, format: str, pattern: Pattern, scheme: Scheme | None) -> dict[str, str]:
     """`__metadata__` of the output's files: the source's own entries, and what they hold."""
     kept = {key: value for key, value in source.metadata.items() if key not in ("slidesparse", DENSE_MARK)}
-    mine = slidesparse_metadata(pattern, dtype)
+    mine = slidesparse_metadata(pattern, scheme)
     return {**kept, **(mine if format == "packed" else {"format": "pt", DENSE_MARK: mine["slidesparse"]})}
 
 
@@ -33,7 +32,7 @@ def is_ours(checkpoint: Checkpoint) -> bool:
 
 
 def output_config(
-    source: Checkpoint, said: Source, format: str, pattern: Pattern, dtype: DType, packed: Collection[str]
+    source: Checkpoint, said: Source, format: str, pattern: Pattern, scheme: Scheme, packed: Collection[str]
 ) -> dict[str, Any] | None:
     """The output's config.json; None if the source has none. Nothing that the source's config says of quantization is kept.
 
@@ -50,39 +49,39 @@ def output_config(
         UnsupportedError: a module stays quantized in a way that the output's config cannot describe.
     """
     packed = set(packed)
-    kept = _kept_quantized(source, said, format, dtype, packed)
+    kept = _kept_quantized(source, said, format, scheme, packed)
     if source.config is None:
         return None
     config = without_statements(source.config)
     ignored = _ignored(source, said, {*packed, *kept})
     facts = {
-        "version": VERSION,
-        "pattern": {"nnz": pattern.nnz, "group": pattern.group},
-        "k_slice_unit": pattern.slice_unit,
+        "version": version_of(scheme),
+        "pattern": pattern_facts(pattern),
+        "k_slice_unit": scheme.slice_unit(pattern),
     }
     if format == "packed":
         config["quantization_config"] = {
             "quant_method": "slidesparse",
-            "version": VERSION,
+            "version": facts["version"],
             "format": "slidesparse-packed",
             "pattern": facts["pattern"],
-            "weights": _weights(dtype),
-            "input_activations": _activations(dtype),
+            "weights": _storage(scheme.weights),
+            "input_activations": _activations(scheme),
             "ignore": ignored,
             "k_slice_unit": facts["k_slice_unit"],
         }
         return config
-    if Scheme.of(dtype).scaled:
-        name = "int-quantized" if dtype.name == "int8" else "float-quantized"
-        main = {**_scheme(_weights(dtype), _activations(dtype)), "format": name, "targets": ["Linear"]}
+    if scheme.scaled:
+        name = "int-quantized" if scheme.dtype.name == "int8" else "float-quantized"
+        main = {**_scheme(_storage(scheme.weights), _activations(scheme)), "format": name, "targets": ["Linear"]}
         groups: list[dict[str, Any]] = []
-        for module, scheme in kept.items():
-            group = next((g for g in (main, *groups) if _scheme(g["weights"], g["input_activations"]) == scheme), None)
+        for module, stays in kept.items():
+            group = next((g for g in (main, *groups) if _scheme(g["weights"], g["input_activations"]) == stays), None)
             if group is None:
-                groups.append(group := {**scheme, "format": name, "targets": []})
+                groups.append(group := {**stays, "format": name, "targets": []})
             if group is not main or kinds.not_linear(module, ()) is not None:  # no engine counts a head among "Linear"
                 group["targets"] += [_entry(module), *(kinds.fused_names(module) if group is not main else [])]
-                others = {*packed, *(other for other in kept if kept[other] != scheme)}
+                others = {*packed, *(other for other in kept if kept[other] != stays)}
                 form = next((form for form in _forms(module) if not _covers(form, others)), None)
                 group["targets"] += [form] if form and form not in group["targets"] and is_renamed(source, said) else []
         groups.append(main)  # after those that name modules: a name goes before a class, and loaders warn otherwise
@@ -94,7 +93,7 @@ def output_config(
             "ignore": ignored,
             "kv_cache_scheme": said.kv_cache_scheme,
         }
-    config["slidesparse"] = {**facts, "dtype": dtype.name, "ignore": ignored, "tool": TOOL}
+    config["slidesparse"] = {**facts, "dtype": scheme.dtype.name, "ignore": ignored, "tool": TOOL}
     return config
 
 
@@ -103,7 +102,7 @@ def _scheme(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> dic
 
 
 def _kept_quantized(
-    source: Checkpoint, said: Source, format: str, dtype: DType, packed: Collection[str]
+    source: Checkpoint, said: Source, format: str, scheme: Scheme, packed: Collection[str]
 ) -> dict[str, dict[str, Any]]:
     """The modules that stay in 8 bits with their scales, each with the scheme that describes it.
 
@@ -120,21 +119,21 @@ def _kept_quantized(
             continue  # a table of small integers
         role = kinds.not_linear(module, info.shape)
         problem = f"{role} in 8 bits" if role is not None and "head" not in role else scale_problem(source, module, info)
-        code = dtype.safetensors if format == "dense" and Scheme.of(dtype).scaled else None
+        code = scheme.dtype.safetensors if format == "dense" and scheme.scaled else None
         if problem is None and info.code == code and said.ignores(module) is None:
-            kept[module] = _kept_scheme(source, said, module, dtype)
+            kept[module] = _kept_scheme(source, said, module, scheme)
             continue
         what = problem or ("a packed checkpoint has no other quantized layers" if format == "packed" else None)
         raise UnsupportedError(
             f"{shown(name)}: would stay {info.code} with {shown(f'{module}.{scales[0]}')}, which the output's config cannot"
-            f" describe ({what or f'its weights are {dtype}'}); pack it too, or dequantize it first"
+            f" describe ({what or f'its weights are {scheme}'}); pack it too, or dequantize it first"
             + ", or use --format dense"
-            * (format == "packed" and problem is None and info.code == dtype.safetensors)
+            * (format == "packed" and problem is None and info.code == scheme.dtype.safetensors)
         )
     return kept
 
 
-def _kept_scheme(source: Checkpoint, said: Source, module: str, dtype: DType) -> dict[str, Any]:
+def _kept_scheme(source: Checkpoint, said: Source, module: str, scheme: Scheme) -> dict[str, Any]:
     """How a module that stays as it was is quantized, by its scales (weights) and the source's config (activations)."""
     scale = source.tensors[f"{module}.weight_scale"][0]
     strategy = "channel" if scale.shape and scale.shape[0] == source.tensors[f"{module}.weight"][0].shape[0] > 1 else "tensor"
@@ -142,8 +141,8 @@ def _kept_scheme(source: Checkpoint, said: Source, module: str, dtype: DType) ->
     static = f"{module}.input_scale" in source.tensors
     found = {key: inputs[key] for key in ("strategy", "dynamic") if key in inputs}
     return _scheme(
-        {**_weights(dtype), "strategy": strategy},
-        {**(_activations(dtype) or {}), **({"strategy": "tensor", "dynamic": False} if static else {}), **found},
+        {**_storage(scheme.weights), "strategy": strategy},
+        {**(_activations(scheme) or {}), **({"strategy": "tensor", "dynamic": False} if static else {}), **found},
     )
 
 
@@ -226,14 +225,20 @@ def _covers(name: str, quantized: Collection[str]) -> bool:
     return name in quantized
 
 
-def _weights(dtype: DType) -> dict[str, Any]:
-    if not Scheme.of(dtype).scaled:
-        return {"num_bits": 16, "type": "float", "dtype": dtype.name}
-    kind = "int" if dtype.name == "int8" else "float"
-    return {"num_bits": 8, "type": kind, "strategy": "channel", "symmetric": True, "dynamic": False}
+def _storage(storage: Storage) -> dict[str, Any]:
+    """How an operand is stored, as compressed-tensors names it; a block of `group_size` columns is one of the expanded k."""
+    element = storage.element
+    if not storage.row_scale:
+        return {"num_bits": 16, "type": "float", "dtype": element.name}
+    facts = {"num_bits": element.bits, "type": "int" if element.name == "int8" else "float"}
+    if (block := storage.block) is None:
+        return {**facts, "strategy": "channel", "symmetric": True, "dynamic": False}
+    block_facts = {"group_size": block.columns, "scale_dtype": block.scale.name}
+    return {**facts, "strategy": "tensor_group", **block_facts, "symmetric": True, "dynamic": False}
 
 
-def _activations(dtype: DType) -> dict[str, Any] | None:
-    if not Scheme.of(dtype).scaled:
+def _activations(scheme: Scheme) -> dict[str, Any] | None:
+    if not scheme.scaled:
         return None
-    return {**_weights(dtype), "strategy": "token", "dynamic": True}
+    facts = _storage(scheme.activations)
+    return {**facts, **({} if scheme.lift_first else {"strategy": "token"}), "dynamic": True}
