@@ -57,7 +57,8 @@ def _quantize_blocks(
             for c in columns:
                 y = min(max(np.float32(x[r, c] * inv), -t), t)
                 v = abs(np.float32(y * inverse))  # to the nearest of 0 0.5 1 1.5 2 3 4 6, ties to even
-                nibble = (v > 0.25) + (v >= 0.75) + (v > 1.25) + (v >= 1.75) + (v > 2.5) + (v >= 3.5) + (v > 5)
+                nibble = int(v > 0.25) + int(v >= 0.75) + int(v > 1.25) + int(v >= 1.75)
+                nibble += int(v > 2.5) + int(v >= 3.5) + int(v > 5)
                 q[r, c] = nibble | 8 if y < 0 and nibble else nibble
 
 

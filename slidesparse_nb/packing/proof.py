@@ -218,23 +218,30 @@ def _equals_reference(packed: PackedWeight, w: Array, prune: Pruning, first_row:
 
 
 def unpack_blocks(packed: PackedWeight, first_row: int, *, padded: bool = False) -> Array:
-    """`reference.unpack` of rows with block scales, those past k too if `padded`. FormatError: a column is stored twice."""
-    values = reference.stored_values(packed)
-    k = packed.pattern.padded_k(packed.k)
-    dense = reference.unslide(decompress(values, packed.meta, packed.pattern.unit), packed.pattern, k)
-    if np.count_nonzero(dense) != np.count_nonzero(values):
+    """`reference.unpack` of rows with block scales, those past k too if `padded`. FormatError: two windows store one column.
+
+    Or one pair of columns.
+    """
+    values, unit = reference.stored_values(packed), packed.pattern.unit
+    dense = reference.unslide(decompress(values, packed.meta, unit), packed.pattern, packed.pattern.padded_k(packed.k))
+    if np.count_nonzero(_units(dense, unit)) != np.count_nonzero(_units(values, unit)):
         raise stored_twice(values, packed.meta, packed, first_row)
     return dense if padded else dense[:, : packed.k]
 
 
+def _units(values: Array, unit: int) -> Array:
+    """Which columns or pairs are not zero: [rows, c] -> bool [rows, c / unit]."""
+    return np.asarray(in_groups(kernels.nonzero(values) != 0, unit).any(axis=2))
+
+
 def stored_twice(values: Array, meta: Array, packed: PackedWeight, first_row: int) -> FormatError:
     """The error to raise for a block of packed weights, a row of which stores a column in two windows."""
-    windows = packed.pattern.lift_index(packed.k).reshape(-1, 4, packed.pattern.unit)
-    stored = kernels.nonzero(values) != 0
+    windows = packed.pattern.lift_index(packed.k).reshape(-1, 4, packed.pattern.unit)[:, :, 0]
+    stored = _units(values, packed.pattern.unit)
     row, column = next(
         (row, int(columns[count > 1][0]))
         for row in range(values.shape[0])
-        for at in [np.take_along_axis(windows, window_index(meta[row : row + 1])[0][..., None], axis=1).ravel()]
+        for at in [np.take_along_axis(windows, window_index(meta[row : row + 1])[0], axis=1).ravel()]
         for columns, count in [np.unique(at[stored[row]], return_counts=True)]
         if (count > 1).any()
     )
