@@ -17,6 +17,7 @@ from .core.checks import (
     float_dtype,
     on_gpu,
     overlapping,
+    require_kernel,
     require_unmasked,
     result_dtype,
     share_memory,
@@ -26,7 +27,7 @@ from .core.pattern import Pattern
 from .core.scheme import Scheme
 from .cpu import kernels
 from .cpu import matmul as cpu_matmul
-from .errors import OperandError, shown
+from .errors import OperandError, UnsupportedError, shown
 
 if TYPE_CHECKING:
     from .cuda.weight import DeviceWeight
@@ -187,6 +188,8 @@ def quantize(
             raise OperandError("dtype: is missing; with a pattern instead of packed weights, pass their type, such as 'int8'")
         scheme = Scheme.of(dtype)
         pattern = scheme.pattern(packed)  # type: ignore[arg-type]
+    if scheme.lift_first:
+        raise UnsupportedError(f"dtype: {scheme} activations are quantized in their windows, by matmul; pass x itself to it")
     if isinstance(x, np.ndarray):
         if weights is not None:
             require_packed(weights).check_shapes()
@@ -194,8 +197,10 @@ def quantize(
         check_activations(x, None if weights is None else weights.k)
         lead, flat = _flat(x)
         values, scale = _quantized(flat, scheme)
-        return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, scheme.dtype, x.dtype)
+        stored = scheme.activations.element
+        return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, stored, x.dtype)
     if _on_gpu(x):
+        require_kernel(scheme)
         quantized: QuantizedActivations = _gemm("quantize").quantize(x, pattern, scheme.dtype, weights, stream)
         return quantized
     raise _no_array("x", x)
@@ -240,7 +245,7 @@ def _matmul_numpy(
         x.check(packed, x.values, x.scale)
         given, scale_x = x.values, x.scale
         lead, source = x.lead, float_dtype("x.source", x.source)
-        values = x.values.view(packed.dtype.numpy)
+        values = x.values.view(packed.scheme.activations.element.numpy)
     else:
         check_activations(x, packed.k)
         given, scale_x, source = x, None, x.dtype
@@ -252,7 +257,7 @@ def _matmul_numpy(
         for name, array in (("x", given), ("x.scale", scale_x), ("bias", bias)):
             if array is not None and share_memory(out, array):
                 raise overlapping(name)
-    if scale_x is None:
+    if scale_x is None and not packed.scheme.lift_first:
         values, scale_x = _quantized(values, packed.scheme)
     flat_result = result.reshape(values.shape[0], packed.n) if result.flags.c_contiguous else None
     y = np.empty((values.shape[0], packed.n), result.dtype) if flat_result is None else flat_result

@@ -157,7 +157,7 @@ def test_several_types_in_a_file(tmp_path: Path) -> None:
     save(tmp_path / "f.safetensors", tensors)
     header = parse_metadata(SafetensorsFile(tmp_path / "f.safetensors").metadata)
     assert header is not None
-    assert (header.pattern, header.dtype) == (Pattern(6, 8), None)
+    assert (header.pattern, header.scheme) == (Pattern(6, 8), None)
     assert same_all(load(tmp_path / "f.safetensors"), tensors)
 
 
@@ -436,7 +436,7 @@ def test_metadata() -> None:
     for pattern in known_patterns():
         for dtype in (*PACKED, None):
             found = parse_metadata(slidesparse_metadata(pattern, dtype, "t"))
-            assert found == packed_format.PackedHeader(pattern, dtype, "t")
+            assert found == packed_format.PackedHeader(pattern, dtype and Scheme.of(dtype), "t")
     assert parse_metadata({"format": "pt"}) is None
 
 

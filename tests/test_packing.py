@@ -201,7 +201,7 @@ def test_violations_are_counted_over_all_blocks(monkeypatch: pytest.MonkeyPatch)
             pack(w, "6:8", max_workers=workers)
         assert (caught.value.row, caught.value.group, caught.value.count) == (13, 1, 6)
     with pytest.raises(PatternError, match="row 113, group 1") as caught:
-        packing.pack_rows(w.astype(np.float16), "6:8", first_row=100)
+        packing.pack_rows(w.astype(np.float16), None, "6:8", "fp16", first_row=100)
     assert caught.value.row == 113
 
 

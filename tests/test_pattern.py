@@ -127,6 +127,19 @@ def test_order_and_known_patterns() -> None:
     assert len({Pattern.of("6:8"), Pattern(6, 8)}) == 1
 
 
+def test_pairs() -> None:
+    pairs = Pattern(6, 8, unit=2)
+    assert Pattern.of("6:8 pairs") == Pattern.of(" 6:8  pairs ") == pairs != Pattern(6, 8)
+    assert (str(pairs), pairs.described) == ("6:8 pairs", "6:8 pairs (2 zero pairs in 8)")
+    assert (pairs.columns, pairs.windows, pairs.slice_unit) == (16, 3, 32)
+    assert (pairs.padded_k(33), pairs.slid_k(33), pairs.expansion) == (64, 96, Fraction(3, 2))
+    assert pairs.lift_index(32)[:16].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert str(pairs.violated(0, 1, 1)).startswith("w: row 0, group 1 (columns 16 to 31) has more than 6 non-zero pairs")
+    for unit in (0, 3, True, "2", None):
+        with pytest.raises(OperandError, match=r"^pattern: unit .* must be 1, or 2 for pairs of columns$"):
+            Pattern(6, 8, unit)  # type: ignore[arg-type]
+
+
 def test_violated_names_the_place() -> None:
     error = Pattern(6, 8).violated(3, 2, 5, "they are dense")
     assert (error.row, error.group, error.count) == (3, 2, 5)

@@ -85,7 +85,7 @@ def test_slice_units(text: str, w4a8: int, nvfp4: int, bits: float) -> None:
         cuts = [
             k
             for k in range(pattern.columns, 257, pattern.columns)
-            if k * pattern.expansion / 2 % block.size == 0 and k // pattern.columns * pattern.windows % 2 == 0
+            if k * pattern.expansion % block.columns == 0 and k // pattern.columns * pattern.windows % 2 == 0
         ]
         assert scheme.slice_unit(pattern) == unit == cuts[0]
-    assert pattern.bits_per_weight(scheme.dtype.bits + 8 / block.size) == pytest.approx(bits)
+    assert pattern.bits_per_weight(scheme.dtype.bits + 8 / (block.columns / 2)) == pytest.approx(bits)

@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 
 from ..core.checks import require_unmasked
 from ..core.dtypes import CODE_OF
-from ..core.packed import PackedWeight, size_problem
-from ..core.scheme import Scheme
+from ..core.packed import PARTS, PackedWeight, size_problem
 from ..core.untrusted_json import uncollected
 from ..errors import FormatError, OperandError, UnsupportedError, shown
 from .hf_folder import CONFIG, INDEX_SUFFIX, OTHER_WEIGHTS, choose_weights, companions, member, path_kind, read_index, read_json
 from .hf_folder import index_bytes as index_bytes
 from .hf_folder import shard_name as shard_name
 from .hf_folder import shard_plan as shard_plan
-from .packed_format import OF_CODE, PackedHeader, module_names, on_host, unreadable
+from .packed_format import PackedHeader, module_names, on_host, unreadable, version_of
 from .packed_format import packed_arrays as packed_arrays
 from .packed_format import packed_entries as packed_entries
 from .packed_format import packed_names as packed_names
@@ -216,18 +215,17 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
     where = f"{file.path}: tensor {shown(info.name)}"
     if header is None:
         raise FormatError(f"{where}: metadata 'slidesparse' of its file is missing, while other files have it")
-    dtype = OF_CODE.get(info.code)
-    if dtype is None or header.dtype not in (None, dtype):
-        rule = header.dtype.safetensors if header.dtype else ", ".join(OF_CODE)
-        raise FormatError(f"{where}: is {info.code}, must be {rule} as metadata 'slidesparse' says")
+    scheme = header.of_code.get(info.code)
+    if scheme is None:
+        raise FormatError(f"{where}: is {info.code}, must be {', '.join(header.of_code)} as metadata 'slidesparse' says")
     shape_info, shape_file = checkpoint.tensors[f"{module}.weight_shape"]
     place = f"{shape_file.path}: tensor {shown(shape_info.name)}"
     if (shape_info.code, shape_info.shape) != ("I64", (2,)):
         raise FormatError(f"{place}: is {shape_info.code} {shown(shape_info.shape)}, must be I64 (2,)")
     n, k = shape_file.array(shape_info.name).tolist()
-    if problem := size_problem(header.pattern, (n, k), dtype):
+    if problem := size_problem(header.pattern, (n, k), scheme):
         raise FormatError(f"{place}: {problem}")
-    entries = packed_entries(module, header.pattern, dtype, (n, k))
+    entries = packed_entries(module, header.pattern, scheme, (n, k))
     for name, code, shape in entries:
         if name not in checkpoint.tensors:
             raise FormatError(f"{where}: needs tensor {shown(name)}: missing")
@@ -235,10 +233,11 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
         if (found.code, found.shape) != (code, shape):
             raise FormatError(
                 f"{holder.path}: tensor {shown(name)}: is {found.code} {shown(found.shape)}, must be {code} {shape}"
-                f" for a weight of shape ({n}, {k}) at {header.pattern} in {dtype}"
+                f" for a weight of shape ({n}, {k}) at {header.pattern} in {scheme}"
             )
-    values, meta, *scale, _ = (checkpoint.array(name) for name, _, _ in entries)
-    return PackedWeight(values, meta, scale[0] if scale else None, header.pattern, (n, k), Scheme.of(dtype))
+    parts: dict[str, Any] = {PARTS[name.rpartition(".")[2]]: checkpoint.array(name) for name, _, _ in entries}
+    parts |= {"scale": parts.get("scale"), "shape": (n, k)}
+    return PackedWeight(**parts, pattern=header.pattern, scheme=scheme)
 
 
 # ---- all at once -------------------------------------------------------------------------------------------------
@@ -296,7 +295,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
             raise OperandError(f"tensors: name {shown(name)} must be a string")
         if isinstance(value, PackedWeight):
             parts = packed_arrays(name, value.validate(shown(name)))
-            entries += packed_entries(name, value.pattern, value.dtype, value.shape)
+            entries += packed_entries(name, value.pattern, value.scheme, value.shape)
         else:
             parts = {name: _plain_array(name, value)}
             entries.append((name, CODE_OF[parts[name].dtype], parts[name].shape))
@@ -306,8 +305,11 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
         raise OperandError(f"tensors: hold patterns {', '.join(map(str, patterns))}; a file has one, so save them separately")
     if why := unreadable({name: code for name, code, _ in entries}, packed.keys(), "tensors"):
         raise OperandError(f"{why}; rename it")
-    dtypes = {value.dtype for value in packed.values()}
-    metadata = slidesparse_metadata(patterns[0], dtypes.pop() if len(dtypes) == 1 else None) if packed else {"format": "pt"}
+    schemes = {value.scheme for value in packed.values()}
+    metadata = {"format": "pt"}
+    if packed:
+        version = max(map(version_of, schemes))
+        metadata = slidesparse_metadata(patterns[0], schemes.pop() if len(schemes) == 1 else None, version=version)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with SafetensorsWriter(beside, entries, metadata) as writer:

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..core.dtypes import NUMPY_OF
 from ..core.pattern import Pattern
-from ..core.scheme import SCHEMES, Scheme
+from ..core.scheme import SCHEMES, Scheme, Storage
 from ..errors import FormatError, OperandError, shown
-from .packed_format import VERSION, packed_entries, slidesparse_metadata
+from .packed_format import packed_entries, pattern_facts, slidesparse_metadata, version_of
 
 FORMAT = "slidesparse-packed"
 KEYS = {"quant_method", "version", "format", "pattern", "weights", "input_activations", "ignore", "k_slice_unit"}
@@ -45,17 +45,16 @@ class PackedConfig:
         where = "config.json: quantization_config"
         if config.get("quant_method") != "slidesparse" or config.get("format") != FORMAT:
             raise FormatError(f"{where}: format {shown(config.get('format'))} must be {FORMAT!r}; slidesparse pack writes it")
-        if config.get("version") != VERSION:
-            raise FormatError(f"{where}: version {shown(config.get('version'))} is unknown; update slidesparse_nb")
         if unknown := sorted(config.keys() - KEYS) or sorted(KEYS - config.keys()):
             kind = "an unknown key" if config.keys() - KEYS else "missing"
             raise FormatError(f"{where}: {shown(unknown[0])} is {kind}; update slidesparse_nb, or pack the model again")
         pattern, ignore = config["pattern"], config["ignore"]
         described = {"weights": config["weights"], "input_activations": config["input_activations"]}
-        scheme = next((row for row in SCHEMES.values() if not row.blocks and description(row) == described), None)
-        if scheme is None:
-            raise FormatError(f"{where}: weights {shown(config['weights'])} are of no scheme known here; update slidesparse_nb")
-        if not isinstance(pattern, Mapping) or pattern.keys() != {"nnz", "group"}:
+        scheme = next((row for row in SCHEMES.values() if description(row) == described), None)
+        if scheme is None or config["version"] != version_of(scheme):
+            stored = f"version {shown(config['version'])}, weights {shown(config['weights'])}"
+            raise FormatError(f"{where}: {stored} are unknown here; update slidesparse_nb")
+        if not isinstance(pattern, Mapping) or pattern.keys() - {"unit"} != {"nnz", "group"}:
             raise FormatError(f'{where}: pattern {shown(pattern)} must be like {{"nnz": 6, "group": 8}}')
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise FormatError(f"{where}: ignore {shown(ignore)} must be a list of names")
@@ -74,9 +73,9 @@ class PackedConfig:
         """The JSON; the inverse of `read`."""
         return {
             "quant_method": "slidesparse",
-            "version": VERSION,
+            "version": version_of(self.scheme),
             "format": FORMAT,
-            "pattern": {"nnz": self.pattern.nnz, "group": self.pattern.group},
+            "pattern": pattern_facts(self.pattern),
             **description(self.scheme),
             "ignore": list(self.ignore),
             "k_slice_unit": self.scheme.slice_unit(self.pattern),
@@ -84,19 +83,34 @@ class PackedConfig:
 
     def metadata(self) -> dict[str, str]:
         """`__metadata__` of the safetensors files."""
-        return slidesparse_metadata(self.pattern, self.scheme.dtype)
+        return slidesparse_metadata(self.pattern, self.scheme)
 
     def tensors(self, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The tensors of a packed layer whose weight is [n, k]: name -> (NumPy's name of the dtype, shape)."""
-        entries = packed_entries("", self.pattern, self.scheme.dtype, (n, k))
+        entries = packed_entries("", self.pattern, self.scheme, (n, k))
         return {name.removeprefix("."): (NUMPY_OF[code].name, shape) for name, code, shape in entries}
 
 
 def description(scheme: Scheme) -> dict[str, Any]:
-    """`weights` and `input_activations` of a scheme without blocks, as compressed-tensors writes them."""
-    dtype = scheme.dtype
+    """`weights` and `input_activations` of a scheme."""
+    return {"weights": storage_facts(scheme.weights), "input_activations": activation_facts(scheme)}
+
+
+def storage_facts(storage: Storage) -> dict[str, Any]:
+    """How an operand is stored, as compressed-tensors names it; a block of `group_size` columns is one of the expanded k."""
+    element = storage.element
+    if not storage.row_scale:
+        return {"num_bits": 16, "type": "float", "dtype": element.name}
+    facts = {"num_bits": element.bits, "type": "int" if element.name == "int8" else "float"}
+    if (block := storage.block) is None:
+        return {**facts, "strategy": "channel", "symmetric": True, "dynamic": False}
+    block_facts = {"group_size": block.columns, "scale_dtype": block.scale.name}
+    return {**facts, "strategy": "tensor_group", **block_facts, "symmetric": True, "dynamic": False}
+
+
+def activation_facts(scheme: Scheme) -> dict[str, Any] | None:
+    """How activations are stored, as compressed-tensors names it; None where they are not quantized."""
     if not scheme.scaled:
-        return {"weights": {"num_bits": 16, "type": "float", "dtype": dtype.name}, "input_activations": None}
-    kind = "float" if dtype.inf_bits is not None else "int"
-    both = {"num_bits": dtype.bits, "type": kind, "strategy": "channel", "symmetric": True, "dynamic": False}
-    return {"weights": both, "input_activations": {**both, "strategy": "token", "dynamic": True}}
+        return None
+    facts = storage_facts(scheme.activations)
+    return {**facts, **({} if scheme.lift_first else {"strategy": "token"}), "dynamic": True}

@@ -1,4 +1,4 @@
-"""A packed weight as named tensors, and the metadata that says so: the packed format (docs/format.md), version 1."""
+"""A packed weight as named tensors, and the metadata that says so: the packed format (docs/format.md), versions 1 and 2."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..core.dtypes import PACKED, DType
-from ..core.packed import PackedWeight
+from ..core.packed import PARTS, PackedWeight, part_shapes
 from ..core.pattern import Pattern
-from ..core.scheme import Scheme
+from ..core.scheme import SCHEMES, Scheme
 from ..core.untrusted_json import parse_json
 from ..errors import FormatError, OperandError, shown
 
-VERSION = 1
-"""Of the packed format."""
+VERSIONS = (1, 2)
+"""Of the packed format. A file is of version 2 only where block scales or a pattern over pairs need it."""
 
 TOOL = f"slidesparse_nb {__version__}"
 
-OF_CODE = {dtype.safetensors: dtype for dtype in PACKED}
-"""Safetensors code -> packed type."""
+
+def version_of(scheme: Scheme | DType) -> int:
+    """The version that a file with such weights has at least."""
+    return 2 if Scheme.of(scheme).blocks else 1
+
 
 # ---- a file's metadata -------------------------------------------------------------------------------------------
 
@@ -35,23 +38,38 @@ class PackedHeader:
 
     Attributes:
         pattern: of all of them.
-        dtype: of all of them, or None where they differ.
+        scheme: of all of them, or None where they differ.
         tool: the program that wrote them, and its version.
+        version: of the format.
     """
 
     pattern: Pattern
-    dtype: DType | None
+    scheme: Scheme | None
     tool: str
+    version: int = 1
+
+    @property
+    def of_code(self) -> dict[str, Scheme]:
+        """Safetensors code of the values -> the scheme that has it, of those that may be in such a file."""
+        fitting = [s for s in SCHEMES.values() if s.unit == self.pattern.unit and version_of(s) <= self.version]
+        return {s.dtype.safetensors: s for s in ([self.scheme] if self.scheme else fitting)}
 
 
-def slidesparse_metadata(pattern: Pattern, dtype: DType | None, tool: str | None = None) -> dict[str, str]:
-    """`__metadata__` of a file with packed weights; `dtype` is None where they are of several types."""
-    header = {
-        "version": VERSION,
-        "pattern": {"nnz": pattern.nnz, "group": pattern.group},
-        "dtype": dtype.name if dtype else None,
-        "tool": TOOL if tool is None else tool,
-    }
+def pattern_facts(pattern: Pattern) -> dict[str, int]:
+    """A pattern in JSON."""
+    facts = {"nnz": pattern.nnz, "group": pattern.group}
+    return facts if pattern.unit == 1 else {**facts, "unit": pattern.unit}
+
+
+def slidesparse_metadata(
+    pattern: Pattern, scheme: Scheme | DType | None, tool: str | None = None, version: int | None = None
+) -> dict[str, str]:
+    """`__metadata__` of a file with packed weights; `scheme` is None where they are of several."""
+    scheme = None if scheme is None else Scheme.of(scheme)
+    version = version or (version_of(scheme) if scheme else 1)
+    stored = {"dtype": scheme.dtype.name if scheme else None} if version == 1 else {"scheme": scheme.name if scheme else None}
+    tool = TOOL if tool is None else tool
+    header = {"version": version, "pattern": pattern_facts(pattern), **stored, "tool": tool}
     return {"format": "pt", "slidesparse": json.dumps(header, separators=(",", ":"))}
 
 
@@ -66,47 +84,54 @@ def parse_metadata(metadata: Mapping[str, str], where: object = "__metadata__") 
     where = f"{where}: metadata 'slidesparse'"
     header = parse_json(metadata["slidesparse"].encode("utf-8"), where)
     version = header.get("version")
-    if type(version) is not int or version != VERSION:
-        raise FormatError(f"{where}: version {shown(version)} is unknown; this program reads version {VERSION}, update it")
-    if header.keys() != {"version", "pattern", "dtype", "tool"} or not isinstance(header["tool"], str):
-        raise FormatError(f"{where}: is {shown(header)}, must have exactly the keys version, pattern, dtype and tool")
-    pattern, dtype = header["pattern"], header["dtype"]
-    if not isinstance(pattern, dict) or pattern.keys() != {"nnz", "group"}:
+    if type(version) is not int or version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise FormatError(f"{where}: version {shown(version)} is unknown; this program reads versions {known}, update it")
+    key = "dtype" if version == 1 else "scheme"
+    if header.keys() != {"version", "pattern", key, "tool"} or not isinstance(header["tool"], str):
+        raise FormatError(f"{where}: is {shown(header)}, must have exactly the keys version, pattern, {key} and tool")
+    pattern, named = header["pattern"], header[key]
+    if not isinstance(pattern, dict) or pattern.keys() - ({"unit"} if version > 1 else set()) != {"nnz", "group"}:
         raise FormatError(f'{where}: pattern {shown(pattern)} must be like {{"nnz": 6, "group": 8}}')
-    names = [row.name for row in PACKED]
-    if dtype is not None and dtype not in names:
-        raise FormatError(f"{where}: dtype {shown(dtype)} must be one of {', '.join(names)}, or null for several")
+    names = {dtype.name: Scheme.of(dtype) for dtype in PACKED} if version == 1 else SCHEMES
+    if named is not None and (not isinstance(named, str) or named not in names):
+        raise FormatError(f"{where}: {key} {shown(named)} must be one of {', '.join(names)}, or null for several")
     try:
-        return PackedHeader(Pattern(**pattern), Scheme.of(dtype).dtype if dtype is not None else None, header["tool"])
+        found = PackedHeader(Pattern(**pattern), names[named] if named else None, header["tool"], version)
     except OperandError as error:
         raise FormatError(f"{where}: {error}") from error
+    if found.scheme and found.scheme.unit != found.pattern.unit:
+        raise FormatError(f"{where}: pattern {found.pattern} must have unit {found.scheme.unit}, as {found.scheme} has")
+    return found
 
 
 # ---- named tensors ----------------------------------------------------------------------------------------------------
 
 
 def packed_entries(
-    module: str, pattern: Pattern, dtype: DType, shape: tuple[int, int]
+    module: str, pattern: Pattern, scheme: Scheme | DType, shape: tuple[int, int]
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, code, shape) of the tensors of a packed module whose dense weight is [n, k] = `shape`."""
-    n, ks = shape[0], pattern.slid_k(shape[1])
-    entries: list[tuple[str, str, tuple[int, ...]]] = [
-        (f"{module}.weight_packed", dtype.safetensors, (n, ks // 2)),
-        (f"{module}.weight_meta", "U8", (n, ks // 8)),
+    scheme = Scheme.of(scheme)
+    codes = {"values": scheme.dtype.safetensors, "meta": "U8", "scale": "F32"}
+    if (block := scheme.weights.block) is not None:
+        codes["block_scale"] = block.scale.safetensors
+    shapes: dict[str, tuple[int, ...]] = {**part_shapes(pattern, shape, scheme), "shape": (2,)}
+    return [
+        (f"{module}.{tensor}", {**codes, "shape": "I64"}[part], shapes[part])
+        for tensor, part in PARTS.items()
+        if part in shapes
     ]
-    if Scheme.of(dtype).scaled:
-        entries.append((f"{module}.weight_scale", "F32", (n, 1)))
-    return [*entries, (f"{module}.weight_shape", "I64", (2,))]
 
 
 def packed_names(module: str, packed: PackedWeight) -> list[str]:
     """Names of the tensors of a packed module."""
-    return [name for name, _, _ in packed_entries(module, packed.pattern, packed.dtype, packed.shape)]
+    return [name for name, _, _ in packed_entries(module, packed.pattern, packed.scheme, packed.shape)]
 
 
 def packed_arrays(module: str, packed: PackedWeight) -> dict[str, NDArray[Any]]:
     """The tensors of `packed_entries`, on the host."""
-    there = replace(packed, values=on_host(packed.values).view(packed.dtype.numpy))
+    there = replace(packed, values=on_host(packed.values).view(packed.dtype.stored))
     return {f"{module}.{part}": on_host(array) for part, array in there.tensors().items()}
 
 
@@ -135,14 +160,14 @@ def module_names(tensors: Mapping[str, str], marked: bool, where: object) -> lis
                 raise FormatError(f"{where}: module {shown(module)} is packed, but metadata 'slidesparse' is missing")
         return []
     for module in modules:
-        dtype = OF_CODE.get(tensors[f"{module}.weight_packed"])
+        unscaled = {s.dtype.safetensors: s for s in SCHEMES.values() if not s.scaled}.get(tensors[f"{module}.weight_packed"])
         if f"{module}.weight" in tensors:
             raise FormatError(f"{where}: module {shown(module)} has both weight and weight_packed; it must have one of them")
         if module in tensors:
             raise FormatError(f"{where}: {shown(module)} is the name of both a tensor and a packed module")
-        if dtype is not None and not Scheme.of(dtype).scaled and f"{module}.weight_scale" in tensors:
+        if unscaled is not None and f"{module}.weight_scale" in tensors:
             tensor = shown(f"{module}.weight_packed")
-            raise FormatError(f"{where}: tensor {tensor}: has a weight_scale, but {dtype} values carry none")
+            raise FormatError(f"{where}: tensor {tensor}: has a weight_scale, but {unscaled} values carry none")
     for name in tensors:
         module, _, part = name.rpartition(".")
         if part in ("weight_packed", "weight_meta", "weight_shape"):

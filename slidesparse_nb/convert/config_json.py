@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ..checkpoint import Checkpoint, slidesparse_metadata
-from ..checkpoint.packed_format import TOOL, VERSION
-from ..core.dtypes import DType
+from ..checkpoint.packed_config import PackedConfig, activation_facts, storage_facts
+from ..checkpoint.packed_format import TOOL, pattern_facts, version_of
 from ..core.pattern import Pattern
 from ..core.scheme import Scheme
 from ..errors import UnsupportedError, shown
@@ -20,10 +20,10 @@ DENSE_MARK = "slidesparse_dense"
 """Metadata key of files in dense format; its value is that of "slidesparse" in packed ones."""
 
 
-def output_metadata(source: Checkpoint, format: str, pattern: Pattern, dtype: DType | None) -> dict[str, str]:
+def output_metadata(source: Checkpoint, format: str, pattern: Pattern, scheme: Scheme | None) -> dict[str, str]:
     """`__metadata__` of the output's files: the source's own entries, and what they hold."""
     kept = {key: value for key, value in source.metadata.items() if key not in ("slidesparse", DENSE_MARK)}
-    mine = slidesparse_metadata(pattern, dtype)
+    mine = slidesparse_metadata(pattern, scheme)
     return {**kept, **(mine if format == "packed" else {"format": "pt", DENSE_MARK: mine["slidesparse"]})}
 
 
@@ -33,7 +33,7 @@ def is_ours(checkpoint: Checkpoint) -> bool:
 
 
 def output_config(
-    source: Checkpoint, said: Source, format: str, pattern: Pattern, dtype: DType, packed: Collection[str]
+    source: Checkpoint, said: Source, format: str, pattern: Pattern, scheme: Scheme, packed: Collection[str]
 ) -> dict[str, Any] | None:
     """The output's config.json; None if the source has none. Nothing that the source's config says of quantization is kept.
 
@@ -50,39 +50,30 @@ def output_config(
         UnsupportedError: a module stays quantized in a way that the output's config cannot describe.
     """
     packed = set(packed)
-    kept = _kept_quantized(source, said, format, dtype, packed)
+    kept = _kept_quantized(source, said, format, scheme, packed)
     if source.config is None:
         return None
     config = without_statements(source.config)
     ignored = _ignored(source, said, {*packed, *kept})
     facts = {
-        "version": VERSION,
-        "pattern": {"nnz": pattern.nnz, "group": pattern.group},
-        "k_slice_unit": pattern.slice_unit,
+        "version": version_of(scheme),
+        "pattern": pattern_facts(pattern),
+        "k_slice_unit": scheme.slice_unit(pattern),
     }
     if format == "packed":
-        config["quantization_config"] = {
-            "quant_method": "slidesparse",
-            "version": VERSION,
-            "format": "slidesparse-packed",
-            "pattern": facts["pattern"],
-            "weights": _weights(dtype),
-            "input_activations": _activations(dtype),
-            "ignore": ignored,
-            "k_slice_unit": facts["k_slice_unit"],
-        }
+        config["quantization_config"] = PackedConfig(pattern, scheme, tuple(ignored)).written()
         return config
-    if Scheme.of(dtype).scaled:
-        name = "int-quantized" if dtype.name == "int8" else "float-quantized"
-        main = {**_scheme(_weights(dtype), _activations(dtype)), "format": name, "targets": ["Linear"]}
+    if scheme.scaled:
+        name = "int-quantized" if scheme.dtype.name == "int8" else "float-quantized"
+        main = {**_scheme(storage_facts(scheme.weights), activation_facts(scheme)), "format": name, "targets": ["Linear"]}
         groups: list[dict[str, Any]] = []
-        for module, scheme in kept.items():
-            group = next((g for g in (main, *groups) if _scheme(g["weights"], g["input_activations"]) == scheme), None)
+        for module, stays in kept.items():
+            group = next((g for g in (main, *groups) if _scheme(g["weights"], g["input_activations"]) == stays), None)
             if group is None:
-                groups.append(group := {**scheme, "format": name, "targets": []})
+                groups.append(group := {**stays, "format": name, "targets": []})
             if group is not main or kinds.not_linear(module, ()) is not None:  # no engine counts a head among "Linear"
                 group["targets"] += [_entry(module), *(kinds.fused_names(module) if group is not main else [])]
-                others = {*packed, *(other for other in kept if kept[other] != scheme)}
+                others = {*packed, *(other for other in kept if kept[other] != stays)}
                 form = next((form for form in _forms(module) if not _covers(form, others)), None)
                 group["targets"] += [form] if form and form not in group["targets"] and is_renamed(source, said) else []
         groups.append(main)  # after those that name modules: a name goes before a class, and loaders warn otherwise
@@ -94,7 +85,7 @@ def output_config(
             "ignore": ignored,
             "kv_cache_scheme": said.kv_cache_scheme,
         }
-    config["slidesparse"] = {**facts, "dtype": dtype.name, "ignore": ignored, "tool": TOOL}
+    config["slidesparse"] = {**facts, "dtype": scheme.dtype.name, "ignore": ignored, "tool": TOOL}
     return config
 
 
@@ -103,7 +94,7 @@ def _scheme(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> dic
 
 
 def _kept_quantized(
-    source: Checkpoint, said: Source, format: str, dtype: DType, packed: Collection[str]
+    source: Checkpoint, said: Source, format: str, scheme: Scheme, packed: Collection[str]
 ) -> dict[str, dict[str, Any]]:
     """The modules that stay in 8 bits with their scales, each with the scheme that describes it.
 
@@ -120,21 +111,21 @@ def _kept_quantized(
             continue  # a table of small integers
         role = kinds.not_linear(module, info.shape)
         problem = f"{role} in 8 bits" if role is not None and "head" not in role else scale_problem(source, module, info)
-        code = dtype.safetensors if format == "dense" and Scheme.of(dtype).scaled else None
+        code = scheme.dtype.safetensors if format == "dense" and scheme.scaled else None
         if problem is None and info.code == code and said.ignores(module) is None:
-            kept[module] = _kept_scheme(source, said, module, dtype)
+            kept[module] = _kept_scheme(source, said, module, scheme)
             continue
         what = problem or ("a packed checkpoint has no other quantized layers" if format == "packed" else None)
         raise UnsupportedError(
             f"{shown(name)}: would stay {info.code} with {shown(f'{module}.{scales[0]}')}, which the output's config cannot"
-            f" describe ({what or f'its weights are {dtype}'}); pack it too, or dequantize it first"
+            f" describe ({what or f'its weights are {scheme}'}); pack it too, or dequantize it first"
             + ", or use --format dense"
-            * (format == "packed" and problem is None and info.code == dtype.safetensors)
+            * (format == "packed" and problem is None and info.code == scheme.dtype.safetensors)
         )
     return kept
 
 
-def _kept_scheme(source: Checkpoint, said: Source, module: str, dtype: DType) -> dict[str, Any]:
+def _kept_scheme(source: Checkpoint, said: Source, module: str, scheme: Scheme) -> dict[str, Any]:
     """How a module that stays as it was is quantized, by its scales (weights) and the source's config (activations)."""
     scale = source.tensors[f"{module}.weight_scale"][0]
     strategy = "channel" if scale.shape and scale.shape[0] == source.tensors[f"{module}.weight"][0].shape[0] > 1 else "tensor"
@@ -142,8 +133,8 @@ def _kept_scheme(source: Checkpoint, said: Source, module: str, dtype: DType) ->
     static = f"{module}.input_scale" in source.tensors
     found = {key: inputs[key] for key in ("strategy", "dynamic") if key in inputs}
     return _scheme(
-        {**_weights(dtype), "strategy": strategy},
-        {**(_activations(dtype) or {}), **({"strategy": "tensor", "dynamic": False} if static else {}), **found},
+        {**storage_facts(scheme.weights), "strategy": strategy},
+        {**(activation_facts(scheme) or {}), **({"strategy": "tensor", "dynamic": False} if static else {}), **found},
     )
 
 
@@ -224,16 +215,3 @@ def _covers(name: str, quantized: Collection[str]) -> bool:
     if name.startswith("re:"):
         return any(re.match(name[3:], module) for module in quantized)
     return name in quantized
-
-
-def _weights(dtype: DType) -> dict[str, Any]:
-    if not Scheme.of(dtype).scaled:
-        return {"num_bits": 16, "type": "float", "dtype": dtype.name}
-    kind = "int" if dtype.name == "int8" else "float"
-    return {"num_bits": 8, "type": kind, "strategy": "channel", "symmetric": True, "dynamic": False}
-
-
-def _activations(dtype: DType) -> dict[str, Any] | None:
-    if not Scheme.of(dtype).scaled:
-        return None
-    return {**_weights(dtype), "strategy": "token", "dynamic": True}

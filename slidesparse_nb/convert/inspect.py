@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint, packed_names, read_packed
 from ..core.packed import PackedWeight
 from ..core.pattern import known_patterns
 from ..core.prune import bind
-from ..core.reference import Array
+from ..core.reference import Array, prune
 from ..cpu.kernels import violations
 from ..errors import FormatError, UnsupportedError, VerificationError
 from ..packing.proof import quantized
@@ -83,7 +83,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Progress | Non
                     name,
                     packed.n,
                     packed.k,
-                    packed.dtype.safetensors,
+                    packed.scheme.name if packed.scheme.blocks else packed.dtype.safetensors,
                     sum(sizes[part] for part in packed_names(name, packed)),
                     packed.bits_per_weight,
                     str(packed.pattern),
@@ -203,7 +203,7 @@ def _against(
     for name, weight in packed.items():
         if f"{name}.weight" not in dense.tensors or dense.tensors[f"{name}.weight"][0].shape != weight.shape:
             raise VerificationError(f"{name}: the source has no weight of shape {list(weight.shape)} of that name")
-    modules = named(dense, {name: weight.dtype for name, weight in packed.items()})
+    modules = named(dense, {name: weight.scheme for name, weight in packed.items()})
     for name, weight in packed.items():
         module = modules[name]
 
@@ -235,7 +235,9 @@ def dropped(block: PackedWeight, w: Array) -> tuple[int, int]:
     kept = packing.unpack(block).astype(np.float32) != 0
     weights = w.astype(np.float32)
     gone = (weights != 0) & ~kept
-    if not block.scheme.scaled or w.dtype.itemsize == 1:
+    if block.scheme.blocks:
+        survive = prune(weights, block.pattern) == 0  # those that lost by magnitude, the one way that is proved of them
+    elif not block.scheme.scaled or w.dtype.itemsize == 1:
         with np.errstate(over="ignore"):
             survive = w.astype(block.dtype.numpy).astype(np.float32) != 0
     else:

@@ -14,7 +14,6 @@ from typing import Any
 from ..checkpoint import Checkpoint, index_bytes, shard_name, shard_plan
 from ..checkpoint.hf_folder import CONFIG, INDEX_SUFFIX
 from ..checkpoint.safetensors import header_bytes, naming, open_regular, tensor_bytes
-from ..core.dtypes import DType
 from ..core.file_kind import LOOKED_AT, POINTER, is_pointer
 from ..core.scheme import Scheme
 from ..errors import FormatError
@@ -152,10 +151,10 @@ class Layout:
         return ""
 
 
-def dense_entries(name: str, dtype: DType, shape: tuple[int, int]) -> tuple[Entry, ...]:
+def dense_entries(name: str, scheme: Scheme, shape: tuple[int, int]) -> tuple[Entry, ...]:
     """The tensors of a module in dense format: the weight under its own name and, for 8 bits, one scale a row."""
-    weight = (f"{name}.weight", dtype.safetensors, shape)
-    return (weight,) if not Scheme.of(dtype).scaled else (weight, (f"{name}.weight_scale", "F32", (shape[0], 1)))
+    weight = (f"{name}.weight", scheme.dtype.safetensors, shape)
+    return (weight,) if not scheme.scaled else (weight, (f"{name}.weight_scale", "F32", (shape[0], 1)))
 
 
 def dense_pieces(name: str, q: Any, scale: Any, first: int) -> Iterator[Piece]:

@@ -35,8 +35,8 @@ class Options:
 
     Attributes:
         pattern: (2N-2):2N.
-        scheme: "auto" keeps the source's type (float32 becomes bfloat16), or INT8_W8A8, FP8_DYNAMIC, BF16, FP16, or the type:
-            int8, fp8, bf16, fp16.
+        scheme: "auto" keeps the source's type (float32 becomes bfloat16), or INT8_W8A8, FP8_DYNAMIC, BF16, FP16, W4A8,
+            NVFP4 (whose pattern is over pairs of columns), or the type: int8, fp8, bf16, fp16.
         prune: none (weights that break the pattern are refused), magnitude, or random (with `seed`).
         targets, ignore: which modules (exact name, glob, or "re:" regular expression).
         statistics: module -> array, of a method that needs more than the weights: real numbers [k] or [n, k]. Not compared.
@@ -63,6 +63,13 @@ class Options:
         object.__setattr__(self, "pattern", Pattern.of(self.pattern))
         with contextlib.suppress(OperandError):  # then the check below tells
             object.__setattr__(self, "scheme", "auto" if str(self.scheme).lower() == "auto" else Scheme.of(self.scheme).name)
+        if self.scheme in BY_NAME:
+            scheme = BY_NAME[self.scheme]
+            object.__setattr__(self, "pattern", scheme.pattern(self.pattern))
+            if scheme.blocks and self.format == "dense":
+                raise OperandError(
+                    f"format: {scheme} weights have no dense form, their scales being of the expanded k; use packed"
+                )
         for name in ("targets", "ignore"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))

@@ -12,7 +12,6 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..checkpoint.packed_format import parse_metadata, unreadable
 from ..checkpoint.safetensors import TensorInfo, checked_path
-from ..core import dtypes
 from ..core.pattern import Pattern
 from ..core.scheme import Scheme
 from ..core.untrusted_json import uncollected
@@ -129,28 +128,27 @@ def new_report(
     layout: Layout,
     *,
     pattern: Pattern,
-    dtype: dtypes.DType | None,
+    scheme: Scheme | None,
     format: str,
     prune: str,
     left_dense: dict[str, str],
     skipped: dict[str, str],
     notes: list[str],
 ) -> Report:
-    """The report of a conversion before it runs; `dtype` is None where modules are of several types."""
+    """The report of a conversion before it runs; `scheme` is None where modules are of several types."""
     sizes = {item.name: item.nbytes for shard in layout.shards for item in shard.items if not item.copied}
     rows = []
     for module in modules:
         n, k = module.shape
         source_bytes = sum(checkpoint.tensors[name][0].nbytes for name in module.replaced)
         bits = 8 * sizes[module.name] / max(1, n * k)
-        rows.append(
-            ModuleReport(module.name, n, k, module.code, module.dtype.safetensors, source_bytes, sizes[module.name], bits)
-        )
+        stored = module.scheme.name if module.scheme.blocks else module.dtype.safetensors
+        rows.append(ModuleReport(module.name, n, k, module.code, stored, source_bytes, sizes[module.name], bits))
     return Report(
         input=str(source),
         output=str(target),
         pattern=str(pattern),
-        scheme=Scheme.of(dtype).name if dtype else "mixed",
+        scheme=scheme.name if scheme else "mixed",
         format=format,
         prune=prune,
         expansion=float(pattern.expansion),

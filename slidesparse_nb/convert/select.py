@@ -42,7 +42,7 @@ class Module:
         name: X, where the weight is `X.weight`.
         shape: (n, k).
         code: safetensors code of the source weight.
-        dtype: the packed type.
+        scheme: that it is packed in.
         scale: name of the source's scale tensor, if the weight is already quantized.
         replaced: source tensors that packing replaces or makes meaningless.
     """
@@ -50,13 +50,18 @@ class Module:
     name: str
     shape: tuple[int, int]
     code: str
-    dtype: DType
+    scheme: Scheme
     scale: str | None
     replaced: tuple[str, ...]
 
     @property
     def weight(self) -> str:
         return f"{self.name}.weight"
+
+    @property
+    def dtype(self) -> DType:
+        """Type of the packed values."""
+        return self.scheme.dtype
 
 
 @dataclass
@@ -291,7 +296,7 @@ def _add(selection: Selection, name: str, info: TensorInfo, checkpoint: Checkpoi
     tensors, code = checkpoint.tensors, info.code
     shape = (info.shape[0], info.shape[1])
     source = {"F32": dtypes.BFLOAT16}.get(code) or next(t for t in dtypes.PACKED if t.safetensors == code)
-    dtype = source if scheme == "auto" else Scheme.of(scheme).dtype
+    packed_as = Scheme.of(source if scheme == "auto" else scheme)
     parts = QUANTIZED_PARTS if code in QUANTIZED_CODES else ()
     companions = tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in tensors)
     scale = None
@@ -300,12 +305,12 @@ def _add(selection: Selection, name: str, info: TensorInfo, checkpoint: Checkpoi
         if (why := scale_problem(checkpoint, name, info)) is not None:
             selection.bad[name] = why
             return
-        if dtype is not source:
+        if packed_as.dtype is not source:
             raise UnsupportedError(
-                f"{shown(info.name)}: already quantized to {source}; it cannot become {dtype}: use --scheme auto, or start from"
-                " the unquantized model"
+                f"{shown(info.name)}: already quantized to {source}; it cannot become {packed_as}: use --scheme auto, or start"
+                " from the unquantized model"
             )
-    selection.modules.append(Module(name, shape, code, dtype, scale, (info.name, *companions)))
+    selection.modules.append(Module(name, shape, code, packed_as, scale, (info.name, *companions)))
 
 
 def scale_problem(checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | None:
@@ -327,20 +332,19 @@ def scale_problem(checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | 
     return None
 
 
-def named(checkpoint: Checkpoint, stored: Mapping[str, DType]) -> dict[str, Module]:
-    """Modules by their exact names, whatever their role and their siblings, with the types they are stored in.
+def named(checkpoint: Checkpoint, stored: Mapping[str, Scheme]) -> dict[str, Module]:
+    """Modules by their exact names, whatever their role and their siblings, with the schemes they are stored in.
 
     Raises:
         VerificationError: the weight of that name could not have been packed into that type.
         UnsupportedError: the checkpoint as a whole is of a kind that cannot be packed.
     """
     selection = Selection(source=read_source(checkpoint))
-    for name, dtype in stored.items():
+    for name, scheme in stored.items():
         info = checkpoint.tensors[f"{name}.weight"][0]
-        if info.code not in SOURCE_CODES or (info.code in QUANTIZED_CODES and info.code != dtype.safetensors):
-            raise VerificationError(f"{name}.weight: {info.code} weights of the source could not have been packed as {dtype}")
-        scheme = "auto" if info.code in QUANTIZED_CODES else Scheme.of(dtype).name
-        _add(selection, name, info, checkpoint, scheme)
+        if info.code not in SOURCE_CODES or (info.code in QUANTIZED_CODES and info.code != scheme.dtype.safetensors):
+            raise VerificationError(f"{name}.weight: {info.code} weights of the source could not have been packed as {scheme}")
+        _add(selection, name, info, checkpoint, "auto" if info.code in QUANTIZED_CODES else scheme.name)
         if why := selection.bad.get(name):
             raise VerificationError(f"{why} (the source's weight of that name could not have been packed)")
     return {module.name: module for module in selection.modules}
@@ -348,7 +352,7 @@ def named(checkpoint: Checkpoint, stored: Mapping[str, DType]) -> dict[str, Modu
 
 def _one_type(selection: Selection) -> None:
     """All packed modules of a checkpoint share one type; say what fp32 became."""
-    kinds = {m.dtype.name for m in selection.modules}
+    kinds = {str(m.scheme) for m in selection.modules}
     if len(kinds) > 1:
         raise UnsupportedError(
             f"weights of several types ({', '.join(sorted(kinds))}) in one checkpoint; choose one with --scheme"

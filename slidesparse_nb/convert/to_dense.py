@@ -9,8 +9,8 @@ from pathlib import Path
 from .. import __version__, packing
 from ..checkpoint import Checkpoint, packed_names, read_packed
 from ..checkpoint.safetensors import checked_path
-from ..core.dtypes import DType
 from ..core.packed import PackedWeight
+from ..core.scheme import Scheme
 from ..errors import UnsupportedError, VerificationError
 from .config_json import output_config, output_metadata
 from .layout import Item, Piece, dense_entries, dense_pieces, output_layout, row_ranges
@@ -35,15 +35,15 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
         if not weights:
             raise UnsupportedError(f"{source}: holds no packed weights")
         pattern = next(iter(weights.values())).pattern
-        dtype = _one_type(source, checkpoint, weights)
+        scheme = _one_type(source, checkpoint, weights)
         modules = [_module(name, packed) for name, packed in weights.items()]
         target, single = output_target(source, checkpoint, out, "dense")
         said = read_packed_source(checkpoint)
         layout = output_layout(
             all_items(checkpoint, modules, lambda module: _item(checkpoint, module, weights[module.name])),
             checkpoint,
-            metadata=output_metadata(checkpoint, "dense", pattern, dtype),
-            config=output_config(checkpoint, said, "dense", pattern, dtype, weights) if dtype else None,
+            metadata=output_metadata(checkpoint, "dense", pattern, scheme),
+            config=output_config(checkpoint, said, "dense", pattern, scheme, weights) if scheme else None,
             max_shard_size=None,
             single=target.name if single else None,
         )
@@ -54,7 +54,7 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
             modules,
             layout,
             pattern=pattern,
-            dtype=dtype,
+            scheme=scheme,
             format="dense",
             prune="none",
             left_dense={name: "not packed" for name in said.ignore},
@@ -69,16 +69,21 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
                 _release(checkpoint, module)
                 add(sum(checkpoint.tensors[name][0].nbytes for name in module.replaced))
             replaced = [name for module in modules for name in module.replaced]
-            made = [entry[0] for m in modules for entry in dense_entries(m.name, m.dtype, m.shape)]
+            made = [entry[0] for m in modules for entry in dense_entries(m.name, m.scheme, m.shape)]
             prove_copies(written, checkpoint, replaced, made, add)
 
         carry_out(layout, target, single, checkpoint, {"unpack": __version__}, run, report, "unpacking", prove)
         return report
 
 
-def _one_type(source: Path, checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> DType | None:
+def _one_type(source: Path, checkpoint: Checkpoint, weights: dict[str, PackedWeight]) -> Scheme | None:
     """The type of all packed weights; None of several, which no config.json of ours describes. Raises UnsupportedError."""
-    kinds = {w.dtype.name: (w.dtype, name) for name, w in weights.items()}
+    kinds = {str(w.scheme): (w.scheme, name) for name, w in weights.items()}
+    if blocks := [f"{kind} ({name})" for kind, (scheme, name) in kinds.items() if scheme.blocks]:
+        raise UnsupportedError(
+            f"{source}: holds {blocks[0]} weights, whose block scales are of the expanded k and which have no dense form; take"
+            " the dense source, or load the file and call unpack"
+        )
     if len(kinds) > 1 and checkpoint.config is not None:
         told = " and ".join(f"{kind} ({name})" for kind, (_, name) in sorted(kinds.items()))
         raise UnsupportedError(
@@ -89,7 +94,7 @@ def _one_type(source: Path, checkpoint: Checkpoint, weights: dict[str, PackedWei
 
 
 def _module(name: str, packed: PackedWeight) -> Module:
-    return Module(name, packed.shape, packed.dtype.safetensors, packed.dtype, None, tuple(packed_names(name, packed)))
+    return Module(name, packed.shape, packed.dtype.safetensors, packed.scheme, None, tuple(packed_names(name, packed)))
 
 
 def _extent(packed: PackedWeight) -> tuple[int, int]:
@@ -103,7 +108,7 @@ def _item(checkpoint: Checkpoint, module: Module, packed: PackedWeight) -> Item:
         if last == packed.n:
             _release(checkpoint, module)
 
-    return Item(module.name, dense_entries(module.name, module.dtype, module.shape), *_extent(packed), make)
+    return Item(module.name, dense_entries(module.name, module.scheme, module.shape), *_extent(packed), make)
 
 
 def _prove_rows(module: Module, written: Checkpoint, block: PackedWeight, first: int, last: int) -> None:

@@ -17,7 +17,6 @@ from ..checkpoint import Checkpoint, packed_entries, read_packed
 from ..checkpoint.hf_folder import OTHER_WEIGHTS
 from ..checkpoint.safetensors import checked_path
 from ..core import prune as pruning
-from ..core.dtypes import DType
 from ..core.packed import PackedWeight
 from ..core.prune import Pruning
 from ..core.scheme import Scheme
@@ -76,21 +75,21 @@ def pack_checkpoint(
         for module in selection.modules if pruning.takes_statistics(options.prune) else ():
             maker.pruning(module)
         skipped = _settle_bad(checkpoint, selection, options, run)
-        dtype = selection.modules[0].dtype
-        target, single = output_target(source, checkpoint, out, _label(options, dtype))
+        scheme = selection.modules[0].scheme
+        target, single = output_target(source, checkpoint, out, _label(options, scheme))
         if single and options.max_shard_size is not None:
             raise OperandError(f"max_shard_size: {target} is one file and is not split; name a folder as the output")
         with uncollected():
             layout = output_layout(
                 all_items(checkpoint, selection.modules, maker.item),
                 checkpoint,
-                metadata=output_metadata(checkpoint, options.format, options.pattern, dtype),
+                metadata=output_metadata(checkpoint, options.format, options.pattern, scheme),
                 config=output_config(
                     checkpoint,
                     selection.source,
                     options.format,
                     options.pattern,
-                    dtype,
+                    scheme,
                     [m.name for m in selection.modules] + list(refused),
                 ),
                 max_shard_size=options.max_shard_size,
@@ -103,7 +102,7 @@ def pack_checkpoint(
             selection.modules,
             layout,
             pattern=options.pattern,
-            dtype=dtype,
+            scheme=scheme,
             format=options.format,
             prune=options.prune,
             left_dense=selection.left_dense,
@@ -111,7 +110,7 @@ def pack_checkpoint(
             notes=[
                 *selection.notes,
                 *([] if single else _companion_notes(checkpoint)),
-                *_config_notes(checkpoint, selection, options, dtype),
+                *_config_notes(checkpoint, selection, options, scheme),
             ],
         )
         report.dry_run = dry_run
@@ -156,9 +155,9 @@ def _count_bytes(report: Report, selection: Selection, checkpoint: Checkpoint, s
         report.copied_bytes = sum((checkpoint.root / name).stat().st_size for name in checkpoint.companions)
 
 
-def _label(options: Options, dtype: DType) -> str:
+def _label(options: Options, scheme: Scheme) -> str:
     """ "6of8-int8": what a default output name says."""
-    kind = {"float8_e4m3fn": "fp8", "bfloat16": "bf16", "float16": "fp16"}.get(dtype.name, dtype.name)
+    kind = {"float8_e4m3fn": "fp8", "bfloat16": "bf16", "float16": "fp16"}.get(str(scheme), str(scheme).lower())
     return f"{options.pattern.nnz}of{options.pattern.group}-{kind}{'-dense' * (options.format == 'dense')}"
 
 
@@ -172,12 +171,12 @@ def _companion_notes(checkpoint: Checkpoint) -> list[str]:
     return notes + ([f"copied as they are, not packed: {_listed(extra)}"] if extra else [])
 
 
-def _config_notes(checkpoint: Checkpoint, selection: Selection, options: Options, dtype: DType) -> list[str]:
+def _config_notes(checkpoint: Checkpoint, selection: Selection, options: Options, scheme: Scheme) -> list[str]:
     """What of the source's config is lost, or what to check where a loader knows dense layers by their names alone."""
-    if selection.source.kv_cache_scheme and (options.format != "dense" or not Scheme.of(dtype).scaled):
+    if selection.source.kv_cache_scheme and (options.format != "dense" or not scheme.scaled):
         return ["kv_cache_scheme of the source's config.json is not carried over; its scale tensors are"]
     layers = [name for name in selection.left_dense if in_block(name) and f"{name}.weight" in checkpoint.tensors]
-    if options.format != "dense" or not Scheme.of(dtype).scaled or not layers or not is_renamed(checkpoint, selection.source):
+    if options.format != "dense" or not scheme.scaled or not layers or not is_renamed(checkpoint, selection.source):
         return []
     return [
         f"{shown(layers[0])} and {len(layers) - 1} other layers of blocks stay dense; loaders know them by name (`ignore` of"
@@ -226,7 +225,8 @@ def _settle_bad(checkpoint: Checkpoint, selection: Selection, options: Options, 
 
 def _packed_pieces(module: Module, block: PackedWeight, first: int) -> Iterator[Piece]:
     """The tensors of a packed module, rows from `first` on."""
-    for part, array in (("packed", block.values), ("meta", block.meta), ("scale", block.scale)):
+    tensors = (("packed", block.values), ("meta", block.meta), ("scale", block.scale), ("block_scale", block.block_scale))
+    for part, array in tensors:
         if array is not None:
             yield f"{module.name}.weight_{part}", first * array.shape[1] * array.itemsize, array
     if first == 0:
@@ -267,7 +267,7 @@ class _Maker:
             return packing.store_rows(
                 self.checkpoint.array(module.weight)[first:last],
                 self.options.pattern,
-                module.dtype,
+                module.scheme,
                 scale=source_scale(self.checkpoint, module, first, last),
                 prune=self.pruning(module).rows(slice(first, last)),
                 first_row=first,
@@ -287,10 +287,9 @@ class _Maker:
         """Rows first..last-1, packed. Raises _Broken."""
         q, scale = self.stored_rows(module, first, last)
         try:
-            values, meta = packing.pack_rows(q, self.options.pattern, first_row=first)
+            return packing.pack_rows(q, scale, self.options.pattern, module.scheme, first_row=first)
         except PatternError as error:
             raise _Broken(module, error.row, error.group) from None
-        return PackedWeight(values, meta, scale, self.options.pattern, (last - first, module.shape[1]), Scheme.of(module.dtype))
 
     def explain(self, broken: _Broken, *, alone: bool = True) -> PatternError:
         """The error for a user: tensor and place, how many groups violate the pattern, what the weights look like instead.
@@ -303,10 +302,10 @@ class _Maker:
         for first, last in row_ranges(*extent(self.checkpoint, module), UNIT_BYTES):
             count += len(violations(self.stored_rows(module, first, last)[0], pattern))
             release_rows(self.checkpoint, module, first, last)
-        column, groups = group * pattern.group, n * -(-k // pattern.group)
+        column, groups = group * pattern.columns, n * -(-k // pattern.columns)
         hint = violations_hint(self.checkpoint.array(module.weight), pattern)
         return PatternError(
-            f"{module.weight}: row {row}, group {group} (columns {column} to {min(column + pattern.group, k) - 1}) has more"
+            f"{module.weight}: row {row}, group {group} (columns {column} to {min(column + pattern.columns, k) - 1}) has more"
             f" than {pattern.nnz} non-zeros; {count} of {groups} groups ({100 * count / groups:.3g} %) break"
             f" {pattern.described}"
             + ("; prune with --prune magnitude" + self.advice if alone else "")
@@ -380,7 +379,7 @@ class _Maker:
             ]
 
         self.by_name[module.name] = module
-        entries = tuple(packed_entries(module.name, self.options.pattern, module.dtype, module.shape))
+        entries = tuple(packed_entries(module.name, self.options.pattern, module.scheme, module.shape))
         return Item(module.name, entries, *extent(self.checkpoint, module), make, key=self.key(module), together=together)
 
     # ---- many small modules
@@ -388,7 +387,7 @@ class _Maker:
     def key(self, module: Module) -> object:
         """Modules of one key can be packed and proved as one matrix, row below row; None for those that must stand alone."""
         small = self.checkpoint.tensors[module.weight][0].nbytes <= SMALL and pruning.by_row(self.options.prune)
-        return (module.shape[1], module.code, module.dtype.name) if small else None
+        return (module.shape[1], module.code, module.scheme.name) if small else None
 
     def stacked(self, modules: Sequence[Module]) -> tuple[Any, Any]:
         """Their source weights row below row, and the scales of all rows (None for unquantized weights)."""
@@ -402,10 +401,9 @@ class _Maker:
     def packed_together(self, modules: Sequence[Module]) -> Iterator[tuple[Module, PackedWeight]]:
         """Whole modules of one key, packed. Raises SlideSparseError if one of them cannot be."""
         w, scale = self.stacked(modules)
-        pattern, dtype = self.options.pattern, modules[0].dtype
-        q, scale = packing.store_rows(w, pattern, dtype, scale=scale, prune=pruning.bind(self.options.prune, w.shape))
-        values, meta = packing.pack_rows(q, pattern)
-        whole, first = PackedWeight(values, meta, scale, pattern, (w.shape[0], w.shape[1]), Scheme.of(dtype)), 0
+        pattern, scheme = self.options.pattern, modules[0].scheme
+        q, scale = packing.store_rows(w, pattern, scheme, scale=scale, prune=pruning.bind(self.options.prune, w.shape))
+        whole, first = packing.pack_rows(q, scale, pattern, scheme), 0
         for module in modules:
             yield module, whole.rows(first, first := first + module.shape[0])
             release_rows(self.checkpoint, module, 0, module.shape[0])
@@ -439,7 +437,9 @@ class _Maker:
             yield from dense_pieces(module.name, q, scale, first)
             release_rows(self.checkpoint, module, first, last)
 
-        return Item(module.name, dense_entries(module.name, module.dtype, module.shape), *extent(self.checkpoint, module), make)
+        return Item(
+            module.name, dense_entries(module.name, module.scheme, module.shape), *extent(self.checkpoint, module), make
+        )
 
     # ---- proof
 
@@ -477,12 +477,11 @@ class _Maker:
         if self.options.format == "packed":
             return packed[module.name].rows(first, last)
         q = written.array(module.weight)[first:last]
-        scale = None if not Scheme.of(module.dtype).scaled else written.array(f"{module.name}.weight_scale")[first:last]
+        scale = None if not module.scheme.scaled else written.array(f"{module.name}.weight_scale")[first:last]
         try:
-            values, meta = packing.pack_rows(q, self.options.pattern, first_row=first)
+            return packing.pack_rows(q, scale, self.options.pattern, module.scheme, first_row=first)
         except PatternError as error:
             raise VerificationError(f"{module.weight}: the output breaks the pattern: {error}") from None
-        return PackedWeight(values, meta, scale, self.options.pattern, (last - first, module.shape[1]), Scheme.of(module.dtype))
 
     def prove_rows(self, module: Module, block: PackedWeight, first: int, last: int) -> None:
         try:

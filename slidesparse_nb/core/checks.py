@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import OperandError, shown
+from ..errors import OperandError, UnsupportedError, shown
 from .dtypes import BFLOAT16, CODE_OF, FLOAT8, FLOAT16, FLOAT32, FLOATS, INT8, PACKED, DType
 from .packed import size_problem
 from .pattern import Pattern
@@ -78,6 +78,14 @@ def require_size(pattern: Pattern, shape: tuple[int, int], scheme: Scheme | DTyp
     """Raise OperandError for weights of a shape that no packed weight may have."""
     if problem := size_problem(pattern, shape, scheme):
         raise OperandError(f"w: {problem}")
+
+
+def require_kernel(scheme: Scheme) -> None:
+    """Raise UnsupportedError for a scheme that no GPU kernel packs or multiplies yet."""
+    if scheme.blocks:
+        raise UnsupportedError(
+            f"packed: {scheme} weights have no kernel for a GPU yet; use NumPy arrays, or pack as int8, fp8 or bfloat16"
+        )
 
 
 def check_weights(w: object) -> Array:

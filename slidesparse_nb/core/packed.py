@@ -47,8 +47,8 @@ class PackedWeight:
         pattern: the Pattern, over the scheme's unit.
         shape: logical (n, k), before k is padded to the slice unit.
         scheme: how values and scales are stored; made of whatever `Scheme.of` takes.
-        block_scale: [n, ceil(ks/2 / size)] of the scheme's type, one a block of stored values: w ~= values * block_scale *
-            scale; None where the scheme has no blocks.
+        block_scale: [n, ceil(ks / columns)] of the scheme's type, one a block of its expanded columns: w ~= values *
+            block_scale * scale; None where the scheme has no blocks.
 
     Arrays are NumPy or CuPy, all of one kind; on a device that has no FP8 or bfloat16 arrays, `values` holds the raw bits
     (`dtype.raw`). Two packed weights of the same matrix are equal byte for byte: the form is canonical.
@@ -317,6 +317,14 @@ class PackedWeight:
             raise FormatError(
                 f"{name}.scale: {float(self.scale[row, 0])} at row {first_row + row} must be finite and not negative"
             )
+        if (block := self.scheme.weights.block) is not None:
+            scales = self.block_scale.view(block.scale.numpy).astype(np.float32)
+            if not (good := (scales >= block.smallest) & (scales <= block.largest)).all():
+                row, column = map(int, np.argwhere(~good)[0])
+                raise FormatError(
+                    f"{name}.block_scale: {scales[row, column]} at row {first_row + row}, block {column} must be"
+                    f" {block.smallest:g} to {block.largest:g}"
+                )
 
 
 def part_shapes(pattern: Pattern, shape: tuple[int, int], scheme: Scheme | DType) -> dict[str, tuple[int, int]]:
@@ -327,8 +335,13 @@ def part_shapes(pattern: Pattern, shape: tuple[int, int], scheme: Scheme | DType
     if scheme.scaled:
         shapes["scale"] = (n, 1)
     if block := scheme.weights.block:
-        shapes["block_scale"] = (n, -(-ks // 2 // block.size))
+        shapes["block_scale"] = (n, -(-ks // block.columns))
     return shapes
+
+
+def part_arrays(packed: PackedWeight) -> dict[str, Any]:
+    """The arrays of `part_shapes`, by name."""
+    return {part: getattr(packed, part) for part in part_shapes(packed.pattern, packed.shape, packed.scheme)}
 
 
 def part_dtypes(part: str, scheme: Scheme) -> tuple[np.dtype[Any], ...]:
@@ -414,10 +427,10 @@ class QuantizedActivations:
         Raises:
             OperandError: they are of another type, or shapes do not agree.
         """
-        dtype = packed.dtype
-        if self.dtype != dtype:
+        dtype = packed.scheme.activations.element
+        if self.dtype != dtype or packed.scheme.lift_first:
             raise OperandError(
-                f"x: is quantized to {self.dtype}, but packed holds {dtype}; quantize it with quantize(x, packed)"
+                f"x: is quantized to {self.dtype}, but packed holds {packed.scheme}; quantize it with quantize(x, packed)"
             )
         m = self.m
         if values is not None and (values.ndim != 2 or values.shape[0] != m or values.dtype not in (dtype.numpy, dtype.raw)):

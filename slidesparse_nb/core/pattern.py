@@ -85,7 +85,7 @@ class Pattern:
     @property
     def described(self) -> str:
         """ "6:8 (2 zeros in 8)": how a person is told the pattern, since other tools count zeros."""
-        return f"{self} (2 zeros in {self.group})"
+        return f"{self} (2 {'zeros' if self.unit == 1 else 'zero pairs'} in {self.group})"
 
     @property
     def columns(self) -> int:

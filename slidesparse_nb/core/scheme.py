@@ -1,11 +1,12 @@
 """Scheme: how the weights and the activations of a product are stored and scaled, as rows of one table.
 
-    scheme       weights                                          activations                                    sums
-    INT8_W8A8    int8, float32 scale a row                        int8, float32 scale a token, then lifted       int32
-    FP8_DYNAMIC  float8_e4m3fn, float32 scale a row               float8_e4m3fn, float32 scale a token           float32
-    BF16, FP16   bfloat16, float16, no scale                      rounded to the same type                       float32
-    W4A8         float4_e2m1fn, e8m0 a block of 32, row scale     float8_e4m3fn, float32 scale a token           float32
-    NVFP4        float4_e2m1fn in pairs, e4m3 a block of 16, row  lifted first; e4m3 a block of 32, token scale  float32
+    scheme       weights        their scales              activations            their scales                sums
+    INT8_W8A8    int8           float32 a row             int8, then lifted      float32 a token             int32
+    FP8_DYNAMIC  float8_e4m3fn  float32 a row             e4m3, then lifted      float32 a token             float32
+    BF16         bfloat16       none                      bfloat16, then lifted  none                        float32
+    FP16         float16        none                      float16, then lifted   none                        float32
+    W4A8         float4_e2m1fn  e8m0 a block and float32  e4m3, then lifted      float32 a token             float32
+    NVFP4        pairs of e2m1  e4m3 a block and float32  lifted, then e2m1      e4m3 a block and float32    float32
 
 Code elsewhere asks a scheme's properties, never its name: what the table lacks is an error.
 """
@@ -26,16 +27,16 @@ from .pattern import Pattern
 
 @dataclass(frozen=True)
 class Block:
-    """Scales of runs of elements along k, each within the scale of its row.
+    """Scales of runs of the expanded k, each within the scale of its row.
 
     Attributes:
-        size: elements that share a scale: stored values of weights, lifted columns of activations.
+        columns: of the expanded k that share a scale: so many lifted activations, half as many stored weights.
         scale: type of the scales.
-        largest, smallest: the scales that are written, at most and at least; the block of a row's absmax has `largest`.
-        up: scales are rounded up, so that no value is clipped; otherwise to nearest even.
+        largest, smallest: scale of the block that holds the absmax of its row; and of a block of zeros.
+        up: scales are rounded up to a power of two, so that no value is clipped; otherwise to nearest even.
     """
 
-    size: int
+    columns: int
     scale: DType
     largest: float
     smallest: float
@@ -149,11 +150,12 @@ class Scheme:
         unit = pattern.slice_unit
         if self.weights.block is None:
             return unit
-        slots = pattern.slid_k(unit) // 2
-        return unit * (math.lcm(slots, self.weights.block.size) // slots)
+        ks = pattern.slid_k(unit)
+        return unit * (math.lcm(ks, self.weights.block.columns) // ks)
 
 
-_E4M3 = {"scale": FLOAT8, "largest": 448.0, "smallest": 2.0**-9, "up": False}
+_E4M3 = Storage(FLOAT4, True, Block(32, FLOAT8, 448.0, 2.0**-9, up=False))
+_E8M0 = Storage(FLOAT4, True, Block(64, EXPONENT8, 1.0, 2.0**-126, up=True))  # the smallest normal float32
 
 SCHEMES = {
     scheme.name: scheme
@@ -162,14 +164,8 @@ SCHEMES = {
         Scheme("FP8_DYNAMIC", Storage(FLOAT8), Storage(FLOAT8)),
         Scheme("BF16", Storage(BFLOAT16, False), Storage(BFLOAT16, False)),
         Scheme("FP16", Storage(FLOAT16, False), Storage(FLOAT16, False)),
-        Scheme("W4A8", Storage(FLOAT4, True, Block(32, EXPONENT8, 1.0, 2.0**-126, True)), Storage(FLOAT8)),
-        Scheme(
-            "NVFP4",
-            Storage(FLOAT4, True, Block(16, **_E4M3)),  # type: ignore[arg-type]
-            Storage(FLOAT4, True, Block(32, **_E4M3)),  # type: ignore[arg-type]
-            lift_first=True,
-            unit=2,
-        ),
+        Scheme("W4A8", _E8M0, Storage(FLOAT8)),
+        Scheme("NVFP4", _E4M3, _E4M3, lift_first=True, unit=2),
     )
 }
 """Every scheme, by name."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..core.dtypes import BFLOAT16, FLOAT8, FLOAT16, DType
 from ..core.pattern import Pattern
-from ..core.reference import TINY
+from ..core.reference import TINY, in_units, is_nonzero, unit_scores
 from ..core.scheme import Scheme
 from ..errors import OperandError, shown
 
@@ -156,12 +156,19 @@ def prune(w: Array, pattern: Pattern, score: Array | None = None) -> None:
 
     Args:
         w: [rows, k] contiguous and writable, of any type up to 32 bits.
-        score: float32 [rows, k], the weights with the highest stay; by default |w|. Those below zero go first, in any order;
-            -0.0 counts as such, so none may be there by chance.
+        score: float32 [rows, k], the weights or pairs with the highest stay; by default |w|, of pairs the sum of squares. Those
+            below zero go first, in any order; -0.0 counts as such, so none may be there by chance.
     """
     if score is None:
         score = np.abs(w) if w.dtype == np.float32 else np.abs(to_float32(w))
-    _prune(raw_bits(w), contiguous(score).view(np.int32), pattern.group)
+        score = score * score if pattern.unit > 1 else score
+    if pattern.unit == 1:
+        _prune(raw_bits(w), contiguous(score).view(np.int32), pattern.group)
+        return
+    score = unit_scores(score, pattern.unit)
+    keep = np.ones(score.shape, np.uint8)
+    _prune(keep, score.view(np.int32), pattern.group)
+    w[np.repeat(keep == 0, pattern.unit, axis=1)[:, : w.shape[1]]] = 0
 
 
 @jit
@@ -176,6 +183,8 @@ def _violations(raw: Array, mask: int, group: int, over: Array) -> None:
 
 def violations(w: Array, pattern: Pattern) -> Array:
     """`reference.violations`: int [count, 2], the (row, group) of every group of w with more than nnz non-zeros."""
+    if pattern.unit > 1:
+        w = np.asarray(is_nonzero(in_units(w, pattern.unit)).any(axis=2)).view(np.uint8)
     over = np.empty((w.shape[0], -(-w.shape[1] // pattern.group)), np.bool_)
     _violations(raw_bits(contiguous(w)), nonzero_mask(w.dtype), pattern.group, over)
     return np.argwhere(over)
@@ -197,7 +206,7 @@ def nonzero(w: Array) -> Array:
 
 
 @jit
-def _row_scale(bits: Array, r: int, t: np.float32) -> tuple[np.float32, np.float32]:
+def row_scale(bits: Array, r: int, t: np.float32) -> tuple[np.float32, np.float32]:
     """scale and inv of one row of float32 bits; inv is 0 where the row must become zeros."""
     largest = np.uint32(0)
     for c in range(bits.shape[1]):  # of non-negative floats the larger has the larger bits, NaN above all
@@ -214,7 +223,7 @@ def _row_scale(bits: Array, r: int, t: np.float32) -> tuple[np.float32, np.float
 def _quantize_int8(x: Array, q: Array, scale: Array) -> None:
     bits = x.view(np.uint32)
     for r in range(x.shape[0]):
-        scale[r, 0], inv = _row_scale(bits, r, np.float32(127))
+        scale[r, 0], inv = row_scale(bits, r, np.float32(127))
         if inv == 0:
             q[r, :] = 0
             continue
@@ -225,23 +234,28 @@ def _quantize_int8(x: Array, q: Array, scale: Array) -> None:
 
 
 @jit
+def float8_bits(v: np.float32) -> np.uint32:
+    """float8_e4m3fn of 0 <= v <= 448, to nearest even."""
+    b = np.float32(v).view(np.uint32)
+    # 20 mantissa bits go, to nearest even; the exponent's bias falls from 127 to 7
+    normal = ((b + np.uint32(0x7FFFF) + ((b >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)) - np.uint32(960)
+    # below 2^-6 a step is 2^-9: adding 2^14, whose own step that is, rounds to it
+    subnormal = np.float32(v + np.float32(16384)).view(np.uint32) - np.uint32(0x46800000)
+    return subnormal if v < np.float32(0.015625) else normal
+
+
+@jit
 def _quantize_float8(x: Array, q: Array, scale: Array) -> None:
     bits = x.view(np.uint32)
     for r in range(x.shape[0]):
-        scale[r, 0], inv = _row_scale(bits, r, np.float32(448))
+        scale[r, 0], inv = row_scale(bits, r, np.float32(448))
         if inv == 0:
             q[r, :] = 0
             continue
         for c in range(x.shape[1]):
             v = np.float32(x[r, c] * inv)
             sign = (np.float32(v).view(np.uint32) >> np.uint32(24)) & np.uint32(0x80)
-            v = min(abs(v), np.float32(448))
-            b = np.float32(v).view(np.uint32)
-            # 20 mantissa bits go, to nearest even; the exponent's bias falls from 127 to 7
-            normal = ((b + np.uint32(0x7FFFF) + ((b >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)) - np.uint32(960)
-            # below 2^-6 a step is 2^-9: adding 2^14, whose own step that is, rounds to it
-            subnormal = np.float32(v + np.float32(16384)).view(np.uint32) - np.uint32(0x46800000)
-            q[r, c] = sign | (subnormal if v < np.float32(0.015625) else normal)
+            q[r, c] = sign | float8_bits(min(abs(v), np.float32(448)))
 
 
 def quantize(x: Array, dtype: DType) -> tuple[Array, Array]:

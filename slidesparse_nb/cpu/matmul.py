@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..core.dtypes import DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
-from . import kernels
+from . import blocks, kernels
 from .kernels import contiguous, float32_table, jit, raw_bits
 
 Array = NDArray[Any]
@@ -40,10 +40,14 @@ def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | 
     """out = x @ w.T * scale_x * scale + bias, with the numbers of `reference.matmul`; int8 to the bit.
 
     Args:
-        x: [m, k] of packed.dtype, quantized or rounded already. scale_x: float32 [m, 1]; None for 16-bit types.
+        x: [m, k] as the scheme stores activations, quantized or rounded already; of any float type, if they are lifted first.
+        scale_x: float32 [m, 1]; None for 16-bit types, and for activations that are lifted first.
         bias: float32 [n] or None.
         out: [m, n] of any float type, any strides; overwritten.
     """
+    if packed.scheme.blocks:
+        _matmul_blocks(x, scale_x, packed, bias, out)
+        return
     pattern, dtype, (n, k) = packed.pattern, packed.dtype, packed.shape
     xs = kernels.to_float32(x)
     odd = np.flatnonzero(~np.isfinite(xs).all(axis=1))  # rows that must meet unused slots too: 0 * infinity is NaN
@@ -75,6 +79,19 @@ def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | 
                 y *= packed.scale[tile, 0]
             if bias is not None:
                 y += bias[tile]
+            out[:, tile] = y
+
+
+def _matmul_blocks(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | None, out: Array) -> None:
+    """`matmul` of a scheme with block scales: windows times lifted activations."""
+    xs, scale_x = blocks.lifted(x, scale_x, packed)
+    for tile in kernels.blocks(packed.n, packed.k):
+        y = xs @ blocks.in_windows(packed.rows(tile.start, tile.stop)).T
+        y *= scale_x
+        y *= packed.scale[tile, 0]
+        if bias is not None:
+            y += bias[tile]
+        with np.errstate(over="ignore"):
             out[:, tile] = y
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,24 @@ from numpy.typing import NDArray
 
 from .. import cuda
 from ..core import prune as pruning
-from ..core.checks import check_weights, on_gpu, require_finite, require_no_overflow, require_size, row_scales, stored_scheme
-from ..core.dtypes import DType
-from ..core.packed import PackedWeight, require_packed
+from ..core.checks import (
+    check_weights,
+    on_gpu,
+    require_finite,
+    require_kernel,
+    require_no_overflow,
+    require_size,
+    row_scales,
+    stored_scheme,
+)
+from ..core.dtypes import BFLOAT16, DType
+from ..core.packed import PackedWeight, part_dtypes, part_shapes, require_packed
 from ..core.pattern import Pattern, known_patterns
 from ..core.prune import NOTHING, Pruning
-from ..core.reference import window_index
 from ..core.scheme import Scheme
-from ..cpu import kernels
-from ..errors import FormatError, PatternError
-from .proof import verify, verify_rows
+from ..cpu import blocks, kernels
+from ..errors import PatternError
+from .proof import stored_twice, unpack_blocks, verify, verify_rows
 
 __all__ = ["pack", "pack_rows", "store_rows", "unpack", "verify", "verify_rows", "violations_hint"]
 
@@ -50,12 +59,13 @@ def pack(
         w: [n, k] NumPy array of any strides: float32, float16 or bfloat16; or int8 or float8_e4m3fn with `scale`. Or an array
             on a GPU, which is packed there (a method that no kernel knows scores a copy on the host); float8_e4m3fn as its
             bits, uint8, with `dtype`.
-        pattern: "6:8", (6, 8) or a Pattern: non-zeros:total.
-        dtype: what is stored: int8, float8_e4m3fn, bfloat16 or float16, by name or NumPy dtype. By default the type of w;
-            bfloat16 for float32. Weights of 8 bits keep their bytes and scales: asking for another type is refused.
+        pattern: "6:8", (6, 8) or a Pattern: non-zeros:total; over pairs of columns for NVFP4.
+        dtype: the scheme, by name ("int8", "fp8", "INT8_W8A8", "W4A8", "NVFP4" ...), or the dtype that tells it. By default
+            that of w's type; bfloat16 for float32. Weights of 8 bits keep their bytes and scales: another scheme is refused.
         scale: of 8-bit w only, w ~= w * scale: [n, 1] or [n], one a row; or one number for all rows. Any float type.
         prune: "none" (weights that break the pattern are refused), "magnitude", "random", or scores [n, k] >= 0: of the
-            weights in a group, those with the highest stay. Pruning comes before quantization; 8-bit w is pruned by its |q|.
+            weights in a group, those with the highest stay; of pairs, by the sum of their scores, for "magnitude" of their
+            squares. Pruning comes before quantization; 8-bit w is pruned by its |q|.
             Scores and scales of a w on a GPU may be there or on the host; "random" draws there what it draws on the CPU.
         seed: of prune="random", any integer, modulo 2^64.
         statistics: of a method that needs more than the weights, on the host: real numbers [k] or [n, k], as it asks for.
@@ -66,20 +76,20 @@ def pack(
 
     Raises:
         OperandError: an argument of the wrong type, shape or value; NaN, infinity, or overflow of a 16-bit dtype in w.
-        PatternError: weights as stored (that is, after quantization) have a group with more than nnz non-zeros.
+        PatternError: weights as stored (that is, after quantization; with block scales, w itself) have a group with more than
+            nnz non-zeros.
     """
-    pattern = Pattern.of(pattern)
     if on_gpu(w):
         return _pack_on_gpu(w, pattern, dtype, scale, prune, pruning.check_seed(seed), statistics)
     w = check_weights(w)
     scheme = stored_scheme(w, dtype)
+    pattern = scheme.pattern(pattern)
     require_size(pattern, w.shape, scheme)
     n, k = w.shape
     scales = row_scales(w, scale)
     method = pruning.bind(prune, w.shape, pruning.check_seed(seed), statistics)
-    ks = pattern.slid_k(k)
-    values, meta = np.empty((n, ks // 2), scheme.dtype.numpy), np.empty((n, ks // 8), np.uint8)
-    out_scale = np.empty((n, 1), np.float32) if scheme.scaled else None
+    shapes = part_shapes(pattern, (n, k), scheme)
+    parts: dict[str, Array] = {part: np.empty(shape, part_dtypes(part, scheme)[0]) for part, shape in shapes.items()}
 
     def block(rows: slice) -> PatternError | None:
         q, q_scale = store_rows(
@@ -90,23 +100,28 @@ def pack(
             prune=method.rows(rows),
             first_row=rows.start,
         )
-        if out_scale is not None:
-            out_scale[rows] = q_scale
         try:
-            values[rows], meta[rows] = pack_rows(q, pattern, first_row=rows.start)
+            packed = pack_rows(q, q_scale, pattern, scheme, first_row=rows.start)
         except PatternError as error:
             return error
+        for part, array in parts.items():
+            array[rows] = getattr(packed, part)
         return None
 
     broken = [error for error in kernels.over_blocks(block, n, k, max_workers) if error is not None]
     if broken:
         first, count = broken[0], sum(error.count for error in broken)
         raise pattern.violated(first.row, first.group, count, violations_hint(w, pattern))
-    return PackedWeight(values, meta, out_scale, pattern, (n, k), scheme)
+    return PackedWeight(**{"scale": None, **parts}, pattern=pattern, shape=(n, k), scheme=scheme)
 
 
-def _pack_on_gpu(w: Any, pattern: Pattern, dtype: object, scale: Any, prune: Any, seed: int, statistics: Any) -> PackedWeight:
+def _pack_on_gpu(
+    w: Any, given_pattern: Pattern | str | tuple[int, int], dtype: object, scale: Any, prune: Any, seed: int, statistics: Any
+) -> PackedWeight:
     """`pack` on the device of w."""
+    scheme = Scheme.of(BFLOAT16 if dtype is None else dtype)
+    require_kernel(scheme)
+    pattern = scheme.pattern(given_pattern)
     arrays, weights = cuda.module("arrays", "pack"), cuda.module("pack", "pack")
     given = arrays.as_cupy("w", w)
     scale = arrays.as_cupy("scale", scale) if on_gpu(scale) else scale
@@ -122,7 +137,8 @@ def _pack_on_gpu(w: Any, pattern: Pattern, dtype: object, scale: Any, prune: Any
 def unpack(packed: PackedWeight) -> Array:
     """The stored values at their dense places, bit for bit: [n, k] of packed.dtype.numpy. Times packed.scale: the weights.
 
-    Of weights on a GPU the result stays there, and has the dtype of packed.values, which may be raw bits.
+    Of weights on a GPU the result stays there, and has the dtype of packed.values, which may be raw bits. With block scales,
+    it is float32: each stored value times the scale of its block.
 
     Raises:
         OperandError: `packed` is no PackedWeight.
@@ -131,8 +147,9 @@ def unpack(packed: PackedWeight) -> Array:
     """
     require_packed(packed).validate()
     if on_gpu(packed.values):
+        require_kernel(packed.scheme)
         return _unpack_on_gpu(packed)
-    out = np.empty(packed.shape, packed.dtype.numpy)
+    out = np.empty(packed.shape, np.float32 if packed.scheme.blocks else packed.dtype.numpy)
 
     def block(rows: slice) -> None:
         out[rows] = _unpack_rows(packed.rows(rows.start, rows.stop), rows.start)
@@ -154,28 +171,13 @@ def _unpack_on_gpu(packed: PackedWeight) -> Array:
 
 def _unpack_rows(packed: PackedWeight, first_row: int) -> Array:
     """`unpack` of a block of rows of a valid packed weight, on one thread; rows first_row ... of the whole."""
+    if packed.scheme.blocks:
+        return unpack_blocks(packed, first_row)
     values = packed.values.view(packed.dtype.numpy)
     dense = kernels.decompress(values, packed.meta, packed.pattern, packed.pattern.padded_k(packed.k), packed.dtype)
     if np.count_nonzero(kernels.nonzero(dense)) != np.count_nonzero(kernels.nonzero(values)):
-        raise _stored_twice(values, packed.meta, packed, first_row)
+        raise stored_twice(values, packed.meta, packed, first_row)
     return dense[:, : packed.k]
-
-
-def _stored_twice(values: Array, meta: Array, packed: PackedWeight, first_row: int) -> FormatError:
-    """The error to raise for a block of packed weights, a row of which stores a column in two windows."""
-    windows = packed.pattern.lift_index(packed.k).reshape(-1, 4)
-    stored = kernels.nonzero(values) != 0
-    row, column = next(
-        (row, int(columns[count > 1][0]))
-        for row in range(values.shape[0])
-        for at in [np.take_along_axis(windows, window_index(meta[row : row + 1])[0], axis=1).ravel()]
-        for columns, count in [np.unique(at[stored[row]], return_counts=True)]
-        if (count > 1).any()
-    )
-    return FormatError(
-        f"packed: row {first_row + row} stores column {column} in two windows, as no packer does and no dense"
-        " weight can hold; matmul adds up the two"
-    )
 
 
 # ---- blocks of rows ----------------------------------------------------------------------------------------------
@@ -198,15 +200,15 @@ def store_rows(
         first_row: what errors and random scores count rows from.
 
     Returns:
-        q: [rows, k] of dtype.numpy, new; scale: float32 [rows, 1], None for 16-bit types.
+        q: [rows, k] of dtype.numpy, new; scale: float32 [rows, 1], None for 16-bit types. Of a scheme with block scales:
+        float32 weights and None, since they are quantized in their windows.
 
     Raises:
         OperandError: as for `pack`.
     """
-    pattern = Pattern.of(pattern)
     w = check_weights(w)
     scheme = stored_scheme(w, dtype)
-    stored = scheme.dtype
+    pattern, stored = scheme.pattern(pattern), scheme.dtype
     require_size(pattern, w.shape, scheme)
     scales = row_scales(w, scale, first_row)
     require_finite(w, first_row)
@@ -214,32 +216,36 @@ def store_rows(
     if prune.pruner is not None:  # |w| is what cpu.prune goes by where it gets no scores
         by_magnitude = prune.kernel == "magnitude"
         kernels.prune(q, pattern, None if by_magnitude else prune.scores(kernels.to_float32(q), first_row))
-    if w.dtype == stored.numpy:
+    if w.dtype == stored.numpy or scheme.blocks:
         return q, scales
     if scheme.scaled:
         return kernels.quantize(q, stored)
     return require_no_overflow(kernels.round16(q, stored), w, first_row), None
 
 
-def pack_rows(q: Array, pattern: Pattern | str, *, first_row: int = 0) -> tuple[Array, Array]:
+def pack_rows(
+    q: Array, scale: Array | None, pattern: Pattern | str, dtype: Scheme | DType | str, *, first_row: int = 0
+) -> PackedWeight:
     """Slide and compress a block of stored rows, on one thread.
 
     Args:
-        q: [rows, k] int8, float8_e4m3fn, bfloat16 or float16, as `store_rows` returns it.
+        q, scale: as `store_rows` returns them.
         first_row: what the error counts rows from.
-
-    Returns:
-        values: [rows, ks/2] of q's dtype; meta: uint8 [rows, ks/8].
 
     Raises:
         PatternError: a group has more than nnz non-zeros; row, group, and the count in this block.
     """
-    pattern = Pattern.of(pattern)
-    values, meta, count = kernels.slide_compress(q, pattern)
+    scheme = Scheme.of(dtype)
+    pattern = scheme.pattern(pattern)
+    if scheme.blocks:
+        packed, count = blocks.pack_rows(q, pattern, scheme)
+    else:
+        values, meta, count = kernels.slide_compress(q, pattern)
+        packed = PackedWeight(values, meta, scale, pattern, (q.shape[0], q.shape[1]), scheme)
     if count:
         row, group = map(int, kernels.violations(q, pattern)[0])
         raise pattern.violated(first_row + row, group, count)
-    return values, meta
+    return packed
 
 
 def violations_hint(w: Any, pattern: Pattern | str, obeys: Callable[[Any, Pattern], bool] | None = None) -> str:
@@ -252,7 +258,7 @@ def violations_hint(w: Any, pattern: Pattern | str, obeys: Callable[[Any, Patter
     obeys = obeys or _obeys
     pattern = Pattern.of(pattern)
     # first, since 4:6 in pieces of 128 columns often happens to be 6:8 as well
-    if ALIGNMENT % pattern.group and w.shape[1] > ALIGNMENT:
+    if ALIGNMENT % pattern.columns and w.shape[1] > ALIGNMENT:
         starts = range(0, w.shape[1], ALIGNMENT)
         if all(obeys(w[:, first : first + ALIGNMENT], pattern) for first in starts):
             return (
@@ -260,8 +266,8 @@ def violations_hint(w: Any, pattern: Pattern | str, obeys: Callable[[Any, Patter
                 f" groups run on to the end of the row: prune again without that alignment, or to a group that divides"
                 f" {ALIGNMENT}, such as 6:8"
             )
-    for known in known_patterns():
-        if known.group <= w.shape[1] and known.nnz * pattern.group > pattern.nnz * known.group and obeys(w, known):
+    for known in (replace(known, unit=pattern.unit) for known in known_patterns()):
+        if known.columns <= w.shape[1] and known.nnz * pattern.group > pattern.nnz * known.group and obeys(w, known):
             return (
                 f"they do obey {known.described}, which tools that count zeros call 2:{known.group}:"
                 f" pass {str(known)!r} if that is what they were pruned to"

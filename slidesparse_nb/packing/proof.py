@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core import prune as pruning
+from ..core import reference
 from ..core.checks import check_weights, infinite, require_finite, row_scales
 from ..core.dtypes import DType
-from ..core.packed import PackedWeight, require_packed
+from ..core.packed import PackedWeight, part_arrays, require_packed
 from ..core.pattern import Pattern
 from ..core.prune import NOTHING, Pruning
-from ..core.reference import TINY, in_groups
+from ..core.reference import TINY, compress, decompress, in_groups, unpack_nibbles, window_index
 from ..cpu import kernels
-from ..errors import OperandError, VerificationError
+from ..errors import FormatError, OperandError, PatternError, VerificationError
 
 Array = NDArray[Any]
 
@@ -91,6 +92,10 @@ def verify_rows(
         return
     w = check_source(packed, w)
     require_finite(w, first_row)
+    if packed.scheme.blocks:
+        row_scales(w, scale, first_row)
+        _equals_reference(packed, w, prune, first_row)
+        return
     weights = w.astype(np.float32)
     mask = np.array(packed.dtype.nonzero_mask, packed.dtype.raw)
     stored = q.view(packed.dtype.raw)
@@ -138,7 +143,12 @@ def check_source(packed: PackedWeight, w: Array) -> Array:
 
 
 def canonical(packed: PackedWeight, first_row: int = 0) -> Array:
-    """The dense stored values [n, k], or VerificationError unless the packed form is the one that `pack` would give them."""
+    """The dense stored values [n, k], or VerificationError unless the packed form is the one that `pack` would give them.
+
+    Values with block scales are those of `unpack`; the window of each is taken for granted, since the weights gave it.
+    """
+    if packed.scheme.blocks:
+        return _canonical_blocks(packed, first_row)
     dtype, pattern = packed.dtype, packed.pattern
     raw = packed.values.view(dtype.raw)
     if (bad := infinite(packed.values.view(dtype.numpy))) is not None:
@@ -158,6 +168,87 @@ def canonical(packed: PackedWeight, first_row: int = 0) -> Array:
             " its values are not where left-to-right assignment puts them, or an unused slot does not hold +0"
         )
     return q
+
+
+def _canonical_blocks(packed: PackedWeight, first_row: int) -> Array:
+    """`canonical` of values with block scales."""
+    unit = packed.pattern.unit
+    values = unpack_nibbles(packed.values)
+    again, meta = compress(decompress(values, packed.meta, unit), unit)
+    windows = ~in_groups(again.view(np.uint8) == values.view(np.uint8), 2 * unit).all(axis=2)
+    if (windows := windows | (_nibbles(meta) != _nibbles(packed.meta))).any():
+        row, window = map(int, np.argwhere(windows)[0])
+        raise VerificationError(
+            f"packed: window {window} of row {first_row + row} (group {window // packed.pattern.windows}) is not canonical:"
+            " its values are not where their zeros put them, or one is -0"
+        )
+    try:
+        dense = unpack_blocks(packed, first_row, padded=True)
+    except FormatError as error:
+        raise VerificationError(str(error)) from None
+    if (past := dense[:, packed.k :] != 0).any():
+        row, column = map(int, np.argwhere(past)[0])
+        raise VerificationError(
+            f"packed.values: row {first_row + row} stores column {packed.k + column}, past k = {packed.k}; pack stores zeros"
+        )
+    return dense[:, : packed.k]
+
+
+def _equals_reference(packed: PackedWeight, w: Array, prune: Pruning, first_row: int) -> None:
+    """Raise VerificationError unless rows with block scales are, byte for byte, what `reference.pack` makes of w."""
+    if prune.pruner is not None:
+        if prune.pruner.seeded and prune.seed is None:
+            raise VerificationError(
+                f"packed: {packed.scheme} weights pruned at random cannot be told from those that rounded to zero; verify them"
+                " with the seed they were packed with"
+            )
+        weights = w.astype(np.float32)
+        score = None if prune.kernel == "magnitude" else prune.scores(weights, first_row)
+        w = reference.prune(weights, packed.pattern, score)
+    try:
+        wanted = reference.pack(w, packed.pattern, packed.scheme)
+    except PatternError as error:
+        raise VerificationError(f"packed: cannot be what w packs to: {error}") from None
+    for part, array in part_arrays(wanted).items():
+        found = getattr(packed, part)
+        if (wrong := found.view(np.uint8) != array.view(np.uint8)).any():
+            row = int(np.argwhere(wrong)[0, 0])
+            how = "" if prune.pruner is None else f", pruned by {'scores' if prune.name == 'scores' else repr(prune.name)}"
+            raise VerificationError(f"packed.{part}: row {first_row + row} is not what the same row of w packs to{how}")
+
+
+def unpack_blocks(packed: PackedWeight, first_row: int, *, padded: bool = False) -> Array:
+    """`reference.unpack` of rows with block scales, those past k too if `padded`. FormatError: two windows store one column.
+
+    Or one pair of columns.
+    """
+    values, unit = reference.stored_values(packed), packed.pattern.unit
+    dense = reference.unslide(decompress(values, packed.meta, unit), packed.pattern, packed.pattern.padded_k(packed.k))
+    if np.count_nonzero(_units(dense, unit)) != np.count_nonzero(_units(values, unit)):
+        raise stored_twice(values, packed.meta, packed, first_row)
+    return dense if padded else dense[:, : packed.k]
+
+
+def _units(values: Array, unit: int) -> Array:
+    """Which columns or pairs are not zero: [rows, c] -> bool [rows, c / unit]."""
+    return np.asarray(in_groups(kernels.nonzero(values) != 0, unit).any(axis=2))
+
+
+def stored_twice(values: Array, meta: Array, packed: PackedWeight, first_row: int) -> FormatError:
+    """The error to raise for a block of packed weights, a row of which stores a column in two windows."""
+    windows = packed.pattern.lift_index(packed.k).reshape(-1, 4, packed.pattern.unit)[:, :, 0]
+    stored = _units(values, packed.pattern.unit)
+    row, column = next(
+        (row, int(columns[count > 1][0]))
+        for row in range(values.shape[0])
+        for at in [np.take_along_axis(windows, window_index(meta[row : row + 1])[0], axis=1).ravel()]
+        for columns, count in [np.unique(at[stored[row]], return_counts=True)]
+        if (count > 1).any()
+    )
+    return FormatError(
+        f"packed: row {first_row + row} stores column {column} in two windows, as no packer does and no dense"
+        " weight can hold; matmul adds up the two"
+    )
 
 
 def _nibbles(meta: Array) -> Array:

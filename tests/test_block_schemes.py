@@ -1,0 +1,442 @@
+"""W4A8 and NVFP4, the schemes with block scales, from the reference to a checkpoint: the same bits and refusals everywhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import SHAPES, SMALL, Array, drop_two, every_mask, weights
+from hypothesis import given
+from hypothesis import strategies as st
+
+import slidesparse_nb as ss
+from slidesparse_nb.checkpoint import Checkpoint, packed_entries, parse_metadata, slidesparse_metadata
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.packed import part_arrays
+from slidesparse_nb.core.scheme import SCHEMES
+from slidesparse_nb.cpu import blocks, kernels
+from slidesparse_nb.cpu import matmul as cpu_matmul
+
+W4A8, NVFP4 = SCHEMES["W4A8"], SCHEMES["NVFP4"]
+BLOCKS = [W4A8, NVFP4]
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+schemes = pytest.mark.parametrize("scheme", BLOCKS, ids=str)
+
+
+def same(a: ss.PackedWeight, b: ss.PackedWeight) -> None:
+    """Equal byte for byte."""
+    assert (a.pattern, a.shape, a.scheme) == (b.pattern, b.shape, b.scheme)
+    for part, array in part_arrays(a).items():
+        other = getattr(b, part)
+        assert (array.dtype, array.shape, array.tobytes()) == (other.dtype, other.shape, other.tobytes()), part
+
+
+def awkward(shape: tuple[int, int], seed: int = 0) -> Array:
+    """float32 with rows of every size, zeros, and columns of very different magnitude."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal(shape) * 2.0 ** rng.integers(-120, 20, (shape[0], 1)) * 2.0 ** rng.integers(-12, 1, shape)
+    w[rng.random(shape) < 0.2] = 0
+    w[rng.random(shape) < 0.05] = -0.0
+    return w.astype(np.float32)
+
+
+# ---- the reference -----------------------------------------------------------------------------------------------
+
+
+def by_hand(x: list[float], columns: int, smallest: float, up: bool, largest: float) -> tuple[list[float], list[float], float]:
+    """One row quantized by the words of the format page, number by number."""
+    f = np.float32
+    t, absmax = f(6) * f(largest), f(max(map(abs, x)))
+    inv, q, scales = t / absmax, [], []
+    y = [min(max(f(v) * inv, -t), t) for v in x]
+    for first in range(0, len(y), columns):
+        block = y[first : first + columns]
+        s = max(f(max(map(abs, block))) / f(6), f(smallest))
+        if up:
+            power = f(smallest)
+            while power < s:
+                power *= f(2)
+            s = power
+        else:
+            s = f(ml_dtypes.float8_e4m3fn(s))
+        scales.append(float(s))
+        for v in block:
+            size = abs(float(f(v) * (f(1) / s)))
+            near = sorted(E2M1, key=lambda e: (abs(e - min(size, 6)), E2M1.index(e) % 2))[0]
+            q.append(near if v > 0 else -near)
+    return q, scales, float(absmax / t)
+
+
+@given(st.sampled_from(BLOCKS), st.integers(1, 150), st.integers(0, 2**32 - 1), st.booleans())
+def test_quantize_blocks_by_hand(scheme: ss.Scheme, k: int, seed: int, ties: bool) -> None:
+    rng = np.random.default_rng(seed)
+    x = (rng.integers(-24, 25, k) / 4 if ties else rng.standard_normal(k) * 2.0 ** rng.integers(-14, 1, k)).astype(np.float32)
+    x[0] = 6
+    block = scheme.weights.block
+    assert block is not None
+    wanted = by_hand(x.tolist(), block.columns, block.smallest, block.up, block.largest)
+    q, block_scale, scale = reference.quantize_blocks(x[None], scheme.weights)
+    assert (q[0].tolist(), block_scale[0].tolist(), scale.item()) == wanted
+    assert not np.signbit(q.astype(np.float32))[q.astype(np.float32) == 0].any()
+
+
+@schemes
+def test_rows_and_blocks_that_are_special(scheme: ss.Scheme) -> None:
+    x = np.zeros((5, 200), np.float32)
+    x[1, 3], x[2, 100], x[3, 5], x[3, 190], x[4, 0] = np.nan, -np.inf, 1, 1e-40, 2.0**-101
+    for q, block_scale, scale in (
+        reference.quantize_blocks(x, scheme.weights),
+        blocks.quantize_blocks(x, scheme.weights, scheme.weights.block.columns),  # type: ignore[union-attr]
+    ):
+        block = scheme.weights.block
+        assert block is not None
+        assert np.isnan(scale[:, 0]).tolist() == [False, True, True, False, False]
+        assert scale[[0, 4], 0].tolist() == [1, 1]
+        assert np.count_nonzero(q.astype(np.float32)) == 1
+        scales = block_scale.astype(np.float32)
+        assert scales[3].tolist() == [block.largest] + [block.smallest] * (scales.shape[1] - 1)
+        assert (scales[[0, 1, 2, 4]] == block.smallest).all()
+
+
+@pytest.mark.parametrize("pattern", SMALL[:3], ids=str)
+def test_pairs_are_slid_as_bytes_are(pattern: ss.Pattern) -> None:
+    """Every mask of a group, each pair with one of its two columns or both: what 16-bit values of two bytes do."""
+    rng = np.random.default_rng(0)
+    mask = every_mask(pattern).astype(bool)
+    w = rng.integers(1, 127, (*mask.shape, 2)).astype(np.int8)
+    w[rng.random(mask.shape) < 0.3, 0] = 0
+    w[(rng.random(mask.shape) < 0.3) & (w[..., 0] != 0), 1] = 0
+    w = np.where(mask[..., None], w, 0).astype(np.int8).reshape(len(mask), -1)
+    pairs = replace(pattern, unit=2)
+    slid = reference.slide(w, pairs)
+    assert (slid == reference.slide(w.view(np.int16), pattern).view(np.int8)).all()
+    assert (reference.unslide(slid, pairs, w.shape[1]) == w).all()
+    for got, wanted in zip(reference.compress(slid, 2), reference.compress(slid.view(np.int16)), strict=True):
+        assert (got == wanted.view(got.dtype)).all()
+    assert (reference.decompress(*reference.compress(slid, 2), 2) == slid).all()
+    x = rng.integers(-9, 10, (3, w.shape[1]))
+    assert (reference.lift(x, pairs) @ slid.astype(int).T == x @ w.astype(int).T).all()
+    assert (reference.unlift(reference.lift(x, pairs), pairs, w.shape[1]) == x).all()
+
+
+def test_pairs_are_pruned_by_the_sum_of_their_squares() -> None:
+    w = np.array([[3, 3, 4, 0, 0, 5, 1, 1]], np.float32)
+    assert reference.prune(w, ss.Pattern(2, 4, 2)).tolist() == [[3, 3, 0, 0, 0, 5, 0, 0]]
+    assert reference.prune(w, ss.Pattern(2, 4, 2), np.array([[1, 0, 0, 2, 1, 1, 3, 3]])).tolist() == [[0, 0, 4, 0, 0, 0, 1, 1]]
+    assert reference.prune(w[:, :7], ss.Pattern(2, 4, 2)).tolist() == [[3, 3, 0, 0, 0, 5, 0]]
+    assert reference.violations(w, ss.Pattern(2, 4, 2)).tolist() == [[0, 0]]
+    assert not len(reference.violations(w, ss.Pattern(14, 16)))
+
+
+@schemes
+@pytest.mark.parametrize("text", ["2:4", "6:8", "8:10"])
+def test_exact_products(scheme: ss.Scheme, text: str) -> None:
+    """Of numbers that every scale maps onto the type: the product of the dense matrices, to the bit."""
+    rng = np.random.default_rng(1)
+    pattern = scheme.pattern(text)
+    w = drop_pairs(rng.choice([-6, -3, 0, 3, 6], (9, 203)).astype(np.float32), pattern)
+    x = rng.choice([-6, -3, 0, 3, 6], (5, 203)).astype(np.float32)
+    w[:, 0] = x[:, 0] = 6
+    w = reference.prune(w, pattern)
+    packed = reference.pack(w, pattern, scheme)
+    limits = [np.float32(storage.limit) for storage in (scheme.weights, scheme.activations)]
+    acc = ((x / 6 * limits[1]).astype(np.float64) @ (w / 6 * limits[0]).T.astype(np.float64)).astype(np.float32)
+    wanted = (acc * (np.float32(6) / limits[1])) * (np.float32(6) / limits[0]) + np.arange(9, dtype=np.float32)
+    for product in (reference.matmul, lambda x, packed, bias: ss.matmul(x, packed, bias=bias)):
+        np.testing.assert_array_equal(product(x, packed, np.arange(9, dtype=np.float32)), wanted)
+    np.testing.assert_array_equal(ss.unpack(packed), w / 6 * limits[0])
+
+
+def drop_pairs(w: Array, pattern: ss.Pattern) -> Array:
+    return drop_two(w, ss.Pattern(pattern.nnz, pattern.group), 0) if pattern.unit == 1 else reference.prune(w, pattern)
+
+
+@given(st.sampled_from(BLOCKS), st.sampled_from(SMALL), st.integers(0, 5), st.integers(1, 150), st.integers(0, 2**32 - 1))
+def test_products_of_any_weights(scheme: ss.Scheme, pattern: ss.Pattern, n: int, k: int, seed: int) -> None:
+    """The plain product of what is stored, each value times its scales, to the error of k additions in float32."""
+    rng = np.random.default_rng(seed)
+    pattern = scheme.pattern((pattern.nnz, pattern.group))
+    packed = ss.pack(weights((n, k), np.dtype(np.float32), seed), pattern, scheme, prune="magnitude")
+    x = rng.standard_normal((3, k)).astype(np.float32)
+    xs, scale_x = reference.lifted(x, pattern, scheme)
+    ws = reference.decompress(reference.stored_values(packed), packed.meta, pattern.unit)
+    assert scale_x is not None
+    left, right = xs.astype(np.float64) * scale_x, ws.astype(np.float64) * packed.scale
+    error = (k + 4) * 2.0**-23 * (np.abs(left) @ np.abs(right).T)
+    for y in (reference.matmul(x, packed), ss.matmul(x, packed)):
+        assert (np.abs(y - left @ right.T) <= error).all()
+    close = (
+        np.linalg.norm(x @ (ss.unpack(packed) * packed.scale).T - left @ right.T) <= 0.3 * np.linalg.norm(left @ right.T) + 1e-6
+    )
+    assert close or scheme is NVFP4  # W4A8 rounds activations to 4 bits of precision at worst
+
+
+# ---- pack, unpack, verify ----------------------------------------------------------------------------------------
+
+
+@schemes
+@pytest.mark.parametrize("shape", [*SHAPES, (7, 300)], ids=str)
+@pytest.mark.parametrize("bodies", ["compiled", "python"])
+def test_pack_equals_the_reference(
+    scheme: ss.Scheme, shape: tuple[int, int], bodies: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if bodies == "python":
+        for module in (kernels, blocks, cpu_matmul):
+            for name, value in list(vars(module).items()):
+                if hasattr(value, "py_func"):
+                    monkeypatch.setattr(module, name, value.py_func)
+    monkeypatch.setattr(kernels, "BLOCK", 128)
+    score = np.random.default_rng(1).random(shape)
+    with np.errstate(over="ignore"):
+        for pattern in SMALL if bodies == "compiled" else SMALL[:2]:
+            form = scheme.pattern((pattern.nnz, pattern.group))
+            for w in (awkward(shape), weights(shape, np.dtype(np.float16)), weights(shape, np.dtype(ml_dtypes.bfloat16))):
+                packed = ss.pack(w, pattern, scheme.name.lower(), prune="magnitude", max_workers=1).validate()
+                same(packed, reference.pack(reference.prune(w, form), form, scheme))
+                np.testing.assert_array_equal(ss.unpack(packed), reference.unpack(packed))
+                ss.verify(packed)
+                ss.verify(packed, w, prune="magnitude")
+            for how in ({"prune": "random", "seed": 3}, {"prune": score}):
+                ss.verify(ss.pack(w, form, scheme, **how, max_workers=1), w, **how)  # type: ignore[arg-type]
+            obeys = reference.prune(w, form)
+            ss.verify(ss.pack(obeys, form, scheme, max_workers=1), obeys)
+
+
+@given(st.sampled_from(BLOCKS), st.sampled_from(SMALL), st.integers(0, 4), st.integers(0, 200), st.integers(0, 2**32 - 1))
+def test_any_shape(scheme: ss.Scheme, pattern: ss.Pattern, n: int, k: int, seed: int) -> None:
+    form = scheme.pattern((pattern.nnz, pattern.group))
+    w = reference.prune(awkward((n, k), seed), form)
+    packed = ss.pack(w, form, scheme)
+    same(packed, reference.pack(w, form, scheme))
+    back = ss.unpack(packed)
+    assert (back.dtype, back.shape) == (np.float32, (n, k))
+    assert not back[w == 0].any()
+    assert (np.abs(back * packed.scale) <= 1.26 * np.abs(w).max(axis=1, keepdims=True, initial=0)).all()
+
+
+@schemes
+def test_verify_finds_every_changed_byte(scheme: ss.Scheme) -> None:
+    w = awkward((3, 100))
+    packed = ss.pack(w, "6:8", scheme, prune="magnitude")
+    rng = np.random.default_rng(0)
+    for part, array in part_arrays(packed).items():
+        for at in rng.permutation(array.size * array.itemsize)[:40]:
+            changed = array.copy()
+            changed.reshape(-1).view(np.uint8)[at] ^= 1 << rng.integers(8)
+            with pytest.raises((ss.VerificationError, ss.FormatError), match=r"^packed"):
+                ss.verify(replace(packed, **{part: changed}), w, prune="magnitude")
+
+
+@schemes
+def test_verify_refuses(scheme: ss.Scheme) -> None:
+    w = awkward((3, 100))
+    packed = ss.pack(w, "6:8", scheme, prune="magnitude")
+    with pytest.raises(ss.VerificationError, match=r"^packed: cannot be what w packs to: w: row 0, group"):
+        ss.verify(packed, w)
+    with pytest.raises(ss.VerificationError, match=r"row 1 is not what the same row of w packs to, pruned by 'magnitude'$"):
+        ss.verify(packed, np.where(np.arange(3)[:, None] == 1, -w, w), prune="magnitude")
+    with pytest.raises(ss.VerificationError, match=r"^packed: .* pruned at random cannot be told .* with the seed"):
+        ss.verify(ss.pack(w, "6:8", scheme, prune="random"), w, prune="random", seed=None)
+    with pytest.raises(ss.OperandError, match="w: nan at row 2, column 0"):
+        ss.verify(packed, np.where(np.arange(3)[:, None] == 2, np.float32(np.nan), w))
+
+
+@schemes
+def test_what_is_not_canonical(scheme: ss.Scheme) -> None:
+    """Without a source: -0, a window whose nibble its zeros do not give, a column stored twice, or one past k."""
+    empty = ss.pack(np.zeros((2, 8 * scheme.unit + 1), np.float32), "6:8", scheme)
+    step = scheme.unit  # bytes of a window
+
+    def changed(window: int, byte: int, value: int, nibble: int) -> ss.PackedWeight:
+        values, meta = empty.values.copy(), empty.meta.copy()
+        values[1, window * step + byte] = value
+        shift = 4 * (window % 2)
+        meta[1, window // 2] = meta[1, window // 2] & (0xF0 >> shift) | nibble << shift
+        return replace(empty, values=values, meta=meta).validate()
+
+    for bad in (changed(2, 0, 0x08, 0x4), changed(2, 0, 0, 0x8), changed(2, 0, 0x02, 0xE)):
+        if scheme.unit == 2 and bad.values[1, 2 * step] == 2:
+            continue  # a pair alone at position 2: the next line of this test tells
+        with pytest.raises(ss.VerificationError, match=r"^packed: window 2 of row 1 \(group 0\) is not canonical"):
+            ss.verify(bad)
+    last = step - 1
+    twice = changed(0, last, 0x20, 0x8)  # column or pair 2 in window 0 ...
+    values, meta = twice.values.copy(), twice.meta.copy()
+    values[1, step] = 0x02  # ... and in window 1, at its 0
+    with pytest.raises(ss.VerificationError, match=r"^packed: row 1 stores column \d+ in two windows"):
+        ss.verify(replace(twice, values=values))
+    with pytest.raises(ss.FormatError, match=r"^packed: row 1 stores column \d+ in two windows"):
+        ss.unpack(replace(twice, values=values, meta=meta))
+    with pytest.raises(ss.VerificationError, match=r"^packed.values: row 1 stores column \d+, past k = \d+; pack stores zeros"):
+        ss.verify(changed(4, last, 0x20, 0xC))
+
+
+@schemes
+def test_block_scales_are_checked(scheme: ss.Scheme) -> None:
+    packed = ss.pack(awkward((3, 100)), "6:8", scheme, prune="magnitude")
+    for code, text in ((0x00, "0|5.87"), (0xFF, "nan")):
+        bad = packed.block_scale.copy()
+        bad.view(np.uint8)[2, 1] = code
+        with pytest.raises(ss.FormatError, match=rf"^packed.block_scale: ({text}).* at row 2, block 1 must be .* to"):
+            replace(packed, block_scale=bad).validate()
+    with pytest.raises(ss.FormatError, match=rf"^packed.block_scale: is missing; {scheme} weights need it"):
+        ss.unpack(replace(packed, block_scale=None))
+    with pytest.raises(ss.FormatError, match=r"^packed.block_scale: int8 values have no block scales; remove it"):
+        replace(ss.pack(awkward((3, 100)), "6:8", "int8", prune="magnitude"), block_scale=packed.block_scale).validate()
+
+
+# ---- parts, files, products --------------------------------------------------------------------------------------
+
+
+@schemes
+@pytest.mark.parametrize("text", ["2:4", "6:8", "8:10"])
+def test_parts(scheme: ss.Scheme, text: str, tmp_path: Path) -> None:
+    """Rows are what rows pack to; columns are cut where all starts anew; files hold them."""
+    w = awkward((6, 300))
+    packed = ss.pack(w, text, scheme, prune="magnitude")
+    rows = [packed.rows(a, b) for a, b in ((0, 2), (2, 2), (2, 6))]
+    for part, (a, b) in zip(rows, ((0, 2), (2, 2), (2, 6)), strict=True):
+        same(part, ss.pack(w[a:b], text, scheme, prune="magnitude"))
+    same(ss.PackedWeight.concat(rows).validate(), packed)
+    unit = packed.slice_unit
+    columns = {f"part{a}": (packed.columns(a, b), a, b) for a, b in ((0, unit), (unit, 2 * unit), (2 * unit, 300)) if a < 300}
+    for part, a, b in columns.values():
+        ss.verify(part)
+        np.testing.assert_array_equal(ss.unpack(part), ss.unpack(packed)[:, a : min(b, 300)])
+    with pytest.raises(ss.OperandError, match=rf"columns: 0 to {unit // 2} must be cut at multiples of {unit}, the slice unit"):
+        packed.columns(0, unit // 2)
+    if scheme is W4A8:
+        x = np.random.default_rng(0).integers(-3, 4, (3, 300)).astype(np.float32)
+        q = ss.quantize(x, packed)
+        total: Any = 0
+        for part, a, b in columns.values():
+            total = total + ss.matmul(replace(q, values=np.ascontiguousarray(q.values[:, a:b])), part)
+        np.testing.assert_allclose(total, ss.matmul(q, packed), rtol=1e-5, atol=1e-30)
+        np.testing.assert_array_equal(ss.matmul(q, packed), ss.matmul(x, packed))
+    path = tmp_path / "f.safetensors"
+    ss.save(path, {"all": packed, **{name: part for name, (part, _, _) in columns.items()}, "bias": w[0]})
+    loaded = ss.load(path)
+    for name, part in {"all": packed, **{name: part for name, (part, _, _) in columns.items()}}.items():
+        same(loaded[name], part)  # type: ignore[arg-type]
+        same(ss.PackedWeight.from_tensors(part.tensors("x"), text, scheme, name="x"), part)
+
+
+@schemes
+def test_a_file_of_version_2(scheme: ss.Scheme, tmp_path: Path) -> None:
+    packed = ss.pack(weights((4, 70)), "6:8", scheme, prune="magnitude")
+    path = tmp_path / "f.safetensors"
+    ss.save(path, {"fc": packed})
+    with Checkpoint.open(path) as checkpoint:
+        header = json.loads(checkpoint.metadata["slidesparse"])
+        codes = [(name, info.code, info.shape) for name, (info, _) in checkpoint.tensors.items()]
+    assert (header["version"], header["scheme"]) == (2, scheme.name)
+    assert header["pattern"] == ({"nnz": 6, "group": 8, "unit": 2} if scheme is NVFP4 else {"nnz": 6, "group": 8})
+    assert sorted(codes) == sorted(packed_entries("fc", packed.pattern, scheme, packed.shape))
+    assert ("fc.weight_packed", "U8", packed.values.shape) in codes
+    for change, message in (
+        ({"version": 1}, "must have exactly the keys version, pattern, dtype and tool"),
+        ({"scheme": "W4A4"}, "scheme 'W4A4' must be one of INT8_W8A8, .* NVFP4, or null for several"),
+        ({"scheme": ["NVFP4"]}, "scheme .* must be one of"),
+        ({"pattern": {"nnz": 6, "group": 8, "unit": 3}}, "unit 3 must be 1, or 2 for pairs"),
+        ({"pattern": {"nnz": 6, "group": 8, "unit": 3 - scheme.unit}}, f"must have unit {scheme.unit}, as {scheme} has"),
+        ({"pattern": {"nnz": 6}}, "must be like"),
+    ):
+        with pytest.raises(ss.FormatError, match=message):
+            parse_metadata({"slidesparse": json.dumps(header | change)})
+
+
+def test_schemes_side_by_side(tmp_path: Path) -> None:
+    """Version 2 for all, where one needs it; version 1 reads no 4-bit values; and one pattern a file, unit and all."""
+    w, path = weights((4, 64)), tmp_path / "f.safetensors"
+    packed = {name: ss.pack(w, "6:8", name, prune="magnitude") for name in ("int8", "W4A8", "bf16", "NVFP4")}
+    ss.save(path, {name: packed[name] for name in ("int8", "W4A8", "bf16")})
+    with Checkpoint.open(path) as checkpoint:
+        header = parse_metadata(checkpoint.metadata)
+    assert header is not None
+    assert (header.version, header.scheme) == (2, None)
+    for name, weight in ss.load(path).items():
+        same(weight, packed[name])  # type: ignore[arg-type]
+    data = path.read_bytes()
+    old = slidesparse_metadata(ss.Pattern(6, 8), None)["slidesparse"].replace('"', '\\"')
+    new = slidesparse_metadata(ss.Pattern(6, 8), None, version=2)["slidesparse"].replace('"', '\\"')
+    path.write_bytes(data.replace(new.encode(), old.replace('"tool', '"tool', 1).encode() + b" " * (len(new) - len(old))))
+    with pytest.raises(ss.FormatError, match=r"'W4A8.weight_packed': is U8, must be I8, F8_E4M3, BF16, F16 as metadata"):
+        ss.load(path)
+    with pytest.raises(ss.OperandError, match="hold patterns 6:8, 6:8 pairs; a file has one"):
+        ss.save(path, packed)
+
+
+@schemes
+def test_a_checkpoint(scheme: ss.Scheme, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    w = {f"model.layers.0.mlp.{name}_proj.weight": weights((48, 130), seed=i) for i, name in enumerate(("gate", "up"))}
+    ss.save(source, {**w, "model.norm.weight": np.ones(130, np.float32)})
+    report = ss.pack_checkpoint(source, out, ss.Options(scheme=scheme.name.lower(), prune="magnitude"))
+    assert (report.scheme, report.pattern, report.verified) == (scheme.name, str(scheme.pattern("6:8")), True)
+    loaded = ss.load(out)
+    for name, array in w.items():
+        packed = loaded[name.removesuffix(".weight")]
+        same(packed, ss.pack(array, "6:8", scheme, prune="magnitude"))  # type: ignore[arg-type]
+    proof = ss.verify_checkpoint(out, source)
+    pruned = sum(int(((reference.prune(a, scheme.pattern("6:8")) == 0) & (a != 0)).sum()) for a in w.values())
+    assert (proof.modules, proof.by_magnitude, proof.pruned) == (2, True, pruned)
+    facts = ss.inspect_checkpoint(out).modules[0]
+    assert (facts.stored, facts.packed) == (scheme.name, str(scheme.pattern("6:8")))
+    with pytest.raises(ss.UnsupportedError, match=rf"holds {scheme} .* weights, .* no dense form"):
+        ss.unpack_checkpoint(out, tmp_path / "dense.safetensors")
+    with pytest.raises(ss.PatternError, match=r"row 0, group \d \(columns .* prune with --prune magnitude"):
+        ss.pack_checkpoint(source, tmp_path / "no.safetensors", ss.Options(scheme=scheme.name))
+    with pytest.raises(ss.OperandError, match=rf"^format: {scheme} weights have no dense form"):
+        ss.Options(scheme=scheme.name, format="dense")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
+
+
+def test_activations() -> None:
+    """Those of W4A8 are those of FP8_DYNAMIC; those of NVFP4 exist in their windows alone."""
+    x = weights((3, 100))
+    packed = {name: ss.pack(weights((4, 100)), "6:8", name, prune="magnitude") for name in ("W4A8", "fp8", "NVFP4")}
+    q = ss.quantize(x, packed["fp8"])
+    np.testing.assert_array_equal(ss.matmul(q, packed["W4A8"]), ss.matmul(x, packed["W4A8"]))
+    with pytest.raises(ss.OperandError, match=r"^x: is quantized to float8_e4m3fn, but packed holds NVFP4"):
+        ss.matmul(q, packed["NVFP4"])
+    for of in (packed["NVFP4"], "6:8 pairs"):
+        with pytest.raises(ss.UnsupportedError, match=r"^dtype: NVFP4 activations are quantized in their windows, .* pass x"):
+            ss.quantize(x, of, "nvfp4")  # type: ignore[arg-type]
+    bad = x.copy()
+    bad[1, 7] = np.nan
+    for name in ("W4A8", "NVFP4"):
+        assert np.isnan(ss.matmul(bad, packed[name])).all(axis=1).tolist() == [False, True, False]
+
+
+@schemes
+def test_no_kernel_for_a_gpu_yet(scheme: ss.Scheme) -> None:
+    class OnGpu:
+        dtype, shape = np.dtype(np.uint8), (2, 2)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 0
+
+    packed = ss.pack(weights((4, 64)), "6:8", scheme, prune="magnitude")
+    message = rf"^packed: {scheme} weights have no kernel for a GPU yet; use NumPy arrays, or pack as int8, fp8 or bfloat16$"
+    with pytest.raises(ss.UnsupportedError, match=message):
+        ss.pack(OnGpu(), "6:8", scheme)  # type: ignore[arg-type]
+    if not scheme.lift_first:
+        with pytest.raises(ss.UnsupportedError, match=message):
+            ss.quantize(OnGpu(), packed)
+
+
+@schemes
+def test_refused_sources(scheme: ss.Scheme) -> None:
+    with pytest.raises(ss.OperandError, match=r"dtype: int8 weights are quantized already and keep their type, got"):
+        ss.pack(np.ones((2, 8), np.int8), "6:8", scheme, scale=1)
+    with pytest.raises(ss.PatternError, match=r"w: row 0, group 0 .* has more than 6 non-zero(s| pairs), and so have 8 groups"):
+        ss.pack(np.ones((2, 8 * 4 * scheme.unit), np.float32), "6:8", scheme)
+    w = np.ones((2, 64), np.float32)
+    w[:, ::8] = w[:, 1::8] = 0
+    with pytest.raises(ss.PatternError, match=r"they do obey (6:8|14:16 pairs|8:10 pairs|6:8 pairs)"):
+        ss.pack(w if scheme is W4A8 else np.where(np.arange(64) % 16 < 4, 0, w), "2:4", scheme)
