@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED = SLIDESPARSE_CACHE_DIR=$(CURDIR)/$(VENV)/wheel/cache $(CURDIR)/$(VENV)/wheel/bin/python -I $(CURDIR)/tests/installed.py
 
-.PHONY: demo test test-kernels test-newest test-oldest test-peers lint fuzz wheel bench lock clean
+.PHONY: demo test test-kernels test-newest test-oldest test-peers test-integrations lint fuzz wheel bench lock clean
 
 demo: $(VENV)/demo/done
 	$(VENV)/demo/bin/python tools/demo.py
@@ -36,6 +36,16 @@ test-peers: $(VENV)/peers/done
 $(VENV)/peers/done: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)/peers
 	$(VENV)/peers/bin/python -m pip install --quiet "$(TORCH)" --editable ".[peers]"
+	touch $@
+
+# SparseLinear and packed folders in transformers, on the CPU
+test-integrations: $(VENV)/integrations/done
+	$(VENV)/integrations/bin/python -m pytest -n auto tests/integrations
+
+$(VENV)/integrations/done: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)/integrations
+	$(VENV)/integrations/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)/integrations/bin/python -m pip install --quiet --editable ".[integrations]"
 	touch $@
 
 lint: $(VENV)/lint.done

@@ -22,10 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """tests/gpu is not even imported without --gpu, and must be importable with it.
 
-    tests/peers is not imported where its packages are missing, unless it is named (make test-peers): then that is an error.
+    tests/peers and tests/integrations are not imported where their packages are missing, unless they are named (make
+    test-peers, test-integrations): then that is an error.
     """
-    peers = all(map(find_spec, ("torch", "transformers", "compressed_tensors")))
-    wanted = {"gpu": config.getoption("--gpu"), "peers": peers}
+    engines = all(map(find_spec, ("torch", "transformers")))
+    peers = engines and find_spec("compressed_tensors") is not None
+    wanted = {"gpu": config.getoption("--gpu"), "peers": peers, "integrations": engines}
     return None if wanted.get(collection_path.name, True) else True
 
 

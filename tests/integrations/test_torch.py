@@ -1,0 +1,107 @@
+"""The operators and SparseLinear on the CPU: dense layers, the reference, torch.compile, opcheck. On a GPU: tests/gpu/test_torch.py."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import slidesparse_nb as ss
+from slidesparse_nb.core import reference
+from slidesparse_nb.integrations.torch import SparseLinear, as_numpy
+
+SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16")
+PATTERN = ss.Pattern.of("6:8")
+
+
+def linear(n: int = 40, k: int = 96, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Linear:
+    torch.manual_seed(n + k)
+    return torch.nn.Linear(k, n).to(dtype)
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_from_linear(scheme: str, dtype: torch.dtype) -> None:
+    """The reference of the pruned weights, and so the dense layer but for pruning and rounding."""
+    dense = linear(dtype=dtype)
+    layer = SparseLinear.from_linear(dense, "6:8", scheme)
+    x = tokens(2, 5, 96, dtype=dtype)
+    packed = reference.pack(reference.prune(as_numpy(dense.weight), PATTERN), PATTERN, ss.Scheme.of(scheme))
+    bias = as_numpy(dense.bias)
+    wanted = reference.matmul(as_numpy(x).reshape(10, 96), packed, bias, as_numpy(x).dtype).reshape(2, 5, 40)
+    got = layer(x)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(as_numpy(got).astype(np.float32), wanted.astype(np.float32), rtol=2.0**-6, atol=2.0**-6)
+    assert torch.equal(layer(layer.quantize(x)), got)
+    assert layer(x[:0]).shape == (0, 5, 40)
+    assert "6:8 (2 zeros in 8)" in repr(layer)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_state(scheme: str) -> None:
+    """Saved, loaded (copied and assigned, from meta), cast, copied: the same bytes and the same products."""
+    layer, x = SparseLinear.from_linear(linear(), "6:8", scheme), tokens(3, 96)
+    state, y = layer.state_dict(), layer(tokens(3, 96))
+    loaded = SparseLinear(96, 40, "6:8", scheme, dtype=torch.bfloat16)
+    loaded.load_state_dict(state)
+    meta = SparseLinear(96, 40, "6:8", scheme, device="meta")
+    meta.load_state_dict(state, assign=True)
+    again = SparseLinear.from_packed(layer.packed(), layer.bias)
+    for other in (loaded, meta, again, copy.deepcopy(layer)):
+        assert torch.equal(other(x), y)
+        assert {name: tensor.dtype for name, tensor in other.state_dict().items()} == {n: t.dtype for n, t in state.items()}
+    loaded.to(torch.float32)
+    assert loaded.bias is not None
+    assert loaded.bias.dtype == torch.float32
+    assert loaded.weight_packed.dtype == layer.weight_packed.dtype
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        SparseLinear(104, 40, "6:8", scheme).load_state_dict(state)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:3])
+def test_operators(scheme: str) -> None:
+    layer, x = SparseLinear.from_linear(linear(), "6:8", scheme), tokens(7, 96)
+    q, facts = layer.quantize(x), (40, 96, layer.facts)
+    weight, bias = layer._operands(), layer.bias
+    ops = torch.ops.slidesparse
+    torch.library.opcheck(ops.linear, (x, weight, bias, *facts))
+    torch.library.opcheck(ops.quantize, (x, weight, *facts))
+    torch.library.opcheck(ops.product, (q.operand, q.scale, weight, bias, 7, torch.bfloat16, *facts))
+
+
+def test_compiled() -> None:
+    layers = [SparseLinear.from_linear(linear(), "6:8", scheme) for scheme in SCHEMES[:2]]
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        q = layers[0].quantize(x)
+        return layers[0](q) + layers[0](x) + layers[1](x)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
+    for m in (1, 3, 4):
+        x = tokens(m, 96)
+        assert torch.equal(compiled(x), both(x))
+
+
+def refused() -> list[tuple[str, Any]]:
+    layer = SparseLinear.from_linear(linear())
+    x = tokens(3, 96)
+    return [
+        (r"^x: requires grad, but packed linears are for inference only", lambda: layer(x.clone().requires_grad_())),
+        (r"^x: torch.bfloat16 \(3, 95\) must be .* of shape \[..., 96\]$", lambda: layer(x[:, 1:])),
+        (r"^x: torch.int64 \(3, 96\) must be float32, float16 or bfloat16", lambda: layer(x.long())),
+        (r"^pattern: 5:8 is not of the form", lambda: SparseLinear(96, 40, "5:8")),
+        (r"^w: .*more than 6", lambda: SparseLinear.from_linear(linear(), prune="none")),
+    ]
+
+
+@pytest.mark.parametrize("case", refused(), ids=lambda case: case[0][:24])
+def test_refused(case: Any) -> None:
+    with pytest.raises(ss.SlideSparseError, match=case[0]):
+        case[1]()

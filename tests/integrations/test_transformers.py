@@ -1,0 +1,93 @@
+"""Packed folders in stock transformers, on the CPU: loaded, generated with, saved; and dense ones packed while they load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import slidesparse_nb as ss
+import slidesparse_nb.integrations.transformers as st
+from slidesparse_nb.integrations.torch import SparseLinear
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 256, "max_position_embeddings": 128,
+}  # fmt: skip
+TOKENS = torch.randint(3, 250, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["head", "tied"])
+def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dense")
+    Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=request.param)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def packed(dense: Path, scheme: str) -> Path:
+    out = dense.parent / f"{dense.name}-{scheme}"
+    if not out.exists():
+        ss.pack_checkpoint(dense, out, ss.Options(ss.Pattern.of("6:8"), scheme, "magnitude"), ss.Run())
+    return out
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits.float()
+
+
+@pytest.mark.parametrize("scheme", ["INT8_W8A8", "FP8_DYNAMIC", "BF16"])
+def test_a_packed_folder(dense: Path, scheme: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed(dense, scheme))
+    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    assert len(layers) == 14
+    y = logits(model)
+    pruned = AutoModelForCausalLM.from_pretrained(dense)
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLinear):
+            values = ss.unpack(layer.packed()).astype("float32")
+            scale = 1 if layer.weight_scale is None else layer.weight_scale
+            pruned.get_submodule(name).weight.data = (torch.from_numpy(values) * scale).to(torch.bfloat16)
+    assert (y - logits(pruned)).norm() < 0.05 * y.norm()
+    again = AutoModelForCausalLM.from_pretrained(dense, quantization_config=st.SlideSparseConfig("6:8", scheme))
+    assert torch.equal(logits(again), y)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), y)
+    assert ss.verify_checkpoint(tmp_path / "saved", dense).modules == 14
+    tokens = model.generate(TOKENS, max_new_tokens=4, do_sample=False, cache_implementation="static", disable_compile=True)
+    assert tokens.shape == (2, 15)
+
+
+def test_what_stays_dense(dense: Path) -> None:
+    config = st.SlideSparseConfig("6:8", "INT8_W8A8", ignore=("lm_head", "re:.*mlp[.].*"))
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    assert sum(isinstance(layer, SparseLinear) for layer in model.modules()) == 8
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    folder = dense.parent / f"{dense.name}-experts"
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, head_dim=16)).to(torch.bfloat16).save_pretrained(folder)
+    experts = AutoModelForCausalLM.from_pretrained(folder, quantization_config=st.SlideSparseConfig("6:8", "INT8_W8A8"))
+    kinds = {name.rpartition(".")[2] for name, layer in experts.named_modules() if isinstance(layer, SparseLinear)}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 9}, "version 9, weights .* are unknown here; update"),
+        ({"order": "sm90"}, "'order' is an unknown key"),
+        ({"format": "other"}, "format 'other' must be 'slidesparse-packed'"),
+        ({"pattern": "6:8"}, "pattern '6:8' must be like"),
+        ({"ignore": "lm_head"}, "ignore 'lm_head' must be a list of names"),
+        ({"k_slice_unit": 8}, "k_slice_unit 8 must be 16 at 6:8"),
+    ],
+)
+def test_a_config_that_is_not_understood(change: dict[str, Any], message: str) -> None:
+    written = ss.PackedConfig.of("6:8", "INT8_W8A8", ("lm_head",)).written()
+    assert ss.PackedConfig.read(written).written() == written
+    with pytest.raises(ss.FormatError, match=f"^config.json: quantization_config: {message}"):
+        ss.PackedConfig.read({**written, **change})
