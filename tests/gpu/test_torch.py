@@ -111,9 +111,9 @@ def test_another_device_and_bad_operands() -> None:
     last = torch.cuda.device_count() - 1
     x = tokens(5).to(f"cuda:{last}")
     if last:
-        with pytest.raises(ss.OperandError, match="^x: is on cuda"):
+        with pytest.raises(ss.OperandError, match=r"^x: is on cuda"):
             there(x)
         same("INT8_W8A8", there.to(f"cuda:{last}")(x), layer("INT8_W8A8", "cpu")(tokens(5)))
     q = there.quantize(x)
-    with pytest.raises(ss.OperandError, match="^operand: .* bytes must be"):
+    with pytest.raises(ss.OperandError, match=r"^operand: .* bytes must be"):
         torch.ops.slidesparse.product(q.operand, q.scale, there._operands(), None, 50, torch.bfloat16, N, K, there.facts)
