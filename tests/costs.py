@@ -139,7 +139,7 @@ def device_seconds(cp: Any, launches: Sequence[Callable[[Any], object]]) -> floa
 
 
 def bandwidths(cp: Any, m: int, k: int, source: np.dtype[Any], dtype: DType, pattern: Pattern | None) -> tuple[float, float]:
-    """GB/s, read and written, of quantization to rows (no pattern) or to Hopper's image, and of a copy of as many bytes."""
+    """GB/s, read and written, of quantization to rows (no pattern) or to Hopper's tiles, and of a copy of as many bytes."""
     from slidesparse_nb.cuda import quantize as activations
 
     if pattern is None:
@@ -181,7 +181,7 @@ def bandwidth_table(cp: Any) -> None:
     print("     m      k  x         values         form       GB/s   copy  ratio")
     for m, k, source, dtype, lifted in cases:
         reached, copy = bandwidths(cp, m, k, source, dtype, lifted)
-        form = "rows" if lifted is None else f"image {lifted}"
+        form = "rows" if lifted is None else f"tiles {lifted}"
         print(f"{m:6} {k:6}  {source.name:9} {dtype.name:14} {form:9} {reached:6.0f} {copy:6.0f}  {reached / copy:5.2f}")
 
 
