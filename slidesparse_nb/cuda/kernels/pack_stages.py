@@ -5,6 +5,7 @@ Each has the name, and gives the bits, of the function in `core.reference`. Most
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +166,7 @@ def _span_type(variant: Variant) -> Any:
     return variant.pointer, "u32[]", *("i64",) * 4
 
 
+@functools.cache
 def loader(variant: Variant) -> tuple[Any, Any]:
     """load(...) -> the span of group g of a slice unit, in registers if they hold it; element(span, i) -> its bits."""
     bits, vector, ones, group, span_groups = variant.bits, variant.vector, variant.ones, variant.group, variant.span

@@ -151,20 +151,17 @@ def row_from_memory(variant: Variant) -> Any:
         columns = k if row < m else 0  # tiles have rows past m: zeros
         inverse = np.float32(1)
         if quantizes:
-            peak, column = ZERO, thread
-            while column < columns:
+            peak = ZERO
+            for column in range(thread, columns, threads):  # a range is unrolled: several loads in flight
                 peak = larger(peak, x[row * ld + column * stride] & magnitude)
-                column += threads
             inverse = scale_row(peak, scale, row, m, np.uint32(thread))
             columns = columns if inverse > np.float32(0) else 0
-        word = thread
-        while word < words:
+        for word in range(thread, words, threads):
             column = word * per_word
             if lifted:  # past the last group there are no columns: zeros
                 window, inside = column // 4, column % 4
                 column = window // windows * group + window % windows * 2 + inside
             at = 4 * place(np.uint32(word >> 2), row, pitch) + (word & 3)
             out[at] = make_word(x, row * ld + column * stride, stride, columns - column, inverse)
-            word += threads
 
     return kernel
