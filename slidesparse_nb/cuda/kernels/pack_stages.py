@@ -1,6 +1,7 @@
 """The stages of packing a row of weights, as device functions: load, prune, largest, quantize, slide, compress, store.
 
-Each has the name, and gives the bits, of the function in `core.reference`. Most are made for a `Variant` of the kernel.
+prune, quantize, slide and compress give the bits of the functions of these names in `core.reference`. Most stages are made for
+a `Variant` of the kernel.
 """
 
 from __future__ import annotations
