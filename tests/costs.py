@@ -147,7 +147,7 @@ def bandwidth_table(cp: Any) -> None:
     print("     m      k  x         values         form       GB/s   copy  ratio")
     for m, k, source, dtype, lifted in cases:
         reached, copy = bandwidths(cp, m, k, source, dtype, lifted)
-        form = "rows" if lifted is None else f"image {lifted}"
+        form = "rows" if lifted is None else f"tiles {lifted}"
         print(f"{m:6} {k:6}  {source.name:9} {dtype.name:14} {form:9} {reached:6.0f} {copy:6.0f}  {reached / copy:5.2f}")
 
 

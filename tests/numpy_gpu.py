@@ -203,17 +203,17 @@ class Activations:
         rest = rest[len(self.source) + 1 :]
         self.stored = Scheme.of(next(n for n in names if rest.startswith(n))).dtype
         form = rest[len(self.stored.name) + 1 :]
-        self.image = "image" in form
+        self.tiled = "tiles" in form
 
     def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
         assert programmatic
         assert stream == self.gpu.streams[-1]
         x, out, scale, m, ld, *rest = arguments
-        assert grid == ((m + 7) // 8 * 8 if self.image else m, 1, 1)
+        assert grid == ((m + 7) // 8 * 8 if self.tiled else m, 1, 1)
         held = FLOATS.get(self.source, self.stored.numpy)
         if self.any:
             stride, k, pitch, _ = rest
-            strides, row_bytes = (ld * held.itemsize, stride * held.itemsize), 4 * pitch
+            strides, row_bytes = (ld * held.itemsize, stride * held.itemsize), 16 * pitch
         else:
             filled, _, pitch, *_ = rest
             k, strides = filled * 16 // held.itemsize, (16 * ld, held.itemsize)
@@ -228,7 +228,7 @@ class Activations:
                     values, made = reference.quantize(values, self.stored)
         if made is not None:
             at(scale, (m, 1), F32)[...] = made
-        if self.image:
+        if self.tiled:
             picture = image(values, P)
             assert pitch == 64 * ((m + 7) // 8)
             at(out, picture.shape, np.uint8)[...] = picture
@@ -236,7 +236,7 @@ class Activations:
             rows = at(out, (m, row_bytes), np.uint8)
             rows[...] = 0
             rows[:, :k] = values.view(np.uint8)
-        self.gpu.launched.append(f"{'image' if self.image else 'rows'} {self.source} {self.stored}")
+        self.gpu.launched.append(f"{'image' if self.tiled else 'rows'} {self.source} {self.stored}")
 
 
 def named(parameters: Any, arguments: tuple[int, ...]) -> Any:

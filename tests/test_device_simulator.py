@@ -69,32 +69,32 @@ else:
             launch(2, x, values, scale)
             same(values, scale, quantized(x, INT8, pattern, width))
 
-    @pytest.mark.parametrize("generation", [80, 89, 90])
-    def test_every_generation(generation) -> None:
+    @pytest.mark.parametrize("architecture", [80, 89, 90])
+    def test_every_architecture(architecture) -> None:
         for source in SOURCES:
             x, name = at_address(awkward_rows(12, 32, source)), FLOATS[source]
-            launch = activations.plan(name, "float8_e4m3fn", 32, x.strides, True, generation, width=32)
-            assert launch.variant.generation == generation
+            launch = activations.plan(name, "float8_e4m3fn", 32, x.strides, True, architecture, width=32)
+            assert launch.variant.architecture == architecture
             values, scale = np.full((12, 32), 0x55, np.uint8), np.zeros((12, 1), np.float32)
             launch(12, x, values, scale)
             same(values, scale, quantized(x, FLOAT8, None, 32))
 
-    # ---- images --------------------------------------------------------------------------------------------------
+    # ---- tiles ---------------------------------------------------------------------------------------------------
 
-    IMAGES = [
+    TILES = [
         (source, dtype) for dtype in PACKED for source in (*SOURCES, dtype.numpy) if source != dtype.numpy or dtype.bits == 8
     ]
 
-    @pytest.mark.parametrize(("source", "dtype"), [*IMAGES, (BFLOAT16.numpy, BFLOAT16), (FLOAT16.numpy, FLOAT16)], ids=str)
+    @pytest.mark.parametrize(("source", "dtype"), [*TILES, (BFLOAT16.numpy, BFLOAT16), (FLOAT16.numpy, FLOAT16)], ids=str)
     @pytest.mark.parametrize("pattern", ["2:4", "4:6", "6:8", "8:10", "14:16"])
-    def test_image(source, dtype, pattern) -> None:
+    def test_tiles(source, dtype, pattern) -> None:
         pattern = Pattern.of(pattern)
         for m, k in ((3, 80), (2, 37)):  # whole vectors, and not
             x = awkward_rows(m, k, FLOAT16.numpy if source.itemsize == 1 else source)
             if source.itemsize == 1:
                 with np.errstate(invalid="ignore"):
                     x = reference.quantize(x, dtype)[0]
-            made, scale = activations.image(at_address(x), dtype, pattern)
+            made, scale = activations.tiles(at_address(x), dtype, pattern)
             expected, expected_scale = imaged(x, dtype, pattern)
             np.testing.assert_array_equal(made, expected)
             assert (scale is None) == (expected_scale is None)
@@ -103,8 +103,8 @@ else:
 
     @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
     @pytest.mark.parametrize("pattern", [*(f"{2 * n}:{2 * n + 2}" for n in range(1, 12)), "62:64", "64:66", "254:256"])
-    def test_image_of_every_phase(pattern, dtype) -> None:
-        """Several pieces a thread, of patterns whose windows repeat after 2 to 22 pieces, or not within 32."""
+    def test_tiles_of_every_phase(pattern, dtype) -> None:
+        """Several chunks a thread, of patterns whose windows repeat after 2 to 22 chunks, or not within 32."""
         pattern = Pattern.of(pattern)
         x = at_address(np.arange(1032, dtype=np.uint16).reshape(1, 1032).astype(BFLOAT16.numpy))
         launch = activations.plan("bfloat16", dtype.name, 1032, x.strides, True, 90, pattern, vectors=8)
@@ -126,7 +126,7 @@ else:
                 *activations.quantize(placed, FLOAT8, pitch=64),
                 quantized(placed, FLOAT8, None, activations.row_pitch(placed.shape[1], None, 64)),
             )
-        made, _ = activations.image(placed, dtype, Pattern(6, 8))
+        made, _ = activations.tiles(placed, dtype, Pattern(6, 8))
         np.testing.assert_array_equal(made, imaged(placed, dtype, Pattern(6, 8))[0])
 
     def test_results_go_into_given_arrays() -> None:
@@ -137,14 +137,14 @@ else:
         assert given[1] is scale
         same(out, scale, quantized(x, INT8, None, 32))
         out = np.full((stages(Pattern(6, 8), 24, INT8), 1, 8, 128), 0x55, np.uint8)
-        given = activations.image(x, INT8, Pattern(6, 8), out=out, scale=scale)
+        given = activations.tiles(x, INT8, Pattern(6, 8), out=out, scale=scale)
         assert given[0] is out
         assert given[1] is scale
         np.testing.assert_array_equal(out, imaged(x, INT8, Pattern(6, 8))[0])
         with pytest.raises(OperandError, match=r"out: uint8 \(\d, 1, 8, 128\) must be a contiguous \(\d, 2, 8, 128\) array"):
-            activations.image(at_address(awkward_rows(9, 24, BFLOAT16.numpy)), INT8, Pattern(6, 8), out=out)
+            activations.tiles(at_address(awkward_rows(9, 24, BFLOAT16.numpy)), INT8, Pattern(6, 8), out=out)
         with pytest.raises(OperandError, match="x: int8 must hold bfloat16, or be bfloat16, float16 or float32"):
-            activations.image(np.zeros((2, 8), np.int8), BFLOAT16, Pattern(6, 8), source=BFLOAT16)
+            activations.tiles(np.zeros((2, 8), np.int8), BFLOAT16, Pattern(6, 8), source=BFLOAT16)
 
     def test_long_rows_are_read_twice() -> None:
         k = 8192 * 8 + 8

@@ -36,8 +36,8 @@ else:
     from slidesparse_nb.core.packed import LARGEST_INT8_SLOTS
     from slidesparse_nb.core.pattern import Pattern
     from slidesparse_nb.cuda import pack as weights
-    from slidesparse_nb.cuda.kernels import pack as weight_kernels
-    from slidesparse_nb.cuda.kernels.pack import NIBBLES, NIBBLES_OF_LAST
+    from slidesparse_nb.cuda.kernels import pack_stages as weight_kernels
+    from slidesparse_nb.cuda.kernels.pack_stages import NIBBLES, NIBBLES_OF_LAST
     from slidesparse_nb.errors import FormatError, OperandError, PatternError
 
     pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in scalar:RuntimeWarning")  # modulo 2^64

@@ -24,8 +24,9 @@ from slidesparse_nb.cuda import quantize
 from slidesparse_nb.cuda.jit import numba
 from slidesparse_nb.cuda.kernels import pack as weight_kernels
 from slidesparse_nb.cuda.kernels import unpack
-from slidesparse_nb.cuda.kernels.pack import Variant as Packing
-from slidesparse_nb.cuda.quantize import Variant
+from slidesparse_nb.cuda.kernels.pack_stages import LARGEST_HELD
+from slidesparse_nb.cuda.kernels.pack_stages import Variant as Packing
+from slidesparse_nb.cuda.kernels.quantize_stages import Variant
 
 COMPILERS = "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink"
 ARCHITECTURES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -74,7 +75,7 @@ LOADS = [0, *quantize.VECTORS]
     ),
 )
 def test_activations(source: str, stored: str, vectors: int) -> None:
-    ptx = text(quantize.kernel(Variant(source, stored, vectors, generation=90)), (9, 0))
+    ptx = text(quantize.kernel(Variant(source, stored, vectors, architecture=90)), (9, 0))
     assert ".local" not in ptx
     assert has(ptx, "ld.global.v4", vectors)  # one 16-byte load for each, and no other
     assert len(re.findall(r"ld\.global(?!\.v4)", ptx)) == 0 if vectors else True
@@ -85,18 +86,18 @@ def test_activations(source: str, stored: str, vectors: int) -> None:
     assert "redux.sync.max.u32" in ptx
 
 
-SAMPLED_IMAGES = {("bfloat16", "int8"), ("float32", "float8_e4m3fn"), ("same", "bfloat16"), ("float16", "int8")}
+SAMPLED_TILES = {("bfloat16", "int8"), ("float32", "float8_e4m3fn"), ("same", "bfloat16"), ("float16", "int8")}
 
 
 @pytest.mark.parametrize(
     ("source", "stored"),
     sampled(
         itertools.product([*sorted(FLOATS.values()), "same"], [d.name for d in PACKED]),
-        lambda *case: case in SAMPLED_IMAGES,
+        lambda *case: case in SAMPLED_TILES,
     ),
 )
-def test_images(source: str, stored: str) -> None:
-    """Whole vectors in, whole pieces out, and a few instructions a piece."""
+def test_tiles(source: str, stored: str) -> None:
+    """Whole vectors in, whole chunks out, and a few instructions a chunk."""
     source = stored if source == "same" else source
     built_sizes = {}
     for windows in (1, 3, 4, 33):
@@ -125,11 +126,11 @@ def test_images(source: str, stored: str) -> None:
 )
 def test_every_architecture(capability: tuple[int, int], number: int) -> None:
     native = capability >= (8, 9)
-    generation = max(g for g in (80, 89, 90) if g <= 10 * capability[0] + capability[1])
+    architecture = max(g for g in (80, 89, 90) if g <= 10 * capability[0] + capability[1])
     kernel = (
-        lambda: quantize.kernel(Variant("float32", "float8_e4m3fn", 0, 15, generation=generation)),
-        lambda: quantize.kernel(Variant("bfloat16", "int8", 4, generation=generation)),
-        lambda: quantize.kernel(Variant("float16", "float8_e4m3fn", 8, 3, generation=generation)),
+        lambda: quantize.kernel(Variant("float32", "float8_e4m3fn", 0, 15, architecture=architecture)),
+        lambda: quantize.kernel(Variant("bfloat16", "int8", 4, architecture=architecture)),
+        lambda: quantize.kernel(Variant("float16", "float8_e4m3fn", 8, 3, architecture=architecture)),
         lambda: weight_kernels.pack_kernel(Packing("bfloat16", FLOAT8, 3, "magnitude", 4, native)),
     )[number]()
     assert f".target sm_{capability[0]}{capability[1]}" in text(kernel, capability)
@@ -153,7 +154,7 @@ def test_weights(group: int) -> None:
 
 
 def test_long_groups_are_not_held() -> None:
-    for vector, windows in ((1, weight_kernels.LARGEST_HELD // 2 - 1), (0, 2047)):
+    for vector, windows in ((1, LARGEST_HELD // 2 - 1), (0, 2047)):
         text(weight_kernels.pack_kernel(Packing("float32", FLOAT16, windows, "scores", vector, True)), (9, 0))
 
 
@@ -178,12 +179,12 @@ def test_rounding() -> None:
 def test_names_tell_kernels_apart() -> None:
     """The name is in the cache's key for what a kernel is specialized by, so no two may share one."""
     variants = [
-        Variant(source, stored, vectors, windows, image, generation)
+        Variant(source, stored, vectors, windows, tiled, architecture)
         for stored in ("int8", "float8_e4m3fn", "bfloat16")
         for source in {*FLOATS.values(), stored}
         for vectors in (0, *quantize.VECTORS)
-        for windows, image in ((0, False), (1, False), (3, False), (1, True), (3, True))
-        for generation in (80, 89, 90)
+        for windows, tiled in ((0, False), (1, False), (3, False), (1, True), (3, True))
+        for architecture in (80, 89, 90)
     ]
     assert len({v.name for v in variants}) == len(variants)
 

@@ -187,7 +187,7 @@ def quantize(
     else:
         tiled = for_capability(device_facts(ordinal)[0]).operand(pattern, k, dtype).tiled
     if tiled:
-        tiles, scale = kernels.image(flat, dtype, pattern)
+        tiles, scale = kernels.tiles(flat, dtype, pattern)
         return TiledActivations(tiles, pattern, k, scale, lead, dtype, source)
     if Scheme.of(dtype).scaled:
         values, scale = kernels.quantize(flat, dtype)

@@ -1,9 +1,9 @@
-"""Packing and unpacking on the GPU: prune, round, slide and compress. Bit-equal twins of `reference`, on CuPy arrays.
+"""Packing and unpacking on the GPU: prune, round, slide and compress CuPy arrays, with the bits of `reference`.
 
     w [n, k] --prune, quantize or round, slide, compress--> values [n, ks/2], meta [n, ks/8], scale [n, 1]
 
-What the kernels find wrong they write into a report of a few words, the only thing that the host waits for and reads: the
-weights stay where they are. Of what is found wrong, the row is brought to the host, to be named.
+The kernels write the faults they find into a report of a few words, the only thing that the host waits for and reads. For the
+error message the host then reads the row of the first fault.
 """
 
 from __future__ import annotations
@@ -22,24 +22,13 @@ from ..core.scheme import Scheme
 from ..errors import OperandError
 from . import quantize
 from .jit.numba import SIMULATED, arrays, current_device
-from .kernels.pack import (
-    BAD_SCORE,
-    BITS,
-    COUNT,
-    FIRST,
-    LARGEST_HELD,
-    MOST_THREADS,
-    NOT_FINITE,
-    NOTHING,
-    OVERFLOW,
-    Variant,
-    pack_kernel,
-)
+from .kernels.pack import MOST_THREADS, pack_kernel
+from .kernels.pack_stages import BAD_SCORE, BITS, COUNT, FIRST, LARGEST_HELD, NOT_FINITE, NOTHING, OVERFLOW, Variant
 from .kernels.ptx import LANES
 from .kernels.unpack import BAD_INDEX, BAD_SCALE, TWICE, unpack_kernel
 
 ELEMENTS_AT_ONCE = 2**26
-"""Weights whose non-zeros are counted at once, where the host looks for what to say of a broken pattern."""
+"""Weights whose non-zeros `obeys` counts at once."""
 
 
 # ---- pack --------------------------------------------------------------------------------------------------------
@@ -97,7 +86,7 @@ def _types(w: Any, dtype: object) -> tuple[str, DType]:
 
 
 def _method(prune: Any, w: Any, source: str, seed: int, statistics: Any) -> tuple[str, Any]:
-    """What the kernel calls the method, and the scores that it goes by, wherever they are; None where it makes its own."""
+    """The kernel's name of the method, and its scores, on the host or a device; None where the kernel makes its own."""
     if isinstance(prune, arrays.ndarray):
         require_no_statistics(statistics)
         return "scores", prune
@@ -111,7 +100,7 @@ def _method(prune: Any, w: Any, source: str, seed: int, statistics: Any) -> tupl
 
 
 def _scores(prune: Any, w: Any) -> Any:
-    """Scores as contiguous float32 on the device of w; those that are no good still are, for a kernel to find."""
+    """Scores as contiguous float32 on the device of w; invalid ones stay invalid, and the kernel reports them."""
     if not SIMULATED and isinstance(prune, arrays.ndarray) and prune.device != w.device:
         raise OperandError(f"prune: scores on device {prune.device.id} must be on that of w, {w.device.id}; move them there")
     prune = arrays.asarray(prune)
@@ -145,7 +134,7 @@ def launch(
         score: float32 [n, k], contiguous.
 
     Returns:
-        The packed weight, and the report on it, uint64 words (`kernels/pack.py`).
+        The packed weight, and the report on it, uint64 words (`kernels/pack_stages.py`).
     """
     n, k = w.shape
     report = _new_report(COUNT)
@@ -188,20 +177,17 @@ def _raise_for(report: Any, w: Any, source: str, pattern: Pattern, stored: DType
     """The error that a report tells of, if it does; the sentences of the CPU."""
     k = w.shape[1]
     first = [int(i) for i in report]
-
-    def at(word: int) -> tuple[int, int, str]:
+    for word in (BAD_SCORE, NOT_FINITE, OVERFLOW):
+        if first[word] == NOTHING:
+            continue
         row, column = divmod(first[word], k)
-        return row, column, f"at row {row}, column {column}"
-
-    if first[BAD_SCORE] != NOTHING:
-        row, column, where = at(BAD_SCORE)
-        raise OperandError(f"prune: score {_host(prune[row])[column]} {where} must be finite and not negative")
-    if first[NOT_FINITE] != NOTHING:
-        row, column, where = at(NOT_FINITE)
-        raise OperandError(f"w: {_values(w, row, source)[column]} {where}; weights must be finite ({source})")
-    if first[OVERFLOW] != NOTHING:
-        row, column, where = at(OVERFLOW)
-        raise OperandError(f"w: {_values(w, row, source)[column]} {where} overflows {stored}; store it in another type")
+        where = f"at row {row}, column {column}"
+        if word == BAD_SCORE:
+            raise OperandError(f"prune: score {_host(prune[row])[column]} {where} must be finite and not negative")
+        value = f"w: {_values(w, row, source)[column]} {where}"
+        if word == NOT_FINITE:
+            raise OperandError(f"{value}; weights must be finite ({source})")
+        raise OperandError(f"{value} overflows {stored}; store it in another type")
     if first[COUNT]:
         row, group = divmod(first[FIRST], pattern.padded_k(k) // pattern.group)
         raise pattern.violated(row, group, first[COUNT])
@@ -240,8 +226,8 @@ def unpack(packed: PackedWeight) -> tuple[Any, int | None]:
 
     Returns:
         dense: the stored values at their dense places, [n, k] of packed.values' dtype.
-        row: the first row, if any, of which `dense` is worthless: it has an index out of order, or else a scale that is
-            negative or not finite, or else a column that two windows store.
+        row: the first invalid row, if any: it has an index out of order, or else a scale that is negative or not finite, or
+            else a column that two windows store.
     """
     n, k = packed.shape
     pattern, dtype = packed.pattern, packed.dtype
@@ -279,7 +265,7 @@ def _new_report(first_words: int) -> Any:
 
 
 def _threads(units: int) -> int:
-    """Of a block that handles so many slice units: whole warps."""
+    """Threads of a block that handles `units` slice units of a row: whole warps."""
     return min(MOST_THREADS, max(1, -(-units // LANES)) * LANES)
 
 

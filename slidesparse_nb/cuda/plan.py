@@ -203,8 +203,8 @@ def writer(
     """
     scaled = Scheme.of(dtype).scaled and source != dtype.name
     if form.tiled or scaled:
-        width, generation = None if form.tiled else form.pitch, quantize.generation(ordinal)
-        found = quantize.plan(source, dtype.name, k, strides, offset == 0, generation, form.lift, width=width)
+        width, newest = None if form.tiled else form.pitch, quantize.architecture(ordinal)
+        found = quantize.plan(source, dtype.name, k, strides, offset == 0, newest, form.lift, width=width)
         run, programmatic = found.kernel.on(ordinal, found.shared), found.kernel.programmatic
         blocks, integers, block, shared = found.blocks, found.integers, (found.threads, 1, 1), found.shared
 

@@ -1,7 +1,7 @@
-"""Activations on the GPU as matrix kernels want them: quantized per token or rounded, lifted, laid out. Twin of `reference`.
+"""Activations on the GPU as GEMM kernels load them: quantized per token or rounded, lifted, in rows or tiles.
 
-    x [m, k] --> values [m, pitch], scale [m, 1]                            `quantize`: rows, lifted if a kernel wants that
-    x [m, k] --> image [stages, ceil(m / 8), 8, 128], scale [m, 1]          `image`: tiles (arch/operand.py)
+    x [m, k] --> values [m, pitch], scale [m, 1]                            `quantize`: rows, lifted if a kernel needs that
+    x [m, k] --> tiles [stages, ceil(m / 8), 8, 128], scale [m, 1]          `tiles`: the swizzled layout of arch/operand.py
 
 One launch, a thread block a token; the kernels are in kernels/quantize.py.
 """
@@ -21,26 +21,27 @@ from ..core.pattern import Pattern
 from ..core.scheme import Scheme
 from ..errors import OperandError
 from .jit.numba import SIMULATED, Kernel, arrays, current_device
-from .kernels.quantize import Variant, kernel
+from .kernels.quantize import kernel
+from .kernels.quantize_stages import Variant
 
 PITCH = 16
 """Bytes that a row of values is padded to by default, with zeros."""
 
 VECTORS = {1: 32, 2: 128, 4: 4096, 8: 8192}
-"""16-byte vectors that a thread holds, for rows of up to so many. Four keep enough loads in flight; more threads with fewer
+"""16-byte vectors that a thread holds -> vectors of the longest row. Four keep enough loads in flight; more threads with fewer
 vectors each wait longer at the barrier (H200, k = 3584: 1.02, 0.93, 0.78 of a copy's bandwidth with 4, 2, 1)."""
 
 
 @functools.cache
-def generation(device: int) -> int:
-    """The newest generation of kernels that a device runs: 80, 89 or 90 (`Variant`); the simulator runs the newest."""
+def architecture(device: int) -> int:
+    """The newest `Variant.architecture` that a device runs: 80, 89 or 90; in the simulator 90."""
     capability = 90 if SIMULATED else int(arrays.cuda.Device(device).compute_capability)
-    return max(g for g in (80, 89, 90) if g <= max(capability, 80))
+    return max(a for a in (80, 89, 90) if a <= max(capability, 80))
 
 
 def native_float8(device: int) -> bool:
     """Whether the device converts to float8_e4m3fn itself."""
-    return generation(device) >= 89
+    return architecture(device) >= 89
 
 
 def row_pitch(k: int, pattern: Pattern | None = None, pitch: int = PITCH) -> int:
@@ -87,16 +88,12 @@ def quantize(
         raise OperandError(f"dtype: {dtype} is not quantized to; it must be int8 or float8_e4m3fn")
     if pitch <= 0 or pitch % PITCH:
         raise OperandError(f"pitch: {pitch} bytes must be a positive multiple of {PITCH}")
-    m, k = x.shape
+    m, k = _shape(x)
     width = row_pitch(k, pattern, pitch)
-    out, scale = _results(out, (m, width), np.int8 if dtype is INT8 else np.uint8, scale, (m, 1), stream)
-    if m:
-        launch = plan(name, dtype.name, k, x.strides, aligned(x), generation(current_device()), pattern, width=width)
-        launch(m, x, out, scale, stream)
-    return out, scale
+    return _write(x, name, dtype, pattern, width, (m, width), np.int8 if dtype is INT8 else np.uint8, out, scale, stream)
 
 
-def image(
+def tiles(
     x: Any,
     dtype: DType,
     pattern: Pattern,
@@ -106,7 +103,7 @@ def image(
     scale: Any = None,
     stream: Any = None,
 ) -> tuple[Any, Any]:
-    """x quantized (8-bit `dtype`) or rounded (16-bit), lifted by `pattern` and in tiles; the Numba version of `operand.image`.
+    """x quantized (8-bit `dtype`) or rounded (16-bit), lifted by `pattern`, in tiles; the Numba version of `operand.image`.
 
     With `out`, and `scale` for an 8-bit type, it allocates nothing; it never waits for the device.
 
@@ -118,7 +115,7 @@ def image(
         stream: CuPy stream to launch on; by default the current one.
 
     Returns:
-        image: uint8 [stages, ceil(m / 8), 8, 128]; tokens past m and columns past ks are zero.
+        tiles: uint8 [stages, ceil(m / 8), 8, 128]; tokens past m and columns past ks are zero.
         scale: [m, 1] float32, as of `quantize`; None where nothing is quantized.
 
     Raises:
@@ -128,50 +125,50 @@ def image(
     if same and (x.dtype.itemsize * 8 != dtype.bits or (isinstance(source, DType) and source != dtype)):
         raise OperandError(f"x: {x.dtype} must hold {dtype}, or be bfloat16, float16 or float32")
     name = dtype.name if same else _source(x, source)  # type: ignore[arg-type]
+    m, k = _shape(x)
+    shape = (stages(pattern, k, dtype), -(-m // 8), 8, STAGE)
+    return _write(x, name, dtype, pattern, None, shape, np.uint8, out, scale, stream)
+
+
+def _source(x: Any, source: np.dtype[Any] | None) -> str:
+    """The name of x's type; OperandError if it is none of FLOATS."""
+    name = FLOATS.get(x.dtype if source is None else source)
+    if name is None or (source is not None and x.dtype.itemsize != source.itemsize):
+        raise OperandError(f"x: {x.dtype} cannot be quantized; it must be bfloat16, float16 or float32")
+    return name
+
+
+def _shape(x: Any) -> tuple[int, int]:
     if x.ndim != 2:
         raise OperandError(f"x: shape {x.shape} must be [m, k]; reshape it to two dimensions")
     m, k = x.shape
-    quantizes = Scheme.of(dtype).scaled and not same
-    shape = (stages(pattern, k, dtype), -(-m // 8), 8, STAGE)
-    out, scale = _results(out, shape, np.uint8, scale, (m, 1) if quantizes else None, stream)
+    return m, k
+
+
+def _write(
+    x: Any, source: str, dtype: DType, pattern: Pattern | None, width: int | None,
+    shape: tuple[int, ...], element: Any, out: Any, scale: Any, stream: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Launch into `out` and `scale`, checked if they are given and else new; scale is None where nothing is quantized."""
+    m, k = x.shape
+    with contextlib.nullcontext() if stream is None else stream:
+        out = _result("out", out, shape, element)
+        quantizes = Scheme.of(dtype).scaled and source != dtype.name
+        scale = _result("scale", scale, (m, 1), np.float32) if quantizes else None
     if m:
-        launch = plan(name, dtype.name, k, x.strides, aligned(x), generation(current_device()), pattern)
+        launch = plan(source, dtype.name, k, x.strides, aligned(x), architecture(current_device()), pattern, width=width)
         launch(m, x, out, 0 if scale is None else scale, stream)
     return out, scale
 
 
-def _source(x: Any, source: np.dtype[Any] | None) -> str:
-    """The name of x's type; OperandError if it is none of FLOATS, or x no matrix."""
-    name = FLOATS.get(x.dtype if source is None else source)
-    if name is None or (source is not None and x.dtype.itemsize != source.itemsize):
-        raise OperandError(f"x: {x.dtype} cannot be quantized; it must be bfloat16, float16 or float32")
-    if x.ndim != 2:
-        raise OperandError(f"x: shape {x.shape} must be [m, k]; reshape it to two dimensions")
-    return name
-
-
-def _results(
-    out: Any, shape: tuple[int, ...], dtype: Any, scale: Any, scale_shape: tuple[int, ...] | None, stream: Any
-) -> tuple[Any, Any]:
-    """The arrays to write: those given, once they are checked, and new ones."""
-    if out is not None:
-        _check("out", out, shape, 1)
-    if scale_shape is None:
-        scale = None
-    elif scale is not None:
-        _check("scale", scale, scale_shape, 4)
-    if out is None or (scale is None and scale_shape is not None):
-        with contextlib.nullcontext() if stream is None else stream:
-            out = arrays.empty(shape, dtype) if out is None else out
-            scale = arrays.empty(scale_shape, np.float32) if scale is None and scale_shape is not None else scale
-    return out, scale
-
-
-def _check(name: str, array: Any, shape: tuple[int, ...], itemsize: int) -> None:
-    if array.shape != shape or array.dtype.itemsize != itemsize or not array.flags.c_contiguous:
-        raise OperandError(
-            f"{name}: {array.dtype} {tuple(array.shape)} must be a contiguous {shape} array of {itemsize}-byte elements"
-        )
+def _result(name: str, array: Any, shape: tuple[int, ...], element: Any) -> Any:
+    if array is None:
+        return arrays.empty(shape, element)
+    size = np.dtype(element).itemsize
+    if array.shape != shape or array.dtype.itemsize != size or not array.flags.c_contiguous:
+        found = f"{name}: {array.dtype} {tuple(array.shape)}"
+        raise OperandError(f"{found} must be a contiguous {shape} array of {size}-byte elements")
+    return array
 
 
 def aligned(x: Any) -> bool:
@@ -188,7 +185,7 @@ class Launch:
 
     Attributes:
         threads: of a block.
-        before, pitch, after: the kernel's integers after m; an image's pitch depends on m.
+        before, pitch, after: the kernel's integers after m; the pitch of tiles depends on m.
         shared: bytes of dynamic shared memory a block.
     """
 
@@ -201,12 +198,12 @@ class Launch:
     shared: int
 
     def blocks(self, m: int) -> int:
-        """One a row; an image's missing rows are made too."""
-        return -(-m // 8) * 8 if self.variant.image else m
+        """One a row; tiles have whole groups of 8."""
+        return -(-m // 8) * 8 if self.variant.tiled else m
 
     def integers(self, m: int) -> tuple[int, ...]:
         """What the kernel gets besides its pointers, for m rows."""
-        return (m, *self.before, -(-m // 8) * 64 if self.variant.image else self.pitch, *self.after)
+        return (m, *self.before, -(-m // 8) * 64 if self.variant.tiled else self.pitch, *self.after)
 
     def __call__(self, m: int, x: Any, out: Any, scale: Any, stream: Any = None) -> None:
         """Launch on the current device; arrays, or their addresses, and a CuPy stream."""
@@ -220,7 +217,7 @@ def plan(
     k: int,
     strides: tuple[int, int],
     aligned: bool,
-    generation: int,
+    architecture: int,
     pattern: Pattern | None = None,
     *,
     width: int | None = None,
@@ -229,22 +226,22 @@ def plan(
     """The launch for rows of k elements of these strides (bytes), from an address `aligned` to 16 bytes.
 
     Args:
-        width: bytes of the rows that are written, a multiple of 16; None for an image.
+        width: bytes of the rows that are written, a multiple of 16; None for tiles.
         vectors: overrides the choice made here of those that a thread holds.
     """
     windows = 0 if pattern is None else pattern.windows
-    if stored != FLOAT8.name and 80 <= generation < 90:
-        generation = 80  # one variant where it makes no difference
-    variant = Variant(source, stored, 1, windows, width is None, generation)
+    if stored != FLOAT8.name and 80 <= architecture < 90:
+        architecture = 80  # one variant where it makes no difference
+    variant = Variant(source, stored, 1, windows, width is None, architecture)
     size, words = variant.source_bytes, variant.words
     columns = 16 // size
     if width is None:
         assert pattern is not None
         width = STAGE * stages(pattern, k, Scheme.of(stored).dtype)
-    pieces = width // 16
+    chunks = width // 16
     total = -(-width // (4 * words))
-    if windows:  # all that the last piece is gathered from, and four words are read for it
-        window = (pieces - 1) * (4 // variant.stored_bytes)
+    if windows:  # all that the last chunk is gathered from, and four words are read for it
+        window = (chunks - 1) * (4 // variant.stored_bytes)
         first = (window + window // windows) // (2 // variant.stored_bytes)
         total = -(-(first + 4) // words)
     neighbours = strides[1] == size or k == 1
@@ -256,10 +253,10 @@ def plan(
         advance = 2 * step * (windows + 1) // windows if variant.steady else 0
         pitch = width // (16 if windows else 4 * words)
         variant = replace(variant, vectors=vectors)
-        before, after = (strides[0] // 16, k // columns, total), (pieces, step, advance)
+        before, after = (strides[0] // 16, k // columns, total), (chunks, step, advance)
         shared = 4 * words * total if windows else 0
         return Launch(variant, kernel(variant), threads, before, pitch, after, shared)
     variant = replace(variant, vectors=0)
     threads = min(256, max(32, -(-k // 128) * 32))
     before = (strides[0] // size, strides[1] // size, k)
-    return Launch(variant, kernel(variant), threads, before, width // 4, (4 * pieces,), 0)
+    return Launch(variant, kernel(variant), threads, before, chunks, (4 * chunks,), 0)

@@ -81,15 +81,15 @@ def test_every_bfloat16_is_rounded_right(activations, dtype) -> None:
     check(activations, np.stack(rows), dtype)
 
 
-@pytest.mark.parametrize("generation", [80, 89, 90])
+@pytest.mark.parametrize("architecture", [80, 89, 90])
 @pytest.mark.parametrize("source", SOURCES, ids=str)
-def test_every_generation_of_instructions(activations, source, generation) -> None:
+def test_every_architecture(activations, source, architecture) -> None:
     rng = np.random.default_rng(5)
     x = np.exp2(rng.uniform(-14, 0, (64, 4096))).astype(np.float32) * rng.choice([-1, 1], (64, 4096))
     x = np.concatenate([x.astype(source), awkward_rows(12, 4096, source)])
     name = FLOATS[source]
-    launch = activations.plan(name, FLOAT8.name, 4096, x.strides, True, generation, width=4096)
-    assert launch.variant.generation == generation
+    launch = activations.plan(name, FLOAT8.name, 4096, x.strides, True, architecture, width=4096)
+    assert launch.variant.architecture == architecture
     out, scale = cp.empty((76, 4096), cp.uint8), cp.empty((76, 1), cp.float32)
     launch(76, on_device(x), out, scale)
     same(out.get(), scale.get(), quantized(x, FLOAT8, None, 4096))
@@ -115,18 +115,18 @@ def test_every_number_of_vectors(activations, vectors) -> None:
             np.testing.assert_array_equal(bits(scale.get()), bits(expected_scale))
 
 
-# ---- images ------------------------------------------------------------------------------------------------------
+# ---- tiles -------------------------------------------------------------------------------------------------------
 
 
-def one_nan(image, dtype):
-    """The bytes of an image, every NaN of a 16-bit type alike: what rounding makes of their bits is the hardware's."""
+def one_nan(tiles, dtype):
+    """The bytes of tiles, every NaN of a 16-bit type alike: what rounding makes of their bits is the hardware's."""
     if Scheme.of(dtype).scaled:
-        return image
-    values = np.ascontiguousarray(image).view(dtype.numpy)
+        return tiles
+    values = np.ascontiguousarray(tiles).view(dtype.numpy)
     return np.where(np.isnan(values.astype(np.float32)), dtype.inf_bits | 1, bits(values))
 
 
-def check_image(activations, x, dtype, pattern, placed=None):
+def check_tiles(activations, x, dtype, pattern, placed=None):
     """Lay out x on the device, into guarded, poisoned arrays, and compare every byte."""
     expected, expected_scale = imaged(x, dtype, pattern)
     out, out_whole = guarded((1, expected.size), 1)
@@ -134,7 +134,7 @@ def check_image(activations, x, dtype, pattern, placed=None):
     given = on_device(x) if placed is None else placed
     source = dtype if x.dtype == dtype.numpy else None
     scales = None if expected_scale is None else scale.view(cp.float32)
-    activations.image(given, dtype, pattern, source=source, out=out.reshape(expected.shape), scale=scales)
+    activations.tiles(given, dtype, pattern, source=source, out=out.reshape(expected.shape), scale=scales)
     np.testing.assert_array_equal(one_nan(out.get().reshape(expected.shape), dtype), one_nan(expected, dtype))
     if expected_scale is None:
         assert (scale.get() == 0x5A).all()
@@ -151,7 +151,7 @@ SHAPES = [(9, 41), (1, 64), (13, 64), (1, 3584), (8, 3584), (37, 3584), (3, 3583
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("source", [*SOURCES, "same"], ids=str)
-def test_image_equals_the_reference(activations, source, dtype) -> None:
+def test_tiles_equals_the_reference(activations, source, dtype) -> None:
     for m, k in SHAPES:
         if source != "same":
             x = awkward_rows(m, k, source)
@@ -159,32 +159,32 @@ def test_image_equals_the_reference(activations, source, dtype) -> None:
             x = awkward_rows(m, k, dtype.numpy)
         else:
             x = quantized(awkward_rows(m, k, BFLOAT16.numpy), dtype, None, k)[0].view(dtype.numpy)
-        check_image(activations, x, dtype, Pattern(6, 8))
+        check_tiles(activations, x, dtype, Pattern(6, 8))
 
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
 @pytest.mark.parametrize("pattern", ["2:4", "4:6", "8:10", "10:12", "14:16", "62:64"])
-def test_image_of_every_pattern(activations, pattern, dtype) -> None:
+def test_tiles_of_every_pattern(activations, pattern, dtype) -> None:
     for m, k in SHAPES:
-        check_image(activations, awkward_rows(m, k, BFLOAT16.numpy), dtype, Pattern.of(pattern))
+        check_tiles(activations, awkward_rows(m, k, BFLOAT16.numpy), dtype, Pattern.of(pattern))
 
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
-def test_images_of_long_rows(activations, dtype) -> None:
+def test_tiles_of_long_rows(activations, dtype) -> None:
     for k in (65536, 70000):
-        check_image(activations, awkward_rows(3, k, BFLOAT16.numpy), dtype, Pattern(6, 8))
+        check_tiles(activations, awkward_rows(3, k, BFLOAT16.numpy), dtype, Pattern(6, 8))
 
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
 @pytest.mark.parametrize("layout", ["odd address", "padded rows", "transposed", "every second", "backwards"])
-def test_image_strides(activations, layout, dtype) -> None:
+def test_tiles_strides(activations, layout, dtype) -> None:
     x = awkward_rows(40, 512, FLOAT16.numpy)
-    check_image(activations, x, dtype, Pattern(6, 8), placed=laid_out(x, layout))
+    check_tiles(activations, x, dtype, Pattern(6, 8), placed=laid_out(x, layout))
 
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
-def test_image_of_many_rows(activations, dtype) -> None:
-    """An image of more than 2^31 bytes, of x of more than 2^31 elements; a few groups of tokens are looked at."""
+def test_tiles_of_many_rows(activations, dtype) -> None:
+    """Tiles of more than 2^31 bytes, of x of more than 2^31 elements; a few groups of tokens are looked at."""
     m, k, pattern = (1 << 31) // 4096 + 61, 4096, Pattern(6, 8)
     if cp.cuda.runtime.memGetInfo()[0] < 7 * m * k:
         pytest.fail("needs 15 GB of device memory")
@@ -193,7 +193,7 @@ def test_image_of_many_rows(activations, dtype) -> None:
     for group in (0, m // 16, m // 8):
         rows = slice(8 * group, min(8 * group + 8, m))
         x[rows] = cp.asarray(host[: rows.stop - rows.start])
-    made, scale = activations.image(x, dtype, pattern)
+    made, scale = activations.tiles(x, dtype, pattern)
     for group in (0, m // 16, m // 8):
         count = min(8, m - 8 * group)
         expected, expected_scale = imaged(host[:count], dtype, pattern)
@@ -202,21 +202,21 @@ def test_image_of_many_rows(activations, dtype) -> None:
             np.testing.assert_array_equal(bits(scale[8 * group : 8 * group + count].get()), bits(expected_scale))
 
 
-def test_a_thousand_images_agree_while_launches_overlap(activations) -> None:
+def test_a_thousand_tiles_agree_while_launches_overlap(activations) -> None:
     """Each launch may start before the one before is complete: its operand is written by that one, and it must wait for it."""
     pattern = Pattern(6, 8)
     xs = [on_device(awkward_rows(300, 3584, BFLOAT16.numpy, seed)) for seed in range(2)]
     x = cp.empty((300, 3584), cp.uint16).view(BFLOAT16.numpy)
-    wanted = [activations.image(x, FLOAT8, pattern)[0] for x in xs]
+    wanted = [activations.tiles(x, FLOAT8, pattern)[0] for x in xs]
     differ = cp.zeros((), cp.int64)
     values, scale = cp.empty((300, 3584), cp.uint8), cp.empty((300, 1), cp.float32)
     again, unscaled = cp.empty_like(wanted[0]), cp.empty((300, 1), cp.float32)
     for i in range(1000):
         x.view(cp.uint16)[...] = xs[i % 2].view(cp.uint16)
-        activations.quantize(x, FLOAT8, out=values, scale=scale)  # then, from what it writes, the image
-        activations.image(values, FLOAT8, pattern, source=FLOAT8, out=again)
+        activations.quantize(x, FLOAT8, out=values, scale=scale)  # then, from what it writes, the tiles
+        activations.tiles(values, FLOAT8, pattern, source=FLOAT8, out=again)
         differ += (again != wanted[i % 2]).any()
-        activations.image(x, FLOAT8, pattern, out=again, scale=unscaled)
+        activations.tiles(x, FLOAT8, pattern, out=again, scale=unscaled)
         differ += (again != wanted[i % 2]).any() + (unscaled.view(cp.uint32) != scale.view(cp.uint32)).any()
     assert int(differ) == 0
 

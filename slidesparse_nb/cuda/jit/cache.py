@@ -1,4 +1,4 @@
-"""A .cu file and a few #defines -> a kernel: compiled once for each architecture, kept in the cache folder, loaded by CuPy.
+"""A .cu file and a few #defines -> a kernel: compiled once for each architecture, cached on disk, loaded by CuPy.
 
     defines above an #include --NVRTC--> <cache>/<name>-<hash>/kernel.cu, kernel.cubin, build.log --CuPy--> launch
 
@@ -83,6 +83,11 @@ def source_folder() -> Path:
     raise UnsupportedError(f"cuda_src: is neither in {package} nor beside it; install slidesparse_nb again")
 
 
+def digest(*texts: str) -> str:
+    """SHA-256 of texts, as hexadecimal digits."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
 def architecture(capability: tuple[int, int]) -> str:
     """(9, 0) -> "sm_90"."""
     return f"sm_{capability[0]}{capability[1]}"
@@ -110,8 +115,7 @@ def build(source: str, defines: Mapping[str, int | str], arch: str, compiler: nv
     text = generated(source, defines)
     options = [f"-arch={arch}", *OPTIONS]
     texts = _included(source)
-    parts = [text, *texts.values(), *options, repr(compiler.version)]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    key = digest(text, *texts.values(), *options, repr(compiler.version))[:24]
     name = f"{Path(source).with_suffix('').as_posix().replace('/', '-')}-{arch}-{key}"
     folder = env.cache_dir() / name
 
@@ -132,7 +136,7 @@ def build(source: str, defines: Mapping[str, int | str], arch: str, compiler: nv
             ) from None
         return cubin, log, {"kernel.cu": text}
 
-    return kept(name, make)
+    return cached(name, make)
 
 
 def _read(source: str) -> Mapping[str, str]:
@@ -155,11 +159,11 @@ def _included(source: str) -> Mapping[str, str]:
 @functools.cache
 def source_hash(source: str) -> str:
     """Of a file under cuda_src and everything it includes."""
-    return hashlib.sha256("\0".join(_included(source).values()).encode()).hexdigest()[:12]
+    return digest(*_included(source).values())[:12]
 
 
 def _complete(folder: Path) -> Built | None:
-    """What an earlier build left, if it is whole."""
+    """The kernel that an earlier build wrote, if its files are complete."""
     try:
         whole = hashlib.sha256((folder / "kernel.cubin").read_bytes()).hexdigest() == (folder / "sha256").read_text()
         return Built(folder, (folder / "build.log").read_text()) if whole else None
@@ -169,7 +173,7 @@ def _complete(folder: Path) -> Built | None:
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Any:
-    """A folder to fill, which then becomes `folder`; what stood there makes way, unless it is whole by now."""
+    """A folder to fill, which then becomes `folder`; an incomplete one is replaced."""
     root = folder.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -191,8 +195,8 @@ def _new_folder(folder: Path) -> Any:
         shutil.rmtree(holder, ignore_errors=True)
 
 
-def kept(name: str, make: Callable[[], tuple[bytes, str, Mapping[str, str]]]) -> Built:
-    """The folder `name` of the cache, filled now if it is not there or not whole.
+def cached(name: str, make: Callable[[], tuple[bytes, str, Mapping[str, str]]]) -> Built:
+    """The folder `name` of the cache, filled now if it is missing or incomplete.
 
     Args:
         make: gives the cubin, the compiler's log, and texts to keep beside them by file name.

@@ -1,6 +1,6 @@
 """From a Python function to a kernel that CuPy launches: Numba compiles it ahead, for the device's own architecture.
 
-    Python function --Numba, NVVM--> PTX --nvJitLink--> cubin (kept in the cache folder) --CuPy--> launch
+    Python function --Numba, NVVM--> PTX --nvJitLink--> cubin (cached on disk) --CuPy--> launch
 
 Numba's own launch path costs tens of microseconds a call, CuPy's a few; so Numba only compiles here, and needs no GPU for it.
 A kernel's parameters are plain pointers and 64-bit integers: nothing of Numba's array structure crosses the boundary.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import inspect
 import re
@@ -36,7 +35,7 @@ numba: Any = importlib.import_module("numba")
 cuda: Any = importlib.import_module("numba.cuda")
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
-"""True where Numba's CUDA simulator stands for the device; NumPy arrays then stand for CuPy's."""
+"""True where Numba's CUDA simulator replaces the device, and NumPy arrays CuPy's."""
 
 if not SIMULATED:
     importlib.import_module("numba_cuda")  # without it numba.cuda is Numba's own, which knows other names
@@ -51,6 +50,7 @@ if not SIMULATED:
     extending: Any = importlib.import_module("numba.cuda.extending")
 
 F = TypeVar("F", bound=Callable[..., Any])
+Type = str | tuple[Any, ...]
 
 
 def current_device() -> int:
@@ -58,120 +58,109 @@ def current_device() -> int:
     return 0 if SIMULATED else int(arrays.cuda.runtime.getDevice())
 
 
-def _numba_type(name: str) -> Any:
-    """Numba's type of "u32", "f32", "i64", or with a star a pointer to it; "void" of nothing."""
+def _numba_type(name: Type) -> Any:
+    """Numba's type of "u32", "f32", "i64"; "u32*": a pointer; "u32[]": a local or shared array; "void": nothing; or a tuple."""
+    if isinstance(name, tuple):
+        return types.Tuple([_numba_type(part) for part in name])
     if name == "void":
         return types.void
     kind = {"u": "uint", "i": "int", "f": "float"}[name[0]]
-    base = getattr(types, kind + name[1:].rstrip("*"))
-    return types.CPointer(base) if name.endswith("*") else base
+    base = getattr(types, kind + name[1:].rstrip("*[]"))
+    return types.CPointer(base) if name.endswith("*") else types.Array(base, 1, "C") if name.endswith("[]") else base
 
 
-def _intrinsic(function: F, result: Any, operands: tuple[Any, ...], emit: Callable[..., Any]) -> F:
-    """What Numba calls for `function` inside a kernel: operands are cast to their types, `emit` writes the code."""
+def _inside_kernels(result: Type, operands: tuple[Type, ...], emit: Callable[..., Any]) -> Callable[[F], F]:
+    """Decorates a function that the simulator runs as it is; in a kernel its operands are cast, and `emit` writes its code.
 
-    def typing(context: Any, *given: Any) -> Any:
-        return result(*operands), emit
-
-    parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    parameters += inspect.signature(function).parameters.values()
-    typing.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    typing.__name__, typing.__doc__ = function.__name__, function.__doc__
-    made: F = extending.intrinsic(typing)
-    return made
-
-
-def device_function(result: str | tuple[str, ...], *operands: str) -> Callable[[F], F]:
-    """A Python function that kernels may call, of fixed types: `@device_function("u32", "u32", "f32")`.
-
-    `cuda.jit(device=True)` would ask the driver for the present device; this compiles on a machine that has none.
+    Args:
+        result, operands: types as `_numba_type` reads them.
+        emit: (context, builder, signature, values, function) -> the LLVM value.
     """
 
     def wrap(function: F) -> F:
         if SIMULATED:
             return function
-        returned = types.Tuple([_numba_type(r) for r in result]) if isinstance(result, tuple) else _numba_type(result)
-        taken = tuple(_numba_type(o) for o in operands)
+        signature = _numba_type(result)(*[_numba_type(operand) for operand in operands])
 
-        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            return context.compile_internal(builder, function, signature, values)
+        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return emit(context, builder, signature, values, function)
 
-        return _intrinsic(function, returned, taken, emit)
+        def typing(context: Any, *given: Any) -> Any:
+            return signature, code
+
+        parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        parameters += inspect.signature(function).parameters.values()
+        typing.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        typing.__name__, typing.__doc__ = function.__name__, function.__doc__
+        made: F = extending.intrinsic(typing)
+        return made
 
     return wrap
 
 
+def device_function(result: Type, *operands: Type) -> Callable[[F], F]:
+    """A Python function that kernels may call, of fixed types: `@device_function("u32", "u32", "f32")`.
+
+    `cuda.jit(device=True)` would ask the driver for the present device; this compiles on a machine that has none.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any, function: Any) -> Any:
+        return context.compile_internal(builder, function, signature, values)
+
+    return _inside_kernels(result, operands, emit)
+
+
 def instruction(text: str, constraints: str, result: str, *operands: str, effect: bool = False) -> Callable[[F], F]:
-    """A function that is one piece of PTX; what it decorates is its twin in Python, which the simulator runs.
+    """A function that is one PTX statement; what it decorates is its reference in Python, which the simulator runs.
 
     Args:
         text: PTX, with $0 for the result and $1, $2 ... for the operands.
         constraints: LLVM's, "=r,r,r": r a 32-bit register, f a float, l a 64-bit register.
-        effect: it does more than give a result, or all lanes of a warp must meet in it; it is never dropped nor moved.
+        effect: it has side effects, or all lanes of a warp must execute it together; it is never dropped nor moved.
     """
 
-    def wrap(twin: F) -> F:
-        if SIMULATED:
-            return twin
+    def emit(context: Any, builder: Any, signature: Any, values: Any, function: Any) -> Any:
+        kinds = [context.get_value_type(t) for t in signature.args]
+        returned_kind = ir.VoidType() if result == "void" else context.get_value_type(signature.return_type)
+        code = ir.InlineAsm(ir.FunctionType(returned_kind, kinds), text, constraints, side_effect=effect)
+        returned = builder.call(code, values, attrs=("convergent",) if effect else ())
+        return context.get_dummy_value() if result == "void" else returned
 
-        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            kinds = [context.get_value_type(t) for t in signature.args]
-            returned_kind = ir.VoidType() if result == "void" else context.get_value_type(signature.return_type)
-            function_type = ir.FunctionType(returned_kind, kinds)
-            code = ir.InlineAsm(function_type, text, constraints, side_effect=effect)
-            returned = builder.call(code, values, attrs=("convergent",) if effect else ())
-            return context.get_dummy_value() if result == "void" else returned
-
-        return _intrinsic(twin, _numba_type(result), tuple(_numba_type(o) for o in operands), emit)
-
-    return wrap
+    return _inside_kernels(result, operands, emit)
 
 
 def load_vector(pointer: str, index: str, count: int) -> Callable[[F], F]:
     """A function (pointer, i) -> `count` 32-bit words from words count*i on, in one load; pointer + i must be aligned to it."""
 
-    def wrap(twin: F) -> F:
-        if SIMULATED:
-            return twin
+    def emit(context: Any, builder: Any, signature: Any, values: Any, function: Any) -> Any:
+        i32 = ir.IntType(32)
+        address = builder.bitcast(values[0], ir.VectorType(i32, count).as_pointer())
+        vector = builder.load(builder.gep(address, [values[1]]))
+        vector.align = 4 * count
+        words = [builder.extract_element(vector, i32(i)) for i in range(count)]
+        return context.make_tuple(builder, signature.return_type, words)
 
-        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            i32 = ir.IntType(32)
-            address = builder.bitcast(values[0], ir.VectorType(i32, count).as_pointer())
-            vector = builder.load(builder.gep(address, [values[1]]))
-            vector.align = 4 * count
-            words = [builder.extract_element(vector, i32(i)) for i in range(count)]
-            return context.make_tuple(builder, signature.return_type, words)
-
-        return _intrinsic(twin, types.UniTuple(types.uint32, count), (_numba_type(pointer), _numba_type(index)), emit)
-
-    return wrap
+    return _inside_kernels(("u32",) * count, (pointer, index), emit)
 
 
 def store_vector(pointer: str, index: str, count: int) -> Callable[[F], F]:
     """A function (pointer, i, word ...) that stores `count` 32-bit words at word count*i, in one store."""
 
-    def wrap(twin: F) -> F:
-        if SIMULATED:
-            return twin
+    def emit(context: Any, builder: Any, signature: Any, values: Any, function: Any) -> Any:
+        i32 = ir.IntType(32)
+        kind = ir.VectorType(i32, count)
+        address = builder.gep(builder.bitcast(values[0], kind.as_pointer()), [values[1]])
+        vector = ir.Constant(kind, ir.Undefined)
+        for i, word in enumerate(values[2:]):
+            vector = builder.insert_element(vector, word, i32(i))
+        builder.store(vector, address).align = 4 * count
+        return context.get_dummy_value()
 
-        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            i32 = ir.IntType(32)
-            kind = ir.VectorType(i32, count)
-            address = builder.gep(builder.bitcast(values[0], kind.as_pointer()), [values[1]])
-            vector = ir.Constant(kind, ir.Undefined)
-            for i, word in enumerate(values[2:]):
-                vector = builder.insert_element(vector, word, i32(i))
-            builder.store(vector, address).align = 4 * count
-            return context.get_dummy_value()
-
-        taken = (_numba_type(pointer), _numba_type(index), *[types.uint32] * count)
-        return _intrinsic(twin, types.void, taken, emit)
-
-    return wrap
+    return _inside_kernels("void", (pointer, index, *("u32",) * count), emit)
 
 
 class Memory:
-    """What a pointer is in the simulator: the memory of a NumPy array, seen as `dtype`, every index checked."""
+    """A pointer in the simulator: the memory of a NumPy array, seen as `dtype`, every index checked."""
 
     def __init__(self, array: Any, dtype: np.dtype[Any]) -> None:
         last = sum((n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)) if array.size else -array.itemsize
@@ -201,8 +190,8 @@ class Kernel:
         function: the kernel; its free variables are compile-time constants, which `name` must tell.
         parameters: for each argument "i64", or "u8*", "u16*", "u32*", "u64*", "f32*" for an array.
         max_threads: most threads a block is launched with.
-        max_registers: most registers of a thread, so that more blocks fit on a multiprocessor; 0: as many as max_threads allow.
-        programmatic: it executes `griddepcontrol.wait` first, so it is launched before the grid before it is complete.
+        max_registers: most registers of a thread, so that more blocks fit on an SM; 0: as many as max_threads allow.
+        programmatic: it executes `griddepcontrol.wait` first, and is launched with PDL.
     """
 
     def __init__(
@@ -214,12 +203,8 @@ class Kernel:
         max_registers: int = 0,
         programmatic: bool = False,
     ) -> None:
-        self.name = name
-        self.function = function
-        self.parameters = parameters
-        self.max_threads = max_threads
-        self.max_registers = max_registers
-        self.programmatic = programmatic
+        self.name, self.function, self.parameters = name, function, parameters
+        self.max_threads, self.max_registers, self.programmatic = max_threads, max_registers, programmatic
         self._loaded: dict[int, Launcher] = {}
         self._shared: dict[int, int] = {}
 
@@ -239,7 +224,7 @@ class Kernel:
         launcher((*grid, 1, 1)[:3], (threads, 1, 1), shared, address, self.programmatic, *plain)  # type: ignore[arg-type]
 
     def on(self, device: int, shared: int = 0) -> Launcher:
-        """The kernel on a device, which is current, ready to be launched with so many bytes of dynamic shared memory."""
+        """The kernel on a device, which is current, ready for launches with `shared` bytes of dynamic shared memory."""
         known = self._loaded.get(device)
         if known is not None and shared <= self._shared[device]:
             return known
@@ -254,19 +239,14 @@ class Kernel:
 
     def build(self, capability: tuple[int, int]) -> cache.Built:
         """The kernel for an architecture, from the cache folder or compiled into it now; needs no GPU."""
-        parts = [
-            self.name,
-            repr((self.parameters, self.max_threads, self.max_registers, capability)),
-            *_versions(),
-            *_sources(self.function),
-        ]
-        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+        compiled_for = repr((self.parameters, self.max_threads, self.max_registers, capability))
+        key = cache.digest(self.name, compiled_for, *_versions(), *_sources(self.function))[:24]
 
         def make() -> tuple[bytes, str, dict[str, str]]:
             ptx = self.ptx(capability)
             return *assemble(ptx, capability), {"kernel.ptx": ptx}
 
-        return cache.kept(f"{self.name}-{cache.architecture(capability)}-{key}", make)
+        return cache.cached(f"{self.name}-{cache.architecture(capability)}-{key}", make)
 
     def ptx(self, capability: tuple[int, int]) -> str:
         """The kernel in PTX, entry point `name`; needs no GPU."""
@@ -309,16 +289,14 @@ def assemble(ptx: str, capability: tuple[int, int]) -> tuple[bytes, str]:
 
 
 @functools.cache
-def _source(path: str) -> str:
-    return Path(path).read_text()
+def _source(path: Path) -> str:
+    return path.read_text()
 
 
 def _sources(function: Callable[..., None]) -> list[str]:
-    """The text that decides what is compiled: the kernel's own file, the instructions and this file."""
-    here = Path(__file__)
-    kernels = here.parents[1] / "kernels"
-    own = sys.modules[function.__module__].__file__
-    return [_source(str(p)) for p in (here, kernels / "ptx.py", kernels / "numbers.py", own)]
+    """The text that decides what is compiled: this file, and all beside the kernel's own."""
+    own = Path(sys.modules[function.__module__].__file__ or "")
+    return [_source(path) for path in (Path(__file__), *sorted(own.parent.glob("*.py")))]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""PTX that Numba has no name for: one instruction per function, its body the twin that the simulator runs.
+"""PTX that Numba has no name for: one instruction a function, its body the Python reference that the simulator runs.
 
 Source: PTX ISA 9.0, the section named in each docstring. A word is 32 bits. Floats are float32, never fused, never flushed.
 """
@@ -117,7 +117,7 @@ def permute(a: Word, b: Word, selector: Word) -> Word:
 
 @instruction("prmt.b32 $0, $1, $2, 0x0040;", "=r,r,r", "u32", "u32", "u32")
 def low_bytes(a: Word, b: Word) -> Word:
-    """a's low byte, then b's ("Data Movement: prmt"); the upper half is no one's."""
+    """a's low byte, then b's ("Data Movement: prmt"); the upper half is undefined."""
     return int(a) & 0xFF | (int(b) & 0xFF) << 8
 
 
