@@ -333,7 +333,7 @@ def test_command_for_readers(gpu: Any, tuner: Any) -> None:
     done = call("--shape", "300,512", "-m", "16", "-v")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["n,", "k", "pattern", "type", "m", "ways", "model", "us", "best", "us", "gain", "kept"]
+    assert lines[0].split() == ["n,", "k", "pattern", "type", "m", "candidates", "model", "us", "best", "us", "gain", "kept"]
     assert lines[1].startswith("300, 512  6:8      int8 -> bfloat16  16")
     assert lines[-1].startswith("1 of 1 product kept; new processes use them")
     assert done.stderr.startswith("1/1  300 x 512, 6:8, int8 -> bfloat16, m=16: ")
