@@ -8,7 +8,7 @@ INSTALLED = SLIDESPARSE_CACHE_DIR=$(CURDIR)/$(VENV)/wheel/cache $(CURDIR)/$(VENV
 .PHONY: demo test test-kernels test-newest test-oldest test-peers test-integrations lint fuzz wheel bench lock clean
 
 demo: $(VENV)/demo/done
-	$(VENV)/demo/bin/python tools/demo.py
+	$(VENV)/demo/bin/python examples/demo.py
 
 test: $(VENV)/test.done
 	$(RUN) -m pytest -n auto

@@ -1,8 +1,12 @@
-"""A stand-in for the GPU of `slidesparse bench`: NumPy arrays, real products, made-up times. Nothing it says is published."""
+"""A stand-in for the GPU of `slidesparse bench`: a CuPy of NumPy arrays, real products, simulated time.
+
+The host queues launches, and the device works them off in the background, as CUDA does. Nothing it says is published.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,97 +15,127 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from tools.benchmark import gpu, torch_peers
-from tools.benchmark.gpu import Sustained
-from tools.benchmark.selection import Group, Linear
-from tools.benchmark.sensors import Means
-from tools.benchmark.trial import Call, Launch, Trial, Verdict
+import slidesparse_nb as ss
+from tools.benchmark import gpu, measure, peers
+from tools.benchmark.cases import Call, Calls, Case, Linear
+from tools.benchmark.peers import TorchPeers as TorchPeers
 from tools.cli import main
 
+QUEUE_US = 5.0
+"""What a launch costs the host."""
 
-class FakeGpu:
-    """What `gpu.Gpu` offers, on the CPU. `burst` returns `us` for every launch.
+
+class Device:
+    """Time in microseconds: the host's, and when the device will have done all it was given.
 
     Attributes:
-        damage: changes results before they are looked at, to see that this is found out.
+        duration: of a graph of so many calls that starts at a time.
+        capturing: the calls of the graph that is being captured, else None.
+        starts: of all launches.
         lost: the device answers no more.
     """
 
-    l2_bytes = 2000
-    stream = SimpleNamespace(ptr=0)
+    def __init__(self, duration: Callable[[float, float], float] = lambda at, calls: 10.0 * calls) -> None:
+        self.now = self.busy = 0.0
+        self.duration, self.capturing, self.starts, self.lost = duration, False, list[float](), False
 
-    def __init__(self, us: float = 10.0) -> None:
-        self.us = us
-        self.rng = np.random.default_rng(3)
-        self.lost = False
-        self.launches = 0
-
-    def facts(self) -> dict[str, Any]:
-        return {"gpu": "Imaginary GPU", "power_limit_w": 70.0, "driver": "1.2", "cupy": "none", "l2_bytes": self.l2_bytes}
-
-    def compile_ahead(self, plan: Sequence[Group]) -> None:
-        pass
-
-    def state(self) -> dict[str, float | None]:
-        return {"sm_mhz": 345.0, "celsius": 30.0, "watts": 70.0}
-
-    def normal(self, rows: int, columns: int, dtype: str) -> Any:
-        return self.rng.standard_normal((rows, columns)).astype(np.dtype(dtype))
-
-    def empty(self, rows: int, columns: int, dtype: str) -> Any:
-        return np.empty((rows, columns), np.dtype(dtype))
-
-    def workspace(self, m: int, packed: Any, dtype: Any) -> None:
-        return None
-
-    def host(self, array: Any, rows: Any = None, columns: Any = None) -> Any:
-        array = array if rows is None else array[rows]
-        return np.ascontiguousarray(array if columns is None else array[:, columns])
-
-    def poison(self, array: Any) -> None:
-        array.view(np.uint16).fill(0x7FFF)
-
-    def unwritten(self, array: Any) -> int:
-        return int((array.view(np.uint16) == 0x7FFF).sum())
-
-    def free(self) -> None:
-        pass
+    def launch(self, calls: float) -> None:
+        self.now += QUEUE_US
+        self.starts.append(max(self.now, self.busy))
+        self.busy = self.starts[-1] + self.duration(self.starts[-1], calls)
 
     def synchronize(self) -> None:
         if self.lost:
             raise RuntimeError("an illegal memory access was encountered")
+        self.now = max(self.now, self.busy) + 1
 
-    def capture(self, calls: Sequence[Call], slower: float = 1.0) -> Launch:
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds * 1e6
+
+    def cupy(self) -> Any:
+        """What of CuPy `gpu.Gpu` uses."""
+        device = self
+
+        class Event:
+            def record(self, stream: Any) -> None:
+                self.at = device.busy = max(device.busy, device.now)
+
+            def synchronize(self) -> None:
+                device.now = max(device.now, self.at)
+
+        class Stream:
+            ptr = 1
+
+            def __init__(self, non_blocking: bool) -> None:
+                pass
+
+            def __enter__(self) -> None:
+                pass
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+            def synchronize(self) -> None:
+                assert not device.capturing
+                device.synchronize()
+
+            def begin_capture(self) -> None:
+                device.capturing = True
+
+            def end_capture(self) -> Any:
+                device.capturing = False
+                return SimpleNamespace(upload=lambda stream: None, launch=lambda stream: device.launch(1))
+
+        properties = {"name": b"Imaginary GPU", "major": 9, "minor": 0, "multiProcessorCount": 1, "l2CacheSize": 2000}
+        runtime = SimpleNamespace(
+            getDevice=lambda: 0, getDeviceProperties=lambda index: properties, runtimeGetVersion=lambda: 12090
+        )
+        cuda = SimpleNamespace(
+            Stream=Stream, Event=Event, runtime=runtime,
+            Device=lambda: SimpleNamespace(pci_bus_id="0000:00:00.0", synchronize=device.synchronize),
+            get_elapsed_time=lambda a, b: (b.at - a.at) * 1e-3,
+        )  # fmt: skip
+        pool = SimpleNamespace(free_all_blocks=lambda: None)
+        names = ("empty", "ones", "positive", "asarray")
+        return SimpleNamespace(
+            __version__="0", cuda=cuda, random=np.random, asnumpy=np.asarray, get_default_memory_pool=lambda: pool,
+            **{name: getattr(np, name) for name in names},
+        )  # fmt: skip
+
+
+class FakeGpu(gpu.Gpu):
+    """A graph runs its calls at its first launch, so that what they write can be looked at, and only tells time afterwards."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.cupy_made = device, device.cupy()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "cupy", self.cupy_made)
+            patch.setattr(gpu.ss, "diagnose", list)
+            super().__init__()
+
+    def compile_ahead(self, plan: Sequence[Case]) -> None:
+        pass
+
+    def workspace(self, m: int, packed: ss.PackedWeight, dtype: Any) -> Any:
+        return None
+
+    def capture(self, calls: Sequence[Call], slower: float = 1.0) -> Callable[[], None]:
+        super().capture(calls)
+        todo = list(calls)
+
         def launch() -> None:
-            self.launches += 1
-            for call in calls:
-                call()
+            while todo:
+                todo.pop()()
+            self.device.launch(slower * len(calls))
 
-        self.us_all = self.us * slower * len(calls)
         return launch
 
-    def burst(self, launch: Launch, meanwhile: Verdict) -> list[float]:
-        launch()
-        meanwhile()
-        return [self.us_all * factor for factor in (0.9, 1.0, 1.0, 1.0, 1.1)]
-
-    def sustained(self, launch: Launch) -> Sustained:
-        launch()
-        return Sustained([self.us_all * 1.2] * 5, Means(1500.0, 60.0, 700.0))
-
-    def host_us(self, call: Call) -> list[float]:
-        call()
-        return [100.0] * 5
-
-    def copy_bandwidth(self, count: int) -> float:
-        return 4e12
-
-    def read_bandwidth(self, count: int) -> float:
-        return 4.2e12
+    def sample(self) -> dict[str, float]:
+        return {"at": self.device.now * 1e-6, "sm_mhz": 1500.0, "celsius": 60.0, "watts": 700.0}
 
 
 class FakePeers:
-    """Peers that do nothing, on the clock of a FakeGpu, where they take 1.3 times as long."""
+    """Baselines that do nothing, on the clock of a FakeGpu, where they take 1.3 times as long."""
 
     def __init__(self, device: FakeGpu) -> None:
         self.device = device
@@ -112,21 +146,25 @@ class FakePeers:
     def release(self) -> None:
         pass
 
-    def capture(self, calls: Sequence[Call]) -> Launch:
+    def capture(self, calls: Sequence[Call]) -> Callable[[], None]:
         return self.device.capture(calls, slower=1.3)
 
-    def trial(self, group: Group, linear: Linear, copies: int) -> Trial:
-        assert group.m is not None
-        if group.contender == "cusparselt" and linear.name == "no":
+    def prepare(self, case: Case, linear: Linear, copies: int) -> Calls:
+        assert case.m is not None
+        if case.provider == "cusparselt" and linear.name == "no":
             raise RuntimeError("CUSPARSE_STATUS_NOT_SUPPORTED\nwhen calling something")
-        return Trial([lambda: None] * copies, rows=32 if group.m < 32 else None, notes=["a peer's note"])
+        return Calls([lambda: None] * copies, rows=32 if case.m < 32 else None, notes=["a peer's note"])
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
-    """The device that `slidesparse bench` finds from now on, and its peers."""
-    made = FakeGpu()
-    monkeypatch.setattr(gpu, "open_gpu", lambda: made)
-    monkeypatch.setattr(torch_peers, "TorchPeers", lambda stream: FakePeers(made))
+def stand_in(monkeypatch: pytest.MonkeyPatch, device: Device | None = None) -> FakeGpu:
+    """The GPU that `slidesparse bench` finds from now on, its baselines, and its time."""
+    made = FakeGpu(device or Device())
+    monkeypatch.setattr(gpu, "Gpu", lambda: made)
+    monkeypatch.setattr(peers, "TorchPeers", lambda stream: FakePeers(made))
+    monkeypatch.setattr(measure, "COPIED", 1 << 10)
+    clock = SimpleNamespace(perf_counter=lambda: made.device.now * 1e-6, sleep=made.device.sleep)
+    for module in (gpu, measure):
+        monkeypatch.setattr(module, "time", clock)
     return made
 
 

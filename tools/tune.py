@@ -1,4 +1,4 @@
-"""Time the ways to compute your products on your GPU, and keep the fastest: python tools/tune.py, or slidesparse tune.
+"""Time the candidates for your products on your GPU, and keep the fastest: python tools/tune.py, or slidesparse tune.
 
 slidesparse tune model-6of8-int8/                             the products of a packed checkpoint
 slidesparse tune --model qwen2.5-7b --dtype fp8 -m 1,16,1024  as engines fuse them
@@ -26,14 +26,14 @@ import click
 import slidesparse_nb as ss
 
 from .arguments import Listed, Seconds, Shape, Tokens, one_of
-from .benchmark.selection import KINDS, MODELS
+from .benchmark.cases import KINDS, MODELS
 from .terminal import EXIT_CODES, command, count, exits, print_json, print_table, say
 
 STORED = {"I8": "int8", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "fp16"}
 """Types of packed values in a file -> keys of KINDS."""
 
 OUTS = ("bfloat16", "float16", "float32")
-COLUMNS = ("n, k", "pattern", "type", "m", "ways", "model us", "best us", "gain", "kept")
+COLUMNS = ("n, k", "pattern", "type", "m", "candidates", "model us", "best us", "gain", "kept")
 
 Asked = tuple[int, int, int, str, str, str]
 """m, n, k, pattern, type of the weights, type of y."""
@@ -68,7 +68,7 @@ def tune(
     patterns: tuple[str, ...] | None, kinds: tuple[str, ...] | None, tokens: tuple[int, ...], out: str | None, seconds: float,
     forget: bool, as_json: bool, quiet: bool, verbose: int,
 ) -> None:  # fmt: skip
-    """Time the likely ways to compute products on this GPU; where one beats the model's choice, it is used from now on.
+    """Time the likely candidates for products on this GPU; where one beats the model's choice, it is used from now on.
 
     CHECKPOINT: packed; its own shapes, patterns and types. What is found is in the cache folder. Nothing needs it.
     """
@@ -99,11 +99,11 @@ def tune(
     finally:
         if found or as_json:
             _show(found, as_json, verbose)
-    if wrong := [(one, way) for one in found for way in one.wrong]:
-        first, way = wrong[0]
+    if wrong := [(one, candidate) for one in found for candidate in one.wrong]:
+        first, candidate = wrong[0]
         raise ss.VerificationError(
-            f"{count(len(wrong), 'result')} differed from that of the model's choice, and such ways were not timed; the first:"
-            f" {first.n} x {first.k} {first.pattern} {first.dtype} m={first.m}, {way}"
+            f"{count(len(wrong), 'result')} differed from that of the model's choice, and such candidates were not timed; the"
+            f" first: {first.n} x {first.k} {first.pattern} {first.dtype} m={first.m}, {candidate}"
         )
 
 

@@ -1,6 +1,6 @@
 """Results against the reference, on a sample of rows and columns, in float64 on the host. What fails is not timed.
 
-The bounds are those of the GPU tests. They stand on the order of summation alone, so for long k they are wide where signs
+The bounds are those of the GPU tests. They follow from the order of summation alone, so for long k they are wide where signs
 cancel; the error of the whole sample, in the norm, is bounded too, and narrowly.
 """
 
@@ -16,7 +16,7 @@ import slidesparse_nb as ss
 Array = NDArray[Any]
 
 ROWS, COLUMNS = 16, 64
-"""Of a result, how many tokens and outputs are checked at most: first and last among them."""
+"""Largest number of tokens and outputs of a result that are checked: first and last among them."""
 
 ADDITION = 2.0**-23
 """Error of one addition in float32 that truncates, as tensor cores may, relative to the largest sum of magnitudes."""
@@ -25,7 +25,7 @@ FLOAT8_STEP = 2.0**-10
 """Error of one float8 instruction of 64 slid columns on Hopper, whose accumulator has 13 bits of fraction (docs/hopper.md)."""
 
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
-"""Of y to its type."""
+"""Relative error of rounding y to its type."""
 
 
 def sample(count: int, most: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -34,6 +34,13 @@ def sample(count: int, most: int, rng: np.random.Generator) -> NDArray[np.int64]
         return np.arange(count)
     inner = rng.choice(count - 2, most - 2, replace=False) + 1
     return np.sort(np.concatenate([[0], inner, [count - 1]]))
+
+
+def quantized(x: Array, packed: ss.PackedWeight) -> tuple[Array, Array | None]:
+    """Tokens x [r, k] in the type of the weights, and their scales [r, 1]; 16-bit types have none."""
+    if not packed.scheme.scaled:
+        return x.astype(packed.dtype.numpy), None
+    return ss.reference.quantize(x, packed.dtype)
 
 
 def check_product(y: Array, x: Array, packed: ss.PackedWeight) -> None:
@@ -47,29 +54,22 @@ def check_product(y: Array, x: Array, packed: ss.PackedWeight) -> None:
     Raises:
         VerificationError: int8 results differ at all; others by more than the order of summation explains.
     """
-    dtype = packed.dtype
-    if not packed.scheme.scaled:
-        q, scale_x = x.astype(dtype.numpy), None
-    else:
-        q, scale_x = ss.reference.quantize(x, dtype)
+    q, scale_x = quantized(x, packed)
     w, q64 = ss.reference.unpack(packed).astype(np.float64), q.astype(np.float64)
-    exact = q64 @ w.T
-    got = y.astype(np.float64)
+    exact, got = q64 @ w.T, y.astype(np.float64)
     if not np.isfinite(got).all():
         raise ss.VerificationError(f"{np.count_nonzero(~np.isfinite(got))} of {got.size} sampled results are not finite")
-    if dtype.name == "int8":
-        assert scale_x is not None
+    if scale_x is not None and packed.dtype.name == "int8":
         acc = exact.astype(np.int32).astype(np.float32)  # integers below 2^53: float64 added them exactly
         wanted = ((acc * scale_x) * packed.scale[:, 0]).astype(y.dtype)
         if differ := np.count_nonzero(wanted != y):
             raise ss.VerificationError(f"{differ} of {y.size} sampled int8 results differ from the reference")
         return
-    magnitude = np.abs(q64) @ np.abs(w).T
+    magnitude, rounding = np.abs(q64) @ np.abs(w).T, ROUNDING[y.dtype.name]
     if scale_x is not None:
         scales = scale_x.astype(np.float64) * packed.scale[:, 0]
         exact, magnitude = exact * scales, magnitude * scales
-    rounding = ROUNDING[y.dtype.name]
-    if dtype.name == "float8_e4m3fn":
+    if packed.dtype.name == "float8_e4m3fn":
         steps = -(-packed.ks // 64)
         bound, overall = steps * FLOAT8_STEP * magnitude, FLOAT8_STEP / 2 * steps**0.5
     else:
@@ -86,33 +86,16 @@ def check_product(y: Array, x: Array, packed: ss.PackedWeight) -> None:
         )
 
 
+def check_equal(what: str, got: tuple[Array | None, ...], wanted: tuple[Array | None, ...]) -> None:
+    """Raise VerificationError unless the arrays are the reference's, byte for byte."""
+    if any(
+        (a is None) != (b is None) or (a is not None and b is not None and a.tobytes() != b.tobytes())
+        for a, b in zip(got, wanted, strict=True)
+    ):
+        raise ss.VerificationError(f"{what} differ from the reference's")
+
+
 def check_packed(packed: ss.PackedWeight, w: Array) -> None:
-    """Compare some rows of packed weights, NumPy arrays, with what the reference makes of w [c, k], pruned by magnitude.
-
-    Raises:
-        VerificationError: a byte differs.
-    """
+    """Compare some rows of packed weights, NumPy arrays, with what the reference makes of w [c, k], pruned by magnitude."""
     wanted = ss.reference.pack(ss.reference.prune(w, packed.pattern), packed.pattern, packed.dtype)
-    for name in ("values", "meta", "scale"):
-        if _bytes(getattr(packed, name)) != _bytes(getattr(wanted, name)):
-            raise ss.VerificationError(f"packed {name} differ from the reference's")
-
-
-def check_quantized(values: Array, scale: Array | None, x: Array, packed: ss.PackedWeight) -> None:
-    """Compare quantized tokens, rows [r, k] and scales [r, 1] as NumPy arrays, with the reference's of x [r, k].
-
-    Tokens for 16-bit weights are rounded to their type, and have no scale.
-
-    Raises:
-        VerificationError: a byte differs.
-    """
-    if not packed.scheme.scaled:
-        wanted, wanted_scale = x.astype(packed.dtype.numpy), None
-    else:
-        wanted, wanted_scale = ss.reference.quantize(x, packed.dtype)
-    if any(_bytes(a) != _bytes(b) for a, b in ((values, wanted), (scale, wanted_scale))):
-        raise ss.VerificationError("quantized tokens differ from the reference's")
-
-
-def _bytes(array: Array | None) -> bytes | None:
-    return None if array is None else np.ascontiguousarray(array).tobytes()
+    check_equal("packed weights", *((p.values, p.meta, p.scale) for p in (packed, wanted)))

@@ -1,4 +1,4 @@
-"""The GPU, through CuPy: operands, CUDA graphs, and the two ways to time them.
+"""The GPU, through CuPy: operands, CUDA graphs, clocks, sensors.
 
 burst       20 ms of idleness, then replays for about two milliseconds; the median of five such
 sustained   half a second of replays without a pause, then half a second that is timed and watched
@@ -7,103 +7,83 @@ sustained   half a second of replays without a pause, then half a second that is
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
+import itertools
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
 import slidesparse_nb as ss
 
-from .selection import OURS, Group
-from .sensors import Means, Sensors
-from .summary import median
-from .trial import Call, Launch, Verdict, nothing
+from .cases import OURS, Call, Case
 
-IDLE_S = 0.02
-BURST_US = 2000.0
-BURSTS = 5
-WARM_S, TIMED_S, PIECE_S = 0.5, 0.5, 0.02
+IDLE_S, BURST_US, BURSTS = 0.02, 2000.0, 5
+WARM_S, TIMED_S, SPAN_S = 0.5, 0.5, 0.02
+Launch = Callable[[], None]
 
 
-@dataclass(frozen=True)
-class Sustained:
-    """Of one replay: times in microseconds, and the means of clock, temperature and power meanwhile."""
-
-    us: list[float]
-    means: Means
-
-
-def open_gpu() -> Gpu:
-    """The current CUDA device.
+class Gpu:
+    """Operands, graphs, clock and sensors of the current device.
 
     Raises:
         UnsupportedError: there is none, or no CuPy to reach it.
     """
-    for finding in ss.diagnose():
-        if finding.part in ("driver", "GPU", "CuPy") and finding.state != "ok":
-            raise ss.UnsupportedError(
-                f"bench: needs an NVIDIA GPU and CuPy ({finding.part}: {finding.text}); look at published results with"
-                " --from FILE.json"
-            )
-        if finding.part == "CuPy":
-            break
-    return Gpu(importlib.import_module("cupy"))
 
-
-class Gpu:
-    """Operands, graphs and clocks of the current device.
-
-    Attributes:
-        l2_bytes: of its second-level cache.
-    """
-
-    def __init__(self, cupy: Any) -> None:
+    def __init__(self) -> None:
+        for finding in ss.diagnose():
+            if finding.part in ("driver", "GPU", "CuPy") and finding.state != "ok":
+                raise ss.UnsupportedError(
+                    f"bench: needs an NVIDIA GPU and CuPy ({finding.part}: {finding.text}); look at published results with"
+                    " --from FILE.json"
+                )
+            if finding.part == "CuPy":
+                break
+        self.cupy: Any = importlib.import_module("cupy")
         importlib.import_module("ml_dtypes")  # names bfloat16 for NumPy
-        self.cupy = cupy
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        self.properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
+        self.stream = self.cupy.cuda.Stream(non_blocking=True)
+        self.properties = self.cupy.cuda.runtime.getDeviceProperties(self.cupy.cuda.runtime.getDevice())
         self.l2_bytes = int(self.properties["l2CacheSize"])
-        self.sensors = Sensors(cupy.cuda.Device().pci_bus_id)
-        self._rng = cupy.random.default_rng(20240607)
+        self._rng = self.cupy.random.default_rng(20240607)
+        self._nvml: Any = None
+        with contextlib.suppress(Exception):  # no module, no library, no permission: no readings
+            nvml: Any = importlib.import_module("pynvml")
+            nvml.nvmlInit()
+            self._handle = nvml.nvmlDeviceGetHandleByPciBusId(self.cupy.cuda.Device().pci_bus_id)
+            self._nvml = nvml
 
     def facts(self) -> dict[str, Any]:
         """Device, driver and versions, as the results keep them."""
         runtime, properties = self.cupy.cuda.runtime, self.properties
-        return {
+        number = runtime.runtimeGetVersion()
+        facts = {
             "gpu": _text(properties["name"]),
             "capability": f"{properties['major']}.{properties['minor']}",
             "processors": properties["multiProcessorCount"],
-            "memory_bytes": properties["totalGlobalMem"],
             "l2_bytes": self.l2_bytes,
-            **self.sensors.facts,
-            "before": self.state(),
-            "cuda_driver": _version(runtime.driverGetVersion()),
-            "cuda_runtime": _version(runtime.runtimeGetVersion()),
+            "cuda_runtime": f"{number // 1000}.{number % 1000 // 10}",
             "python": platform.python_version(),
             "numpy": np.__version__,
             "cupy": self.cupy.__version__,
         }
+        with contextlib.suppress(Exception):
+            facts["driver"] = _text(self._nvml.nvmlSystemGetDriverVersion())
+            facts["power_limit_w"] = round(self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle) / 1000)
+        return facts
 
-    def compile_ahead(self, plan: Sequence[Group]) -> None:
-        """Compile the kernels of our products into the cache, on all processors at once."""
+    def compile_ahead(self, plan: Sequence[Case]) -> None:
+        """Compile the kernels of our products into the cache, on all cores at once."""
         capability = (self.properties["major"], self.properties["minor"])
         products = [
-            (group.m, linear.n, linear.k, group.pattern, group.kind.name, group.kind.activations)
-            for group in plan
-            if group.contender == OURS and group.pattern is not None and group.m is not None
-            for linear in group.suite.linears
+            (case.m, linear.n, linear.k, case.pattern, case.kind.name, case.kind.activations)
+            for case in plan
+            if case.provider == OURS and case.pattern is not None and case.m is not None
+            for linear in case.suite.linears
         ]
         ss.build_products(products, capability, self.properties["multiProcessorCount"])
-
-    def state(self) -> dict[str, float | None]:
-        """Clock, temperature and power, now."""
-        now = self.sensors.sample()
-        return {"sm_mhz": now.sm_mhz, "celsius": now.celsius, "watts": now.watts}
 
     # ---- operands ------------------------------------------------------------------------------------------------
 
@@ -115,8 +95,8 @@ class Gpu:
         return self.cupy.empty((rows, columns), np.dtype(dtype))
 
     def workspace(self, m: int, packed: ss.PackedWeight, dtype: Any) -> Any:
-        """What `matmul` needs so that it allocates nothing; kernels are compiled on the way."""
-        return self.cupy.zeros(ss.workspace_bytes(m, packed, dtype), np.uint8)
+        """Scratch memory for `matmul`, so that it allocates nothing; kernels are compiled on the way."""
+        return self.cupy.empty(ss.workspace_bytes(m, packed, dtype), np.uint8)
 
     def host(self, array: Any, rows: Any = None, columns: Any = None) -> Any:
         """A NumPy copy of some rows and columns of a matrix, bit for bit."""
@@ -125,7 +105,7 @@ class Gpu:
             bits = bits[self.cupy.asarray(rows)]
         if columns is not None:
             bits = bits[:, self.cupy.asarray(columns)]
-        return bits.get().view(array.dtype)
+        return self.cupy.asnumpy(bits).view(array.dtype)
 
     def poison(self, array: Any) -> None:
         """Fill with NaN."""
@@ -143,7 +123,7 @@ class Gpu:
     def synchronize(self) -> None:
         self.cupy.cuda.Device().synchronize()
 
-    # ---- graphs --------------------------------------------------------------------------------------------------
+    # ---- graphs and clocks ---------------------------------------------------------------------------------------
 
     def capture(self, calls: Sequence[Call]) -> Launch:
         """Run each call once, then capture them all; what they return lives as long as the graph."""
@@ -162,70 +142,62 @@ class Gpu:
             graph = self.stream.end_capture()
         graph.upload(self.stream)
         self.stream.synchronize()
-        return _Replay(graph, self.stream, kept)
 
-    def copy_bandwidth(self, count: int) -> float:
-        """Bytes a second, read and written, of a device-to-device copy of `count` bytes by a kernel: the driver's is slower."""
+        def launch(_kept: list[Any] = kept) -> None:
+            graph.launch(self.stream)
+
+        return launch
+
+    def bandwidth(self, count: int) -> dict[str, float]:
+        """Bytes a second of a copy of `count` bytes, read and written by a kernel (the driver's is slower), and of a sum."""
         source, target = self.cupy.ones(count // 16, np.complex128), self.cupy.empty(count // 16, np.complex128)
-        launch = self.capture([lambda: self.cupy.positive(source, out=target)])
-        return 2 * count / median(self.burst(launch)) * 1e6
+        copy = self.capture([lambda: self.cupy.positive(source, out=target)])
+        numbers, total = source.view(np.float32), self.cupy.empty((), np.float32)
+        read = self.capture([lambda: numbers.sum(out=total)])
+        return {
+            name: x * count / median(self.burst(launch)) * 1e6 for name, x, launch in (("copy", 2, copy), ("read", 1, read))
+        }
 
-    def read_bandwidth(self, count: int) -> float:
-        """Bytes a second of a sum over `count` bytes."""
-        source = self.cupy.ones(count // 4, np.float32)
-        total = self.cupy.empty((), np.float32)
-        launch = self.capture([lambda: source.sum(out=total)])
-        return count / median(self.burst(launch)) * 1e6
-
-    # ---- clocks --------------------------------------------------------------------------------------------------
-
-    def burst(self, launch: Launch, meanwhile: Verdict = nothing) -> list[float]:
-        """Microseconds of one launch, several times over, each in a short run after idleness.
-
-        Args:
-            meanwhile: called once, while the device is idle for the first time; what it raises ends the burst, untimed.
-        """
+    def burst(self, launch: Launch) -> list[float]:
+        """Microseconds of one launch, several times over, each in a short run after idleness."""
         launch()
-        once = self._timed(launch, 1)
-        count = max(1, round(BURST_US / max(once, 1.0)))
-        times: list[float] = []
+        count = max(1, round(BURST_US / max(self._timed(launch, 1), 1.0)))
+        times = []
         for _ in range(BURSTS):
-            began = time.perf_counter()
-            if not times:
-                meanwhile()
-            time.sleep(max(0.0, IDLE_S - (time.perf_counter() - began)))
+            time.sleep(IDLE_S)
             if count > 1:  # the device is busy while the others are queued: launch latency stays out of the time
                 launch()
             times.append(self._timed(launch, count))
         return times
 
-    def sustained(self, launch: Launch) -> Sustained:
-        """Microseconds of one launch, a piece of about 20 ms at a time, after half a second of the same."""
+    def sustained(self, launch: Launch) -> tuple[list[float], dict[str, float | None]]:
+        """Microseconds of one launch, a span of about 20 ms at a time, after half a second of the same; and mean readings."""
         launch()
-        count = max(1, round(PIECE_S * 1e6 / max(self._timed(launch, 1), 1.0)))
+        count = max(1, round(SPAN_S * 1e6 / max(self._timed(launch, 1), 1.0)))
         event = self.cupy.cuda.Event
-        marks = []
-        reached: list[float] = []
-        with self.sensors.watch() as watch:
+        marks, reached, samples = [event()], list[float](), list[dict[str, float]]()
+
+        def reach(mark: Any) -> None:
+            mark.synchronize()
+            reached.append(time.perf_counter())
+            samples.append(self.sample())
+
+        marks[0].record(self.stream)
+        began = time.perf_counter()
+        while len(marks) < 4 or reached[-1] - began < WARM_S + TIMED_S:
+            for _ in range(count):
+                launch()
             marks.append(event())
-            marks[0].record(self.stream)
-            began = time.perf_counter()
-            while len(marks) < 4 or reached[-1] - began < WARM_S + TIMED_S:
-                for _ in range(count):
-                    launch()
-                marks.append(event())
-                marks[-1].record(self.stream)
-                if len(marks) > 2:  # two pieces ahead of the device, no more
-                    marks[-3].synchronize()
-                    reached.append(time.perf_counter())
-            for mark in marks[-2:]:
-                mark.synchronize()
-                reached.append(time.perf_counter())
+            marks[-1].record(self.stream)
+            if len(marks) > 2:  # two spans ahead of the device, no more: it stays busy while the sensors are read
+                reach(marks[-3])
+        for mark in marks[-2:]:
+            reach(mark)
         warm = next((i for i, at in enumerate(reached) if at - began >= WARM_S), 0)
         warm = min(warm, len(marks) - 2)
         elapsed = self.cupy.cuda.get_elapsed_time
         us = [elapsed(a, b) * 1e3 / count for a, b in zip(marks[warm:], marks[warm + 1 :], strict=False)]
-        return Sustained(us, watch.means(reached[warm], reached[-1]))
+        return us, means(samples[warm:-1])  # the last is read when all is done
 
     def host_us(self, call: Call) -> list[float]:
         """Microseconds by the host's clock, of a call that waits for the device, several times over."""
@@ -248,27 +220,41 @@ class Gpu:
         last.synchronize()
         return float(self.cupy.cuda.get_elapsed_time(first, last)) * 1e3 / count
 
+    # ---- sensors -------------------------------------------------------------------------------------------------
 
-class _Replay:
-    def __init__(self, graph: Any, stream: Any, kept: list[Any]) -> None:
-        self._graph, self._stream, self._kept = graph, stream, kept
+    def sample(self) -> dict[str, float]:
+        """Clock, temperature, power, and energy since the driver was loaded, as far as they can be read; `at` in seconds."""
+        nvml, found = self._nvml, {"at": time.perf_counter()}
+        if nvml is None:
+            return found
+        readings: tuple[tuple[str, Callable[[], Any]], ...] = (
+            ("sm_mhz", lambda: nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM)),
+            ("celsius", lambda: nvml.nvmlDeviceGetTemperature(self._handle, nvml.NVML_TEMPERATURE_GPU)),
+            ("watts", lambda: nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000),
+            ("joules", lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000),
+        )
+        for name, read in readings:
+            with contextlib.suppress(Exception):  # a reading that this device lacks
+                found[name] = float(read())
+        return found
 
-    def __call__(self) -> None:
-        self._graph.launch(self._stream)
 
+def means(samples: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Of readings under steady load: sm_mhz, celsius, watts; None for what was not read.
 
-def library_version(function: str, *names: str) -> int | None:
-    """What a library's own version function says, if one of these names can be loaded."""
-    for name in names:
-        with contextlib.suppress(OSError, AttributeError):
-            version = getattr(ctypes.CDLL(name), function)
-            version.restype = ctypes.c_size_t
-            return int(version())
-    return None
-
-
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
+    Power is the slope of the energy counter between its first and last change, where it changed at least twice, since the power
+    reading itself is an average over a second; else the mean reading.
+    """
+    found: dict[str, float | None] = {}
+    for name in ("sm_mhz", "celsius", "watts"):
+        values = [sample[name] for sample in samples if name in sample]
+        found[name] = fmean(values) if values else None
+    counted = [(sample["at"], sample["joules"]) for sample in samples if "joules" in sample]
+    changes = [after for before, after in itertools.pairwise(counted) if after[1] != before[1]]
+    if len(changes) > 1:
+        (t0, j0), (t1, j1) = changes[0], changes[-1]
+        found["watts"] = (j1 - j0) / (t1 - t0)
+    return found
 
 
 def _text(value: Any) -> str:

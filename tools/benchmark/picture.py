@@ -1,85 +1,75 @@
-"""The picture of a run: speed-up over dense by m, a panel a type, a line a pattern, its ideal dashed; or a curve (curve.py)."""
+"""The picture of a run: a column a type; microseconds over m above, times as fast as dense below; a line a pattern."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 import slidesparse_nb as ss
 
-from . import curve, style
-from .figures import figures
-from .results import Results
-from .selection import KINDS, is_curve
+from .cases import KINDS
+from .results import Results, Row, rows
 
-
-def curves(results: Results, part: str = "gemm") -> tuple[str, dict[str, dict[str, dict[int, float]]]]:
-    """The suite drawn, the first that has any; and type -> pattern -> m -> speed-up over dense in bursts."""
-    suite, found = "", dict[str, dict[str, dict[int, float]]]()
-    for figure in figures(results):
-        ratio = figure.over(figure.torch if part == "linear" and figure.torch else figure.dense)
-        if (figure.part, figure.load) != (part, "burst") or ratio is None or figure.m is None:
-            continue
-        suite = suite or figure.suite
-        if figure.suite == suite:
-            found.setdefault(figure.type, {}).setdefault(figure.pattern, {})[figure.m] = ratio
-    return suite, found
+QUIET, COLOURS = "#6b7280", ("#0f766e", "#c2410c", "#1d4ed8", "#7c3aed", "#a16207", "#475569")
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write the PNG.
+    """Write a PNG of the products in bursts of the first suite that has a dense baseline.
 
     Raises:
-        FormatError: the results hold no product with a dense peer.
+        FormatError: there is none.
     """
-    suite, found = curves(results)
+    found = [
+        row for row in rows(results) if (row.cell.part, row.cell.load) == ("gemm", "burst") and row.over("dense") and row.cell.m
+    ]
     if not found:
-        raise ss.FormatError("--plot: the results hold no product with a dense peer; measure --part gemm --peers dense")
-    with mpl.rc_context(style.FONT):
-        if is_curve({m for panel in found.values() for line in panel.values() for m in line}):
-            figure = curve.times(results, suite)
-        else:
-            figure = _speedups(results, suite, found)
-        figure.savefig(path, format="png")
+        raise ss.FormatError("--plot: the results hold no product with a dense baseline; measure --part gemm --peers dense")
+    found = [row for row in found if row.cell.suite == found[0].cell.suite]
+    types, patterns = (list(dict.fromkeys(getattr(row.cell, name) for row in found)) for name in ("type", "pattern"))
+    figure = Figure(figsize=(max(6.0, 1 + 3.6 * len(types)), 7.5), dpi=120, layout="constrained")
+    panels = figure.subplots(2, len(types), squeeze=False, sharex="col", sharey="row")
+    for (above, below), type in zip(panels.T, types, strict=True):
+        of = [row for row in found if row.cell.type == type]
+        above.set_title(KINDS[type].label, loc="left", fontweight="bold")
+        _line(above, {row.cell.m: row.peers["dense"] for row in of}, QUIET, "dense cuBLASLt")
+        below.axhline(1, color=QUIET)
+        for pattern, colour in zip(patterns, COLOURS * len(patterns), strict=False):
+            ours = [row for row in of if row.cell.pattern == pattern]
+            known, ideal = ss.Pattern.of(pattern), float(ss.Pattern.of(pattern).speedup)
+            _line(above, {row.cell.m: row.cell.us for row in ours}, colour, known.described, marker="o", markersize=2.5)
+            _line(above, {row.cell.m: row.floor for row in ours if row.floor}, colour, "", linestyle="--", linewidth=0.8)
+            _line(below, {row.cell.m: row.over("dense") for row in ours}, colour, "", marker="o", markersize=2.5)
+            below.axhline(ideal, color=colour, linestyle="--", linewidth=0.8)
+    _axes(panels, found)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(patterns) + 1, frameon=False)
+    where = f"{results.machine.get('gpu', '')}, {results.started[:10]}, bursts; dashed: floor, ideal speed-up"
+    figure.suptitle(f"{found[0].cell.suite}: products of one layer\n{where}")
+    figure.savefig(path, format="png")
 
 
-def _speedups(results: Results, suite: str, found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
-    patterns = list(dict.fromkeys(p for panel in found.values() for p in panel))
-    colours = style.colours(patterns)
-    figure = Figure(figsize=(max(7.0, 0.9 + 3.1 * len(found)), 4.8), dpi=160)
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(left=0.55 / figure.get_figwidth() + 0.02, right=0.985, top=0.70, bottom=0.13, wspace=0.08)
-    highest = max(max(line.values()) for panel in found.values() for line in panel.values())
-    ideal = max(_ideal(p) for p in patterns)
-    for axes, (type, lines) in zip(panels, found.items(), strict=True):
-        _panel(axes, KINDS[type].label, lines, colours)
-        axes.set_ylim(0, max(highest, ideal) * 1.1)
-    panels[0].set_ylabel("times as fast as dense cuBLASLt")
-    left = panels[0].get_position().x0
-    title = f"{suite}: products of one layer, sparse over dense"
-    figure.text(left, 0.94, title, fontsize=14, fontweight="bold", va="center")
-    where = f"{results.machine.get('gpu', '')}, {results.started[:10]}; above the line at 1, sparse is faster; dashed: ideal"
-    figure.text(left, 0.875, where, color=style.QUIET, va="center", fontsize=9.5)
-    labels = [(f"{style.described(p)}, ideal {_ideal(p):.2f}x", colours[p]) for p in patterns]
-    style.words(figure, left, 0.815, labels)
-    return figure
+def _line(axes: Any, values: dict[Any, Any], colour: str, label: str, **look: Any) -> None:
+    ms = sorted(values)
+    axes.plot(ms, [values[m] for m in ms], color=colour, label=label or None, **look)
 
 
-def _panel(axes: Any, title: str, lines: Mapping[str, Mapping[int, float]], colours: Mapping[str, str]) -> None:
-    axes.axhline(1, color=style.INK, linewidth=1)
-    for pattern, line in lines.items():
-        ms = sorted(line)
-        axes.plot(ms, [line[m] for m in ms], color=colours[pattern], linewidth=2.2, marker="o", markersize=4.5, zorder=3)
-        axes.axhline(_ideal(pattern), color=colours[pattern], linewidth=1, linestyle=(0, (4, 3)), alpha=0.8)
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=11.5)
-    style.over_tokens(axes, sorted({m for line in lines.values() for m in line}))
-
-
-def _ideal(pattern: str) -> float:
-    return float(ss.Pattern.of(pattern).speedup)
+def _axes(panels: Any, found: list[Row]) -> None:
+    tokens = sorted({row.cell.m for row in found if row.cell.m is not None})
+    ticks = tokens if len(tokens) < 9 else [m for m in (4**i for i in range(11)) if tokens[0] <= m <= tokens[-1]]
+    for axes in panels.flat:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{m // 1024}k" if m >= 1024 and m % 1024 == 0 else str(m) for m in ticks])
+        axes.minorticks_off()
+        axes.grid(axis="y", color="#e5e7eb")
+        axes.spines[:].set_visible(False)
+    for axes in panels[0]:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda us, _: f"{us:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    for axes in panels[1]:
+        axes.set(xlabel="m, tokens", ylim=(0, None))
+    panels[0, 0].set_ylabel("microseconds")
+    panels[1, 0].set_ylabel("times as fast as dense cuBLASLt")
