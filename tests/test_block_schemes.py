@@ -393,6 +393,8 @@ def test_a_checkpoint(scheme: ss.Scheme, tmp_path: Path) -> None:
         ss.pack_checkpoint(source, tmp_path / "no.safetensors", ss.Options(scheme=scheme.name))
     with pytest.raises(ss.OperandError, match=rf"^format: {scheme} weights have no dense form"):
         ss.Options(scheme=scheme.name, format="dense")
+    with pytest.raises(ss.OperandError, match=r"^pattern: 6:8 pairs needs a scheme that keeps pairs; pass scheme NVFP4$"):
+        ss.Options(pattern="6:8 pairs")  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..core.dtypes import BFLOAT16, FLOAT8, FLOAT16, DType
 from ..core.pattern import Pattern
-from ..core.reference import TINY, in_units, is_nonzero, unit_scores
+from ..core.reference import TINY, nonzero_units, unit_scores
 from ..core.scheme import Scheme
 from ..errors import OperandError, shown
 
@@ -184,7 +184,7 @@ def _violations(raw: Array, mask: int, group: int, over: Array) -> None:
 def violations(w: Array, pattern: Pattern) -> Array:
     """`reference.violations`: int [count, 2], the (row, group) of every group of w with more than nnz non-zeros."""
     if pattern.unit > 1:
-        w = np.asarray(is_nonzero(in_units(w, pattern.unit)).any(axis=2)).view(np.uint8)
+        w = nonzero_units(w, pattern.unit).view(np.uint8)
     over = np.empty((w.shape[0], -(-w.shape[1] // pattern.group)), np.bool_)
     _violations(raw_bits(contiguous(w)), nonzero_mask(w.dtype), pattern.group, over)
     return np.argwhere(over)
