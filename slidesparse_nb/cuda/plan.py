@@ -131,7 +131,7 @@ class Plan:
         chosen = configs or tuned_store.best(self.problem)
         self.configs = tuple(weight.arch.fitted(config, weight.buffers) for config in chosen)
         self.row_pitch = weight.operand.pitch
-        self.quantizes = weight.packed.scheme.scaled
+        self.quantizes = weight.packed.scheme.activations.row_scale
         self.part_bytes = max(config.part_bytes(self.problem) for config in self.configs)
         self.launches = tuple(self._matrix_launch(config) for config in self.configs)
         self.operand_at = 4 * COUNTERS
