@@ -72,7 +72,7 @@ def output_config(
         }
         return config
     if scheme.scaled:
-        name = "int-quantized" if scheme.dtype.name == "int8" else "float-quantized"
+        name = "int-quantized" if scheme.dtype.numpy.kind == "i" else "float-quantized"
         main = {**_scheme(_storage(scheme.weights), _activations(scheme)), "format": name, "targets": ["Linear"]}
         groups: list[dict[str, Any]] = []
         for module, stays in kept.items():
@@ -230,7 +230,7 @@ def _storage(storage: Storage) -> dict[str, Any]:
     element = storage.element
     if not storage.row_scale:
         return {"num_bits": 16, "type": "float", "dtype": element.name}
-    facts = {"num_bits": element.bits, "type": "int" if element.name == "int8" else "float"}
+    facts = {"num_bits": element.bits, "type": "int" if element.numpy.kind == "i" else "float"}
     if (block := storage.block) is None:
         return {**facts, "strategy": "channel", "symmetric": True, "dynamic": False}
     block_facts = {"group_size": block.columns, "scale_dtype": block.scale.name}

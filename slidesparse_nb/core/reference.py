@@ -125,7 +125,7 @@ def quantize(x: Array, dtype: DType) -> tuple[Array, Array]:
     """
     t = np.float32(dtype.largest)
     scaled, scale = scale_rows(x, t)
-    if dtype.numpy == np.int8:
+    if dtype.numpy.kind == "i":
         scaled = np.rint(scaled)
     return np.clip(scaled, -t, t).astype(dtype.numpy), scale
 

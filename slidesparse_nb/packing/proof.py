@@ -263,7 +263,7 @@ def quantized(weights: Array, kept: Array, dtype: DType) -> tuple[Array, Array]:
         scaled = weights * (t / safe)
     if not live.all():
         scaled = np.where(live, scaled, np.where(np.abs(weights) >= TINY, t, np.float32(0)))
-    if dtype.numpy == np.int8:
+    if dtype.numpy.kind == "i":
         np.rint(scaled, out=scaled)
     return np.clip(scaled, -t, t, out=scaled).astype(dtype.numpy), np.where(live, safe / t, np.float32(1))
 

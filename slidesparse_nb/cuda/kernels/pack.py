@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ...core.dtypes import FLOAT8, INT8, PACKED, DType
+from ...core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
 from ...core.scheme import Scheme
 from ..jit.numba import SIMULATED, Kernel, cuda, device_function
 from .numbers import INFINITY, LOW, ROUND, row_scale, to_float8
@@ -155,7 +155,7 @@ def _stored_pair(variant: Variant) -> Any:
 
     if source == stored.name:
         return kept
-    return {INT8: to_int8, FLOAT8: to_float8_pair}.get(stored, to_half)
+    return {INT8: to_int8, FLOAT8: to_float8_pair, BFLOAT16: to_half, FLOAT16: to_half}[stored]
 
 
 # ---- pack --------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ...arch.operand import HALVES as HALVES_AT
-from ...core.dtypes import FLOAT8, INT8
+from ...core.dtypes import INT8
 from ...core.scheme import Scheme
 from ..jit.numba import SIMULATED, Kernel, cuda, device_function
 from .numbers import HIGH, LOW, ROUND_TWO, row_scale, to_float8x4_early, to_int8x4
@@ -109,16 +109,16 @@ class Variant:
 
     @property
     def quantizes(self) -> bool:
-        return self.stored in (INT8.name, FLOAT8.name) and self.source != self.stored
+        return Scheme.of(self.stored).scaled and self.source != self.stored
 
     @property
     def source_bytes(self) -> int:
         """Bytes of an element of x."""
-        return {"float32": 4, INT8.name: 1, FLOAT8.name: 1}.get(self.source, 2)
+        return 4 if self.source == "float32" else Scheme.of(self.source).dtype.bits // 8
 
     @property
     def stored_bytes(self) -> int:
-        return 1 if self.stored in (INT8.name, FLOAT8.name) else 2
+        return Scheme.of(self.stored).dtype.bits // 8
 
     @property
     def words(self) -> int:
