@@ -190,7 +190,7 @@ ADDITIONS = 2 * K * 2.0**-24
 def _compare(y: Any, x: Any, packed: PackedWeight, error: float = ADDITIONS) -> str:
     """y against the reference: int8 exactly; others within `error` of the sum of magnitudes."""
     wanted = reference.matmul(x, packed)
-    if packed.dtype is INT8:
+    if packed.scheme.accumulator == np.int32:
         _same("products", np.ascontiguousarray(y), wanted)
         return "equals the reference"
     size = reference.matmul(

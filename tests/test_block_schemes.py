@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -207,6 +208,24 @@ def test_pack_equals_the_reference(
             ss.verify(ss.pack(obeys, form, scheme, max_workers=1), obeys)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "digest"),
+    [
+        (W4A8, "68e0fcec77306161dfdd4e50b5e05fea95abf0660bd6070fa5c8f06fb3439311"),
+        (NVFP4, "c07fc5149e81d31c70cc800f8c5889a8d83da219a623c4982f4cd0c0ca92d042"),
+    ],
+    ids=str,
+)
+def test_the_same_bytes_as_ever(scheme: ss.Scheme, digest: str) -> None:
+    raw = np.random.default_rng(15).integers(0, 2**32, (24, 300), np.uint32)
+    w = ((raw >> 8).astype(np.float32) * np.float32(2**-23) - np.float32(1)) * np.float32(2) ** (raw & 7).astype(np.float32)
+    total = hashlib.sha256()
+    for text in ("2:4", "4:6", "6:8", "8:10", "14:16"):
+        for array in part_arrays(ss.pack(w, text, scheme, prune="magnitude")).values():
+            total.update(array.tobytes())
+    assert total.hexdigest() == digest
+
+
 @given(st.sampled_from(BLOCKS), st.sampled_from(SMALL), st.integers(0, 4), st.integers(0, 200), st.integers(0, 2**32 - 1))
 def test_any_shape(scheme: ss.Scheme, pattern: ss.Pattern, n: int, k: int, seed: int) -> None:
     form = scheme.pattern((pattern.nnz, pattern.group))
@@ -303,6 +322,10 @@ def test_parts(scheme: ss.Scheme, text: str, tmp_path: Path) -> None:
     for part, (a, b) in zip(rows, ((0, 2), (2, 2), (2, 6)), strict=True):
         same(part, ss.pack(w[a:b], text, scheme, prune="magnitude"))
     same(ss.PackedWeight.concat(rows).validate(), packed)
+    raw = replace(packed, block_scale=packed.block_scale.view(np.uint8)).validate()
+    assert ss.PackedWeight.concat([packed, raw]).validate().block_scale.dtype == np.uint8
+    ss.verify(raw, w, prune="magnitude")
+    np.testing.assert_array_equal(ss.matmul(w, raw), ss.matmul(w, packed))
     unit = packed.slice_unit
     columns = {f"part{a}": (packed.columns(a, b), a, b) for a, b in ((0, unit), (unit, 2 * unit), (2 * unit, 300)) if a < 300}
     for part, a, b in columns.values():
@@ -321,6 +344,8 @@ def test_parts(scheme: ss.Scheme, text: str, tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     ss.save(path, {"all": packed, **{name: part for name, (part, _, _) in columns.items()}, "bias": w[0]})
     loaded = ss.load(path)
+    ss.save(tmp_path / "raw.safetensors", {"all": raw, **{name: part for name, (part, _, _) in columns.items()}, "bias": w[0]})
+    assert (tmp_path / "raw.safetensors").read_bytes() == path.read_bytes()
     for name, part in {"all": packed, **{name: part for name, (part, _, _) in columns.items()}}.items():
         same(loaded[name], part)  # type: ignore[arg-type]
         same(ss.PackedWeight.from_tensors(part.tensors("x"), text, scheme, name="x"), part)
@@ -393,6 +418,8 @@ def test_a_checkpoint(scheme: ss.Scheme, tmp_path: Path) -> None:
         ss.pack_checkpoint(source, tmp_path / "no.safetensors", ss.Options(scheme=scheme.name))
     with pytest.raises(ss.OperandError, match=rf"^format: {scheme} weights have no dense form"):
         ss.Options(scheme=scheme.name, format="dense")
+    with pytest.raises(ss.OperandError, match=r"^pattern: 6:8 pairs needs a scheme that keeps pairs; pass scheme NVFP4$"):
+        ss.Options(pattern="6:8 pairs")  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
 
 

@@ -68,7 +68,7 @@ def test_ordered_nibbles() -> None:
         ({"shape": "3x"}, "shape: '3x' must be two integers"),
         ({"pattern": "6:8"}, "pattern: '6:8' must be a Pattern; pack or load makes it so"),
         ({"scheme": "int4"}, "scheme: 'int4' must be a Scheme; pack or load makes it so"),
-        ({"pattern": Pattern(6, 8, 2)}, "pattern: 6:8 pairs must be 6:8"),
+        ({"pattern": Pattern(6, 8, 2)}, "pattern: 6:8 pairs must have unit 1, as int8 has"),
         ({"values": [[0] * 24] * 3}, r"values: is list, must be an array, int8 \(3, 24\)"),
         ({"values": np.ma.zeros((3, 24), np.int8)}, "values: is a masked array, must be a plain one"),
         ({"meta": "0x44"}, r"meta: is str, must be an array, uint8 \(3, 6\)"),

@@ -135,7 +135,7 @@ def test_pairs() -> None:
     assert (pairs.padded_k(33), pairs.slid_k(33), pairs.expansion) == (64, 96, Fraction(3, 2))
     assert pairs.lift_index(32)[:16].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 8, 9, 10, 11]
     assert str(pairs.violated(0, 1, 1)).startswith("w: row 0, group 1 (columns 16 to 31) has more than 6 non-zero pairs")
-    for unit in (0, 3, True, "2", None):
+    for unit in (0, 3, True, "2", None, 2.0):
         with pytest.raises(OperandError, match=r"^pattern: unit .* must be 1, or 2 for pairs of columns$"):
             Pattern(6, 8, unit)  # type: ignore[arg-type]
 

@@ -101,7 +101,7 @@ def storage_facts(storage: Storage) -> dict[str, Any]:
     element = storage.element
     if not storage.row_scale:
         return {"num_bits": 16, "type": "float", "dtype": element.name}
-    facts = {"num_bits": element.bits, "type": "int" if element.name == "int8" else "float"}
+    facts = {"num_bits": element.bits, "type": "int" if element.numpy.kind == "i" else "float"}
     if (block := storage.block) is None:
         return {**facts, "strategy": "channel", "symmetric": True, "dynamic": False}
     block_facts = {"group_size": block.columns, "scale_dtype": block.scale.name}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..core.dtypes import PACKED, DType
-from ..core.packed import PARTS, PackedWeight, part_shapes
+from ..core.packed import PARTS, PackedWeight, part_arrays, part_dtypes, part_shapes
 from ..core.pattern import Pattern
 from ..core.scheme import SCHEMES, Scheme
 from ..core.untrusted_json import parse_json
@@ -131,8 +131,10 @@ def packed_names(module: str, packed: PackedWeight) -> list[str]:
 
 def packed_arrays(module: str, packed: PackedWeight) -> dict[str, NDArray[Any]]:
     """The tensors of `packed_entries`, on the host."""
-    there = replace(packed, values=on_host(packed.values).view(packed.dtype.stored))
-    return {f"{module}.{part}": on_host(array) for part, array in there.tensors().items()}
+    there: dict[str, Any] = {
+        part: on_host(array).view(part_dtypes(part, packed.scheme)[0]) for part, array in part_arrays(packed).items()
+    }
+    return {f"{module}.{tensor}": array for tensor, array in replace(packed, **there).tensors().items()}
 
 
 def on_host(array: Any) -> NDArray[Any]:

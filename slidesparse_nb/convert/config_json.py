@@ -64,7 +64,7 @@ def output_config(
         config["quantization_config"] = PackedConfig(pattern, scheme, tuple(ignored)).written()
         return config
     if scheme.scaled:
-        name = "int-quantized" if scheme.dtype.name == "int8" else "float-quantized"
+        name = "int-quantized" if scheme.dtype.numpy.kind == "i" else "float-quantized"
         main = {**_scheme(storage_facts(scheme.weights), activation_facts(scheme)), "format": name, "targets": ["Linear"]}
         groups: list[dict[str, Any]] = []
         for module, stays in kept.items():

@@ -63,13 +63,14 @@ class Options:
         object.__setattr__(self, "pattern", Pattern.of(self.pattern))
         with contextlib.suppress(OperandError):  # then the check below tells
             object.__setattr__(self, "scheme", "auto" if str(self.scheme).lower() == "auto" else Scheme.of(self.scheme).name)
-        if self.scheme in BY_NAME:
-            scheme = BY_NAME[self.scheme]
+        if scheme := BY_NAME.get(str(self.scheme)):
             object.__setattr__(self, "pattern", scheme.pattern(self.pattern))
             if scheme.blocks and self.format == "dense":
                 raise OperandError(
                     f"format: {scheme} weights have no dense form, their scales being of the expanded k; use packed"
                 )
+        elif self.pattern.unit > 1 and self.scheme == "auto":
+            raise OperandError(f"pattern: {self.pattern} needs a scheme that keeps pairs; pass scheme NVFP4")
         for name in ("targets", "ignore"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))

@@ -169,9 +169,7 @@ class PackedWeight:
             FormatError: a tensor has the wrong dtype or shape.
         """
         a, b = self._range("rows", a, b, 0, 1)
-        parts = {part: getattr(self, part) for part in ("values", "meta", "scale", "block_scale")}
-        cut: dict[str, Any] = {part: None if array is None else array[a:b] for part, array in parts.items()}
-        return replace(self, **cut, shape=(b - a, self.k))
+        return replace(self, **{part: array[a:b] for part, array in part_arrays(self).items()}, shape=(b - a, self.k))
 
     def columns(self, a: int, b: int) -> PackedWeight:
         """Inputs a to b-1 (row parallelism): shape (n, b - a); views.
@@ -188,11 +186,8 @@ class PackedWeight:
         """
         a, b = self._range("columns", a, b, 1, self.slice_unit)
         start, stop = (part_shapes(self.pattern, (self.n, at), self.scheme) for at in (a, b))
-        cut = {
-            part: getattr(self, part)[:, start[part][1] : stop[part][1]]
-            for part in ("values", "meta", "block_scale")
-            if part in start
-        }
+        along_k = {part: array for part, array in part_arrays(self).items() if part != "scale"}
+        cut = {part: array[:, start[part][1] : stop[part][1]] for part, array in along_k.items()}
         return replace(self, **cut, shape=(self.n, b - a))
 
     def _range(self, of: str, a: int, b: int, axis: int, unit: int) -> tuple[int, int]:
@@ -240,14 +235,15 @@ class PackedWeight:
         shape = (sum(weight.n for weight in listed), first.k)
         if problem := size_problem(first.pattern, shape, first.scheme):
             raise OperandError(f"weights: together {problem}")
-        raw = first.dtype.raw  # CuPy joins no bfloat16
-        parts = {part: [getattr(w, part) for w in listed] for part in ("values", "meta", "scale", "block_scale")}
-        parts["values"] = [values.view(raw) for values in parts["values"]]
+
+        def joined(part: str) -> Any:
+            arrays = [getattr(w, part) for w in listed]
+            raw = np.dtype(f"u{arrays[0].dtype.itemsize}")  # CuPy joins no bfloat16
+            whole = np.concatenate([array.view(raw) for array in arrays])  # NumPy hands CuPy's arrays to CuPy
+            return whole.view(arrays[0].dtype if len({array.dtype for array in arrays}) == 1 else raw)
+
         with contextlib.nullcontext() if isinstance(first.values, np.ndarray) else first.values.device:
-            # NumPy hands CuPy's arrays to CuPy
-            joined: dict[str, Any] = {part: None if a[0] is None else np.concatenate(a) for part, a in parts.items()}
-        joined["values"] = joined["values"].view(first.values.dtype if len({w.values.dtype for w in listed}) == 1 else raw)
-        return cls(**joined, pattern=first.pattern, shape=shape, scheme=first.scheme)
+            return replace(first, **{part: joined(part) for part in part_arrays(first)}, shape=shape)
 
     @property
     def _place(self) -> str:
@@ -281,7 +277,7 @@ class PackedWeight:
                 if not isinstance(value := getattr(self, part), kind):
                     raise FormatError(f"{name}.{part}: {shown(value)} must be a {kind.__name__}; pack or load makes it so")
         if self.pattern.unit != self.scheme.unit:
-            raise FormatError(f"{name}.pattern: {self.pattern} must be {self.scheme.pattern(self.pattern, any_unit=True)}")
+            raise FormatError(f"{name}.pattern: {self.pattern} must have unit {self.scheme.unit}, as {self.scheme} has")
         if not isinstance(self.shape, tuple) or len(self.shape) != 2 or not all(isinstance(v, int) for v in self.shape):
             raise FormatError(f"{name}.shape: {shown(self.shape)} must be two integers (n, k)")
         if problem := size_problem(self.pattern, self.shape, self.scheme):
@@ -435,7 +431,7 @@ class QuantizedActivations:
         m = self.m
         if values is not None and (values.ndim != 2 or values.shape[0] != m or values.dtype not in (dtype.numpy, dtype.raw)):
             raise OperandError(f"x.values: {values.dtype} {values.shape} must be {dtype} or its bits, [{m}, k]")
-        if not packed.scheme.scaled:
+        if not packed.scheme.activations.row_scale:
             if scale is not None:
                 raise OperandError(f"x.scale: {dtype} activations carry no scale; it must be None")
         elif getattr(scale, "shape", None) != (m, 1) or scale.dtype != FLOAT32 or not scale.flags.c_contiguous:

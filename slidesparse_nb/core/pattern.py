@@ -40,19 +40,19 @@ class Pattern:
     unit: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.unit, bool) or not isinstance(self.unit, int | np.integer) or self.unit not in (1, 2):
+            raise OperandError(f"pattern: unit {shown(self.unit)} must be 1, or 2 for pairs of columns")
         try:
             if isinstance(self.nnz, bool) or isinstance(self.group, bool):
                 raise TypeError
-            object.__setattr__(self, "nnz", operator.index(self.nnz))  # a plain integer: NumPy's would overflow
-            object.__setattr__(self, "group", operator.index(self.group))
+            for name in ("nnz", "group", "unit"):  # plain integers: NumPy's would overflow
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
         except TypeError:
             text = f"{shown(self.nnz)}:{shown(self.group)}"
             raise OperandError(f"pattern: {text} must be two integers, non-zeros:total, like 6:8") from None
         if not -LARGEST_GROUP <= min(self.nnz, self.group) <= max(self.nnz, self.group) <= LARGEST_GROUP:
             text = f"{shown(self.nnz)}:{shown(self.group)}"
             raise OperandError(f"pattern: {text} is too large; a group may have {LARGEST_GROUP} columns at most")
-        if isinstance(self.unit, bool) or self.unit not in (1, 2):
-            raise OperandError(f"pattern: unit {shown(self.unit)} must be 1, or 2 for pairs of columns")
         if self.group >= 4 and self.group % 2 == 0 and self.nnz == self.group - 2:
             return
         text, hint = f"{self.nnz}:{self.group}", ""

@@ -57,6 +57,12 @@ def in_units(w: Array, unit: int) -> Array:
     return in_groups(np.pad(w, ((0, 0), (0, -w.shape[1] % unit))), unit)
 
 
+def nonzero_units(w: Array, unit: int) -> Array:
+    """Which columns or pairs count as non-zero: [n, k] -> bool [n, ceil(k / unit)]."""
+    nonzero = in_units(is_nonzero(w), unit)
+    return np.asarray(nonzero[:, :, 0] | nonzero[:, :, -1])
+
+
 # ---- prune -------------------------------------------------------------------------------------------------------
 
 
@@ -88,12 +94,13 @@ def unit_scores(score: Array, unit: int) -> Array:
     if unit == 1:
         return score
     pairs = in_groups(np.pad(score, ((0, 0), (0, -score.shape[1] % unit)), constant_values=-1), unit)
-    return np.where((pairs < 0).all(axis=2), np.float32(-1), np.maximum(pairs, 0).sum(axis=2))
+    first, second = pairs[:, :, 0], pairs[:, :, 1]
+    return np.where(np.maximum(first, second) < 0, np.float32(-1), np.maximum(first, 0) + np.maximum(second, 0))
 
 
 def violations(w: Array, pattern: Pattern) -> Array:
     """Where w breaks the pattern: int [count, 2], the (row, group) of every group with more than nnz non-zeros."""
-    nonzero = in_units(is_nonzero(w), pattern.unit).any(axis=2)
+    nonzero = nonzero_units(w, pattern.unit)
     padded = np.pad(nonzero, ((0, 0), (0, -nonzero.shape[1] % pattern.group)))
     return np.argwhere(in_groups(padded, pattern.group).sum(axis=2) > pattern.nnz)
 
@@ -118,7 +125,7 @@ def quantize(x: Array, dtype: DType) -> tuple[Array, Array]:
     """
     t = np.float32(dtype.largest)
     scaled, scale = scale_rows(x, t)
-    if dtype.numpy == np.int8:
+    if dtype.numpy.kind == "i":
         scaled = np.rint(scaled)
     return np.clip(scaled, -t, t).astype(dtype.numpy), scale
 

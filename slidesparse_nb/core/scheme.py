@@ -30,7 +30,7 @@ class Block:
     """Scales of runs of the expanded k, each within the scale of its row.
 
     Attributes:
-        columns: of the expanded k that share a scale: so many lifted activations, half as many stored weights.
+        columns: of the expanded k that share a scale. Each holds one lifted activation, every second one a stored weight.
         scale: type of the scales.
         largest, smallest: scale of the block that holds the absmax of its row; and of a block of zeros.
         up: scales are rounded up to a power of two, so that no value is clipped; otherwise to nearest even.
@@ -128,19 +128,17 @@ class Scheme:
                 both = " and ".join(scheme.name for scheme in found)
                 raise OperandError(f"dtype: {shown(str(value))} is the type of {both}; name one of them")
         names = ", ".join(map(str, SCHEMES.values()))
-        raise OperandError(f"dtype: {shown(value)} is not a packed type; it must be one of {names}")
+        told = shown(str(value) if isinstance(value, DType) else value)
+        raise OperandError(f"dtype: {told} is not a packed type; it must be one of {names}")
 
-    def pattern(self, value: Pattern | str | tuple[int, int], *, any_unit: bool = False) -> Pattern:
+    def pattern(self, value: Pattern | str | tuple[int, int]) -> Pattern:
         """The pattern that `value` names, over the scheme's unit: with NVFP4 "6:8" and "6:8 pairs" are the same.
-
-        Args:
-            any_unit: a pattern over pairs stands for one over columns, too.
 
         Raises:
             OperandError: `value` is no pattern, or one over pairs where the scheme keeps single columns.
         """
         pattern = Pattern.of(value)
-        if pattern.unit > self.unit and not any_unit:
+        if pattern.unit > self.unit:
             one = f"{pattern.nnz}:{pattern.group}"
             raise OperandError(f"pattern: {pattern} must be over single columns, as {self} keeps them; pass '{one}'")
         return replace(pattern, unit=self.unit)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..core.dtypes import FLOAT4, FLOAT8, INT8
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
-from ..core.reference import in_units, is_nonzero, lift, pack_nibbles, times_blocks, unpack_nibbles
+from ..core.reference import in_units, lift, nonzero_units, pack_nibbles, times_blocks, unpack_nibbles
 from ..core.scheme import Scheme, Storage
 from . import kernels
 from .kernels import contiguous, float8_bits, float32_table, jit, row_scale
@@ -86,10 +86,11 @@ def pack_rows(w: Array, pattern: Pattern, scheme: Scheme) -> tuple[PackedWeight,
     rows, storage = w.shape[0], scheme.weights
     assert storage.block is not None
     units = in_units(w, pattern.unit)
-    numbers = np.where(is_nonzero(units).any(axis=2), np.arange(1, units.shape[1] + 1, dtype=np.uint32), np.uint32(0))
+    numbers = nonzero_units(w, pattern.unit) * np.arange(1, units.shape[1] + 1, dtype=np.uint32)
     slots, meta, over = kernels.slide_compress(numbers, Pattern(pattern.nnz, pattern.group))
     padded = np.concatenate([np.zeros((rows, 1, pattern.unit), np.float32), units], axis=1)
-    kept = np.take_along_axis(padded, slots[:, :, None].astype(np.intp), axis=1).reshape(rows, pattern.slid_k(w.shape[1]) // 2)
+    numbers = slots + np.arange(rows)[:, None] * padded.shape[1]
+    kept = np.take(padded.reshape(-1, pattern.unit), numbers, axis=0).reshape(rows, pattern.slid_k(w.shape[1]) // 2)
     q, block_scale, scale = quantize_blocks(kept, storage, storage.block.columns // 2)
     slots = q if pattern.unit == 1 else pack_nibbles(q)
     in_windows = kernels.decompress(slots.view(np.int8), meta, WINDOWS, 2 * slots.shape[1], INT8)

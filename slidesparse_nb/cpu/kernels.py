@@ -21,9 +21,9 @@ import numpy as np
 from numba.core import caching
 from numpy.typing import NDArray
 
-from ..core.dtypes import BFLOAT16, FLOAT8, FLOAT16, DType
+from ..core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, DType
 from ..core.pattern import Pattern
-from ..core.reference import TINY, in_units, is_nonzero, unit_scores
+from ..core.reference import TINY, nonzero_units, unit_scores
 from ..core.scheme import Scheme
 from ..errors import OperandError, shown
 
@@ -124,7 +124,7 @@ def _float16(bits: Array, out: Array) -> None:
 def round16(w: Array, dtype: DType) -> Array:
     """w float32 rounded to bfloat16 or float16, nearest even; what overflows becomes infinity. [..., k], contiguous."""
     out = np.empty(w.shape, np.uint16)
-    convert = _bfloat16 if dtype.numpy == BFLOAT16.numpy else _float16
+    convert = {BFLOAT16: _bfloat16, FLOAT16: _float16}[dtype]
     convert(contiguous(w).view(np.uint32).reshape(-1), out.reshape(-1))
     return out.view(dtype.numpy)
 
@@ -184,7 +184,7 @@ def _violations(raw: Array, mask: int, group: int, over: Array) -> None:
 def violations(w: Array, pattern: Pattern) -> Array:
     """`reference.violations`: int [count, 2], the (row, group) of every group of w with more than nnz non-zeros."""
     if pattern.unit > 1:
-        w = np.asarray(is_nonzero(in_units(w, pattern.unit)).any(axis=2)).view(np.uint8)
+        w = nonzero_units(w, pattern.unit).view(np.uint8)
     over = np.empty((w.shape[0], -(-w.shape[1] // pattern.group)), np.bool_)
     _violations(raw_bits(contiguous(w)), nonzero_mask(w.dtype), pattern.group, over)
     return np.argwhere(over)
@@ -263,9 +263,9 @@ def quantize(x: Array, dtype: DType) -> tuple[Array, Array]:
 
     A row that holds NaN or infinity has scale NaN and zeros.
     """
-    raw = np.empty(x.shape, np.int8 if dtype.numpy == np.int8 else np.uint8)
+    raw = np.empty(x.shape, np.int8 if dtype is INT8 else np.uint8)
     scale = np.empty((x.shape[0], 1), np.float32)
-    (_quantize_int8 if dtype.numpy == np.int8 else _quantize_float8)(contiguous(x), raw, scale)
+    {INT8: _quantize_int8, FLOAT8: _quantize_float8}[dtype](contiguous(x), raw, scale)
     return raw.view(dtype.numpy), scale
 
 

@@ -71,7 +71,8 @@ def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | 
             else:
                 for rows in parts:
                     decompress(rows)
-            y = _exact_product(xs, w[:, :k], EXACT - 2 * (pattern.group > EXACT)) if dtype.numpy == np.int8 else xs @ w[:, :k].T
+            exact = packed.scheme.accumulator == np.int32
+            y = _exact_product(xs, w[:, :k], EXACT - 2 * (pattern.group > EXACT)) if exact else xs @ w[:, :k].T
             if odd.size:
                 y[odd] = dot(odd_xs, values, meta, pattern, dtype)
             if scale_x is not None:

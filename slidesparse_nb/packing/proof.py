@@ -18,7 +18,7 @@ from ..core.dtypes import DType
 from ..core.packed import PackedWeight, part_arrays, require_packed
 from ..core.pattern import Pattern
 from ..core.prune import NOTHING, Pruning
-from ..core.reference import TINY, compress, decompress, in_groups, unpack_nibbles, window_index
+from ..core.reference import TINY, compress, decompress, in_groups, nonzero_units, unpack_nibbles, window_index
 from ..cpu import kernels
 from ..errors import FormatError, OperandError, PatternError, VerificationError
 
@@ -224,20 +224,15 @@ def unpack_blocks(packed: PackedWeight, first_row: int, *, padded: bool = False)
     """
     values, unit = reference.stored_values(packed), packed.pattern.unit
     dense = reference.unslide(decompress(values, packed.meta, unit), packed.pattern, packed.pattern.padded_k(packed.k))
-    if np.count_nonzero(_units(dense, unit)) != np.count_nonzero(_units(values, unit)):
+    if np.count_nonzero(nonzero_units(dense, unit)) != np.count_nonzero(nonzero_units(values, unit)):
         raise stored_twice(values, packed.meta, packed, first_row)
     return dense if padded else dense[:, : packed.k]
-
-
-def _units(values: Array, unit: int) -> Array:
-    """Which columns or pairs are not zero: [rows, c] -> bool [rows, c / unit]."""
-    return np.asarray(in_groups(kernels.nonzero(values) != 0, unit).any(axis=2))
 
 
 def stored_twice(values: Array, meta: Array, packed: PackedWeight, first_row: int) -> FormatError:
     """The error to raise for a block of packed weights, a row of which stores a column in two windows."""
     windows = packed.pattern.lift_index(packed.k).reshape(-1, 4, packed.pattern.unit)[:, :, 0]
-    stored = _units(values, packed.pattern.unit)
+    stored = nonzero_units(values, packed.pattern.unit)
     row, column = next(
         (row, int(columns[count > 1][0]))
         for row in range(values.shape[0])
@@ -268,7 +263,7 @@ def quantized(weights: Array, kept: Array, dtype: DType) -> tuple[Array, Array]:
         scaled = weights * (t / safe)
     if not live.all():
         scaled = np.where(live, scaled, np.where(np.abs(weights) >= TINY, t, np.float32(0)))
-    if dtype.numpy == np.int8:
+    if dtype.numpy.kind == "i":
         np.rint(scaled, out=scaled)
     return np.clip(scaled, -t, t, out=scaled).astype(dtype.numpy), np.where(live, safe / t, np.float32(1))
 

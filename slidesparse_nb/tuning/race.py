@@ -20,7 +20,7 @@ import cupy
 import numpy as np
 
 from ..arch import Candidate
-from ..core.dtypes import BFLOAT16, FLOATS, INT8
+from ..core.dtypes import BFLOAT16, FLOATS
 from ..core.packed import PackedWeight
 from ..core.problem import GemmProblem
 from ..cuda import matmul
@@ -131,7 +131,7 @@ class Track:
                 calls[0]()
                 if wanted is None:
                     wanted = ys[0].copy()
-                elif not _same(ys[0], wanted, exactly=packed.dtype is INT8):
+                elif not _same(ys[0], wanted, exactly=packed.scheme.accumulator == np.int32):
                     wrong.append(way)
                     continue
                 lanes.append(Lane(way, self.clock.capture(calls), (calls, each)))

@@ -59,7 +59,8 @@ def check_product(y: Array, x: Array, packed: ss.PackedWeight) -> None:
     exact, got = q64 @ w.T, y.astype(np.float64)
     if not np.isfinite(got).all():
         raise ss.VerificationError(f"{np.count_nonzero(~np.isfinite(got))} of {got.size} sampled results are not finite")
-    if scale_x is not None and packed.dtype.name == "int8":
+    if packed.scheme.accumulator == np.int32:
+        assert scale_x is not None
         acc = exact.astype(np.int32).astype(np.float32)  # integers below 2^53: float64 added them exactly
         wanted = ((acc * scale_x) * packed.scale[:, 0]).astype(y.dtype)
         if differ := np.count_nonzero(wanted != y):
