@@ -20,7 +20,7 @@ from .core.checks import (
     share_memory,
 )
 from .core.dtypes import DType, packed_dtype
-from .core.packed import PackedWeight, QuantizedActivations, require_packed
+from .core.packed import PackedWeight, QuantizedActivations, require_matrix
 from .core.pattern import Pattern
 from .cpu import kernels
 from .cpu import matmul as cpu_matmul
@@ -64,7 +64,7 @@ def matmul(
         FormatError: the tensors of `packed` do not fit its shape.
         UnsupportedError: x is on a GPU, and CuPy is missing, or the GPU does not multiply such weights.
     """
-    require_packed(packed)
+    require_matrix(packed)
     if isinstance(x, QuantizedActivations):
         given = x.held
         if not isinstance(x.lead, tuple) or not all(isinstance(v, int) and v >= 0 for v in x.lead):
@@ -90,7 +90,7 @@ def workspace_bytes(m: int, packed: PackedWeight, out_dtype: Any) -> int:
         OperandError: m or out_dtype that cannot be.
         UnsupportedError: there is no GPU, no CuPy, or a GPU that does not multiply such weights.
     """
-    require_packed(packed)
+    require_matrix(packed)
     return int(_gemm("workspace_bytes").workspace_bytes(m, packed, out_dtype))
 
 

@@ -498,7 +498,7 @@ def test_small_modules_are_packed_together_and_each_is_named_alone(tmp_path: Pat
     source = models.write(tmp_path / "m.safetensors", parts)
     chosen = options(prune="magnitude", targets=("x.*",))
     ss.pack_checkpoint(source, tmp_path / "p.safetensors", chosen, FAST)
-    monkeypatch.setattr("slidesparse_nb.convert.to_packed.SMALL", -1)
+    monkeypatch.setattr("slidesparse_nb.convert.rows.SMALL", -1)
     ss.pack_checkpoint(source, tmp_path / "q.safetensors", chosen, FAST)
     assert (tmp_path / "p.safetensors").read_bytes() == (tmp_path / "q.safetensors").read_bytes()
     monkeypatch.undo()

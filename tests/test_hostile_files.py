@@ -355,7 +355,7 @@ HEADER = json.loads(slidesparse_metadata(Pattern(6, 8), INT8)["slidesparse"])
         ("[" * 100_000, "nested too deeply"),
         ('{"version": 1, "version": 1}', "key 'version' stands twice"),
         ("{}", "version None is unknown"),
-        (json.dumps(HEADER | {"version": 2}), "version 2 is unknown; this program reads version 1"),
+        (json.dumps(HEADER | {"version": 3}), "version 3 is unknown; this program reads versions 1 and 2"),
         (json.dumps(HEADER | {"version": "1"}), "version '1' is unknown"),
         (json.dumps(HEADER | {"version": True}), "version True is unknown"),
         (json.dumps(HEADER | {"version": 1.0}), "version 1.0 is unknown"),

@@ -30,6 +30,10 @@ from .packed_format import packed_names as packed_names
 from .packed_format import parse_metadata as parse_metadata
 from .packed_format import slidesparse_metadata as slidesparse_metadata
 from .safetensors import SafetensorsFile, SafetensorsWriter, TensorInfo, checked_path, file_state
+from .stacked import Stacked
+
+MOST_DIMENSIONS = 8
+"""Of a packed weight in a file."""
 
 
 class Checkpoint:
@@ -218,12 +222,18 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
         raise FormatError(f"{where}: is {info.code}, must be {rule} as metadata 'slidesparse' says")
     shape_info, shape_file = checkpoint.tensors[f"{module}.weight_shape"]
     place = f"{shape_file.path}: tensor {shown(shape_info.name)}"
-    if (shape_info.code, shape_info.shape) != ("I64", (2,)):
-        raise FormatError(f"{place}: is {shape_info.code} {shown(shape_info.shape)}, must be I64 (2,)")
-    n, k = shape_file.array(shape_info.name).tolist()
-    if problem := size_problem(header.pattern, (n, k), dtype):
+    lengths = range(3, MOST_DIMENSIONS + 1) if module in header.stacked else (2,)
+    if shape_info.code != "I64" or len(shape_info.shape) != 1 or shape_info.shape[0] not in lengths:
+        rule = " or ".join(f"({length},)" for length in lengths)
+        why = "is" if module in header.stacked else "is not"
+        raise FormatError(
+            f"{place}: is {shape_info.code} {shown(shape_info.shape)}, must be I64 {rule}: metadata 'slidesparse' says that"
+            f" the module {why} stacked"
+        )
+    packed_shape = tuple(shape_file.array(shape_info.name).tolist())
+    if problem := size_problem(header.pattern, packed_shape, dtype):
         raise FormatError(f"{place}: {problem}")
-    entries = packed_entries(module, header.pattern, dtype, (n, k))
+    entries = packed_entries(module, header.pattern, dtype, packed_shape)
     for name, code, shape in entries:
         if name not in checkpoint.tensors:
             raise FormatError(f"{where}: needs tensor {shown(name)}: missing")
@@ -231,10 +241,21 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
         if (found.code, found.shape) != (code, shape):
             raise FormatError(
                 f"{holder.path}: tensor {shown(name)}: is {found.code} {shown(found.shape)}, must be {code} {shape}"
-                f" for a weight of shape ({n}, {k}) at {header.pattern} in {dtype}"
+                f" for a weight of shape {packed_shape} at {header.pattern} in {dtype}"
             )
     values, meta, *scale, _ = (checkpoint.array(name) for name, _, _ in entries)
-    return PackedWeight(values, meta, scale[0] if scale else None, header.pattern, (n, k), dtype)
+    return PackedWeight(values, meta, scale[0] if scale else None, header.pattern, packed_shape, dtype)
+
+
+def read_stacked(checkpoint: Checkpoint) -> dict[str, Stacked]:
+    """The dense tensors of the packed weights that have leading dimensions, by module."""
+    return {
+        module: entry
+        for file in checkpoint.files
+        if (header := parse_metadata(file.metadata, file.path))
+        for module, entry in header.stacked.items()
+        if f"{module}.weight_packed" in file.tensors
+    }
 
 
 # ---- all at once -------------------------------------------------------------------------------------------------
@@ -249,7 +270,7 @@ def load(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> di
         names: which modules (for packed weights) and tensors; all of them by default. What is not chosen is not read.
 
     Returns:
-        module name -> PackedWeight [n, k], and tensor name -> array for every tensor that is no part of one.
+        module name -> PackedWeight [*lead, n, k], and tensor name -> array for every tensor that is no part of one.
 
     Raises:
         FormatError: a file is not what it says it is.
@@ -272,11 +293,12 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
     """Write packed weights (under their modules' names) and other tensors into one .safetensors file; `load` is the inverse.
 
     The file is written beside `path` and renamed, so that nobody sees half of one, and arrays loaded from an earlier file at
-    `path` stay as they are.
+    `path` stay as they are. A weight X with leading dimensions is of a dense tensor X.weight [*lead, n, k]: what another
+    checkpoint said of its dense form, `load` has not kept.
 
     Raises:
-        OperandError: a path that does not end in .safetensors, a type that the format lacks, two patterns in one file, or
-            names that would clash: whatever is saved, `load` reads back.
+        OperandError: a path that does not end in .safetensors, a type that the format lacks, two patterns in one file, more
+            than eight dimensions, or names that would clash: whatever is saved, `load` reads back.
         FormatError: a packed weight is inconsistent.
     """
     path = checked_path(path, "path")
@@ -291,6 +313,8 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
         if not isinstance(name, str):
             raise OperandError(f"tensors: name {shown(name)} must be a string")
         if isinstance(value, PackedWeight):
+            if len(value.shape) > MOST_DIMENSIONS:
+                raise OperandError(f"{shown(name)}: shape {value.shape} must have at most {MOST_DIMENSIONS} dimensions")
             parts = packed_arrays(name, value.validate(shown(name)))
             entries += packed_entries(name, value.pattern, value.dtype, value.shape)
         else:
@@ -302,8 +326,11 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
         raise OperandError(f"tensors: hold patterns {', '.join(map(str, patterns))}; a file has one, so save them separately")
     if why := unreadable({name: code for name, code, _ in entries}, packed.keys(), "tensors"):
         raise OperandError(f"{why}; rename it")
-    dtypes = {value.dtype for value in packed.values()}
-    metadata = slidesparse_metadata(patterns[0], dtypes.pop() if len(dtypes) == 1 else None) if packed else {"format": "pt"}
+    metadata = {"format": "pt"}
+    if packed:
+        dtypes = {value.dtype for value in packed.values()}
+        stacked = {name: Stacked.plain(name, value.dtype) for name, value in packed.items() if value.lead}
+        metadata = slidesparse_metadata(patterns[0], dtypes.pop() if len(dtypes) == 1 else None, stacked=stacked)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with SafetensorsWriter(beside, entries, metadata) as writer:

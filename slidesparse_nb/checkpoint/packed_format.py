@@ -1,10 +1,10 @@
-"""A packed weight as named tensors, and the metadata that says so: the packed format (docs/format.md), version 1."""
+"""A packed weight as named tensors, and the metadata that says so: the packed format (docs/format.md)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,13 @@ from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.untrusted_json import parse_json
 from ..errors import FormatError, OperandError, shown
+from .stacked import Stacked, parse_stacked, stacked_json
 
 VERSION = 1
-"""Of the packed format."""
+"""Of the packed format, where a file holds nothing that version 1 lacks."""
+
+VERSION_STACKED = 2
+"""With weights that have leading dimensions."""
 
 TOOL = f"slidesparse_nb {__version__}"
 
@@ -36,20 +40,25 @@ class PackedHeader:
         pattern: of all of them.
         dtype: of all of them, or None where they differ.
         tool: the program that wrote them, and its version.
+        stacked: module -> dense tensor, of those with leading dimensions; maybe of other files, too.
     """
 
     pattern: Pattern
     dtype: DType | None
     tool: str
+    stacked: Mapping[str, Stacked] = field(default_factory=dict)
 
 
-def slidesparse_metadata(pattern: Pattern, dtype: DType | None, tool: str | None = None) -> dict[str, str]:
+def slidesparse_metadata(
+    pattern: Pattern, dtype: DType | None, tool: str | None = None, stacked: Mapping[str, Stacked] | None = None
+) -> dict[str, str]:
     """`__metadata__` of a file with packed weights; `dtype` is None where they are of several types."""
     header = {
-        "version": VERSION,
+        "version": VERSION_STACKED if stacked else VERSION,
         "pattern": {"nnz": pattern.nnz, "group": pattern.group},
         "dtype": dtype.name if dtype else None,
         "tool": TOOL if tool is None else tool,
+        **({"stacked": stacked_json(stacked)} if stacked else {}),
     }
     return {"format": "pt", "slidesparse": json.dumps(header, separators=(",", ":"))}
 
@@ -65,10 +74,13 @@ def parse_metadata(metadata: Mapping[str, str], where: object = "__metadata__") 
     where = f"{where}: metadata 'slidesparse'"
     header = parse_json(metadata["slidesparse"].encode("utf-8"), where)
     version = header.get("version")
-    if type(version) is not int or version != VERSION:
-        raise FormatError(f"{where}: version {shown(version)} is unknown; this program reads version {VERSION}, update it")
-    if header.keys() != {"version", "pattern", "dtype", "tool"} or not isinstance(header["tool"], str):
-        raise FormatError(f"{where}: is {shown(header)}, must have exactly the keys version, pattern, dtype and tool")
+    if type(version) is not int or version not in (VERSION, VERSION_STACKED):
+        known = f"versions {VERSION} and {VERSION_STACKED}"
+        raise FormatError(f"{where}: version {shown(version)} is unknown; this program reads {known}, update it")
+    keys = ["version", "pattern", "dtype", "tool"] + ["stacked"] * (version == VERSION_STACKED)
+    if header.keys() != {*keys} or not isinstance(header["tool"], str):
+        raise FormatError(f"{where}: is {shown(header)}, must have exactly the keys {', '.join(keys[:-1])} and {keys[-1]}")
+    stacked = parse_stacked(header.get("stacked", {}), where)
     pattern, dtype = header["pattern"], header["dtype"]
     if not isinstance(pattern, dict) or pattern.keys() != {"nnz", "group"}:
         raise FormatError(f'{where}: pattern {shown(pattern)} must be like {{"nnz": 6, "group": 8}}')
@@ -76,7 +88,7 @@ def parse_metadata(metadata: Mapping[str, str], where: object = "__metadata__") 
     if dtype is not None and dtype not in names:
         raise FormatError(f"{where}: dtype {shown(dtype)} must be one of {', '.join(names)}, or null for several")
     try:
-        return PackedHeader(Pattern(**pattern), packed_dtype(dtype) if dtype is not None else None, header["tool"])
+        return PackedHeader(Pattern(**pattern), packed_dtype(dtype) if dtype is not None else None, header["tool"], stacked)
     except OperandError as error:
         raise FormatError(f"{where}: {error}") from error
 
@@ -85,17 +97,18 @@ def parse_metadata(metadata: Mapping[str, str], where: object = "__metadata__") 
 
 
 def packed_entries(
-    module: str, pattern: Pattern, dtype: DType, shape: tuple[int, int]
+    module: str, pattern: Pattern, dtype: DType, shape: tuple[int, ...]
 ) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, code, shape) of the tensors of a packed module whose dense weight is [n, k] = `shape`."""
-    n, ks = shape[0], pattern.slid_k(shape[1])
+    """(name, code, shape) of the tensors of a packed module whose weight is [*lead, n, k] = `shape`."""
+    *rows, k = shape
+    ks = pattern.slid_k(k)
     entries: list[tuple[str, str, tuple[int, ...]]] = [
-        (f"{module}.weight_packed", dtype.safetensors, (n, ks // 2)),
-        (f"{module}.weight_meta", "U8", (n, ks // 8)),
+        (f"{module}.weight_packed", dtype.safetensors, (*rows, ks // 2)),
+        (f"{module}.weight_meta", "U8", (*rows, ks // 8)),
     ]
     if dtype.qmax is not None:
-        entries.append((f"{module}.weight_scale", "F32", (n, 1)))
-    return [*entries, (f"{module}.weight_shape", "I64", (2,))]
+        entries.append((f"{module}.weight_scale", "F32", (*rows, 1)))
+    return [*entries, (f"{module}.weight_shape", "I64", (len(shape),))]
 
 
 def packed_names(module: str, packed: PackedWeight) -> list[str]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..checkpoint import Checkpoint, slidesparse_metadata
-from ..checkpoint.packed_format import TOOL, VERSION
+from ..checkpoint.packed_format import TOOL, VERSION, VERSION_STACKED
+from ..checkpoint.stacked import Stacked, stacked_json
 from ..core.dtypes import DType
 from ..core.pattern import Pattern
 from ..errors import UnsupportedError, shown
 from . import kinds
+from .module import Module
 from .select import QUANTIZED_CODES, QUANTIZED_PARTS, scale_problem
 from .sources import Source, without_statements
 
@@ -19,10 +21,17 @@ DENSE_MARK = "slidesparse_dense"
 """Metadata key of files in dense format; its value is that of "slidesparse" in packed ones."""
 
 
-def output_metadata(source: Checkpoint, format: str, pattern: Pattern, dtype: DType | None) -> dict[str, str]:
+def _stacked(modules: Iterable[Module]) -> dict[str, Stacked]:
+    """The dense tensors of those that are experts."""
+    return {module.name: module.stacked for module in modules if module.stacked is not None}
+
+
+def output_metadata(
+    source: Checkpoint, format: str, pattern: Pattern, dtype: DType | None, modules: Iterable[Module]
+) -> dict[str, str]:
     """`__metadata__` of the output's files: the source's own entries, and what they hold."""
     kept = {key: value for key, value in source.metadata.items() if key not in ("slidesparse", DENSE_MARK)}
-    mine = slidesparse_metadata(pattern, dtype)
+    mine = slidesparse_metadata(pattern, dtype, stacked=_stacked(modules) if format == "packed" else None)
     return {**kept, **(mine if format == "packed" else {"format": "pt", DENSE_MARK: mine["slidesparse"]})}
 
 
@@ -32,7 +41,13 @@ def is_ours(checkpoint: Checkpoint) -> bool:
 
 
 def output_config(
-    source: Checkpoint, said: Source, format: str, pattern: Pattern, dtype: DType, packed: Collection[str]
+    source: Checkpoint,
+    said: Source,
+    format: str,
+    pattern: Pattern,
+    dtype: DType,
+    modules: Collection[Module],
+    refused: Iterable[str] = (),
 ) -> dict[str, Any] | None:
     """The output's config.json; None if the source has none. Nothing that the source's config says of quantization is kept.
 
@@ -43,17 +58,18 @@ def output_config(
 
     Args:
         said: what the source says of itself.
-        packed: names of the modules that are packed.
+        modules: those that are packed. refused: names of others, which a real run would not leave as they are.
 
     Raises:
         UnsupportedError: a module stays quantized in a way that the output's config cannot describe.
     """
-    packed = set(packed)
+    stacked = _stacked(modules)
+    packed = {module.name for module in modules} | {*refused}
     kept = _kept_quantized(source, said, format, dtype, packed)
     if source.config is None:
         return None
     config = without_statements(source.config)
-    ignored = _ignored(source, said, {*packed, *kept})
+    ignored = _ignored(source, said, {*packed, *kept} - (stacked.keys() if format == "dense" else set()))
     facts = {
         "version": VERSION,
         "pattern": {"nnz": pattern.nnz, "group": pattern.group},
@@ -62,13 +78,14 @@ def output_config(
     if format == "packed":
         config["quantization_config"] = {
             "quant_method": "slidesparse",
-            "version": VERSION,
+            "version": VERSION_STACKED if stacked else VERSION,
             "format": "slidesparse-packed",
             "pattern": facts["pattern"],
             "weights": _weights(dtype),
             "input_activations": _activations(dtype),
             "ignore": ignored,
             "k_slice_unit": facts["k_slice_unit"],
+            **({"stacked": stacked_json(stacked)} if stacked else {}),
         }
         return config
     if dtype.qmax is not None:
@@ -162,7 +179,12 @@ def _ignored(source: Checkpoint, said: Source, quantized: set[str]) -> list[str]
     for name, (info, _) in source.tensors.items():
         module = name.removesuffix(".weight")
         parent, _, last = name.rpartition(".")
-        if len(info.shape) >= 2 and not {module, parent} & quantized and last not in QUANTIZED_PARTS:
+        if (
+            len(info.shape) >= 2
+            and not {module, parent} & quantized
+            and last not in QUANTIZED_PARTS
+            and not last.endswith("bias")
+        ):
             names.add(_entry(module))
             if module == name and kinds.stacked(name, info.shape, {}):
                 names.add(_entry(parent))  # experts: engines know the module by its parent's name

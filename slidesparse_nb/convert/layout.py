@@ -11,12 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..checkpoint import Checkpoint, index_bytes, shard_name, shard_plan
 from ..checkpoint.hf_folder import CONFIG, INDEX_SUFFIX
 from ..checkpoint.safetensors import header_bytes, naming, open_regular, tensor_bytes
-from ..core.dtypes import DType
+from ..core.dtypes import NUMPY_OF
 from ..core.file_kind import LOOKED_AT, POINTER, is_pointer
+from ..core.reference import dequantize
 from ..errors import FormatError
+from .module import Module
+from .options import UNIT_BYTES
 
 DEFAULT_SHARD = 5 * 10**9
 
@@ -151,17 +156,55 @@ class Layout:
         return ""
 
 
-def dense_entries(name: str, dtype: DType, shape: tuple[int, int]) -> tuple[Entry, ...]:
-    """The tensors of a module in dense format: the weight under its own name and, for 8 bits, one scale a row."""
-    weight = (f"{name}.weight", dtype.safetensors, shape)
-    return (weight,) if dtype.qmax is None else (weight, (f"{name}.weight_scale", "F32", (shape[0], 1)))
+def dense_entries(module: Module) -> tuple[Entry, ...]:
+    """The tensors of a module in dense format: the weight under its own name and, for 8 bits, one scale a row.
+
+    compressed-tensors has no layout for the quantized experts of a layer in one tensor, so they are dequantized.
+    """
+    if module.stacked is not None:
+        return ((module.weight, module.stacked.code, module.stacked.dense_shape(module.shape)),)
+    weight = (module.weight, module.dtype.safetensors, module.shape)
+    return (weight,) if module.dtype.qmax is None else (weight, (f"{module.name}.weight_scale", "F32", (module.n, 1)))
 
 
-def dense_pieces(name: str, q: Any, scale: Any, first: int) -> Iterator[Piece]:
-    """Rows from `first` on of those tensors."""
-    yield f"{name}.weight", first * q.shape[1] * q.itemsize, q
-    if scale is not None:
-        yield f"{name}.weight_scale", first * 4, scale
+def dense_item(module: Module, row_bytes: int, rows: Callable[[Module, int, int], tuple[Any, Any]]) -> Item:
+    """A module in dense format; experts are made one by one.
+
+    Args:
+        row_bytes: source bytes in a row.
+        rows: (matrix, first, last) -> stored values and scales (None of 16-bit types) of these rows of one matrix.
+    """
+    stacked = module.stacked
+
+    def make(first: int, last: int) -> Iterator[Piece]:
+        q, scale = rows(module, first, last)
+        yield module.weight, first * q.shape[1] * q.itemsize, q
+        if scale is not None:
+            yield f"{module.name}.weight_scale", first * 4, scale
+
+    def make_experts(first: int, last: int) -> Iterator[Piece]:
+        assert stacked is not None
+        for matrix in module.matrices()[first:last]:
+            dense = np.empty(matrix.shape, NUMPY_OF[stacked.code])
+            for a, b in row_ranges(matrix.n, row_bytes, UNIT_BYTES):
+                q, scale = rows(matrix, a, b)
+                dense[a:b] = q if scale is None else dequantize(q, scale)
+            yield module.weight, matrix.expert * dense.nbytes, dense.T if stacked.transposed else dense
+
+    if stacked is None:
+        return Item(module.name, dense_entries(module), module.n, row_bytes, make)
+    return Item(module.name, dense_entries(module), module.count, module.n * row_bytes, make_experts)
+
+
+def dequantized_notes(modules: Iterable[Module]) -> list[str]:
+    """Which tensors of experts the dense format holds dequantized."""
+    found = [m for m in modules if m.stacked is not None and m.dtype.qmax is not None]
+    if not found:
+        return []
+    return [
+        f"{len(found)} tensors of experts are written dequantized, in {found[0].stacked.dtype if found[0].stacked else ''}:"
+        " compressed-tensors has no layout for quantized experts in one tensor"
+    ]
 
 
 def row_ranges(rows: int, row_bytes: int, unit_bytes: int) -> Iterator[tuple[int, int]]:

@@ -18,32 +18,12 @@ from ..core.untrusted_json import uncollected
 from ..errors import FormatError, OperandError, SlideSparseError, UnsupportedError, VerificationError
 from .config_json import is_ours
 from .layout import Item, Layout, Piece
+from .module import Module
 from .options import UNIT_BYTES, ModuleReport, Report, Run
 from .proof import prove_files
-from .select import Module
 from .write import Staging, clear_leftovers, write_layout
 
 CONTINUE = "the same command with --resume continues"
-
-
-def extent(checkpoint: Checkpoint, module: Module) -> tuple[int, int]:
-    """Rows of a module and source bytes in each."""
-    info = checkpoint.tensors[module.weight][0]
-    return module.shape[0], info.nbytes // max(1, module.shape[0])
-
-
-def release_rows(checkpoint: Checkpoint, module: Module, first: int, last: int) -> None:
-    """Let go of the memory behind rows of the source."""
-    row_bytes = extent(checkpoint, module)[1]
-    checkpoint.release(module.weight, first * row_bytes, last * row_bytes)
-
-
-def source_scale(checkpoint: Checkpoint, module: Module, first: int, last: int) -> Any:
-    """Scales of already quantized rows, one number or [rows, 1]; None for other weights."""
-    if module.scale is None:
-        return None
-    scales = checkpoint.array(module.scale)
-    return scales if scales.size == 1 else scales.reshape(-1, 1)[first:last]
 
 
 def output_target(source: Path, checkpoint: Checkpoint, out: str | os.PathLike[str] | None, label: str) -> tuple[Path, bool]:
@@ -139,7 +119,7 @@ def new_report(
     sizes = {item.name: item.nbytes for shard in layout.shards for item in shard.items if not item.copied}
     rows = []
     for module in modules:
-        n, k = module.shape
+        n, k = module.rows, module.k
         source_bytes = sum(checkpoint.tensors[name][0].nbytes for name in module.replaced)
         bits = 8 * sizes[module.name] / max(1, n * k)
         rows.append(

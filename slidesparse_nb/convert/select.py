@@ -9,16 +9,18 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.safetensors import TensorInfo
+from ..checkpoint.stacked import Stacked
 from ..core import dtypes
 from ..core.dtypes import DType
 from ..core.pattern import Pattern
 from ..errors import OperandError, UnsupportedError, VerificationError, shown
 from . import kinds
+from .module import Module
 from .sources import Source, read_source
 
 SOURCE_CODES = ("F32", "F16", "BF16", "F8_E4M3", "I8")
@@ -31,31 +33,6 @@ APART = " (the tensor)"
 """After the name of a tensor X in a selection where X.weight, a module's, is beside it."""
 QUANTIZED_PARTS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
 """Tensors of an 8-bit layer that packing replaces."""
-
-
-@dataclass(frozen=True)
-class Module:
-    """One linear layer X: its tensors in the checkpoint and the type it will be stored in.
-
-    Attributes:
-        name: X, where the weight is `X.weight`.
-        shape: (n, k).
-        code: safetensors code of the source weight.
-        dtype: the packed type.
-        scale: name of the source's scale tensor, if the weight is already quantized.
-        replaced: source tensors that packing replaces or makes meaningless.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    code: str
-    dtype: DType
-    scale: str | None
-    replaced: tuple[str, ...]
-
-    @property
-    def weight(self) -> str:
-        return f"{self.name}.weight"
 
 
 @dataclass
@@ -151,8 +128,9 @@ def select(
     tensors = {name: info for name, (info, _) in checkpoint.tensors.items()}
     shapes = {name: info.shape for name, info in tensors.items()}
     candidates = {name[:-7]: info for name, info in tensors.items() if name.endswith(".weight") and len(info.shape) == 2}
+    stacks = {name.removesuffix(".weight") for name, info in tensors.items() if _is_stack(name, info, shapes, candidates)}
     roles = {name: kinds.not_linear(name, info.shape, source.vocabularies) for name, info in candidates.items()}
-    targeted, astray = matcher(targets, "targets", candidates)
+    targeted, astray = matcher(targets, "targets", [*candidates, *stacks])
     if astray:
         example = next((name for name, role in roles.items() if role is None), "layers.0.mlp.up_proj")
         raise OperandError(
@@ -174,7 +152,15 @@ def select(
     for name, info in tensors.items():
         module = name.removesuffix(".weight")
         if module not in candidates or name == module:
-            _other(selection, info, shapes, ignored, name if name not in candidates else name + APART)
+            called = name if name not in candidates else name + APART
+            if (by := ignored(name) or ignored(module)) is not None and _is_matrix(info):
+                selection.left_dense[called] = f"ignored by {shown(by)}"
+            elif module in stacks:
+                _stack(selection, info, scheme, pattern, "" if not targets or targeted(module) else "not among the targets")
+            elif _is_matrix(info):
+                selection.left_dense[called] = (
+                    "not named .weight" if len(info.shape) == 2 else f"of {len(info.shape)} dimensions"
+                )
         elif (by := ignored(module)) is not None:
             selection.left_dense[module] = f"ignored by {shown(by)}"
         elif targets and targeted(module) is None:
@@ -214,24 +200,38 @@ def select(
     return selection
 
 
-def _other(selection: Selection, info: TensorInfo, shapes: kinds.Shapes, ignored: Matcher, called: str) -> None:
-    """Account for a tensor that is no `X.weight` of two dimensions: experts are bad, other matrices are left dense.
+def _is_matrix(info: TensorInfo) -> bool:
+    """Whether a tensor that is no `X.weight` of two dimensions is to be accounted for by name."""
+    return len(info.shape) > 2 or (len(info.shape) == 2 and info.name.rpartition(".")[2] not in QUANTIZED_PARTS)
 
-    `called`: its name in the selection; a tensor X beside X.weight needs another than X.
-    """
-    name, shape = info.name, list(info.shape)
-    if len(shape) < 2 or (len(shape) == 2 and name.rpartition(".")[2] in QUANTIZED_PARTS):
+
+def _is_stack(name: str, info: TensorInfo, shapes: kinds.Shapes, candidates: Collection[str]) -> bool:
+    """Whether a tensor holds the experts of a layer."""
+    single = len(info.shape) == 2 and name.endswith(".weight") and name[:-7] in candidates
+    readable = info.code in (*SOURCE_CODES, "F64") and _is_matrix(info)
+    return not single and readable and kinds.stacked(name, info.shape, shapes) is not None
+
+
+def _stack(selection: Selection, info: TensorInfo, scheme: str, pattern: Pattern | None, left: str) -> None:
+    """Append the experts of a layer, or say why not; `left`: why they stay dense by choice."""
+    name, source = info.name.removesuffix(".weight"), selection.source
+    if left or (source.quantized and info.code in FLOAT_CODES):
+        selection.left_dense[info.name] = left or f"not quantized in the source ({info.code})"
         return
-    if (by := ignored(name) or ignored(name.removesuffix(".weight"))) is not None:
-        selection.left_dense[called] = f"ignored by {shown(by)}"
-    elif info.code in (*SOURCE_CODES, "F64") and kinds.stacked(name, info.shape, shapes):
-        selection.bad[called] = (
-            f"{shown(name)}: stacked experts {shape} are not supported yet; unstack them into one weight an expert"
+    if info.code not in FLOAT_CODES or info.code == "F64":
+        selection.bad[info.name] = (
+            f"{shown(info.name)}: stacked experts {list(info.shape)} of type {info.code} cannot be packed; convert them to one"
+            " of F32, F16, BF16"
         )
-    elif len(shape) == 2:
-        selection.left_dense[called] = "not named .weight"
+        return
+    dtype = _stored_dtype(info.code, scheme)
+    found = source.experts.of(info.name, info.shape, info.code, dtype)
+    if isinstance(found, str):
+        selection.bad[info.name] = f"{shown(info.name)}: {found}"
+    elif pattern is not None and found[1][-1] < pattern.group:
+        selection.left_dense[info.name] = f"narrower than a group of {pattern}"
     else:
-        selection.left_dense[called] = f"of {len(shape)} dimensions"
+        selection.modules.append(Module(name, found[1], info.code, dtype, None, (info.name,), found[0]))
 
 
 def tensor_of(checkpoint: Checkpoint, name: str) -> str:
@@ -289,8 +289,7 @@ def _add(selection: Selection, name: str, info: TensorInfo, checkpoint: Checkpoi
     """Append one module, or say in `selection.bad` why it cannot be packed."""
     tensors, code = checkpoint.tensors, info.code
     shape = (info.shape[0], info.shape[1])
-    source = {"F32": dtypes.BFLOAT16}.get(code) or next(t for t in dtypes.PACKED if t.safetensors == code)
-    dtype = source if scheme == "auto" else dtypes.packed_dtype(scheme)
+    source, dtype = _stored_dtype(code, "auto"), _stored_dtype(code, scheme)
     parts = QUANTIZED_PARTS if code in QUANTIZED_CODES else ()
     companions = tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in tensors)
     scale = None
@@ -305,6 +304,13 @@ def _add(selection: Selection, name: str, info: TensorInfo, checkpoint: Checkpoi
                 " the unquantized model"
             )
     selection.modules.append(Module(name, shape, code, dtype, scale, (info.name, *companions)))
+
+
+def _stored_dtype(code: str, scheme: str) -> DType:
+    """The type that weights of a source type are packed in."""
+    if scheme != "auto":
+        return dtypes.packed_dtype(scheme)
+    return dtypes.BFLOAT16 if code == "F32" else next(t for t in dtypes.PACKED if t.safetensors == code)
 
 
 def scale_problem(checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | None:
@@ -326,8 +332,11 @@ def scale_problem(checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | 
     return None
 
 
-def named(checkpoint: Checkpoint, stored: Mapping[str, DType]) -> dict[str, Module]:
+def named(checkpoint: Checkpoint, stored: Mapping[str, DType], stacked: Mapping[str, Stacked]) -> dict[str, Module]:
     """Modules by their exact names, whatever their role and their siblings, with the types they are stored in.
+
+    Args:
+        stored: by module. stacked: what the packed checkpoint says of the dense tensors of those that are experts.
 
     Raises:
         VerificationError: the weight of that name could not have been packed into that type.
@@ -335,6 +344,14 @@ def named(checkpoint: Checkpoint, stored: Mapping[str, DType]) -> dict[str, Modu
     """
     selection = Selection(source=read_source(checkpoint))
     for name, dtype in stored.items():
+        if name in stacked:
+            info = checkpoint.tensors[stacked[name].tensor][0]
+            _stack(selection, info, dtype.scheme, None, "")
+            if not selection.modules or selection.modules[-1].stacked != stacked[name]:
+                reason = selection.bad.get(info.name) or f"{info.name}: the source's model type stores its experts otherwise"
+                raise VerificationError(f"{reason} (it could not have been packed as {stacked[name].axes!r})")
+            selection.modules[-1] = replace(selection.modules[-1], name=name)
+            continue
         info = checkpoint.tensors[f"{name}.weight"][0]
         if info.code not in SOURCE_CODES or (info.code in QUANTIZED_CODES and info.code != dtype.safetensors):
             raise VerificationError(f"{name}.weight: {info.code} weights of the source could not have been packed as {dtype}")

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,14 +34,16 @@ _LEGAL_BYTE[[low | high << 4 for low in ORDERED_NIBBLES for high in ORDERED_NIBB
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """Weights w [n, k] of a (2N-2):2N pattern, as 2:4 windows: kept values and their 2-bit indices.
+    """Weights w [*lead, n, k] of a (2N-2):2N pattern, as 2:4 windows: kept values and their 2-bit indices.
+
+    Most weights have no leading dimensions; the experts of a layer have one, [e, n, k], and `packed[i]` is expert i.
 
     Attributes:
-        values: [n, ks/2] of `dtype`, the two kept values of each window, windows in order.
-        meta: [n, ks/8] uint8, one nibble a window (i0 | i1 << 2, i0 < i1), low nibble first.
-        scale: [n, 1] float32, w ~= values * scale; None for 16-bit values.
+        values: [*lead, n, ks/2] of `dtype`, the two kept values of each window, windows in order.
+        meta: [*lead, n, ks/8] uint8, one nibble a window (i0 | i1 << 2, i0 < i1), low nibble first.
+        scale: [*lead, n, 1] float32, w ~= values * scale; None for 16-bit values.
         pattern: the Pattern.
-        shape: logical (n, k), before k is padded to the slice unit.
+        shape: logical (*lead, n, k), before k is padded to the slice unit.
         dtype: storage type of `values`.
         arranged: per device, what its kernels load; made on first use, and by `to_device`.
 
@@ -53,7 +55,7 @@ class PackedWeight:
     meta: Any
     scale: Any
     pattern: Pattern
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: DType
     arranged: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -62,12 +64,17 @@ class PackedWeight:
             object.__setattr__(self, "shape", tuple(map(operator.index, self.shape)))
 
     @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading dimensions: () for one matrix, (e,) for e experts."""
+        return self.shape[:-2]
+
+    @property
     def n(self) -> int:
-        return self.shape[0]
+        return self.shape[-2]
 
     @property
     def k(self) -> int:
-        return self.shape[1]
+        return self.shape[-1]
 
     @property
     def ks(self) -> int:
@@ -82,7 +89,7 @@ class PackedWeight:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits over logical weights, padding and scales included."""
-        return 8 * self.nbytes / max(1, self.n * self.k)
+        return 8 * self.nbytes / max(1, math.prod(self.shape))
 
     def __repr__(self) -> str:
         try:
@@ -90,7 +97,7 @@ class PackedWeight:
         except FormatError as error:
             return f"PackedWeight(invalid: {error})"
         size = f"{self.bits_per_weight:.2f} bits a weight"
-        return f"PackedWeight({self.n} x {self.k}, {self.pattern.described}, {self.dtype}, {size})"
+        return f"PackedWeight({' x '.join(map(str, self.shape))}, {self.pattern.described}, {self.dtype}, {size})"
 
     # ---- named tensors
 
@@ -106,8 +113,9 @@ class PackedWeight:
         """The packed weight of a module from its tensors of the packed format (docs/format.md); nothing is copied.
 
         Args:
-            tensors: by name, NumPy or CuPy: weight_packed [n, ks/2] of `dtype` or its bits; weight_meta [n, ks/8] uint8;
-                weight_scale [n, 1] float32, for 8-bit types only; weight_shape [2], the integers n and k. Others are not read.
+            tensors: by name, NumPy or CuPy: weight_packed [*lead, n, ks/2] of `dtype` or its bits; weight_meta [*lead, n,
+                ks/8] uint8; weight_scale [*lead, n, 1] float32, for 8-bit types only; weight_shape, the integers *lead, n and
+                k. Others are not read.
             pattern: "6:8", (6, 8) or a Pattern: a file's metadata tell it.
             dtype: storage type, by name or NumPy dtype; by default that of weight_packed. Needed if those are raw bits.
             name: the module's, before the dot in the tensors' names; "" if they are bare, as in a module's own state.
@@ -128,7 +136,7 @@ class PackedWeight:
         return cls(**given, pattern=pattern, shape=shape, dtype=stored).validate(name or "packed")
 
     def tensors(self, name: str = "") -> dict[str, Any]:
-        """The tensors of the packed format, as `from_tensors` takes them: these arrays themselves, and int64 [2] on the host.
+        """The tensors of the packed format, as `from_tensors` takes them: these arrays themselves, and the shape on the host.
 
         Args:
             name: of the module; "" for bare names.
@@ -145,18 +153,17 @@ class PackedWeight:
     # ---- parts, for tensor parallelism and fused layers
 
     def rows(self, a: int, b: int) -> PackedWeight:
-        """Outputs a to b-1 (column parallelism, one of q/k/v): shape (b - a, k); views, arranged for no device yet.
+        """Outputs a to b-1 (column parallelism, one of q/k/v): shape (*lead, b - a, k); views, arranged for no device yet.
 
         Raises:
             OperandError: not 0 <= a <= b <= n.
             FormatError: a tensor has the wrong dtype or shape.
         """
-        a, b = self._range("rows", a, b, 0, 1)
-        scale = None if self.scale is None else self.scale[a:b]
-        return replace(self, values=self.values[a:b], meta=self.meta[a:b], scale=scale, shape=(b - a, self.k))
+        a, b = self._range("rows", a, b, -2, 1)
+        return self._cut(lambda part: part[..., a:b, :], (*self.lead, b - a, self.k))
 
     def columns(self, a: int, b: int) -> PackedWeight:
-        """Inputs a to b-1 (row parallelism): shape (n, b - a); views, arranged for no device yet.
+        """Inputs a to b-1 (row parallelism): shape (*lead, n, b - a); views, arranged for no device yet.
 
         The parts' products with x[..., a:b] add up to the product of the whole. Scales stay those of whole rows, so 8-bit
         parts are not what `pack` makes of w[:, a:b]. If x is quantized part by part, each part has scales of its own.
@@ -168,10 +175,41 @@ class PackedWeight:
             OperandError: another cut, or not 0 <= a <= b <= k.
             FormatError: a tensor has the wrong dtype or shape.
         """
-        a, b = self._range("columns", a, b, 1, self.pattern.slice_unit)
+        a, b = self._range("columns", a, b, -1, self.pattern.slice_unit)
         start, stop = self.pattern.slid_k(a), self.pattern.slid_k(b)
-        values, meta = self.values[:, start // 2 : stop // 2], self.meta[:, start // 8 : stop // 8]
-        return replace(self, values=values, meta=meta, shape=(self.n, b - a))
+        values, meta = self.values[..., start // 2 : stop // 2], self.meta[..., start // 8 : stop // 8]
+        return replace(self, values=values, meta=meta, shape=(*self.lead, self.n, b - a))
+
+    def __getitem__(self, i: int) -> PackedWeight:
+        """The weight at i of the first leading dimension (expert i), from the end if i < 0: views, arranged for no device yet.
+
+        Raises:
+            OperandError: there are no leading dimensions, or i is no integer within the first.
+            FormatError: a tensor has the wrong dtype or shape.
+        """
+        self.check_shapes()
+        if not self.lead:
+            raise OperandError(f"packed: is one matrix {self.shape}, not a stack; cut it with rows(a, b) or columns(a, b)")
+        try:
+            at = operator.index(i)
+        except TypeError:
+            raise OperandError(f"packed: index {shown(i)} must be an integer") from None
+        if not -self.lead[0] <= at < self.lead[0]:
+            raise OperandError(f"packed: index {shown(i)} must be below {self.lead[0]}, the first dimension of {self.shape}")
+        return self._cut(lambda part: part[at], self.shape[1:])
+
+    def __iter__(self) -> Iterator[PackedWeight]:
+        """The weights of the first leading dimension, in order."""
+        return (self[i] for i in range(self.lead[0] if self.lead else 1))
+
+    def matrices(self) -> list[PackedWeight]:
+        """Its matrices of shape (n, k), in order: itself if it is one, or every expert; views, arranged for no device yet."""
+        return [matrix for weight in self for matrix in weight.matrices()] if self.lead else [self]
+
+    def _cut(self, cut: Callable[[Any], Any], shape: tuple[int, ...]) -> PackedWeight:
+        """The weight of `shape` that has `cut` of every array."""
+        scale = None if self.scale is None else cut(self.scale)
+        return replace(self, values=cut(self.values), meta=cut(self.meta), scale=scale, shape=shape)
 
     def _range(self, of: str, a: int, b: int, axis: int, unit: int) -> tuple[int, int]:
         """a and b as integers, or OperandError unless the axis may be cut there."""
@@ -197,33 +235,61 @@ class PackedWeight:
         """Weights of the same x as one, outputs below outputs (fused q/k/v, gate/up); the inverse of `rows`. Copies.
 
         Args:
-            weights: shapes (n_i, k) of one k, pattern and dtype, in one place: all on the host, or all on one GPU.
+            weights: shapes (*lead, n_i, k) of one lead, k, pattern and dtype, in one place: all on the host, or all on one GPU.
 
         Returns:
-            Shape (sum of n_i, k), where the weights are; raw bits if one of them holds raw bits.
+            Shape (*lead, sum of n_i, k), where the weights are; raw bits if one of them holds raw bits.
 
         Raises:
             OperandError: there is none, one is no PackedWeight, they differ, or they are too large together.
             FormatError: a tensor has the wrong dtype or shape.
         """
-        listed = list(weights) if isinstance(weights, Iterable) else []
+        listed = cls._alike(weights, ("lead", "k"))
+        shape = (*listed[0].lead, sum(weight.n for weight in listed), listed[0].k)
+        return cls._joined(listed, shape, lambda parts: np.concatenate(parts, axis=-2))
+
+    @classmethod
+    def stack(cls, weights: Iterable[PackedWeight]) -> PackedWeight:
+        """Weights as one with a leading dimension more (the experts of a layer): `stack(weights)[i]` is weights[i]. Copies.
+
+        Args:
+            weights: e of one shape, pattern and dtype, in one place: all on the host, or all on one GPU.
+
+        Returns:
+            Shape (e, *shape), where the weights are; raw bits if one of them holds raw bits.
+
+        Raises:
+            As `concat`.
+        """
+        listed = cls._alike(weights, ("shape",))
+        return cls._joined(listed, (len(listed), *listed[0].shape), np.stack)
+
+    @classmethod
+    def _alike(cls, weights: Iterable[PackedWeight], facts: tuple[str, ...]) -> list[PackedWeight]:
+        """The weights as a list, or OperandError unless they can be joined: these facts, pattern, dtype and place agree."""
+        listed = list(weights) if isinstance(weights, Iterable) and not isinstance(weights, PackedWeight) else []
         if not listed:
             raise OperandError(f"weights: {shown(weights)} must be a list of PackedWeights, at least one")
         first = require_packed(listed[0], "weights[0]")
         for i, weight in enumerate(listed):
             require_packed(weight, f"weights[{i}]").check_shapes(f"weights[{i}]")
-            for fact in ("k", "pattern", "dtype", "_place"):
+            for fact in (*facts, "pattern", "dtype", "_place"):
                 if (found := getattr(weight, fact)) != (wanted := getattr(first, fact)):
                     raise OperandError(f"weights[{i}].{fact.strip('_')}: {found} must be {wanted}, as of weights[0]")
-        shape = (sum(weight.n for weight in listed), first.k)
+        return listed
+
+    @classmethod
+    def _joined(cls, weights: list[PackedWeight], shape: tuple[int, ...], join: Callable[[list[Any]], Any]) -> PackedWeight:
+        """Weights that are `_alike` as one of `shape`; `join` makes one array of those of each part."""
+        first = weights[0]
         if problem := size_problem(first.pattern, shape, first.dtype):
             raise OperandError(f"weights: together {problem}")
         raw = first.dtype.raw  # CuPy joins no bfloat16
-        parts = [[w.values.view(raw) for w in listed], [w.meta for w in listed], [w.scale for w in listed]]
+        parts = [[w.values.view(raw) for w in weights], [w.meta for w in weights], [w.scale for w in weights]]
         with contextlib.nullcontext() if isinstance(first.values, np.ndarray) else first.values.device:
             # NumPy hands CuPy's arrays to CuPy
-            values, meta, *scale = (np.concatenate(part) for part in parts if part[0] is not None)
-        stored = first.values.dtype if len({w.values.dtype for w in listed}) == 1 else raw
+            values, meta, *scale = (join(part) for part in parts if part[0] is not None)
+        stored = first.values.dtype if len({w.values.dtype for w in weights}) == 1 else raw
         return cls(values.view(stored), meta, scale[0] if scale else None, first.pattern, shape, first.dtype)
 
     @property
@@ -274,17 +340,17 @@ class PackedWeight:
             for part, kind in (("pattern", Pattern), ("dtype", DType)):
                 if not isinstance(value := getattr(self, part), kind):
                     raise FormatError(f"{name}.{part}: {shown(value)} must be a {kind.__name__}; pack or load makes it so")
-        if not isinstance(self.shape, tuple) or len(self.shape) != 2 or not all(isinstance(v, int) for v in self.shape):
-            raise FormatError(f"{name}.shape: {shown(self.shape)} must be two integers (n, k)")
+        if not isinstance(self.shape, tuple) or len(self.shape) < 2 or not all(isinstance(v, int) for v in self.shape):
+            raise FormatError(f"{name}.shape: {shown(self.shape)} must be two integers (n, k), or more, (*lead, n, k)")
         if problem := size_problem(self.pattern, self.shape, self.dtype):
             raise FormatError(f"{name}: {problem}")
-        n, k = self.shape
-        wanted: list[tuple[str, Any, tuple[int, int], tuple[np.dtype[Any], ...]]] = [
-            ("values", self.values, (n, self.ks // 2), (self.dtype.numpy, self.dtype.raw)),
-            ("meta", self.meta, (n, self.ks // 8), (np.dtype(np.uint8),)),
+        rows = self.shape[:-1]
+        wanted: list[tuple[str, Any, tuple[int, ...], tuple[np.dtype[Any], ...]]] = [
+            ("values", self.values, (*rows, self.ks // 2), (self.dtype.numpy, self.dtype.raw)),
+            ("meta", self.meta, (*rows, self.ks // 8), (np.dtype(np.uint8),)),
         ]
         if self.dtype.qmax is not None:
-            wanted.append(("scale", self.scale, (n, 1), (FLOAT32,)))
+            wanted.append(("scale", self.scale, (*rows, 1), (FLOAT32,)))
         elif self.scale is not None:
             raise FormatError(f"{name}.scale: {self.dtype} values carry no scale; remove it")
         for part, array, shape, dtypes in wanted:
@@ -297,30 +363,35 @@ class PackedWeight:
             if tuple(array.shape) != shape or array.dtype not in dtypes:
                 raise FormatError(
                     f"{name}.{part}: is {array.dtype} {tuple(array.shape)}, must be {dtypes[0]} {shape}"
-                    f" for a weight of shape ({n}, {k}) at {self.pattern}"
+                    f" for a weight of shape {self.shape} at {self.pattern}"
                 )
 
     def _check_contents(self, name: str, first_row: int) -> None:
         if not (legal := _LEGAL_BYTE[self.meta]).all():
-            row, column = map(int, np.argwhere(~legal)[0])
+            *lead, row, column = at = tuple(map(int, np.argwhere(~legal)[0]))
             raise FormatError(
-                f"{name}.meta: byte 0x{int(self.meta[row, column]):02x} at row {first_row + row}, column {column} holds a"
+                f"{name}.meta: byte 0x{int(self.meta[at]):02x} at {_expert(lead)}row {first_row + row}, column {column} holds a"
                 " nibble out of order; every nibble must be i0 | i1 << 2 with i0 < i1"
             )
         if self.scale is not None and not (good := np.isfinite(self.scale) & (self.scale >= 0)).all():
-            row = int(np.flatnonzero(~good[:, 0])[0])
+            *lead, row, _ = at = tuple(map(int, np.argwhere(~good)[0]))
             raise FormatError(
-                f"{name}.scale: {float(self.scale[row, 0])} at row {first_row + row} must be finite and not negative"
+                f"{name}.scale: {float(self.scale[at])} at {_expert(lead)}row {first_row + row} must be finite and not negative"
             )
 
 
-def size_problem(pattern: Pattern, shape: tuple[int, int], dtype: DType) -> str:
+def _expert(lead: Iterable[int]) -> str:
+    """The beginning of a place in a weight with leading dimensions."""
+    return "".join(f"expert {i}, " for i in lead)
+
+
+def size_problem(pattern: Pattern, shape: tuple[int, ...], dtype: DType) -> str:
     """What forbids weights of this shape: one sentence without its subject and full stop; "" if nothing does."""
-    n, k = shape
-    if n < 0 or k < 0:
-        return f"shape ({n}, {k}) must not be negative"
-    if max(n, k) > LARGEST_DIMENSION:
-        return f"shape ({n}, {k}) must be below 2^31 in both dimensions"
+    k = shape[-1]
+    if min(shape) < 0:
+        return f"shape {shape} must not be negative"
+    if max(math.prod(shape[:-1]), k) > LARGEST_DIMENSION:
+        return f"shape {shape} must be below 2^31 in both dimensions" + ", the rows of all experts together" * (len(shape) > 2)
     if dtype == INT8 and (slots := pattern.slid_k(k) // 2) > LARGEST_INT8_SLOTS:
         return (
             f"k={k} takes {slots} slots at pattern {pattern}, and int8 products of more than {LARGEST_INT8_SLOTS} could"
@@ -339,6 +410,14 @@ def require_packed(packed: object, name: str = "packed") -> PackedWeight:
     if not isinstance(packed, PackedWeight):
         raise OperandError(f"{name}: {type(packed).__name__} must be a PackedWeight; pack(w) or load(path) makes one")
     return packed
+
+
+def require_matrix(packed: object) -> PackedWeight:
+    """`packed`, or OperandError unless it is a PackedWeight without leading dimensions."""
+    weight = require_packed(packed)
+    if isinstance(weight.shape, tuple) and weight.lead:  # what is no shape, check_shapes refuses
+        raise OperandError(f"packed: shape {weight.shape} is a stack; multiply its matrices one by one, packed[i]")
+    return weight
 
 
 @dataclass(frozen=True, eq=False)

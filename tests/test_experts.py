@@ -1,0 +1,237 @@
+"""Weights with leading dimensions, and the experts of a layer in one tensor: packed, verified and unpacked where the model type
+tells how they are stored, and refused by name elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+from cases import SMALL, Array, drop_two
+from hypothesis import given
+from hypothesis import strategies as st
+
+import slidesparse_nb as ss
+from slidesparse_nb.core import reference
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8, PACKED, DType
+from slidesparse_nb.core.pattern import Pattern
+
+E, D, F = 3, 32, 24
+"""Experts, hidden size, width of an expert."""
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": E, "hidden_size": D, "moe_intermediate_size": F, "intermediate_size": 5 * F},
+    "mixtral": {"num_local_experts": E, "hidden_size": D, "intermediate_size": F},
+    "gpt_oss": {"num_local_experts": E, "hidden_size": D, "intermediate_size": F},
+    "granitemoe": {"num_local_experts": E, "hidden_size": D, "intermediate_size": F},
+    "dbrx": {"d_model": D, "ffn_config": {"ffn_hidden_size": F, "moe_num_experts": E}},
+    "llama4": {
+        "text_config": {
+            "model_type": "llama4_text", "num_local_experts": E, "hidden_size": D, "intermediate_size": F,
+            "intermediate_size_mlp": 5 * F,
+        },
+        "vision_config": {"model_type": "llama4_vision_model", "hidden_size": 5 * D, "intermediate_size": 7 * F},
+    },
+}  # fmt: skip
+
+LAYERS = {
+    "qwen3_moe": "model.layers.0.mlp", "mixtral": "model.layers.0.mlp", "gpt_oss": "model.layers.0.mlp",
+    "granitemoe": "model.layers.0.block_sparse_moe", "dbrx": "transformer.blocks.0.ffn",
+    "llama4": "language_model.model.layers.0.feed_forward",
+}  # fmt: skip
+
+ROUTERS = {"gpt_oss": "router", "granitemoe": "router.layer", "dbrx": "router.layer", "llama4": "router"}
+
+
+def matrices(seed: int, *shape: int) -> Array:
+    """[e, n, k] that obey 6:8 along k."""
+    w = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return reference.prune(w.reshape(-1, shape[-1]), Pattern(6, 8)).reshape(shape)
+
+
+def layer(kind: str, dtype: Any = models.BF16, seed: int = 0) -> tuple[dict[str, Array], dict[str, Array]]:
+    """A layer of a model type: its tensors as the type stores them, and its experts [e, n, k] by the names of modules."""
+    at = LAYERS[kind]
+    gate_up, down = matrices(seed, E, 2 * F, D).astype(dtype), matrices(seed + 1, E, D, F).astype(dtype)
+    if kind == "dbrx":
+        logical = {"experts.mlp.w1": gate_up[:, :F], "experts.mlp.v1": gate_up[:, F:], "experts.mlp.w2": down}
+        stored = {
+            f"{at}.{name}": (w.transpose(0, 2, 1) if name.endswith("w2") else w).reshape(E * F, D)
+            for name, w in logical.items()
+        }
+    elif kind == "granitemoe":
+        logical = {"input_linear": gate_up, "output_linear": down}
+        stored = {f"{at}.{name}.weight": w for name, w in logical.items()}
+    else:
+        logical = {"experts.gate_up_proj": gate_up, "experts.down_proj": down}
+        turned = kind in ("gpt_oss", "llama4")
+        stored = {f"{at}.{name}": w.transpose(0, 2, 1) if turned else w for name, w in logical.items()}
+    if kind == "gpt_oss":
+        stored |= {f"{at}.experts.gate_up_proj_bias": np.ones((E, 2 * F), dtype)}
+    stored[f"{at}.{ROUTERS.get(kind, 'gate')}.weight"] = np.ones((E, D), dtype)
+    attention = at.rpartition(".")[0] + ".self_attn.o_proj"
+    stored[f"{attention}.weight"] = matrices(seed + 2, 1, D, D)[0].astype(dtype)
+    logical = {f"{at}.{name}": np.ascontiguousarray(w) for name, w in logical.items()}
+    return {name: np.ascontiguousarray(w) for name, w in stored.items()}, logical
+
+
+def folder(path: Path, kind: str, parts: dict[str, Array] | None = None, **changes: Any) -> Path:
+    models.folder(path, layer(kind)[0] if parts is None else parts)
+    (path / "config.json").write_text(json.dumps({"model_type": kind, **CONFIGS[kind], **changes}))
+    return path
+
+
+FAST = ss.Run(max_workers=2)
+
+
+# ---- a weight of several matrices ------------------------------------------------------------------------------------
+
+
+@given(
+    pattern=st.sampled_from(SMALL), dtype=st.sampled_from(PACKED), lead=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+    n=st.integers(1, 5), k=st.integers(1, 60), seed=st.integers(0, 2**32 - 1), data=st.data(),
+)  # fmt: skip
+def test_a_stack_is_its_matrices(
+    pattern: Pattern, dtype: DType, lead: list[int], n: int, k: int, seed: int, data: st.DataObject
+) -> None:
+    """pack, unpack, rows, columns, concat and stack of a stack are those of every matrix in it."""
+    rng = np.random.default_rng(seed)
+    w = drop_two(rng.standard_normal((int(np.prod(lead)) * n, k)).astype(np.float32), pattern, seed).reshape(*lead, n, k)
+    packed = ss.pack(w, pattern, dtype)
+    ss.verify(packed, w)
+    assert (packed.lead, packed.n, packed.k, len(packed.matrices())) == (tuple(lead), n, k, np.prod(lead))
+    singles = [ss.pack(m, pattern, dtype) for m in w.reshape(-1, n, k)]
+    unit, middle = pattern.slice_unit, data.draw(st.integers(0, n))
+    cut = data.draw(st.integers(0, k // unit)) * unit
+
+    def same(stack: ss.PackedWeight, others: list[ss.PackedWeight]) -> None:
+        stack.validate()
+        for one, other in zip(stack.matrices(), others, strict=True):
+            assert one.shape == other.shape
+            assert [a.tobytes() for a in one.tensors().values()] == [a.tobytes() for a in other.tensors().values()]
+
+    same(packed, singles)
+    same(packed.rows(middle, n), [p.rows(middle, n) for p in singles])
+    same(packed.columns(0, cut), [p.columns(0, cut) for p in singles])
+    same(packed.columns(cut, k), [p.columns(cut, k) for p in singles])
+    same(ss.PackedWeight.concat([packed.rows(0, middle), packed.rows(middle, n)]), singles)
+    same(ss.PackedWeight.stack(list(packed)), singles)
+    same(packed[-1], [p for p in singles][-len(packed[-1].matrices()) :])
+    assert ss.unpack(packed).tobytes() == b"".join(ss.unpack(p).tobytes() for p in singles)
+    same(ss.PackedWeight.from_tensors(packed.tensors("X"), pattern, name="X"), singles)
+
+
+def test_scales_scores_and_statistics_of_every_matrix() -> None:
+    w = np.random.default_rng(0).standard_normal((2, 3, 16)).astype(np.float32)
+    score = np.random.default_rng(1).random(w.shape)
+    packed = ss.pack(w, "6:8", "int8", prune=score)
+    ss.verify(packed, w, prune=score)
+    assert [p.values.tobytes() for p in packed] == [
+        ss.pack(a, "6:8", "int8", prune=b).values.tobytes() for a, b in zip(w, score, strict=True)
+    ]
+    q = ss.unpack(packed)
+    for scale in (packed.scale, packed.scale[..., 0], 0.5):
+        assert ss.pack(q, "6:8", scale=scale).values.tobytes() == packed.values.tobytes()
+    drawn = ss.pack(np.stack([w[0], w[0]]), "6:8", "int8", prune="random", seed=5)
+    ss.verify(drawn, np.stack([w[0], w[0]]), prune="random", seed=5)
+    assert drawn[0].values.tobytes() != drawn[1].values.tobytes()
+
+
+STACK = ss.pack(np.zeros((2, 3, 16), np.float32), "6:8", "int8")
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "why"),
+    [
+        (lambda: ss.matmul(np.zeros((1, 16), np.float32), STACK), ss.OperandError, r"is a stack; multiply .*packed\[i\]"),
+        (lambda: STACK[2], ss.OperandError, r"index 2 must be below 2"),
+        (lambda: STACK[0][0], ss.OperandError, r"is one matrix \(3, 16\)"),
+        (lambda: STACK["0"], ss.OperandError, "index '0' must be an integer"),  # type: ignore[index]
+        (lambda: ss.PackedWeight.stack([STACK, STACK[0]]), ss.OperandError, r"\(3, 16\) must be \(2, 3, 16\)"),
+        (lambda: ss.PackedWeight.concat([STACK, STACK[0]]), ss.OperandError, r"weights\[1\].lead: \(\) must be \(2,\)"),
+        (lambda: ss.pack(np.ones((2, 3, 16), np.float32)), ss.PatternError, "^expert 0: w: row 0, group 0"),
+        (lambda: ss.verify(STACK, np.ones((2, 3, 16), np.float32)), ss.VerificationError, "^expert 0: packed.values: .* row 0"),
+        (lambda: ss.verify(STACK, np.zeros((3, 16), np.float32)), ss.VerificationError, r"shape \(2, 3, 16\) is not \(3, 16\)"),
+        (lambda: ss.pack(np.zeros((2, 3, 16)), scale=np.ones((3, 3))), ss.OperandError, "scale: shape .* must begin with 2"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_of_a_stack(act: Any, error: type[Exception], why: str) -> None:
+    with pytest.raises(error, match=why):
+        act()
+
+
+def test_a_broken_stack_is_named_by_expert_and_row() -> None:
+    meta = STACK.meta.copy()
+    meta[1, 2, 0] = 0
+    with pytest.raises(ss.FormatError, match="at expert 1, row 2, column 0"):
+        ss.PackedWeight(STACK.values, meta, STACK.scale, STACK.pattern, STACK.shape, INT8).validate()
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["auto", "INT8_W8A8", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_experts_are_packed_along_k_and_come_back(tmp_path: Path, kind: str, scheme: str) -> None:
+    """Every expert is what `pack` makes of its matrix; unpacked, the tensor has its name and axes again."""
+    stored, logical = layer(kind)
+    source = folder(tmp_path / "in", kind, stored)
+    report = ss.pack_checkpoint(source, tmp_path / "packed", ss.Options(scheme=scheme), FAST)
+    assert report.verified
+    dtype = {"auto": BFLOAT16, "INT8_W8A8": INT8, "FP8_DYNAMIC": FLOAT8}[scheme]
+    found = ss.load(tmp_path / "packed")
+    for name, w in logical.items():
+        packed = found[name]
+        assert isinstance(packed, ss.PackedWeight)
+        for one, matrix in zip(packed, w, strict=True):
+            wanted = reference.pack(matrix, Pattern(6, 8), dtype)
+            assert [a.tobytes() for a in one.tensors().values()] == [a.tobytes() for a in wanted.tensors().values()]
+    dense = {name for name, value in found.items() if not isinstance(value, ss.PackedWeight)}
+    assert dense == {name for name in stored if "router" in name or ".gate." in name or name.endswith("bias")}
+    proof = ss.verify_checkpoint(tmp_path / "packed", source)
+    assert (proof.modules, proof.pruned) == (len(logical) + 1, 0)
+    listed = {m.name: (m.matrices, m.n, m.k) for m in ss.inspect_checkpoint(tmp_path / "packed").modules if m.packed}
+    assert listed.items() >= {name: (E, E * w.shape[1], w.shape[2]) for name, w in logical.items()}.items()
+
+    unpacked = ss.unpack_checkpoint(tmp_path / "packed", tmp_path / "dense", FAST)
+    direct = ss.pack_checkpoint(source, tmp_path / "direct", ss.Options(scheme=scheme, format="dense"), FAST)
+    assert (
+        any("dequantized" in note for note in unpacked.notes)
+        == any("dequantized" in n for n in direct.notes)
+        == (scheme != "auto")
+    )
+    back, same = ss.load(tmp_path / "dense"), ss.load(tmp_path / "direct")
+    for name, w in stored.items():
+        if name.removesuffix(".weight") not in logical:
+            continue
+        assert back[name].shape == w.shape
+        assert back[name].dtype == w.dtype  # type: ignore[union-attr]
+        assert back[name].tobytes() == same[name].tobytes()  # type: ignore[union-attr]
+        packed = found[name.removesuffix(".weight")]
+        assert isinstance(packed, ss.PackedWeight)
+        values = np.stack([reference.dequantize(reference.unpack(p), p.scale) for p in packed])
+        if kind in ("gpt_oss", "llama4") or name.endswith("w2"):
+            values = values.transpose(0, 2, 1)
+        assert back[name].tobytes() == np.ascontiguousarray(values.astype(w.dtype)).tobytes()  # type: ignore[union-attr]
+        if scheme == "auto":
+            assert back[name].tobytes() == w.tobytes()  # type: ignore[union-attr]
+
+
+def test_what_files_and_config_say(tmp_path: Path) -> None:
+    """Version 2 and the dense tensors, where there are stacks; elsewhere version 1."""
+    for kind, axes in {"gpt_oss": ["... k n"] * 2, "dbrx": ["(... n) k", "(... n) k", "(... k) n"]}.items():
+        ss.pack_checkpoint(folder(tmp_path / kind, kind), tmp_path / f"{kind}-out", ss.Options(scheme="INT8_W8A8"), FAST)
+        config = json.loads((tmp_path / f"{kind}-out" / "config.json").read_text())["quantization_config"]
+        header = json.loads(ss.checkpoint.Checkpoint.open(tmp_path / f"{kind}-out").metadata["slidesparse"])
+        assert (config["version"], header["version"]) == (2, 2)
+        assert config["stacked"] == header["stacked"]
+        assert [header["stacked"][name]["axes"] for name in sorted(header["stacked"])] == axes
+        assert not any("bias" in name for name in config["ignore"])
+        ss.unpack_checkpoint(tmp_path / f"{kind}-out", tmp_path / f"{kind}-dense", FAST)
+        after = json.loads((tmp_path / f"{kind}-dense" / "config.json").read_text())
+        assert after["slidesparse"]["version"] == 1
+        assert set(after["quantization_config"]["ignore"]) >= set(header["stacked"])
