@@ -5,6 +5,7 @@ tells how they are stored, and refused by name elsewhere.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 from cases import SMALL, Array, drop_two
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_pruner import Toy
 
 import slidesparse_nb as ss
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8, PACKED, DType
 from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.core.prune import PRUNERS
 
 E, D, F = 3, 32, 24
 """Experts, hidden size, width of an expert."""
@@ -235,3 +238,214 @@ def test_what_files_and_config_say(tmp_path: Path) -> None:
         after = json.loads((tmp_path / f"{kind}-dense" / "config.json").read_text())
         assert after["slidesparse"]["version"] == 1
         assert set(after["quantization_config"]["ignore"]) >= set(header["stacked"])
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few rows, some of which end one expert and begin the next."""
+    for module in ("run", "rows", "layout", "to_dense", "inspect"):
+        monkeypatch.setattr(f"slidesparse_nb.convert.{module}.UNIT_BYTES", 7 * 2 * D)
+
+
+def files(path: Path) -> list[bytes]:
+    return [p.read_bytes() for p in sorted(path.glob("*.safetensors"))]
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "dbrx"])
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_blocks_and_interruptions_change_nothing(
+    tmp_path: Path, kind: str, format: str, request: pytest.FixtureRequest
+) -> None:
+    """Also, every expert draws its own random numbers."""
+    stored, logical = layer(kind)
+    dense = {name: np.ones_like(w) for name, w in stored.items()}
+    source = folder(tmp_path / "in", kind, dense)
+    options = ss.Options(scheme="INT8_W8A8", prune="random", seed=7, format=format)
+    ss.pack_checkpoint(source, tmp_path / "whole", options, FAST)
+    if format == "packed":
+        packed = ss.load(tmp_path / "whole")[next(iter(logical))]
+        assert len({p.meta.tobytes() for p in packed}) == E  # type: ignore[union-attr]
+    request.getfixturevalue("small_units")
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ss.pack_checkpoint(source, tmp_path / "out", options, ss.Run(progress=stop, max_workers=2))
+    assert ss.pack_checkpoint(source, tmp_path / "out", options, ss.Run(resume=True, max_workers=2)).resumed
+    assert files(tmp_path / "out") == files(tmp_path / "whole") != []
+    if format == "packed":
+        assert not ss.verify_checkpoint(tmp_path / "out", source).by_magnitude
+        ss.unpack_checkpoint(tmp_path / "out", tmp_path / "dense", FAST)
+        ss.pack_checkpoint(source, tmp_path / "direct", replace(options, format="dense"), FAST)
+        assert files(tmp_path / "dense") == files(tmp_path / "direct")
+
+
+def test_statistics_of_every_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRUNERS, "toy", Toy())
+    monkeypatch.setattr(Toy, "seeded", False)
+    monkeypatch.setattr(Toy, "scores", lambda self, w, seed, first_row, statistics: np.abs(w) * statistics)
+    stored, logical = layer("llama4")
+    source = folder(tmp_path / "in", "llama4", {name: w + 1 for name, w in stored.items()})
+    norms = {name: np.random.default_rng(1).random((E, w.shape[2])) for name, w in logical.items()}
+    options = {"prune": "toy", "targets": ("*experts*",)}
+    ss.pack_checkpoint(source, tmp_path / "out", ss.Options(**options, statistics=norms), FAST)  # type: ignore[arg-type]
+    found = ss.load(tmp_path / "out")
+    for name, w in logical.items():
+        wanted = ss.pack(w + 1, "6:8", prune="toy", statistics=norms[name])
+        assert found[name].values.tobytes() == wanted.values.tobytes()  # type: ignore[union-attr]
+    short = {name: a[:2] for name, a in norms.items()}
+    with pytest.raises(ss.OperandError, match=r"experts\.\w+\[0\]: statistics: shape \(2, \d+\) must begin with 3"):
+        ss.pack_checkpoint(source, tmp_path / "no", ss.Options(**options, statistics=short), FAST)  # type: ignore[arg-type]
+
+
+def test_the_experts_of_a_layer_are_packed_together_or_not_at_all(tmp_path: Path) -> None:
+    for kind in ("qwen3_moe", "granitemoe", "dbrx"):
+        stored, logical = layer(kind)
+        one, *others = logical
+        source = folder(tmp_path / kind, kind, stored)
+        report = ss.pack_checkpoint(source, tmp_path / "o", ss.Options(ignore=(one,)), dry_run=True)
+        assert [m.name for m in report.modules] == [f"{LAYERS[kind].rpartition('.')[0]}.self_attn.o_proj"]
+        assert all("fused by engines" in report.left_dense[name] for name in others)
+        assert report.packed_bytes + report.dense_bytes + report.other_bytes == report.source_bytes
+        report = ss.pack_checkpoint(source, tmp_path / "o", ss.Options(targets=tuple(logical)), dry_run=True)
+        assert {m.name: m.size for m in report.modules} == {name: " x ".join(map(str, w.shape)) for name, w in logical.items()}
+        facts = {m.name: m for m in ss.inspect_checkpoint(source).modules}
+        assert all("6:8" in facts[name].satisfies and not facts[name].reason for name in logical)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "why"),
+    [
+        ("qwen3_moe", {"model_type": "olmoe"}, "of model type 'olmoe': which axis is k is not known .*; unstack them"),
+        ("qwen3_moe", {"moe_intermediate_size": D}, r"must be \[3, 32, 32\] by config.json's sizes .*e = 3, d = 32, f = 32"),
+        ("qwen3_moe", {"num_experts": None}, "must say their num_local_experts or num_experts or moe_num_experts, once"),
+        ("mixtral", {"num_experts": E + 1}, "must say their num_local_experts or num_experts or moe_num_experts, once"),
+        ("mixtral", {"model_type": "gpt_oss"}, r"must be \[3, 24, 32\]"),
+        ("dbrx", {"ffn_config": {"ffn_hidden_size": F}}, "must say their num_local_experts"),
+        ("mixtral", {"other": {"model_type": "dbrx"}}, "of model type 'mixtral, dbrx': which axis"),
+    ],
+)
+def test_experts_that_are_not_understood_are_refused_by_name(
+    tmp_path: Path, kind: str, changes: dict[str, Any], why: str
+) -> None:
+    source = folder(tmp_path / "in", kind, **changes)
+    with pytest.raises(ss.UnsupportedError, match=rf"{LAYERS[kind]}\.experts\.\S+: stacked experts .*{why}.*--skip-bad$"):
+        ss.pack_checkpoint(source, tmp_path / "out", None, FAST)
+    report = ss.pack_checkpoint(source, tmp_path / "out", ss.Options(skip_bad=True), FAST)
+    assert len(report.skipped) >= 2
+    assert [m.name.rpartition(".")[2] for m in report.modules] == ["o_proj"]
+    assert "experts" in " ".join(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"])
+
+
+def test_other_stacks_that_are_refused(tmp_path: Path) -> None:
+    stored, _ = layer("mixtral")
+    alone = models.write(tmp_path / "m.safetensors", stored)
+    with pytest.raises(ss.UnsupportedError, match=r"without a config\.json that tells the model type"):
+        ss.pack_checkpoint(alone, tmp_path / "out.safetensors", None, FAST)
+    eight = {name: w.astype(FLOAT8.numpy) if "experts" in name else w for name, w in stored.items()}
+    with pytest.raises(ss.UnsupportedError, match="of type F8_E4M3 cannot be packed; convert them to one of F32"):
+        ss.pack_checkpoint(folder(tmp_path / "in", "mixtral", eight), tmp_path / "out", None, FAST)
+
+
+def square(path: Path, kind: str) -> Path:
+    """A checkpoint whose experts have n = k in one tensor, and obey 6:8 along its last axis only."""
+    w = matrices(0, E, D, D).astype(models.BF16)
+    parts = {"l.0.experts.down_proj": w, "l.0.experts.gate_up_proj": matrices(1, E, 2 * D, D).astype(models.BF16)}
+    if kind == "gpt_oss":
+        parts["l.0.experts.gate_up_proj"] = np.ascontiguousarray(parts["l.0.experts.gate_up_proj"].transpose(0, 2, 1))
+    return folder(path, kind, parts, intermediate_size=D)
+
+
+def test_the_model_type_decides_where_the_shape_cannot(tmp_path: Path) -> None:
+    """As gpt_oss stores it, the same square tensor breaks the pattern; and a file that says otherwise is no proof."""
+    ss.pack_checkpoint(square(tmp_path / "mixtral", "mixtral"), tmp_path / "packed", None, FAST)
+    source = square(tmp_path / "gpt", "gpt_oss")
+    with pytest.raises(
+        ss.PatternError, match=r"^l\.0\.experts\.down_proj\[0\]: row 0, group \d .* has more than 6 non-zeros; \d+ of"
+    ):
+        ss.pack_checkpoint(source, tmp_path / "no", None, FAST)
+    ss.pack_checkpoint(source, tmp_path / "pruned", ss.Options(prune="magnitude"), FAST)
+    (file,) = (tmp_path / "pruned").glob("*.safetensors")
+    data = file.read_bytes()
+    assert data.count(b"... k n") == 2
+    file.write_bytes(data.replace(b"... k n", b"... n k", 1))
+    first = "down_proj" if data.index(b'down_proj\\",\\"axes') < data.index(b'gate_up_proj\\",\\"axes') else "gate_up_proj"
+    with pytest.raises(ss.VerificationError, match=rf"{first}"):
+        ss.verify_checkpoint(tmp_path / "pruned", source)
+
+
+def test_a_changed_expert_is_named(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", "mixtral")
+    ss.pack_checkpoint(source, tmp_path / "out", ss.Options(scheme="INT8_W8A8"), FAST)
+    name = f"{LAYERS['mixtral']}.experts.down_proj"
+    with ss.checkpoint.Checkpoint.open(tmp_path / "out") as written:
+        info, file = written.tensors[f"{name}.weight_packed"]
+        at = info.start + info.nbytes // E * 2 + int(np.flatnonzero(written.array(info.name)[2])[0])
+    data = bytearray(file.path.read_bytes())
+    data[at] ^= 1
+    file.path.write_bytes(data)
+    with pytest.raises(ss.VerificationError, match=rf"^{name}\[2\]: packed\.values: .* at row 0|^{name}\[2\]: .*row 0"):
+        ss.verify_checkpoint(tmp_path / "out", source)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_stack_comes_back(tmp_path: Path) -> None:
+    """`save` gives it the plain dense form X.weight [*lead, n, k]."""
+    w = np.stack([matrices(s, E, 4, 16) for s in range(2)])
+    packed = ss.pack(w, "6:8", "fp8")
+    ss.save(tmp_path / "m.safetensors", {"X": packed})
+    found = ss.load(tmp_path / "m.safetensors")["X"]
+    assert isinstance(found, ss.PackedWeight)
+    assert found.shape == (2, E, 4, 16)
+    ss.verify_checkpoint(tmp_path / "m.safetensors")
+    ss.unpack_checkpoint(tmp_path / "m.safetensors", tmp_path / "d.safetensors", FAST)
+    back = ss.load(tmp_path / "d.safetensors")["X.weight"]
+    values = ss.unpack(packed).astype(np.float32) * packed.scale
+    assert back.tobytes() == values.astype(models.BF16).tobytes()  # type: ignore[union-attr]
+    with pytest.raises(ss.OperandError, match="at most 8 dimensions"):
+        ss.save(tmp_path / "n.safetensors", {"X": deep(packed, 5)})
+
+
+def deep(packed: ss.PackedWeight, count: int) -> ss.PackedWeight:
+    for _ in range(count):
+        packed = ss.PackedWeight.stack([packed])
+    return packed
+
+
+ENTRY = {"tensor": "X.weight", "axes": "... n k", "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("stacked", "why"),
+    [
+        ([], r"stacked \[\] must be an object"),
+        ({"X": {**ENTRY, "axes": "n k"}}, "must have the keys tensor"),
+        ({"X": {**ENTRY, "dtype": "int8"}}, "must have the keys tensor"),
+        ({"X": {**ENTRY, "tensor": 1}}, "must have the keys tensor"),
+        ({"X": {**ENTRY, "more": 1}}, "must have the keys tensor"),
+        ({"Y": ENTRY}, r"is I64 \(3,\), must be I64 \(2,\): metadata 'slidesparse' says that the module is not stacked"),
+    ],
+)
+def test_what_a_file_says_of_stacks_is_checked(tmp_path: Path, stacked: Any, why: str) -> None:
+    header = {"version": 2, "pattern": {"nnz": 6, "group": 8}, "dtype": "int8", "tool": "t", "stacked": stacked}
+    path = models.write(tmp_path / "m.safetensors", dict(STACK.tensors("X")), {"slidesparse": json.dumps(header)})
+    with pytest.raises(ss.FormatError, match=why):
+        ss.load(path)
+
+
+def test_two_modules_of_one_dense_tensor(tmp_path: Path) -> None:
+    header = {
+        "version": 2,
+        "pattern": {"nnz": 6, "group": 8},
+        "dtype": "int8",
+        "tool": "t",
+        "stacked": {"X": ENTRY, "Y": ENTRY},
+    }
+    parts = {**STACK.tensors("X"), **STACK.tensors("Y")}
+    path = models.write(tmp_path / "m.safetensors", parts, {"slidesparse": json.dumps(header)})
+    with pytest.raises(ss.FormatError, match=r"X\.weight: is the dense tensor of both X and Y"):
+        ss.unpack_checkpoint(path, tmp_path / "d.safetensors", FAST)

@@ -22,13 +22,13 @@ from ..packing.proof import quantized
 from .kinds import not_linear
 from .layout import row_ranges
 from .module import Module
-from .options import UNIT_BYTES, Progress, Run
+from .options import UNIT_BYTES, Progress, Run, Sized
 from .proof import prove_copies
 from .select import QUANTIZED_PARTS, SOURCE_CODES, Selection, named, select, tensor_of
 
 
 @dataclass(frozen=True)
-class ModuleFacts:
+class ModuleFacts(Sized):
     """One matrix: a packed module, a dense weight X.weight under its module's name X, or another tensor under its own.
 
     Attributes:

@@ -60,7 +60,7 @@ SMALLEST_VOCABULARY = 128
 def fused_key(name: str) -> str | None:
     """One name for all modules that engines run as one: q/k/v, gate/up, and the experts of a layer; None for other modules."""
     wrapped = ".base_layer" if name.endswith(".base_layer") else ""  # a layer inside an adapter's wrapper
-    parts = name.removesuffix(wrapped).split(".")
+    parts = name.removesuffix(wrapped).removesuffix(".weight").split(".")
     for i in range(len(parts) - 1):
         if parts[i] == "experts" and is_number(parts[i + 1]):
             return ".".join(parts[: i + 1])

@@ -72,7 +72,7 @@ def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Call
 
     Raises:
         UnsupportedError: a tensor that goes through has the name of one that a module writes, or could not be read back beside
-            it. FormatError: metadata 'slidesparse' of the source is none.
+            it. FormatError: metadata 'slidesparse' of the source is none, or gives two modules one dense tensor.
     """
     for file in checkpoint.files:
         parse_metadata(file.metadata, file.path)  # of another version, its tensors may mean something else
@@ -87,7 +87,9 @@ def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Call
             elif (module := owner[name]).name not in begun:
                 begun.add(module.name)
                 items.append(make_item(module))
-                made.update((entry[0], module.name) for entry in items[-1].entries)
+                for entry in items[-1].entries:
+                    if (other := made.setdefault(entry[0], module.name)) != module.name:
+                        raise FormatError(f"{entry[0]}: is the dense tensor of both {other} and {module.name}")
     for item in items:
         if item.copied and item.name in made:
             raise UnsupportedError(
@@ -123,7 +125,9 @@ def new_report(
         source_bytes = sum(checkpoint.tensors[name][0].nbytes for name in module.replaced)
         bits = 8 * sizes[module.name] / max(1, n * k)
         rows.append(
-            ModuleReport(module.name, n, k, module.code, module.dtype.safetensors, source_bytes, sizes[module.name], bits)
+            ModuleReport(
+                module.name, n, k, module.code, module.dtype.safetensors, source_bytes, sizes[module.name], bits, module.count
+            )
         )
     return Report(
         input=str(source),

@@ -137,7 +137,7 @@ def select(
             f"targets: {shown(astray[0])} matches no two-dimensional weight; names look like {shown(example)} (exact, a glob"
             " such as '*_proj', or 're:...'; they are names of modules, not of classes)"
         )
-    ignored, unmet = matcher(ignore, "ignore", [*candidates, *(name for name in tensors if len(shapes[name]) > 2)])
+    ignored, unmet = matcher(ignore, "ignore", [*candidates, *stacks, *(name for name in tensors if len(shapes[name]) > 2)])
     for text in unmet:
         name = text.removesuffix(".weight")
         if not any(c in text for c in "*?[") and not text.startswith("re:") and kinds.not_linear(name, ()) is None:
