@@ -240,6 +240,16 @@ def test_what_files_and_config_say(tmp_path: Path) -> None:
         assert set(after["quantization_config"]["ignore"]) >= set(header["stacked"])
 
 
+def test_what_stock_loaders_are_told(tmp_path: Path) -> None:
+    """Of experts alone, nothing quantized is left to describe; a Llama 4 with other layers in 8 bits is not loaded by them."""
+    source = folder(tmp_path / "in", "llama4")
+    for targets, told in {(): True, ("*experts*",): False}.items():
+        options = ss.Options(scheme="INT8_W8A8", format="dense", targets=targets)
+        report = ss.pack_checkpoint(source, tmp_path / str(told), options, FAST)
+        assert any("will not load these" in note for note in report.notes) == told
+        assert ("quantization_config" in json.loads((tmp_path / str(told) / "config.json").read_text())) == told
+
+
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows, some of which end one expert and begin the next."""

@@ -69,7 +69,8 @@ def output_config(
     if source.config is None:
         return None
     config = without_statements(source.config)
-    ignored = _ignored(source, said, {*packed, *kept} - (stacked.keys() if format == "dense" else set()))
+    quantized = {*packed, *kept} - (stacked.keys() if format == "dense" else set())  # which dequantizes experts
+    ignored = _ignored(source, said, quantized)
     facts = {
         "version": VERSION,
         "pattern": {"nnz": pattern.nnz, "group": pattern.group},
@@ -88,7 +89,7 @@ def output_config(
             **({"stacked": stacked_json(stacked)} if stacked else {}),
         }
         return config
-    if dtype.qmax is not None:
+    if dtype.qmax is not None and quantized:
         name = "int-quantized" if dtype.name == "int8" else "float-quantized"
         main = {**_scheme(_weights(dtype), _activations(dtype)), "format": name, "targets": ["Linear"]}
         groups: list[dict[str, Any]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,15 +196,21 @@ def dense_item(module: Module, row_bytes: int, rows: Callable[[Module, int, int]
     return Item(module.name, dense_entries(module), module.count, module.n * row_bytes, make_experts)
 
 
-def dequantized_notes(modules: Iterable[Module]) -> list[str]:
-    """Which tensors of experts the dense format holds dequantized."""
-    found = [m for m in modules if m.stacked is not None and m.dtype.qmax is not None]
-    if not found:
+def dequantized_notes(modules: Sequence[Module], model_types: Collection[str]) -> list[str]:
+    """Which tensors of experts the dense format holds dequantized, and who will not load them."""
+    experts = [m.stacked for m in modules if m.stacked is not None and m.dtype.qmax is not None]
+    if not experts:
         return []
-    return [
-        f"{len(found)} tensors of experts are written dequantized, in {found[0].stacked.dtype if found[0].stacked else ''}:"
-        " compressed-tensors has no layout for quantized experts in one tensor"
+    notes = [
+        f"{len(experts)} tensors of experts are written dequantized, in {experts[0].dtype}: compressed-tensors has no layout"
+        " for quantized experts in one tensor"
     ]
+    if "llama4_text" in model_types and len(experts) < len(modules):
+        notes.append(
+            "transformers looks for one tensor an expert in a quantized Llama 4 and will not load these; write it with --scheme"
+            " BF16, or pack its experts only"
+        )
+    return notes
 
 
 def row_ranges(rows: int, row_bytes: int, unit_bytes: int) -> Iterator[tuple[int, int]]:

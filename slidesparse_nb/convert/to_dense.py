@@ -70,7 +70,7 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
             prune="none",
             left_dense={name: "not packed" for name in said.ignore},
             skipped={},
-            notes=dequantized_notes(modules),
+            notes=dequantized_notes(modules, said.model_types.values()),
         )
 
         def prove(written: Checkpoint, add: Callable[[int], None]) -> None:
@@ -78,6 +78,7 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
                 for matrix in module.matrices():
                     for first, last in row_ranges(matrix.n, _row_bytes(weights[module.name]), UNIT_BYTES):
                         _prove_rows(matrix, written, matrix.packed_matrix(weights[module.name]).rows(first, last), first, last)
+                    written.release(module.weight)
                 _release(checkpoint, module)
                 add(sum(checkpoint.tensors[name][0].nbytes for name in module.replaced))
             replaced = [name for module in modules for name in module.replaced]

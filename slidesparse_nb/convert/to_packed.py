@@ -96,7 +96,11 @@ def pack_checkpoint(
                 *selection.notes,
                 *([] if single else _companion_notes(checkpoint)),
                 *_config_notes(checkpoint, selection, options, dtype),
-                *(dequantized_notes(selection.modules) if options.format == "dense" else []),
+                *(
+                    dequantized_notes(selection.modules, selection.source.model_types.values())
+                    if options.format == "dense"
+                    else []
+                ),
             ],
         )
         report.dry_run = dry_run

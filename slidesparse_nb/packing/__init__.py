@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -142,7 +143,8 @@ def unpack(packed: PackedWeight) -> Array:
     """
     require_packed(packed).validate()
     if packed.lead:
-        return np.stack(each(packed.lead[0], lambda i: unpack(packed[i])))
+        with contextlib.nullcontext() if isinstance(packed.values, np.ndarray) else packed.values.device:
+            return np.stack(each(packed.lead[0], lambda i: unpack(packed[i])))
     if on_gpu(packed.values):
         return _unpack_on_gpu(packed)
     out = np.empty((packed.n, packed.k), packed.dtype.numpy)
