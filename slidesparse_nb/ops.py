@@ -118,6 +118,7 @@ def quantize(
     """
     require_unmasked("x", x)
     if isinstance(packed, PackedWeight):
+        require_matrix(packed)
         if not packed.arranged:  # a GPU's weights were checked when they were arranged
             packed.check_shapes()
         pattern, wanted = packed.pattern, packed.dtype

@@ -150,7 +150,8 @@ STACK = ss.pack(np.zeros((2, 3, 16), np.float32), "6:8", "int8")
 @pytest.mark.parametrize(
     ("act", "error", "why"),
     [
-        (lambda: ss.matmul(np.zeros((1, 16), np.float32), STACK), ss.OperandError, r"is a stack; multiply .*packed\[i\]"),
+        (lambda: ss.matmul(np.zeros((1, 16), np.float32), STACK), ss.OperandError, r"take one of them, packed\[i\]"),
+        (lambda: ss.quantize(np.zeros((1, 16), np.float32), STACK), ss.OperandError, r"take one of them, packed\[i\]"),
         (lambda: STACK[2], ss.OperandError, r"index 2 must be below 2"),
         (lambda: STACK[0][0], ss.OperandError, r"is one matrix \(3, 16\)"),
         (lambda: STACK["0"], ss.OperandError, "index '0' must be an integer"),  # type: ignore[index]

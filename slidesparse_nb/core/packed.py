@@ -416,7 +416,7 @@ def require_matrix(packed: object) -> PackedWeight:
     """`packed`, or OperandError unless it is a PackedWeight without leading dimensions."""
     weight = require_packed(packed)
     if isinstance(weight.shape, tuple) and weight.lead:  # what is no shape, check_shapes refuses
-        raise OperandError(f"packed: shape {weight.shape} is a stack; multiply its matrices one by one, packed[i]")
+        raise OperandError(f"packed: shape {weight.shape} is a stack of matrices; take one of them, packed[i]")
     return weight
 
 
