@@ -175,6 +175,26 @@ def test_a_broken_stack_is_named_by_expert_and_row() -> None:
         ss.PackedWeight(STACK.values, meta, STACK.scale, STACK.pattern, STACK.shape, INT8).validate()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_a_stack_on_the_gpu(dtype: DType) -> None:
+    """It is packed and unpacked there as on the host, and its matrices are multiplied."""
+    import cupy as cp
+
+    w = matrices(0, E, 40, 96)
+    here, there = ss.pack(w, "6:8", dtype), ss.pack(cp.asarray(w), "6:8", dtype)
+    for name, array in here.tensors().items():
+        found = there.tensors()[name]
+        assert (found.get() if isinstance(found, cp.ndarray) else found).tobytes() == array.tobytes()
+    assert ss.unpack(there).get().tobytes() == ss.unpack(here).tobytes()
+    x = np.random.default_rng(1).standard_normal((5, 96)).astype(np.float32)
+    for one, other in zip(there, here, strict=True):
+        wanted = ss.matmul(x, other)
+        np.testing.assert_allclose(ss.matmul(cp.asarray(x), one).get(), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+    with pytest.raises(ss.OperandError, match=r"take one of them, packed\[i\]"):
+        ss.matmul(cp.asarray(x), there)
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +378,15 @@ def test_other_stacks_that_are_refused(tmp_path: Path) -> None:
     eight = {name: w.astype(FLOAT8.numpy) if "experts" in name else w for name, w in stored.items()}
     with pytest.raises(ss.UnsupportedError, match="of type F8_E4M3 cannot be packed; convert them to one of F32"):
         ss.pack_checkpoint(folder(tmp_path / "in", "mixtral", eight), tmp_path / "out", None, FAST)
+
+
+def test_experts_in_mxfp4_are_refused_by_name(tmp_path: Path) -> None:
+    source = folder(tmp_path / "in", "gpt_oss", quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(ss.UnsupportedError, match=r"quantization_config says method 'mxfp4', which is not supported"):
+        ss.pack_checkpoint(source, tmp_path / "out", None, FAST)
+    blocks = {f"{LAYERS['gpt_oss']}.experts.down_proj_blocks": np.zeros((E, D, 1, 16), np.uint8)}
+    with pytest.raises(ss.UnsupportedError, match=r"down_proj_blocks': .* is written by a block format such as MXFP4"):
+        ss.pack_checkpoint(folder(tmp_path / "blocks", "gpt_oss", blocks), tmp_path / "out", None, FAST)
 
 
 def square(path: Path, kind: str) -> Path:

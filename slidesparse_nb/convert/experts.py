@@ -77,11 +77,11 @@ class Experts:
         if len(known) != 1:
             return cls(", ".join(dict.fromkeys(types.values())))
         ((at, kind),) = known.items()
-        inner = "ffn_config" if kind == "dbrx" else None
-        places = [objects[at], *(objects[place] for place in objects if inner and place == f"{at}.{inner}".lstrip("."))]
-        keys = {"e": _EXPERTS, "d": _HIDDEN, "f": (FAMILIES[kind][0],)}
+        inner = f"{at}.ffn_config".removeprefix(".")  # of dbrx
+        places = [objects[at], *([objects[inner]] if inner in objects else [])]
         found = {
-            size: {place[key] for place in places for key in names if _is_size(place.get(key))} for size, names in keys.items()
+            size: {place[key] for place in places for key in names if _is_size(place.get(key))}
+            for size, names in _keys(kind).items()
         }
         return cls(kind, {size: values.pop() for size, values in found.items() if len(values) == 1})
 
@@ -101,12 +101,12 @@ class Experts:
             )
             return f"{whose} {kind}: which axis is k is not known (known: {', '.join(FAMILIES)}); {_UNSTACK}"
         order, *letters = axes
-        sizes = {**self.sizes, **({"2f": 2 * self.sizes["f"]} if "f" in self.sizes else {})}
-        if missing := [letter for letter in ("e", *letters) if letter not in sizes]:
-            names = {"e": _EXPERTS, "d": _HIDDEN, "f": (FAMILIES[self.model_type][0],), "2f": (FAMILIES[self.model_type][0],)}
-            needed = " and ".join(" or ".join(names[letter]) for letter in missing)
+        keys = _keys(self.model_type)
+        if missing := [letter for letter in dict.fromkeys(("e", *(text[-1] for text in letters))) if letter not in self.sizes]:
+            needed = " and ".join(" or ".join(keys[letter]) for letter in missing)
             return f"{whose}: config.json must say their {needed}, once; mend it, or {_UNSTACK}"
-        logical = (sizes["e"], sizes[letters[0]], sizes[letters[1]])
+        n, k = (int(text[:-1] or 1) * self.sizes[text[-1]] for text in letters)
+        logical = (self.sizes["e"], n, k)
         stacked = Stacked(name, order, float_name(code) if dtype.qmax is not None else dtype.name)
         if stacked.dense_shape(logical) != shape:
             told = ", ".join(f"{size} = {value}" for size, value in self.sizes.items())
@@ -119,6 +119,11 @@ class Experts:
     @property
     def _rows(self) -> dict[str, tuple[str, str, str]]:
         return FAMILIES[self.model_type][1] if self.model_type in FAMILIES else {}
+
+
+def _keys(model_type: str) -> dict[str, tuple[str, ...]]:
+    """config.json's keys for e, d and f."""
+    return {"e": _EXPERTS, "d": _HIDDEN, "f": (FAMILIES[model_type][0],)}
 
 
 def _is_size(value: Any) -> bool:
