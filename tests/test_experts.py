@@ -5,6 +5,8 @@ tells how they are stored, and refused by name elsewhere.
 from __future__ import annotations
 
 import json
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,10 +274,14 @@ def test_what_stock_loaders_are_told(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few rows, some of which end one expert and begin the next."""
-    for module in ("run", "rows", "layout", "to_dense", "inspect"):
-        monkeypatch.setattr(f"slidesparse_nb.convert.{module}.UNIT_BYTES", 7 * 2 * D)
+def unit_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A function that sets the size of a block."""
+
+    def set_it(size: int) -> None:
+        for module in ("run", "rows", "layout", "to_dense", "inspect"):
+            monkeypatch.setattr(f"slidesparse_nb.convert.{module}.UNIT_BYTES", size)
+
+    return set_it
 
 
 def files(path: Path) -> list[bytes]:
@@ -285,9 +291,9 @@ def files(path: Path) -> list[bytes]:
 @pytest.mark.parametrize("kind", ["gpt_oss", "dbrx"])
 @pytest.mark.parametrize("format", ["packed", "dense"])
 def test_blocks_and_interruptions_change_nothing(
-    tmp_path: Path, kind: str, format: str, request: pytest.FixtureRequest
+    tmp_path: Path, kind: str, format: str, unit_bytes: Callable[[int], None]
 ) -> None:
-    """Also, every expert draws its own random numbers."""
+    """Blocks end one expert and begin the next. Also, every expert draws its own random numbers."""
     stored, logical = layer(kind)
     dense = {name: np.ones_like(w) for name, w in stored.items()}
     source = folder(tmp_path / "in", kind, dense)
@@ -296,7 +302,7 @@ def test_blocks_and_interruptions_change_nothing(
     if format == "packed":
         packed = ss.load(tmp_path / "whole")[next(iter(logical))]
         assert len({p.meta.tobytes() for p in packed}) == E  # type: ignore[union-attr]
-    request.getfixturevalue("small_units")
+    unit_bytes(7 * 2 * D)
 
     def stop(phase: str, done: int, total: int) -> None:
         if done > total // 2:
@@ -489,3 +495,30 @@ def test_two_modules_of_one_dense_tensor(tmp_path: Path) -> None:
     path = models.write(tmp_path / "m.safetensors", parts, {"slidesparse": json.dumps(header)})
     with pytest.raises(ss.FormatError, match=r"X\.weight: is the dense tensor of both X and Y"):
         ss.unpack_checkpoint(path, tmp_path / "d.safetensors", FAST)
+
+
+@pytest.mark.parametrize("format", ["packed", "dense"])
+def test_a_stack_is_never_held_whole(
+    tmp_path: Path, format: str, unit_bytes: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is done with it takes less memory than half of it, a quarter of its float32 copy."""
+    unit_bytes(2**16)
+    monkeypatch.setattr("slidesparse_nb.checkpoint.hf_folder._LARGEST_JSON", 10**6)  # what reading config.json allots
+    options = ss.Options(scheme="INT8_W8A8", prune="magnitude", format=format)
+
+    def work(source: Path, out: Path) -> None:
+        ss.pack_checkpoint(source, out / "packed", options, FAST)
+        if format == "packed":
+            ss.unpack_checkpoint(out / "packed", out / "dense", FAST)
+            ss.verify_checkpoint(out / "packed", source)
+
+    work(folder(tmp_path / "small", "gpt_oss"), tmp_path)  # compiles, which takes more memory than the work
+    d, stack = 512, np.ones((16, 512, 1024), models.BF16)
+    sizes = {"num_local_experts": len(stack), "hidden_size": d, "intermediate_size": d}
+    source = folder(tmp_path / "in", "gpt_oss", {"l.0.experts.gate_up_proj": stack}, **sizes)
+    tracemalloc.start()
+    try:
+        work(source, tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < stack.nbytes // 2
+    finally:
+        tracemalloc.stop()
