@@ -381,6 +381,9 @@ def test_other_stacks_that_are_refused(tmp_path: Path) -> None:
     alone = models.write(tmp_path / "m.safetensors", stored)
     with pytest.raises(ss.UnsupportedError, match=r"without a config\.json that tells the model type"):
         ss.pack_checkpoint(alone, tmp_path / "out.safetensors", None, FAST)
+    twice = {**stored, f"{LAYERS['mixtral']}.experts.down_proj.weight": np.zeros((D, F), models.BF16)}
+    with pytest.raises(ss.UnsupportedError, match="beside another weight of that name"):
+        ss.pack_checkpoint(folder(tmp_path / "twice", "mixtral", twice), tmp_path / "out", None, FAST)
     eight = {name: w.astype(FLOAT8.numpy) if "experts" in name else w for name, w in stored.items()}
     with pytest.raises(ss.UnsupportedError, match="of type F8_E4M3 cannot be packed; convert them to one of F32"):
         ss.pack_checkpoint(folder(tmp_path / "in", "mixtral", eight), tmp_path / "out", None, FAST)
@@ -472,6 +475,7 @@ ENTRY = {"tensor": "X.weight", "axes": "... n k", "dtype": "bfloat16"}
         ({"X": {**ENTRY, "axes": "n k"}}, "must have the keys tensor"),
         ({"X": {**ENTRY, "dtype": "int8"}}, "must have the keys tensor"),
         ({"X": {**ENTRY, "tensor": 1}}, "must have the keys tensor"),
+        ({"X": {**ENTRY, "dtype": []}}, "must have the keys tensor"),
         ({"X": {**ENTRY, "more": 1}}, "must have the keys tensor"),
         ({"Y": ENTRY}, r"is I64 \(3,\), must be I64 \(2,\): metadata 'slidesparse' says that the module is not stacked"),
     ],
@@ -481,6 +485,20 @@ def test_what_a_file_says_of_stacks_is_checked(tmp_path: Path, stacked: Any, why
     path = models.write(tmp_path / "m.safetensors", dict(STACK.tensors("X")), {"slidesparse": json.dumps(header)})
     with pytest.raises(ss.FormatError, match=why):
         ss.load(path)
+
+
+def test_a_stack_of_very_many_empty_matrices_is_refused(tmp_path: Path) -> None:
+    """It takes no bytes, and would take forever."""
+    header = {"version": 2, "pattern": {"nnz": 6, "group": 8}, "dtype": "bfloat16", "tool": "t", "stacked": {"X": ENTRY}}
+    rows = (2**30, 1, 0)
+    parts = {"X.weight_packed": np.zeros(rows, models.BF16), "X.weight_meta": np.zeros(rows, np.uint8)}
+    parts["X.weight_shape"] = np.array(rows)
+    path = models.write(tmp_path / "m.safetensors", parts, {"slidesparse": json.dumps(header)})
+    with pytest.raises(ss.FormatError, match=r"shape \(1073741824, 1, 0\) of a stack must not have a dimension of 0"):
+        ss.load(path)
+    empty = ss.PackedWeight.stack([ss.pack(np.zeros((0, 16), np.float32))])
+    with pytest.raises(ss.OperandError, match=r"shape \(1, 0, 16\) of a stack must not have a dimension of 0"):
+        ss.save(tmp_path / "n.safetensors", {"X": empty})
 
 
 def test_two_modules_of_one_dense_tensor(tmp_path: Path) -> None:

@@ -30,10 +30,7 @@ from .packed_format import packed_names as packed_names
 from .packed_format import parse_metadata as parse_metadata
 from .packed_format import slidesparse_metadata as slidesparse_metadata
 from .safetensors import SafetensorsFile, SafetensorsWriter, TensorInfo, checked_path, file_state
-from .stacked import Stacked
-
-MOST_DIMENSIONS = 8
-"""Of a packed weight in a file."""
+from .stacked import MOST_DIMENSIONS, Stacked, stack_problem
 
 
 class Checkpoint:
@@ -231,7 +228,8 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
             f" the module {why} stacked"
         )
     packed_shape = tuple(shape_file.array(shape_info.name).tolist())
-    if problem := size_problem(header.pattern, packed_shape, dtype):
+    problem = stack_problem(packed_shape) if module in header.stacked else ""
+    if problem := problem or size_problem(header.pattern, packed_shape, dtype):
         raise FormatError(f"{place}: {problem}")
     entries = packed_entries(module, header.pattern, dtype, packed_shape)
     for name, code, shape in entries:
@@ -297,8 +295,9 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
     checkpoint said of its dense form, `load` has not kept.
 
     Raises:
-        OperandError: a path that does not end in .safetensors, a type that the format lacks, two patterns in one file, more
-            than eight dimensions, or names that would clash: whatever is saved, `load` reads back.
+        OperandError: a path that does not end in .safetensors, a type that the format lacks, two patterns in one file, a
+            stack that is empty or has more than eight dimensions, or names that would clash: whatever is saved, `load` reads
+            back.
         FormatError: a packed weight is inconsistent.
     """
     path = checked_path(path, "path")
@@ -313,8 +312,8 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
         if not isinstance(name, str):
             raise OperandError(f"tensors: name {shown(name)} must be a string")
         if isinstance(value, PackedWeight):
-            if len(value.shape) > MOST_DIMENSIONS:
-                raise OperandError(f"{shown(name)}: shape {value.shape} must have at most {MOST_DIMENSIONS} dimensions")
+            if value.lead and (problem := stack_problem(value.shape)):
+                raise OperandError(f"{shown(name)}: {problem}")
             parts = packed_arrays(name, value.validate(shown(name)))
             entries += packed_entries(name, value.pattern, value.dtype, value.shape)
         else:

@@ -16,6 +16,17 @@ AXES = ("... n k", "... k n", "(... n) k", "(... k) n")
 """How a dense tensor may hold the matrices [n, k] of a stack: as they are or transposed, and with the experts' rows joined."""
 
 
+MOST_DIMENSIONS = 8
+"""Of a packed weight in a file."""
+
+
+def stack_problem(shape: tuple[int, ...]) -> str:
+    """What forbids a file to hold a stack of this shape: one clause, or ""."""
+    if len(shape) > MOST_DIMENSIONS:
+        return f"shape {shape} must have at most {MOST_DIMENSIONS} dimensions"
+    return f"shape {shape} of a stack must not have a dimension of 0" if 0 in shape else ""
+
+
 @dataclass(frozen=True)
 class Stacked:
     """The dense tensor that a weight [*lead, n, k] is packed from and unpacked to.
@@ -82,7 +93,8 @@ def parse_stacked(value: Any, where: str) -> dict[str, Stacked]:
         raise FormatError(f"{where}: stacked {shown(value)} must be an object")
     for module, entry in value.items():
         well = isinstance(entry, dict) and entry.keys() == {"tensor", "axes", "dtype"}
-        if not well or entry["axes"] not in AXES or entry["dtype"] not in _CODES or not isinstance(entry["tensor"], str):
+        well = well and all(isinstance(text, str) for text in entry.values())
+        if not well or entry["axes"] not in AXES or entry["dtype"] not in _CODES:
             raise FormatError(
                 f"{where}: stacked {shown(module)}: {shown(entry)} must have the keys tensor (a name), axes (one of"
                 f" {', '.join(map(repr, AXES))}) and dtype (one of {', '.join(_CODES)})"

@@ -155,6 +155,8 @@ def select(
             called = name if name not in candidates else name + APART
             if (by := ignored(name) or ignored(module)) is not None and _is_matrix(info):
                 selection.left_dense[called] = f"ignored by {shown(by)}"
+            elif module in stacks and {module, f"{module}.weight"} <= shapes.keys():
+                selection.bad[called] = f"{shown(name)}: stacked experts beside another weight of that name; rename one of them"
             elif module in stacks:
                 _stack(selection, info, scheme, pattern, "" if not targets or targeted(module) else "not among the targets")
             elif _is_matrix(info):
