@@ -22,7 +22,7 @@ from .core.checks import (
     result_dtype,
     share_memory,
 )
-from .core.packed import PackedWeight, QuantizedActivations, require_packed
+from .core.packed import PackedWeight, QuantizedActivations, require_matrix, require_matrix_shape, require_packed
 from .core.pattern import Pattern
 from .core.scheme import Scheme
 from .cpu import kernels
@@ -99,10 +99,11 @@ def to_device(packed: PackedWeight, device: int | None = None) -> DeviceWeight:
         device: number of the GPU; by default the current one.
 
     Raises:
+        OperandError: `packed` is a stack of matrices.
         UnsupportedError: there is no GPU, no CuPy, or no such device; or it has no sparse tensor cores for this type.
         FormatError: the tensors do not fit the shape.
     """
-    require_packed(packed).check_shapes()
+    require_matrix(packed).check_shapes()
     arranged: DeviceWeight = cuda.module("weight", "to_device").to_device(packed, device)
     return arranged
 
@@ -118,9 +119,10 @@ def device_weight(
         device: number of the GPU, which must be the current one; by default it.
 
     Raises:
-        OperandError: an argument of the wrong type, or a buffer that CuPy cannot view.
+        OperandError: an argument of the wrong type, a shape of a stack, or a buffer that CuPy cannot view.
         UnsupportedError: as for `to_device`.
     """
+    require_matrix_shape(shape)
     made: DeviceWeight = cuda.module("weight", "device_weight").device_weight(
         buffers, Scheme.of(scheme).pattern(pattern), Scheme.of(scheme), shape, device
     )
@@ -180,6 +182,7 @@ def quantize(
     require_unmasked("x", x)
     weights = packed if _is_weight(packed) else None
     if weights is not None:
+        _require_weight(weights)
         pattern, scheme = weights.pattern, weights.scheme
         if dtype is not None and Scheme.of(dtype) != scheme:
             raise OperandError(f"dtype: {Scheme.of(dtype)} is not {scheme}, the type of packed; leave it out")
@@ -214,8 +217,8 @@ def _is_weight(packed: object) -> TypeGuard[PackedWeight | DeviceWeight]:
 
 
 def _require_weight(packed: object) -> None:
-    if not _is_weight(packed):
-        require_packed(packed)
+    if isinstance(packed, PackedWeight) or not _is_weight(packed):
+        require_matrix(packed)
 
 
 def _on_gpu(a: Any) -> bool:

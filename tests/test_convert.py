@@ -234,7 +234,7 @@ def test_small_modules_are_packed_together_and_each_is_named_alone(tmp_path: Pat
     source = written(tmp_path, parts)
     pack(source, tmp_path / "p.safetensors", prune="magnitude", targets="x.*")
     with monkeypatch.context() as patched:
-        patched.setattr("slidesparse_nb.convert.to_packed.SMALL", -1)
+        patched.setattr("slidesparse_nb.convert.rows.SMALL", -1)
         pack(source, tmp_path / "q.safetensors", prune="magnitude", targets="x.*")
     assert (tmp_path / "p.safetensors").read_bytes() == (tmp_path / "q.safetensors").read_bytes()
     written(tmp_path, {**parts, "x.307.weight": np.full((3, 17), -1, np.int8)})

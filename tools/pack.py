@@ -141,7 +141,7 @@ def _print(done: ss.Report, pattern: ss.Pattern, verbose: int) -> None:
     rows = [
         (
             m.name,
-            f"{m.n} x {m.k}",
+            m.size,
             f"{m.source} -> {m.stored}",
             size_text(m.source_bytes),
             size_text(m.bytes),

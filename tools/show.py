@@ -98,7 +98,7 @@ def _print(facts: ss.Facts) -> None:
         state = f"packed {m.packed}" if m.packed else "dense"
         satisfies = "" if m.packed else ", ".join(m.satisfies) or "none"
         zeros = "" if m.zeros is None else f"{100 * m.zeros:.1f} %"
-        sizes = (f"{m.n} x {m.k}", m.stored, size_text(m.bytes), f"{m.bits_per_weight:.2f}")
+        sizes = (m.size, m.stored, size_text(m.bytes), f"{m.bits_per_weight:.2f}")
         rows.append((m.name, state, *sizes, zeros, satisfies, m.reason))
     rows.sort(key=lambda row: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row[0])])
     head = ("module", "state", "n x k", "type", "bytes", "bits/weight", "zeros", "satisfies", "would stay dense")

@@ -113,7 +113,7 @@ def _packed(path: Path) -> Iterator[tuple[int, int, str, str]]:
     if not modules:
         raise ss.UnsupportedError(f"{path}: holds no packed weights; slidesparse pack makes them")
     for module in modules:
-        yield module.n, module.k, str(module.packed), STORED[module.stored]
+        yield module.n // module.matrices, module.k, str(module.packed), STORED[module.stored]
 
 
 def _show(found: list[Any], as_json: bool, verbose: int) -> None:

@@ -30,6 +30,7 @@ from .packed_format import packed_names as packed_names
 from .packed_format import parse_metadata as parse_metadata
 from .packed_format import slidesparse_metadata as slidesparse_metadata
 from .safetensors import SafetensorsFile, SafetensorsWriter, TensorInfo, checked_path, file_state
+from .stacked import MOST_DIMENSIONS, Stacked, stack_problem
 
 
 class Checkpoint:
@@ -220,12 +221,19 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
         raise FormatError(f"{where}: is {info.code}, must be {', '.join(header.of_code)} as metadata 'slidesparse' says")
     shape_info, shape_file = checkpoint.tensors[f"{module}.weight_shape"]
     place = f"{shape_file.path}: tensor {shown(shape_info.name)}"
-    if (shape_info.code, shape_info.shape) != ("I64", (2,)):
-        raise FormatError(f"{place}: is {shape_info.code} {shown(shape_info.shape)}, must be I64 (2,)")
-    n, k = shape_file.array(shape_info.name).tolist()
-    if problem := size_problem(header.pattern, (n, k), scheme):
+    lengths = range(3, MOST_DIMENSIONS + 1) if module in header.stacked else (2,)
+    if shape_info.code != "I64" or len(shape_info.shape) != 1 or shape_info.shape[0] not in lengths:
+        rule = " or ".join(f"({length},)" for length in lengths)
+        why = "is" if module in header.stacked else "is not"
+        raise FormatError(
+            f"{place}: is {shape_info.code} {shown(shape_info.shape)}, must be I64 {rule}: metadata 'slidesparse' says that"
+            f" the module {why} stacked"
+        )
+    packed_shape = tuple(shape_file.array(shape_info.name).tolist())
+    problem = stack_problem(packed_shape) if module in header.stacked else ""
+    if problem := problem or size_problem(header.pattern, packed_shape, scheme):
         raise FormatError(f"{place}: {problem}")
-    entries = packed_entries(module, header.pattern, scheme, (n, k))
+    entries = packed_entries(module, header.pattern, scheme, packed_shape)
     for name, code, shape in entries:
         if name not in checkpoint.tensors:
             raise FormatError(f"{where}: needs tensor {shown(name)}: missing")
@@ -233,11 +241,22 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
         if (found.code, found.shape) != (code, shape):
             raise FormatError(
                 f"{holder.path}: tensor {shown(name)}: is {found.code} {shown(found.shape)}, must be {code} {shape}"
-                f" for a weight of shape ({n}, {k}) at {header.pattern} in {scheme}"
+                f" for a weight of shape {packed_shape} at {header.pattern} in {scheme}"
             )
     parts: dict[str, Any] = {PARTS[name.rpartition(".")[2]]: checkpoint.array(name) for name, _, _ in entries}
-    parts |= {"scale": parts.get("scale"), "shape": (n, k)}
+    parts |= {"scale": parts.get("scale"), "shape": packed_shape}
     return PackedWeight(**parts, pattern=header.pattern, scheme=scheme)
+
+
+def read_stacked(checkpoint: Checkpoint) -> dict[str, Stacked]:
+    """The dense tensors of the packed weights that have leading dimensions, by module."""
+    return {
+        module: entry
+        for file in checkpoint.files
+        if (header := parse_metadata(file.metadata, file.path))
+        for module, entry in header.stacked.items()
+        if f"{module}.weight_packed" in file.tensors
+    }
 
 
 # ---- all at once -------------------------------------------------------------------------------------------------
@@ -252,7 +271,7 @@ def load(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> di
         names: which modules (for packed weights) and tensors; all of them by default. What is not chosen is not read.
 
     Returns:
-        module name -> PackedWeight [n, k], and tensor name -> array for every tensor that is no part of one.
+        module name -> PackedWeight [*lead, n, k], and tensor name -> array for every tensor that is no part of one.
 
     Raises:
         FormatError: a file is not what it says it is.
@@ -275,11 +294,13 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
     """Write packed weights (under their modules' names) and other tensors into one .safetensors file; `load` is the inverse.
 
     The file is written beside `path` and renamed, so that nobody sees half of one, and arrays loaded from an earlier file at
-    `path` stay as they are.
+    `path` stay as they are. A weight X with leading dimensions is of a dense tensor X.weight [*lead, n, k]: what another
+    checkpoint said of its dense form, `load` has not kept.
 
     Raises:
-        OperandError: a path that does not end in .safetensors, a type that the format lacks, two patterns in one file, or
-            names that would clash: whatever is saved, `load` reads back.
+        OperandError: a path that does not end in .safetensors, a type that the format lacks, two patterns in one file, a
+            stack that is empty or has more than eight dimensions, or names that would clash: whatever is saved, `load` reads
+            back.
         FormatError: a packed weight is inconsistent.
     """
     path = checked_path(path, "path")
@@ -294,6 +315,8 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
         if not isinstance(name, str):
             raise OperandError(f"tensors: name {shown(name)} must be a string")
         if isinstance(value, PackedWeight):
+            if value.lead and (problem := stack_problem(value.shape)):
+                raise OperandError(f"{shown(name)}: {problem}")
             parts = packed_arrays(name, value.validate(shown(name)))
             entries += packed_entries(name, value.pattern, value.scheme, value.shape)
         else:
@@ -309,7 +332,9 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
     metadata = {"format": "pt"}
     if packed:
         version = max(map(version_of, schemes))
-        metadata = slidesparse_metadata(patterns[0], schemes.pop() if len(schemes) == 1 else None, version=version)
+        stacked = {name: Stacked.plain(name, value.scheme) for name, value in packed.items() if value.lead}
+        scheme = schemes.pop() if len(schemes) == 1 else None
+        metadata = slidesparse_metadata(patterns[0], scheme, version=version, stacked=stacked)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with SafetensorsWriter(beside, entries, metadata) as writer:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.dtypes import NUMPY_OF
 from ..core.pattern import Pattern
 from ..core.scheme import SCHEMES, Scheme, Storage
-from ..errors import FormatError, OperandError, shown
+from ..errors import FormatError, OperandError, UnsupportedError, shown
 from .packed_format import packed_entries, pattern_facts, slidesparse_metadata, version_of
+from .stacked import Stacked, parse_stacked, stacked_json
 
 FORMAT = "slidesparse-packed"
 KEYS = {"quant_method", "version", "format", "pattern", "weights", "input_activations", "ignore", "k_slice_unit"}
@@ -23,11 +24,13 @@ class PackedConfig:
     Attributes:
         pattern, scheme: of every packed layer.
         ignore: the layers that stay dense: exact names, or "re:" and a regular expression that matches from the name's start.
+        stacked: module -> dense tensor, of the packed weights with leading dimensions (the experts of a layer).
     """
 
     pattern: Pattern
     scheme: Scheme
     ignore: tuple[str, ...] = ()
+    stacked: Mapping[str, Stacked] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, pattern: Pattern | str | tuple[int, int], scheme: object, ignore: tuple[str, ...] = ()) -> PackedConfig:
@@ -45,13 +48,14 @@ class PackedConfig:
         where = "config.json: quantization_config"
         if config.get("quant_method") != "slidesparse" or config.get("format") != FORMAT:
             raise FormatError(f"{where}: format {shown(config.get('format'))} must be {FORMAT!r}; slidesparse pack writes it")
-        if unknown := sorted(config.keys() - KEYS) or sorted(KEYS - config.keys()):
-            kind = "an unknown key" if config.keys() - KEYS else "missing"
+        more = sorted(config.keys() - KEYS - {"stacked"})
+        if unknown := more or sorted(KEYS - config.keys()):
+            kind = "an unknown key" if more else "missing"
             raise FormatError(f"{where}: {shown(unknown[0])} is {kind}; update slidesparse_nb, or pack the model again")
-        pattern, ignore = config["pattern"], config["ignore"]
+        pattern, ignore, stacked = config["pattern"], config["ignore"], parse_stacked(config.get("stacked", {}), where)
         described = {"weights": config["weights"], "input_activations": config["input_activations"]}
         scheme = next((row for row in SCHEMES.values() if description(row) == described), None)
-        if scheme is None or config["version"] != version_of(scheme):
+        if scheme is None or config["version"] != version_of(scheme, stacked):
             stored = f"version {shown(config['version'])}, weights {shown(config['weights'])}"
             raise FormatError(f"{where}: {stored} are unknown here; update slidesparse_nb")
         if not isinstance(pattern, Mapping) or pattern.keys() - {"unit"} != {"nnz", "group"}:
@@ -67,23 +71,37 @@ class PackedConfig:
             raise FormatError(
                 f"{where}: k_slice_unit {unit} must be {scheme.slice_unit(found)} at {found}; pack the model again"
             )
-        return cls(found, scheme, tuple(ignore))
+        return cls(found, scheme, tuple(ignore), stacked)
 
     def written(self) -> dict[str, Any]:
         """The JSON; the inverse of `read`."""
         return {
             "quant_method": "slidesparse",
-            "version": version_of(self.scheme),
+            "version": version_of(self.scheme, self.stacked),
             "format": FORMAT,
             "pattern": pattern_facts(self.pattern),
             **description(self.scheme),
             "ignore": list(self.ignore),
             "k_slice_unit": self.scheme.slice_unit(self.pattern),
+            **({"stacked": stacked_json(self.stacked)} if self.stacked else {}),
         }
 
     def metadata(self) -> dict[str, str]:
         """`__metadata__` of the safetensors files."""
-        return slidesparse_metadata(self.pattern, self.scheme)
+        return slidesparse_metadata(self.pattern, self.scheme, stacked=self.stacked)
+
+    def without_stacks(self, engine: str) -> PackedConfig:
+        """Itself, for an engine that has no kernel for the experts of a layer in one tensor.
+
+        Raises:
+            UnsupportedError: some are packed.
+        """
+        if self.stacked:
+            raise UnsupportedError(
+                f"{shown(min(self.stacked))}: packed experts in one tensor are not run by {engine} yet; pack the model with its"
+                " experts dense (--targets for the other layers, or --ignore with the experts' names)"
+            )
+        return self
 
     def tensors(self, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The tensors of a packed layer whose weight is [n, k]: name -> (NumPy's name of the dtype, shape)."""

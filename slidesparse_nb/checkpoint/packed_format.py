@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,17 @@ from ..core.pattern import Pattern
 from ..core.scheme import SCHEMES, Scheme
 from ..core.untrusted_json import parse_json
 from ..errors import FormatError, OperandError, shown
+from .stacked import Stacked, parse_stacked, stacked_json
 
 VERSIONS = (1, 2)
-"""Of the packed format. A file is of version 2 only where block scales or a pattern over pairs need it."""
+"""Of the packed format. A file is of version 2 only where block scales, a pattern over pairs or leading dimensions need it."""
 
 TOOL = f"slidesparse_nb {__version__}"
 
 
-def version_of(scheme: Scheme | DType) -> int:
-    """The version that a file with such weights has at least."""
-    return 2 if Scheme.of(scheme).blocks else 1
+def version_of(scheme: Scheme | DType | None, stacked: Mapping[str, Stacked] | None = None) -> int:
+    """The version that a file with such weights has at least; `stacked`: those with leading dimensions."""
+    return 2 if stacked or (scheme is not None and Scheme.of(scheme).blocks) else 1
 
 
 # ---- a file's metadata -------------------------------------------------------------------------------------------
@@ -41,12 +42,14 @@ class PackedHeader:
         scheme: of all of them, or None where they differ.
         tool: the program that wrote them, and its version.
         version: of the format.
+        stacked: module -> dense tensor, of those with leading dimensions; maybe of other files, too.
     """
 
     pattern: Pattern
     scheme: Scheme | None
     tool: str
     version: int = 1
+    stacked: Mapping[str, Stacked] = field(default_factory=dict)
 
     @property
     def of_code(self) -> dict[str, Scheme]:
@@ -62,14 +65,19 @@ def pattern_facts(pattern: Pattern) -> dict[str, int]:
 
 
 def slidesparse_metadata(
-    pattern: Pattern, scheme: Scheme | DType | None, tool: str | None = None, version: int | None = None
+    pattern: Pattern,
+    scheme: Scheme | DType | None,
+    tool: str | None = None,
+    version: int | None = None,
+    stacked: Mapping[str, Stacked] | None = None,
 ) -> dict[str, str]:
     """`__metadata__` of a file with packed weights; `scheme` is None where they are of several."""
     scheme = None if scheme is None else Scheme.of(scheme)
-    version = version or (version_of(scheme) if scheme else 1)
+    version = max(version or 1, version_of(scheme, stacked))
     stored = {"dtype": scheme.dtype.name if scheme else None} if version == 1 else {"scheme": scheme.name if scheme else None}
     tool = TOOL if tool is None else tool
-    header = {"version": version, "pattern": pattern_facts(pattern), **stored, "tool": tool}
+    held = {"stacked": stacked_json(stacked)} if stacked else {}
+    header = {"version": version, "pattern": pattern_facts(pattern), **stored, "tool": tool, **held}
     return {"format": "pt", "slidesparse": json.dumps(header, separators=(",", ":"))}
 
 
@@ -88,8 +96,11 @@ def parse_metadata(metadata: Mapping[str, str], where: object = "__metadata__") 
         known = " and ".join(map(str, VERSIONS))
         raise FormatError(f"{where}: version {shown(version)} is unknown; this program reads versions {known}, update it")
     key = "dtype" if version == 1 else "scheme"
-    if header.keys() != {"version", "pattern", key, "tool"} or not isinstance(header["tool"], str):
-        raise FormatError(f"{where}: is {shown(header)}, must have exactly the keys version, pattern, {key} and tool")
+    optional = {"stacked"} if version > 1 else set()
+    if header.keys() - optional != {"version", "pattern", key, "tool"} or not isinstance(header["tool"], str):
+        also = ", and maybe stacked" if optional else ""
+        raise FormatError(f"{where}: is {shown(header)}, must have exactly the keys version, pattern, {key} and tool{also}")
+    stacked = parse_stacked(header.get("stacked", {}), where)
     pattern, named = header["pattern"], header[key]
     if not isinstance(pattern, dict) or pattern.keys() - ({"unit"} if version > 1 else set()) != {"nnz", "group"}:
         raise FormatError(f'{where}: pattern {shown(pattern)} must be like {{"nnz": 6, "group": 8}}')
@@ -97,7 +108,7 @@ def parse_metadata(metadata: Mapping[str, str], where: object = "__metadata__") 
     if named is not None and (not isinstance(named, str) or named not in names):
         raise FormatError(f"{where}: {key} {shown(named)} must be one of {', '.join(names)}, or null for several")
     try:
-        found = PackedHeader(Pattern(**pattern), names[named] if named else None, header["tool"], version)
+        found = PackedHeader(Pattern(**pattern), names[named] if named else None, header["tool"], version, stacked)
     except OperandError as error:
         raise FormatError(f"{where}: {error}") from error
     if found.scheme and found.scheme.unit != found.pattern.unit:
@@ -109,14 +120,14 @@ def parse_metadata(metadata: Mapping[str, str], where: object = "__metadata__") 
 
 
 def packed_entries(
-    module: str, pattern: Pattern, scheme: Scheme | DType, shape: tuple[int, int]
+    module: str, pattern: Pattern, scheme: Scheme | DType, shape: tuple[int, ...]
 ) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, code, shape) of the tensors of a packed module whose dense weight is [n, k] = `shape`."""
+    """(name, code, shape) of the tensors of a packed module whose weight is [*lead, n, k] = `shape`."""
     scheme = Scheme.of(scheme)
     codes = {"values": scheme.dtype.safetensors, "meta": "U8", "scale": "F32"}
     if (block := scheme.weights.block) is not None:
         codes["block_scale"] = block.scale.safetensors
-    shapes: dict[str, tuple[int, ...]] = {**part_shapes(pattern, shape, scheme), "shape": (2,)}
+    shapes: dict[str, tuple[int, ...]] = {**part_shapes(pattern, shape, scheme), "shape": (len(shape),)}
     return [
         (f"{module}.{tensor}", {**codes, "shape": "I64"}[part], shapes[part])
         for tensor, part in PARTS.items()

@@ -1,15 +1,16 @@
 """Whole checkpoints: dense -> packed and packed -> dense, each proved equal to its source before it appears.
 
-source        what a source says of itself, wherever it says it: understood or refused
-quantization  which configs of quantized weights are understood
-kinds         what a matrix is, by its name, its shape and the vocabularies
-selection     which tensors are linear layers to pack, and why the others are not
-config        what an output says of itself
-layout        what the output will look like, before a byte of it is written
-streaming     writes a layout piece by piece, killable and resumable
-to_packed, to_dense   what the pieces are made of
-proof         that what was written is what was meant
-inspection    what a checkpoint holds
+sources, quantization   what a source says of itself, wherever it says it: understood or refused
+kinds                   what a matrix is, by its name, its shape and the vocabularies
+experts                 how model types store the experts of a layer in one tensor
+select, module          which tensors are linear layers to pack, and why the others are not
+config_json             what an output says of itself
+layout                  what the output will look like, before a byte of it is written
+write, run              writes a layout piece by piece, killable and resumable, in the order of steps that both ways share
+to_packed, rows         dense -> packed: the whole, and the rows that it is made of
+to_dense                packed -> dense
+proof                   that what was written is what was meant
+inspect                 what a checkpoint holds
 """
 
 from .inspect import Facts, ModuleFacts, Verification, inspect_checkpoint, verify_checkpoint

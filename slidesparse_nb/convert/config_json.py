@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..checkpoint import Checkpoint, slidesparse_metadata
 from ..checkpoint.packed_config import PackedConfig, activation_facts, storage_facts
 from ..checkpoint.packed_format import TOOL, pattern_facts, version_of
+from ..checkpoint.stacked import Stacked
 from ..core.pattern import Pattern
 from ..core.scheme import Scheme
 from ..errors import UnsupportedError, shown
 from . import kinds
+from .module import Module
 from .select import QUANTIZED_CODES, QUANTIZED_PARTS, scale_problem
 from .sources import Source, without_statements
 
@@ -20,10 +22,17 @@ DENSE_MARK = "slidesparse_dense"
 """Metadata key of files in dense format; its value is that of "slidesparse" in packed ones."""
 
 
-def output_metadata(source: Checkpoint, format: str, pattern: Pattern, scheme: Scheme | None) -> dict[str, str]:
+def _stacked(modules: Iterable[Module]) -> dict[str, Stacked]:
+    """The dense tensors of those that are experts."""
+    return {module.name: module.stacked for module in modules if module.stacked is not None}
+
+
+def output_metadata(
+    source: Checkpoint, format: str, pattern: Pattern, scheme: Scheme | None, modules: Iterable[Module]
+) -> dict[str, str]:
     """`__metadata__` of the output's files: the source's own entries, and what they hold."""
     kept = {key: value for key, value in source.metadata.items() if key not in ("slidesparse", DENSE_MARK)}
-    mine = slidesparse_metadata(pattern, scheme)
+    mine = slidesparse_metadata(pattern, scheme, stacked=_stacked(modules) if format == "packed" else None)
     return {**kept, **(mine if format == "packed" else {"format": "pt", DENSE_MARK: mine["slidesparse"]})}
 
 
@@ -33,7 +42,13 @@ def is_ours(checkpoint: Checkpoint) -> bool:
 
 
 def output_config(
-    source: Checkpoint, said: Source, format: str, pattern: Pattern, scheme: Scheme, packed: Collection[str]
+    source: Checkpoint,
+    said: Source,
+    format: str,
+    pattern: Pattern,
+    scheme: Scheme,
+    modules: Collection[Module],
+    refused: Iterable[str] = (),
 ) -> dict[str, Any] | None:
     """The output's config.json; None if the source has none. Nothing that the source's config says of quantization is kept.
 
@@ -44,26 +59,28 @@ def output_config(
 
     Args:
         said: what the source says of itself.
-        packed: names of the modules that are packed.
+        modules: those that are packed. refused: names of others, which a real run would not leave as they are.
 
     Raises:
         UnsupportedError: a module stays quantized in a way that the output's config cannot describe.
     """
-    packed = set(packed)
+    stacked = _stacked(modules)
+    packed = {module.name for module in modules} | {*refused}
     kept = _kept_quantized(source, said, format, scheme, packed)
     if source.config is None:
         return None
     config = without_statements(source.config)
-    ignored = _ignored(source, said, {*packed, *kept})
+    quantized = {*packed, *kept} - (stacked.keys() if format == "dense" else set())  # which dequantizes experts
+    ignored = _ignored(source, said, quantized)
     facts = {
         "version": version_of(scheme),
         "pattern": pattern_facts(pattern),
         "k_slice_unit": scheme.slice_unit(pattern),
     }
     if format == "packed":
-        config["quantization_config"] = PackedConfig(pattern, scheme, tuple(ignored)).written()
+        config["quantization_config"] = PackedConfig(pattern, scheme, tuple(ignored), stacked).written()
         return config
-    if scheme.scaled:
+    if scheme.scaled and quantized:
         name = "int-quantized" if scheme.dtype.numpy.kind == "i" else "float-quantized"
         main = {**_scheme(storage_facts(scheme.weights), activation_facts(scheme)), "format": name, "targets": ["Linear"]}
         groups: list[dict[str, Any]] = []
@@ -154,7 +171,12 @@ def _ignored(source: Checkpoint, said: Source, quantized: set[str]) -> list[str]
     for name, (info, _) in source.tensors.items():
         module = name.removesuffix(".weight")
         parent, _, last = name.rpartition(".")
-        if len(info.shape) >= 2 and not {module, parent} & quantized and last not in QUANTIZED_PARTS:
+        if (
+            len(info.shape) >= 2
+            and not {module, parent} & quantized
+            and last not in QUANTIZED_PARTS
+            and not last.endswith("bias")
+        ):
             names.add(_entry(module))
             if module == name and kinds.stacked(name, info.shape, {}):
                 names.add(_entry(parent))  # experts: engines know the module by its parent's name

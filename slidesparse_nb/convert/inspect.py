@@ -11,28 +11,29 @@ from typing import Any
 import numpy as np
 
 from .. import packing
-from ..checkpoint import Checkpoint, packed_names, read_packed
+from ..checkpoint import Checkpoint, packed_names, read_packed, read_stacked
 from ..core.packed import PackedWeight
 from ..core.pattern import known_patterns
 from ..core.prune import bind
 from ..core.reference import Array, prune
 from ..cpu.kernels import violations
-from ..errors import FormatError, UnsupportedError, VerificationError
+from ..errors import FormatError, UnsupportedError, VerificationError, shown
 from ..packing.proof import quantized
 from .kinds import not_linear
 from .layout import row_ranges
-from .options import UNIT_BYTES, Progress, Run
+from .module import Module
+from .options import UNIT_BYTES, Progress, Run, Sized
 from .proof import prove_copies
-from .run import source_scale
 from .select import QUANTIZED_PARTS, SOURCE_CODES, Selection, named, select, tensor_of
 
 
 @dataclass(frozen=True)
-class ModuleFacts:
+class ModuleFacts(Sized):
     """One matrix: a packed module, a dense weight X.weight under its module's name X, or another tensor under its own.
 
     Attributes:
-        n, k: its rows and columns; of a stack of matrices, the rows of all of them.
+        n, k: its rows and columns; of a stack of matrices (the experts of a layer), the rows of all of them.
+        matrices: how many there are.
         bytes: of its tensors: values, indices, scales.
         packed: the pattern it is packed in; None for a dense weight.
         satisfies: known patterns that a dense weight's zeros already obey, the sparsest first.
@@ -50,6 +51,7 @@ class ModuleFacts:
     satisfies: tuple[str, ...] = ()
     zeros: float | None = None
     reason: str = ""
+    matrices: int = 1
 
 
 @dataclass
@@ -81,19 +83,20 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Progress | Non
             facts.modules.append(
                 ModuleFacts(
                     name,
-                    packed.n,
+                    math.prod(packed.shape[:-1]),
                     packed.k,
                     packed.scheme.name if packed.scheme.blocks else packed.dtype.safetensors,
                     sum(sizes[part] for part in packed_names(name, packed)),
                     packed.bits_per_weight,
                     str(packed.pattern),
+                    matrices=math.prod(packed.lead),
                 )
             )
-        dense = _dense_matrices(checkpoint, facts, counted)
+        dense, experts = _dense_matrices(checkpoint, facts, counted)
         add = Run(progress=progress).counter("reading", sum(sizes[tensor_of(checkpoint, name)] for name in dense))
         for name, why in dense.items():
             parts = [part for part in (tensor_of(checkpoint, name), f"{name}.weight_scale") if part in sizes]
-            facts.modules.append(_dense_facts(checkpoint, name, why, sum(sizes[part] for part in parts)))
+            facts.modules.append(_dense_facts(checkpoint, name, why, sum(sizes[part] for part in parts), experts.get(name)))
             counted.update(parts)
             add(sizes[parts[0]])
         facts.other_tensors = len(sizes.keys() - counted)
@@ -101,8 +104,11 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, progress: Progress | Non
         return facts
 
 
-def _dense_matrices(checkpoint: Checkpoint, facts: Facts, counted: set[str]) -> dict[str, str]:
-    """Every tensor of two or more dimensions that is not packed, by module or tensor name: why it would stay dense, or ""."""
+def _dense_matrices(checkpoint: Checkpoint, facts: Facts, counted: set[str]) -> tuple[dict[str, str], dict[str, Module]]:
+    """Every tensor of two or more dimensions that is not packed, by module or tensor name: why it would stay dense, or "".
+
+    And the experts among those that would be packed.
+    """
     selection, rest = Selection(), ""
     if not facts.modules:
         try:
@@ -116,24 +122,30 @@ def _dense_matrices(checkpoint: Checkpoint, facts: Facts, counted: set[str]) -> 
         module = name.removesuffix(".weight")
         if len(info.shape) >= 2 and not {name, module} & {*found, *counted} and name.rpartition(".")[2] not in QUANTIZED_PARTS:
             found[module] = (len(info.shape) == 2 and not_linear(module, info.shape)) or rest
-    return found
+    return found, {m.name: m for m in selection.modules if m.stacked is not None}
 
 
-def _dense_facts(checkpoint: Checkpoint, name: str, reason: str, nbytes: int) -> ModuleFacts:
+def _dense_facts(checkpoint: Checkpoint, name: str, reason: str, nbytes: int, experts: Module | None) -> ModuleFacts:
+    """Of a dense tensor; of experts that would be packed, every matrix as it would be."""
     info = checkpoint.tensors[tensor_of(checkpoint, name)][0]
     n, k = math.prod(info.shape[:-1]), info.shape[-1]
+    if experts is not None:
+        n, k = experts.rows, experts.k
     patterns = known_patterns()
     zeros = 0
-    readable = n * k > 0 and info.code in SOURCE_CODES and len(info.shape) == 2
-    if readable:
-        for first, last in row_ranges(n, info.nbytes // max(1, n), UNIT_BYTES):
-            w = checkpoint.array(info.name)[first:last]
+    readable = n * k > 0 and info.code in SOURCE_CODES and (len(info.shape) == 2 or experts is not None)
+    single = [checkpoint.array(info.name)] if readable and experts is None else []
+    for matrix in single if experts is None else (m.dense_array(checkpoint) for m in experts.matrices()):
+        for first, last in row_ranges(len(matrix), info.nbytes // max(1, n), UNIT_BYTES):
+            w = np.ascontiguousarray(matrix[first:last])
             zeros += w.size - int(np.count_nonzero(w))
             patterns = [p for p in patterns if not len(violations(w, p))] if zeros else []
-            checkpoint.release(info.name)
+            if experts is None or last == len(matrix):
+                checkpoint.release(info.name)
     satisfies = tuple(str(p) for p in patterns) if readable else ()
-    bits = 8 * nbytes / max(1, n * k)
-    return ModuleFacts(name, n, k, info.code, nbytes, bits, None, satisfies, zeros / (n * k) if readable else None, reason)
+    bits, share = 8 * nbytes / max(1, n * k), zeros / (n * k) if readable else None
+    count = 1 if experts is None else experts.count
+    return ModuleFacts(name, n, k, info.code, nbytes, bits, None, satisfies, share, reason, count)
 
 
 @dataclass
@@ -175,8 +187,8 @@ def verify_checkpoint(
         add = Run(progress=progress).counter("verifying", total)
         if source is None:
             for name, weight in packed.items():
-                _each_block(written, name, weight, lambda block, first, last: packing.verify_rows(block, first_row=first))
-                result.weights += weight.n * weight.k
+                _each_block(written, name, weight, lambda _, block, first, last: packing.verify_rows(block, first_row=first))
+                result.weights += math.prod(weight.shape)
                 add(weight.nbytes)
         else:
             with Checkpoint.open(source) as dense:
@@ -185,13 +197,16 @@ def verify_checkpoint(
     return result
 
 
-def _each_block(written: Checkpoint, name: str, weight: PackedWeight, check: Callable[[PackedWeight, int, int], Any]) -> None:
-    """Call `check` on ranges of rows; the error it raises gets the module's name."""
-    for first, last in row_ranges(weight.n, weight.nbytes // max(1, weight.n), UNIT_BYTES):
-        try:
-            check(weight.rows(first, last), first, last)
-        except (FormatError, VerificationError) as error:
-            raise type(error)(f"{name}: {error}") from None
+def _each_block(
+    written: Checkpoint, name: str, weight: PackedWeight, check: Callable[[int, PackedWeight, int, int], Any]
+) -> None:
+    """Call `check` on ranges of rows of every matrix, with the number of the matrix; the error it raises gets the name."""
+    for i, matrix in enumerate(weight.matrices()):
+        for first, last in row_ranges(matrix.n, matrix.nbytes // max(1, matrix.n), UNIT_BYTES):
+            try:
+                check(i, matrix.rows(first, last), first, last)
+            except (FormatError, VerificationError) as error:
+                raise type(error)(f"{name}{f'[{i}]' if weight.lead else ''}: {error}") from None
     for tensor in packed_names(name, weight):
         written.release(tensor)
 
@@ -200,16 +215,19 @@ def _against(
     written: Checkpoint, packed: dict[str, PackedWeight], dense: Checkpoint, result: Verification, add: Callable[[int], None]
 ) -> None:
     """Prove packed modules, and the tensors beside them, against the dense source."""
+    stacked = read_stacked(written)
     for name, weight in packed.items():
-        if f"{name}.weight" not in dense.tensors or dense.tensors[f"{name}.weight"][0].shape != weight.shape:
-            raise VerificationError(f"{name}: the source has no weight of shape {list(weight.shape)} of that name")
-    modules = named(dense, {name: weight.scheme for name, weight in packed.items()})
+        entry = stacked.get(name)
+        tensor, shape = (f"{name}.weight", weight.shape) if entry is None else (entry.tensor, entry.dense_shape(weight.shape))
+        if tensor not in dense.tensors or dense.tensors[tensor][0].shape != shape:
+            raise VerificationError(f"{name}: the source has no weight of shape {list(shape)} named {shown(tensor)}")
+    modules = named(dense, {name: weight.scheme for name, weight in packed.items()}, stacked)
     for name, weight in packed.items():
-        module = modules[name]
+        module, matrices = modules[name], modules[name].matrices()
 
-        def check(block: PackedWeight, first: int, last: int) -> None:
-            w = dense.array(module.weight)[first:last]  # noqa: B023 (called before the loop goes on)
-            scale = source_scale(dense, module, first, last)  # noqa: B023
+        def check(i: int, block: PackedWeight, first: int, last: int) -> None:
+            w = matrices[i].dense_array(dense)[first:last]  # noqa: B023 (called before the loop goes on)
+            scale = matrices[i].scales(dense, first, last)  # noqa: B023
             if result.by_magnitude:
                 try:
                     packing.verify_rows(block, w, scale=scale, prune=bind("magnitude", w.shape), first_row=first)
@@ -220,10 +238,11 @@ def _against(
             pruned, rounded = dropped(block, w)
             result.pruned += pruned
             result.rounded += rounded
+            matrices[i].release(dense, first, last)  # noqa: B023
 
         _each_block(written, name, weight, check)
         dense.release(module.weight)
-        result.weights += weight.n * weight.k
+        result.weights += math.prod(weight.shape)
         add(weight.nbytes)
     replaced = [name for module in modules.values() for name in module.replaced]
     made = [tensor for name, weight in packed.items() for tensor in packed_names(name, weight)]

@@ -50,6 +50,8 @@ FUSED = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 """Sibling layers that engines run as one matrix product."""
+STACKED = {"gate_up_proj", "down_proj", "w1", "v1", "w2", "input_linear", "output_linear"}
+"""Tensors of a layer's experts, all of them in one."""
 
 SMALLEST_VOCABULARY = 128
 """Fewer rows are not taken for a vocabulary by their number alone."""
@@ -58,10 +60,12 @@ SMALLEST_VOCABULARY = 128
 def fused_key(name: str) -> str | None:
     """One name for all modules that engines run as one: q/k/v, gate/up, and the experts of a layer; None for other modules."""
     wrapped = ".base_layer" if name.endswith(".base_layer") else ""  # a layer inside an adapter's wrapper
-    parts = name.removesuffix(wrapped).split(".")
+    parts = name.removesuffix(wrapped).removesuffix(".weight").split(".")
     for i in range(len(parts) - 1):
         if parts[i] == "experts" and is_number(parts[i + 1]):
             return ".".join(parts[: i + 1])
+    if parts[-1] in STACKED and {*parts[-3:-1]} & {"experts", "block_sparse_moe"}:
+        return ".".join(parts[:-1])
     for siblings in FUSED:
         if parts[-1] in siblings:
             return ".".join([*parts[:-1], "+".join(siblings) + wrapped])
@@ -150,7 +154,7 @@ def stacked(name: str, shape: Sequence[int], shapes: Shapes) -> str | None:
         "experts" for stacked matrices of a mixture of experts, by name or because a router is beside them; else None.
     """
     parts = name.split(".")
-    if len(shape) not in (2, 3) or min(shape[-2:]) < 8 or shape[0] == 1:
+    if len(shape) not in (2, 3) or min(shape[-2:]) < 8 or shape[0] == 1 or parts[-1].endswith("bias"):
         return None
     if any(EXPERT.fullmatch(part) for part in parts):
         return "experts"

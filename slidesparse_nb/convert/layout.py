@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..checkpoint import Checkpoint, index_bytes, shard_name, shard_plan
 from ..checkpoint.hf_folder import CONFIG, INDEX_SUFFIX
 from ..checkpoint.safetensors import header_bytes, naming, open_regular, tensor_bytes
+from ..core.dtypes import NUMPY_OF
 from ..core.file_kind import LOOKED_AT, POINTER, is_pointer
-from ..core.scheme import Scheme
+from ..core.reference import dequantize
 from ..errors import FormatError
+from .module import Module
+from .options import UNIT_BYTES
 
 DEFAULT_SHARD = 5 * 10**9
 
@@ -151,17 +156,61 @@ class Layout:
         return ""
 
 
-def dense_entries(name: str, scheme: Scheme, shape: tuple[int, int]) -> tuple[Entry, ...]:
-    """The tensors of a module in dense format: the weight under its own name and, for 8 bits, one scale a row."""
-    weight = (f"{name}.weight", scheme.dtype.safetensors, shape)
-    return (weight,) if not scheme.scaled else (weight, (f"{name}.weight_scale", "F32", (shape[0], 1)))
+def dense_entries(module: Module) -> tuple[Entry, ...]:
+    """The tensors of a module in dense format: the weight under its own name and, for 8 bits, one scale a row.
+
+    compressed-tensors has no layout for the quantized experts of a layer in one tensor, so they are dequantized.
+    """
+    if module.stacked is not None:
+        return ((module.weight, module.stacked.code, module.stacked.dense_shape(module.shape)),)
+    weight = (module.weight, module.scheme.dtype.safetensors, module.shape)
+    return (weight,) if not module.scheme.scaled else (weight, (f"{module.name}.weight_scale", "F32", (module.n, 1)))
 
 
-def dense_pieces(name: str, q: Any, scale: Any, first: int) -> Iterator[Piece]:
-    """Rows from `first` on of those tensors."""
-    yield f"{name}.weight", first * q.shape[1] * q.itemsize, q
-    if scale is not None:
-        yield f"{name}.weight_scale", first * 4, scale
+def dense_item(module: Module, row_bytes: int, rows: Callable[[Module, int, int], tuple[Any, Any]]) -> Item:
+    """A module in dense format; experts are made one by one.
+
+    Args:
+        row_bytes: source bytes in a row.
+        rows: (matrix, first, last) -> stored values and scales (None of 16-bit types) of these rows of one matrix.
+    """
+    stacked = module.stacked
+
+    def make(first: int, last: int) -> Iterator[Piece]:
+        q, scale = rows(module, first, last)
+        yield module.weight, first * q.shape[1] * q.itemsize, q
+        if scale is not None:
+            yield f"{module.name}.weight_scale", first * 4, scale
+
+    def make_experts(first: int, last: int) -> Iterator[Piece]:
+        assert stacked is not None
+        for matrix in module.matrices()[first:last]:
+            dense = np.empty(matrix.shape, NUMPY_OF[stacked.code])
+            for a, b in row_ranges(matrix.n, row_bytes, UNIT_BYTES):
+                q, scale = rows(matrix, a, b)
+                dense[a:b] = q if scale is None else dequantize(q, scale)
+            yield module.weight, matrix.expert * dense.nbytes, dense.T if stacked.transposed else dense
+
+    if stacked is None:
+        return Item(module.name, dense_entries(module), module.n, row_bytes, make)
+    return Item(module.name, dense_entries(module), module.count, module.n * row_bytes, make_experts)
+
+
+def dequantized_notes(modules: Sequence[Module], model_types: Collection[str]) -> list[str]:
+    """Which tensors of experts the dense format holds dequantized, and who will not load them."""
+    experts = [m.stacked for m in modules if m.stacked is not None and m.scheme.scaled]
+    if not experts:
+        return []
+    notes = [
+        f"{len(experts)} tensors of experts are written dequantized, in {experts[0].dtype}: compressed-tensors has no layout"
+        " for quantized experts in one tensor"
+    ]
+    if "llama4_text" in model_types and len(experts) < len(modules):
+        notes.append(
+            "transformers looks for one tensor an expert in a quantized Llama 4 and will not load these; write it with --scheme"
+            " BF16, or pack its experts only"
+        )
+    return notes
 
 
 def row_ranges(rows: int, row_bytes: int, unit_bytes: int) -> Iterator[tuple[int, int]]:

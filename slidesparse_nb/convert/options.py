@@ -144,9 +144,22 @@ class Run:
         return add
 
 
+class Sized:
+    """What a row of a listing is called: "4096 x 1024", or "128 x 4096 x 1024" of 128 matrices."""
+
+    n: int
+    k: int
+    matrices: int
+
+    @property
+    def size(self) -> str:
+        shape = (self.matrices, self.n // max(1, self.matrices), self.k)
+        return " x ".join(map(str, shape if self.matrices != 1 else shape[1:]))
+
+
 @dataclass(frozen=True)
-class ModuleReport:
-    """One packed module in numbers; sizes in bytes."""
+class ModuleReport(Sized):
+    """One packed module in numbers; sizes in bytes. n counts the rows of all its matrices."""
 
     name: str
     n: int
@@ -156,6 +169,7 @@ class ModuleReport:
     source_bytes: int
     bytes: int
     bits_per_weight: float
+    matrices: int = 1
 
 
 @dataclass

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..checkpoint import Checkpoint
+from ..core.reference import dequantize
 from ..errors import VerificationError
 from .layout import Layout, row_ranges
 from .options import UNIT_BYTES
@@ -43,6 +45,24 @@ def prove_copies(
             add(last - first)
         count += 1
     return count
+
+
+def prove_dequantized(label: str, dense: Any, q: Any, scale: Any, first_row: int) -> None:
+    """Check that rows of a dense tensor are stored values times scales, in its type.
+
+    Args:
+        label: what the error calls the matrix. dense, q: [rows, k], rows first_row ... of it. scale: float32 [rows, 1].
+
+    Raises:
+        VerificationError: naming the first that is not.
+    """
+    wanted = dequantize(q, scale).astype(dense.dtype)
+    if (wrong := wanted.view(f"u{dense.itemsize}") != dense.view(f"u{dense.itemsize}")).any():
+        row, column = map(int, np.argwhere(wrong)[0])
+        raise VerificationError(
+            f"{label}: {dense[row, column]} at row {first_row + row}, column {column} is not {wanted[row, column]}, the value"
+            " times its scale"
+        )
 
 
 def prove_files(folder: Path, layout: Layout) -> None:

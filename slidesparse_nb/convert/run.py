@@ -18,32 +18,12 @@ from ..core.untrusted_json import uncollected
 from ..errors import FormatError, OperandError, SlideSparseError, UnsupportedError, VerificationError
 from .config_json import is_ours
 from .layout import Item, Layout, Piece
+from .module import Module
 from .options import UNIT_BYTES, ModuleReport, Report, Run
 from .proof import prove_files
-from .select import Module
 from .write import Staging, clear_leftovers, write_layout
 
 CONTINUE = "the same command with --resume continues"
-
-
-def extent(checkpoint: Checkpoint, module: Module) -> tuple[int, int]:
-    """Rows of a module and source bytes in each."""
-    info = checkpoint.tensors[module.weight][0]
-    return module.shape[0], info.nbytes // max(1, module.shape[0])
-
-
-def release_rows(checkpoint: Checkpoint, module: Module, first: int, last: int) -> None:
-    """Let go of the memory behind rows of the source."""
-    row_bytes = extent(checkpoint, module)[1]
-    checkpoint.release(module.weight, first * row_bytes, last * row_bytes)
-
-
-def source_scale(checkpoint: Checkpoint, module: Module, first: int, last: int) -> Any:
-    """Scales of already quantized rows, one number or [rows, 1]; None for other weights."""
-    if module.scale is None:
-        return None
-    scales = checkpoint.array(module.scale)
-    return scales if scales.size == 1 else scales.reshape(-1, 1)[first:last]
 
 
 def output_target(source: Path, checkpoint: Checkpoint, out: str | os.PathLike[str] | None, label: str) -> tuple[Path, bool]:
@@ -92,7 +72,7 @@ def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Call
 
     Raises:
         UnsupportedError: a tensor that goes through has the name of one that a module writes, or could not be read back beside
-            it. FormatError: metadata 'slidesparse' of the source is none.
+            it. FormatError: metadata 'slidesparse' of the source is none, or gives two modules one dense tensor.
     """
     for file in checkpoint.files:
         parse_metadata(file.metadata, file.path)  # of another version, its tensors may mean something else
@@ -107,7 +87,9 @@ def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Call
             elif (module := owner[name]).name not in begun:
                 begun.add(module.name)
                 items.append(make_item(module))
-                made.update((entry[0], module.name) for entry in items[-1].entries)
+                for entry in items[-1].entries:
+                    if (other := made.setdefault(entry[0], module.name)) != module.name:
+                        raise FormatError(f"{entry[0]}: is the dense tensor of both {other} and {module.name}")
     for item in items:
         if item.copied and item.name in made:
             raise UnsupportedError(
@@ -139,11 +121,11 @@ def new_report(
     sizes = {item.name: item.nbytes for shard in layout.shards for item in shard.items if not item.copied}
     rows = []
     for module in modules:
-        n, k = module.shape
+        n, k = module.rows, module.k
         source_bytes = sum(checkpoint.tensors[name][0].nbytes for name in module.replaced)
         bits = 8 * sizes[module.name] / max(1, n * k)
-        stored = module.scheme.name if module.scheme.blocks else module.dtype.safetensors
-        rows.append(ModuleReport(module.name, n, k, module.code, stored, source_bytes, sizes[module.name], bits))
+        stored = module.scheme.name if module.scheme.blocks else module.scheme.dtype.safetensors
+        rows.append(ModuleReport(module.name, n, k, module.code, stored, source_bytes, sizes[module.name], bits, module.count))
     return Report(
         input=str(source),
         output=str(target),

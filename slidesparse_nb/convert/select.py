@@ -9,17 +9,18 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.safetensors import TensorInfo
+from ..checkpoint.stacked import Stacked
 from ..core import dtypes
-from ..core.dtypes import DType
 from ..core.pattern import Pattern
 from ..core.scheme import Scheme
 from ..errors import OperandError, UnsupportedError, VerificationError, shown
 from . import kinds
+from .module import Module
 from .sources import Source, read_source
 
 SOURCE_CODES = ("F32", "F16", "BF16", "F8_E4M3", "I8")
@@ -32,36 +33,6 @@ APART = " (the tensor)"
 """After the name of a tensor X in a selection where X.weight, a module's, is beside it."""
 QUANTIZED_PARTS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
 """Tensors of an 8-bit layer that packing replaces."""
-
-
-@dataclass(frozen=True)
-class Module:
-    """One linear layer X: its tensors in the checkpoint and the type it will be stored in.
-
-    Attributes:
-        name: X, where the weight is `X.weight`.
-        shape: (n, k).
-        code: safetensors code of the source weight.
-        scheme: that it is packed in.
-        scale: name of the source's scale tensor, if the weight is already quantized.
-        replaced: source tensors that packing replaces or makes meaningless.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    code: str
-    scheme: Scheme
-    scale: str | None
-    replaced: tuple[str, ...]
-
-    @property
-    def weight(self) -> str:
-        return f"{self.name}.weight"
-
-    @property
-    def dtype(self) -> DType:
-        """Type of the packed values."""
-        return self.scheme.dtype
 
 
 @dataclass
@@ -157,15 +128,16 @@ def select(
     tensors = {name: info for name, (info, _) in checkpoint.tensors.items()}
     shapes = {name: info.shape for name, info in tensors.items()}
     candidates = {name[:-7]: info for name, info in tensors.items() if name.endswith(".weight") and len(info.shape) == 2}
+    stacks = {name.removesuffix(".weight") for name, info in tensors.items() if _is_stack(name, info, shapes, candidates)}
     roles = {name: kinds.not_linear(name, info.shape, source.vocabularies) for name, info in candidates.items()}
-    targeted, astray = matcher(targets, "targets", candidates)
+    targeted, astray = matcher(targets, "targets", [*candidates, *stacks])
     if astray:
         example = next((name for name, role in roles.items() if role is None), "layers.0.mlp.up_proj")
         raise OperandError(
             f"targets: {shown(astray[0])} matches no two-dimensional weight; names look like {shown(example)} (exact, a glob"
             " such as '*_proj', or 're:...'; they are names of modules, not of classes)"
         )
-    ignored, unmet = matcher(ignore, "ignore", [*candidates, *(name for name in tensors if len(shapes[name]) > 2)])
+    ignored, unmet = matcher(ignore, "ignore", [*candidates, *stacks, *(name for name in tensors if len(shapes[name]) > 2)])
     for text in unmet:
         name = text.removesuffix(".weight")
         if not any(c in text for c in "*?[") and not text.startswith("re:") and kinds.not_linear(name, ()) is None:
@@ -180,7 +152,17 @@ def select(
     for name, info in tensors.items():
         module = name.removesuffix(".weight")
         if module not in candidates or name == module:
-            _other(selection, info, shapes, ignored, name if name not in candidates else name + APART)
+            called = name if name not in candidates else name + APART
+            if (by := ignored(name) or ignored(module)) is not None and _is_matrix(info):
+                selection.left_dense[called] = f"ignored by {shown(by)}"
+            elif module in stacks and {module, f"{module}.weight"} <= shapes.keys():
+                selection.bad[called] = f"{shown(name)}: stacked experts beside another weight of that name; rename one of them"
+            elif module in stacks:
+                _stack(selection, info, scheme, pattern, "" if not targets or targeted(module) else "not among the targets")
+            elif _is_matrix(info):
+                selection.left_dense[called] = (
+                    "not named .weight" if len(info.shape) == 2 else f"of {len(info.shape)} dimensions"
+                )
         elif (by := ignored(module)) is not None:
             selection.left_dense[module] = f"ignored by {shown(by)}"
         elif targets and targeted(module) is None:
@@ -220,24 +202,38 @@ def select(
     return selection
 
 
-def _other(selection: Selection, info: TensorInfo, shapes: kinds.Shapes, ignored: Matcher, called: str) -> None:
-    """Account for a tensor that is no `X.weight` of two dimensions: experts are bad, other matrices are left dense.
+def _is_matrix(info: TensorInfo) -> bool:
+    """Whether a tensor that is no `X.weight` of two dimensions is to be accounted for by name."""
+    return len(info.shape) > 2 or (len(info.shape) == 2 and info.name.rpartition(".")[2] not in QUANTIZED_PARTS)
 
-    `called`: its name in the selection; a tensor X beside X.weight needs another than X.
-    """
-    name, shape = info.name, list(info.shape)
-    if len(shape) < 2 or (len(shape) == 2 and name.rpartition(".")[2] in QUANTIZED_PARTS):
+
+def _is_stack(name: str, info: TensorInfo, shapes: kinds.Shapes, candidates: Collection[str]) -> bool:
+    """Whether a tensor holds the experts of a layer."""
+    single = len(info.shape) == 2 and name.endswith(".weight") and name[:-7] in candidates
+    readable = info.code in (*SOURCE_CODES, "F64") and _is_matrix(info)
+    return not single and readable and kinds.stacked(name, info.shape, shapes) is not None
+
+
+def _stack(selection: Selection, info: TensorInfo, scheme: str, pattern: Pattern | None, left: str) -> None:
+    """Append the experts of a layer, or say why not; `left`: why they stay dense by choice."""
+    name, source = info.name.removesuffix(".weight"), selection.source
+    if left or (source.quantized and info.code in FLOAT_CODES):
+        selection.left_dense[info.name] = left or f"not quantized in the source ({info.code})"
         return
-    if (by := ignored(name) or ignored(name.removesuffix(".weight"))) is not None:
-        selection.left_dense[called] = f"ignored by {shown(by)}"
-    elif info.code in (*SOURCE_CODES, "F64") and kinds.stacked(name, info.shape, shapes):
-        selection.bad[called] = (
-            f"{shown(name)}: stacked experts {shape} are not supported yet; unstack them into one weight an expert"
+    if info.code not in FLOAT_CODES or info.code == "F64":
+        selection.bad[info.name] = (
+            f"{shown(info.name)}: stacked experts {list(info.shape)} of type {info.code} cannot be packed; convert them to one"
+            " of F32, F16, BF16"
         )
-    elif len(shape) == 2:
-        selection.left_dense[called] = "not named .weight"
+        return
+    packed_as = _stored_scheme(info.code, scheme)
+    found = source.experts.of(info.name, info.shape, info.code, packed_as)
+    if isinstance(found, str):
+        selection.bad[info.name] = f"{shown(info.name)}: {found}"
+    elif pattern is not None and found[1][-1] < pattern.group:
+        selection.left_dense[info.name] = f"narrower than a group of {pattern}"
     else:
-        selection.left_dense[called] = f"of {len(shape)} dimensions"
+        selection.modules.append(Module(name, found[1], info.code, packed_as, None, (info.name,), found[0]))
 
 
 def tensor_of(checkpoint: Checkpoint, name: str) -> str:
@@ -295,8 +291,7 @@ def _add(selection: Selection, name: str, info: TensorInfo, checkpoint: Checkpoi
     """Append one module, or say in `selection.bad` why it cannot be packed."""
     tensors, code = checkpoint.tensors, info.code
     shape = (info.shape[0], info.shape[1])
-    source = {"F32": dtypes.BFLOAT16}.get(code) or next(t for t in dtypes.PACKED if t.safetensors == code)
-    packed_as = Scheme.of(source if scheme == "auto" else scheme)
+    packed_as = _stored_scheme(code, scheme)
     parts = QUANTIZED_PARTS if code in QUANTIZED_CODES else ()
     companions = tuple(f"{name}.{part}" for part in parts if f"{name}.{part}" in tensors)
     scale = None
@@ -305,12 +300,19 @@ def _add(selection: Selection, name: str, info: TensorInfo, checkpoint: Checkpoi
         if (why := scale_problem(checkpoint, name, info)) is not None:
             selection.bad[name] = why
             return
-        if packed_as.dtype is not source:
+        if packed_as.dtype is not (source := _stored_scheme(code, "auto").dtype):
             raise UnsupportedError(
                 f"{shown(info.name)}: already quantized to {source}; it cannot become {packed_as}: use --scheme auto, or start"
                 " from the unquantized model"
             )
     selection.modules.append(Module(name, shape, code, packed_as, scale, (info.name, *companions)))
+
+
+def _stored_scheme(code: str, scheme: str) -> Scheme:
+    """The scheme that weights of a source type are packed in."""
+    if scheme != "auto":
+        return Scheme.of(scheme)
+    return Scheme.of(dtypes.BFLOAT16 if code == "F32" else next(t for t in dtypes.PACKED if t.safetensors == code))
 
 
 def scale_problem(checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | None:
@@ -332,8 +334,11 @@ def scale_problem(checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | 
     return None
 
 
-def named(checkpoint: Checkpoint, stored: Mapping[str, Scheme]) -> dict[str, Module]:
+def named(checkpoint: Checkpoint, stored: Mapping[str, Scheme], stacked: Mapping[str, Stacked]) -> dict[str, Module]:
     """Modules by their exact names, whatever their role and their siblings, with the schemes they are stored in.
+
+    Args:
+        stored: by module. stacked: what the packed checkpoint says of the dense tensors of those that are experts.
 
     Raises:
         VerificationError: the weight of that name could not have been packed into that type.
@@ -341,6 +346,14 @@ def named(checkpoint: Checkpoint, stored: Mapping[str, Scheme]) -> dict[str, Mod
     """
     selection = Selection(source=read_source(checkpoint))
     for name, scheme in stored.items():
+        if name in stacked:
+            info = checkpoint.tensors[stacked[name].tensor][0]
+            _stack(selection, info, scheme.name, None, "")
+            if not selection.modules or selection.modules[-1].stacked != stacked[name]:
+                reason = selection.bad.get(info.name) or f"{info.name}: the source's model type stores its experts otherwise"
+                raise VerificationError(f"{reason} (it could not have been packed as {stacked[name].axes!r})")
+            selection.modules[-1] = replace(selection.modules[-1], name=name)
+            continue
         info = checkpoint.tensors[f"{name}.weight"][0]
         if info.code not in SOURCE_CODES or (info.code in QUANTIZED_CODES and info.code != scheme.dtype.safetensors):
             raise VerificationError(f"{name}.weight: {info.code} weights of the source could not have been packed as {scheme}")
@@ -357,7 +370,7 @@ def _one_type(selection: Selection) -> None:
         raise UnsupportedError(
             f"weights of several types ({', '.join(sorted(kinds))}) in one checkpoint; choose one with --scheme"
         )
-    if any(m.code == "F32" and m.dtype is dtypes.BFLOAT16 for m in selection.modules):
+    if any(m.code == "F32" and m.scheme.dtype is dtypes.BFLOAT16 for m in selection.modules):
         selection.notes.append("float32 weights are stored as bfloat16 (8 bits of precision); --scheme FP16 keeps 11")
     static = any((group.get("input_activations") or {}).get("dynamic") is False for group in selection.source.groups.values())
     if static or any(part.endswith(".input_scale") for m in selection.modules for part in m.replaced):

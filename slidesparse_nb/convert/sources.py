@@ -22,6 +22,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.hf_folder import CONFIG, member, read_json
 from ..errors import FormatError, UnsupportedError, shown
 from . import kinds
+from .experts import Experts
 from .quantization import NOTHING, require_regular, understood
 
 STATEMENTS = (
@@ -80,6 +81,7 @@ class Source:
         quantized: whether some config says that weights are quantized (as compressed-tensors writes them).
         ignore: names (exact, or "re:" and a regular expression) that this config leaves unquantized.
         groups: its config groups, label -> group, checked by `quantization.understood`.
+        experts: how its model type stores stacked experts.
         kv_cache_scheme: how engines store the KV cache, copied as it is; None if it says nothing.
         notes: what a user should know.
     """
@@ -89,6 +91,7 @@ class Source:
     quantized: bool = False
     ignore: tuple[str, ...] = ()
     groups: dict[str, Any] = field(default_factory=dict)
+    experts: Experts = field(default_factory=Experts)
     kv_cache_scheme: Any = None
     notes: tuple[str, ...] = ()
 
@@ -161,6 +164,7 @@ def read_source(checkpoint: Checkpoint) -> Source:
         quantized=bool(quantization.get("config_groups")),
         ignore=tuple(str(name) for name in quantization.get("ignore") or ()),
         groups=dict(quantization.get("config_groups") or {}),
+        experts=Experts.read(dict(_objects(config))),
         kv_cache_scheme=quantization.get("kv_cache_scheme"),
         notes=tuple(notes),
     )

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from .. import __version__, packing
-from ..checkpoint import Checkpoint, packed_names, read_packed
+from ..checkpoint import Checkpoint, packed_names, read_packed, read_stacked
 from ..checkpoint.safetensors import checked_path
+from ..core import reference
 from ..core.packed import PackedWeight
 from ..core.scheme import Scheme
 from ..errors import UnsupportedError, VerificationError
 from .config_json import output_config, output_metadata
-from .layout import Item, Piece, dense_entries, dense_pieces, output_layout, row_ranges
+from .layout import Item, dense_entries, dense_item, dequantized_notes, output_layout, row_ranges
+from .module import Module
 from .options import UNIT_BYTES, Report, Run
-from .proof import prove_copies
+from .proof import prove_copies, prove_dequantized
 from .run import all_items, carry_out, new_report, output_target
-from .select import Module
 from .sources import read_packed_source
 
 
 def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str], run: Run | None = None) -> Report:
     """Write a packed checkpoint back dense: 16-bit weights, or 8-bit weights and their scales as compressed-tensors names them.
+
+    The experts of a layer get the tensor that they came from, its name and order of axes; of 8 bits they are dequantized.
 
     Raises:
         OperandError: `out` exists. FormatError: the source is broken. UnsupportedError: it is not packed, or a folder whose
@@ -36,14 +43,18 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
             raise UnsupportedError(f"{source}: holds no packed weights")
         pattern = next(iter(weights.values())).pattern
         scheme = _one_type(source, checkpoint, weights)
-        modules = [_module(name, packed) for name, packed in weights.items()]
+        stacked = read_stacked(checkpoint)
+        modules = [
+            Module(name, w.shape, w.dtype.safetensors, w.scheme, None, tuple(packed_names(name, w)), stacked.get(name))
+            for name, w in weights.items()
+        ]
         target, single = output_target(source, checkpoint, out, "dense")
         said = read_packed_source(checkpoint)
         layout = output_layout(
             all_items(checkpoint, modules, lambda module: _item(checkpoint, module, weights[module.name])),
             checkpoint,
-            metadata=output_metadata(checkpoint, "dense", pattern, scheme),
-            config=output_config(checkpoint, said, "dense", pattern, scheme, weights) if scheme else None,
+            metadata=output_metadata(checkpoint, "dense", pattern, scheme, modules),
+            config=output_config(checkpoint, said, "dense", pattern, scheme, modules) if scheme else None,
             max_shard_size=None,
             single=target.name if single else None,
         )
@@ -59,17 +70,19 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
             prune="none",
             left_dense={name: "not packed" for name in said.ignore},
             skipped={},
-            notes=[],
+            notes=dequantized_notes(modules, said.model_types.values()),
         )
 
         def prove(written: Checkpoint, add: Callable[[int], None]) -> None:
             for module in modules:
-                for first, last in row_ranges(*_extent(weights[module.name]), UNIT_BYTES):
-                    _prove_rows(module, written, weights[module.name].rows(first, last), first, last)
+                for matrix in module.matrices():
+                    for first, last in row_ranges(matrix.n, _row_bytes(weights[module.name]), UNIT_BYTES):
+                        _prove_rows(matrix, written, matrix.packed_matrix(weights[module.name]).rows(first, last), first, last)
+                    written.release(module.weight)
                 _release(checkpoint, module)
                 add(sum(checkpoint.tensors[name][0].nbytes for name in module.replaced))
             replaced = [name for module in modules for name in module.replaced]
-            made = [entry[0] for m in modules for entry in dense_entries(m.name, m.scheme, m.shape)]
+            made = [entry[0] for m in modules for entry in dense_entries(m)]
             prove_copies(written, checkpoint, replaced, made, add)
 
         carry_out(layout, target, single, checkpoint, {"unpack": __version__}, run, report, "unpacking", prove)
@@ -93,31 +106,32 @@ def _one_type(source: Path, checkpoint: Checkpoint, weights: dict[str, PackedWei
     return next(iter(kinds.values()))[0] if len(kinds) == 1 else None
 
 
-def _module(name: str, packed: PackedWeight) -> Module:
-    return Module(name, packed.shape, packed.dtype.safetensors, packed.scheme, None, tuple(packed_names(name, packed)))
-
-
-def _extent(packed: PackedWeight) -> tuple[int, int]:
-    return packed.n, packed.nbytes // max(1, packed.n)
+def _row_bytes(packed: PackedWeight) -> int:
+    return packed.nbytes // max(1, prod(packed.shape[:-1]))
 
 
 def _item(checkpoint: Checkpoint, module: Module, packed: PackedWeight) -> Item:
-    def make(first: int, last: int) -> Iterator[Piece]:
-        block = packed.rows(first, last).validate(module.name, first_row=first)
-        yield from dense_pieces(module.name, packing.unpack(block), block.scale, first)
-        if last == packed.n:
+    def rows(matrix: Module, first: int, last: int) -> tuple[Any, Any]:
+        block = matrix.packed_matrix(packed).rows(first, last).validate(f"{matrix.name}{matrix.place}", first_row=first)
+        if last == matrix.n:
             _release(checkpoint, module)
+        return packing.unpack(block), block.scale
 
-    return Item(module.name, dense_entries(module.name, module.scheme, module.shape), *_extent(packed), make)
+    return dense_item(module, _row_bytes(packed), rows)
 
 
-def _prove_rows(module: Module, written: Checkpoint, block: PackedWeight, first: int, last: int) -> None:
-    """The dense rows, packed again, are the packed rows."""
-    scale = None if block.scale is None else written.array(f"{module.name}.weight_scale")[first:last]
+def _prove_rows(matrix: Module, written: Checkpoint, block: PackedWeight, first: int, last: int) -> None:
+    """The dense rows, packed again, are the packed rows; dequantized ones are the packed values times their scales."""
+    dense = np.ascontiguousarray(matrix.dense_array(written)[first:last])
     try:
-        packing.verify_rows(block, written.array(module.weight)[first:last], scale=scale, first_row=first)
+        if matrix.stacked is None or not matrix.scheme.scaled:
+            scale = None if block.scale is None else written.array(f"{matrix.name}.weight_scale")[first:last]
+            packing.verify_rows(block, dense, scale=scale, first_row=first)
+        else:
+            packing.verify_rows(block, first_row=first)
+            prove_dequantized(matrix.label, dense, reference.unpack(block), block.scale, first)
     except VerificationError as error:
-        raise VerificationError(f"{module.name}: {error}") from None
+        raise VerificationError(f"{matrix.name}: {error}") from None
 
 
 def _release(checkpoint: Checkpoint, module: Module) -> None:

@@ -12,7 +12,7 @@ import cupy
 
 from .. import arch
 from ..arch import Config
-from ..core.packed import PackedWeight
+from ..core.packed import PackedWeight, require_matrix
 from ..core.pattern import Pattern
 from ..core.problem import Device, GemmProblem
 from ..core.scheme import Scheme
@@ -81,12 +81,13 @@ class DeviceWeight:
         """Of a packed weight, wherever it is.
 
         Raises:
+            OperandError: `packed` is a stack of matrices.
             UnsupportedError: as for DeviceWeight.
             FormatError: the tensors of `packed` do not fit its shape.
         """
-        packed.check_shapes()
+        require_matrix(packed).check_shapes()
         with cupy.cuda.Device(ordinal):
-            made = cls(packed.pattern, packed.scheme, packed.shape, {}, ordinal)
+            made = cls(packed.pattern, packed.scheme, (packed.n, packed.k), {}, ordinal)
             values, meta = (cupy.asarray(a) for a in (packed.values.view(packed.dtype.raw), packed.meta))
             there = PackedWeight(values, meta, None, packed.pattern, packed.shape, packed.scheme)
             made.buffers = made.arch.arrange(there, cupy)

@@ -54,7 +54,8 @@ class SlideSparseConfig(QuantizationConfigMixin):
         self.quant_method = NAME
         if written:  # config.json's entry
             written.pop("quant_method", None)
-            self.packed = ss.PackedConfig.read({"quant_method": NAME, "pattern": pattern, "ignore": list(ignore), **written})
+            read = ss.PackedConfig.read({"quant_method": NAME, "pattern": pattern, "ignore": list(ignore), **written})
+            self.packed = read.without_stacks("transformers")
         else:
             self.packed = ss.PackedConfig.of(pattern, scheme, tuple(ignore))
         self.prune = prune

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,9 +30,10 @@ from ..core.prune import NOTHING, Pruning
 from ..core.scheme import Scheme
 from ..cpu import blocks, kernels
 from ..errors import PatternError
+from .experts import each, of_expert
 from .proof import stored_twice, unpack_blocks, verify, verify_rows
 
-__all__ = ["pack", "pack_rows", "store_rows", "unpack", "verify", "verify_rows", "violations_hint"]
+__all__ = ["of_expert", "pack", "pack_rows", "store_rows", "unpack", "verify", "verify_rows", "violations_hint"]
 
 Array = NDArray[Any]
 
@@ -56,19 +58,21 @@ def pack(
     """Pack weights: (prune), quantize, slide and compress.
 
     Args:
-        w: [n, k] NumPy array of any strides: float32, float16 or bfloat16; or int8 or float8_e4m3fn with `scale`. Or an array
-            on a GPU, which is packed there (a method that no kernel knows scores a copy on the host); float8_e4m3fn as its
-            bits, uint8, with `dtype`.
+        w: [*lead, n, k] NumPy array of any strides: float32, float16 or bfloat16; or int8 or float8_e4m3fn with `scale`. Or
+            an array on a GPU, which is packed there (a method that no kernel knows scores a copy on the host); float8_e4m3fn as
+            its bits, uint8, with `dtype`.
         pattern: "6:8", (6, 8) or a Pattern: non-zeros:total; over pairs of columns for NVFP4.
         dtype: the scheme, by name ("int8", "fp8", "INT8_W8A8", "W4A8", "NVFP4" ...), or the dtype that tells it. By default
             that of w's type; bfloat16 for float32. Weights of 8 bits keep their bytes and scales: another scheme is refused.
-        scale: of 8-bit w only, w ~= w * scale: [n, 1] or [n], one a row; or one number for all rows. Any float type.
-        prune: "none" (weights that break the pattern are refused), "magnitude", "random", or scores [n, k] >= 0: of the
-            weights in a group, those with the highest stay; of pairs, by the sum of their scores, for "magnitude" of their
+        scale: of 8-bit w only, w ~= w * scale: [*lead, n, 1] or [*lead, n], one a row; or one number for all rows. Any float
+            type.
+        prune: "none" (weights that break the pattern are refused), "magnitude", "random", or scores [*lead, n, k] >= 0: of
+            the weights in a group, those with the highest stay; of pairs, by the sum of their scores, for "magnitude" of their
             squares. Pruning comes before quantization; 8-bit w is pruned by its |q|.
             Scores and scales of a w on a GPU may be there or on the host; "random" draws there what it draws on the CPU.
-        seed: of prune="random", any integer, modulo 2^64.
-        statistics: of a method that needs more than the weights, on the host: real numbers [k] or [n, k], as it asks for.
+        seed: of prune="random", any integer, modulo 2^64; w[i] of a stack has seed + i.
+        statistics: of a method that needs more than the weights, on the host: real numbers [*lead, k] or [*lead, n, k], as it
+            asks for.
         max_workers: threads; by default as many as there are processors, up to 8.
 
     Returns:
@@ -79,6 +83,15 @@ def pack(
         PatternError: weights as stored (that is, after quantization; with block scales, w itself) have a group with more than
             nnz non-zeros.
     """
+    if getattr(w, "ndim", 2) > 2:
+        pattern, count, seed = Pattern.of(pattern), w.shape[0], pruning.check_seed(seed)
+
+        def expert(i: int) -> PackedWeight:
+            parts = {"scale": scale, "prune": prune, "statistics": statistics}
+            given = {name: of_expert(name, value, i, count) for name, value in parts.items()}
+            return pack(w[i], pattern, dtype, **given, seed=seed + i, max_workers=max_workers)
+
+        return PackedWeight.stack(each(count, expert))
     if on_gpu(w):
         return _pack_on_gpu(w, pattern, dtype, scale, prune, pruning.check_seed(seed), statistics)
     w = check_weights(w)
@@ -135,7 +148,7 @@ def _pack_on_gpu(
 
 
 def unpack(packed: PackedWeight) -> Array:
-    """The stored values at their dense places, bit for bit: [n, k] of packed.dtype.numpy. Times packed.scale: the weights.
+    """The stored values at their dense places, bit for bit: [*lead, n, k] of packed.dtype.numpy. Times packed.scale: weights.
 
     Of weights on a GPU the result stays there, and has the dtype of packed.values, which may be raw bits. With block scales,
     it is float32: each stored value times the scale of its block.
@@ -146,10 +159,13 @@ def unpack(packed: PackedWeight) -> Array:
             value for the same column, which no dense form holds.
     """
     require_packed(packed).validate()
+    if packed.lead:
+        with contextlib.nullcontext() if isinstance(packed.values, np.ndarray) else packed.values.device:
+            return np.stack(each(packed.lead[0], lambda i: unpack(packed[i])))
     if on_gpu(packed.values):
         require_kernel(packed.scheme)
         return _unpack_on_gpu(packed)
-    out = np.empty(packed.shape, np.float32 if packed.scheme.blocks else packed.dtype.numpy)
+    out = np.empty((packed.n, packed.k), np.float32 if packed.scheme.blocks else packed.dtype.numpy)
 
     def block(rows: slice) -> None:
         out[rows] = _unpack_rows(packed.rows(rows.start, rows.stop), rows.start)

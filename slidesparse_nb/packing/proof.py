@@ -21,6 +21,7 @@ from ..core.prune import NOTHING, Pruning
 from ..core.reference import TINY, compress, decompress, in_groups, nonzero_units, unpack_nibbles, window_index
 from ..cpu import kernels
 from ..errors import FormatError, OperandError, PatternError, VerificationError
+from .experts import each, of_expert
 
 Array = NDArray[Any]
 
@@ -57,6 +58,9 @@ def verify(
         raise OperandError(
             f"packed: arrays are {type(packed.values).__name__}; verify needs NumPy arrays, bring it to the host"
         )
+    if packed.lead:
+        _verify_experts(packed, w, seed, {"scale": scale, "prune": prune, "statistics": statistics}, max_workers)
+        return
     scales: Array | None = None
     method = NOTHING
     if w is not None:
@@ -75,6 +79,22 @@ def verify(
 
     for _ in kernels.over_blocks(block, packed.n, packed.k, max_workers):
         pass
+
+
+def _verify_experts(
+    packed: PackedWeight, w: Array | None, seed: int | None, given: dict[str, Any], max_workers: int | None
+) -> None:
+    """`verify` for a weight with leading dimensions."""
+    if w is not None and getattr(w, "shape", packed.shape) != packed.shape:
+        raise VerificationError(f"packed: shape {packed.shape} is not {w.shape}, that of w")
+    count = packed.lead[0]
+
+    def expert(i: int) -> None:
+        own = {name: of_expert(name, value, i, count) for name, value in given.items()}
+        own["seed"] = None if seed is None else pruning.check_seed(seed) + i
+        verify(packed[i], None if w is None else w[i], **own, max_workers=max_workers)
+
+    each(count, expert)
 
 
 def verify_rows(

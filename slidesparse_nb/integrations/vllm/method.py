@@ -56,7 +56,7 @@ class SlideSparseConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SlideSparseConfig:
-        return cls(ss.PackedConfig.read(config))
+        return cls(ss.PackedConfig.read(config).without_stacks("vLLM"))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.ignore = hf_to_vllm_mapper.apply_list(self.ignore)
