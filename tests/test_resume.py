@@ -145,11 +145,11 @@ def test_what_the_journal_does_not_vouch_for_is_made_again(
     assert (source.parent / "victim").read_text() == "precious"
 
 
-def test_resume_refuses_other_options_and_another_source(source: Path) -> None:
-    interrupt(source, 20)
+def test_resume_refuses_other_options_and_another_source(source: Path, small_units: None) -> None:
+    interrupt(source, 100)
     refused(source, "unfinished run .* continue it with --resume, or start over with --overwrite")
     refused(source, "other options or another source", ss.Options(scheme="INT8_W8A8"), resume=True)
-    os.utime(source / "model.safetensors", ns=(1, 1))
+    models.folder(source, models.tensors(layers=1, seed=5))
     refused(source, "other options or another source", resume=True)
     finished(source, resume=True, overwrite=True)
 
