@@ -95,6 +95,17 @@ def test_kill_anywhere_and_resume(tmp_path: Path, small_units: None, single: boo
     assert kills > 10
 
 
+def test_what_was_moved_aside_comes_back(source: Path) -> None:
+    """Killed between the two renames that replace an output."""
+    pack(source)
+    wanted, other = contents(source.with_name("out")), ss.Options(scheme="INT8_W8A8")
+    assert killed(lambda: pack(source, other, overwrite=True), 2, names=["rename"])
+    assert not source.with_name("out").exists()
+    with pytest.raises(ss.OperandError, match="other options or another source"):
+        pack(source, ss.Options(scheme="FP16"), resume=True)
+    assert contents(source.with_name("out")) == wanted
+
+
 def test_a_resumed_run_makes_again_only_what_is_missing(
     source: Path, small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
