@@ -4,7 +4,17 @@
     packed = ss.pack(w, "6:8", "int8", prune="magnitude")   # w [n, k] -> PackedWeight
     y = ss.matmul(x, packed)                                # x [..., k] -> y [..., n]
 
-Importing this package imports NumPy and nothing else; everything below is loaded when it is first used.
+Functions are below; `help(ss.PackedWeight)` and so on describe the classes:
+
+    PackedWeight, QuantizedActivations           packed weights, and activations quantized once for several of them
+    Pattern, Scheme, PackedConfig                which weights stay; how they are stored; both as config.json says them
+    Options, Run, Report, Facts, Verification    of the functions on checkpoints
+    SlideSparseError                             and its kinds: Operand-, Pattern-, Format-, Verification-, UnsupportedError
+    reference                                    the whole method in NumPy, to be read
+    device_weight, operand_bytes                 functions for adapters of other libraries
+
+`slidesparse_nb.integrations` has modules for torch, transformers and vLLM. Importing this package imports NumPy and nothing
+else; everything is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -54,7 +64,10 @@ _HOME = {
 }
 """Public name -> the module that holds it."""
 
-__all__ = [*_HOME, "reference"]
+PUBLIC = (*_HOME, "reference")
+"""Every public name."""
+
+__all__ = [name for name in _HOME if name.islower() and name not in ("device_weight", "operand_bytes")]  # what help() prints
 
 if TYPE_CHECKING:
     from .checkpoint import load as load
@@ -69,7 +82,7 @@ if TYPE_CHECKING:
     from .convert import pack_checkpoint as pack_checkpoint
     from .convert import unpack_checkpoint as unpack_checkpoint
     from .convert import verify_checkpoint as verify_checkpoint
-    from .core import reference
+    from .core import reference as reference
     from .core.packed import PackedWeight as PackedWeight
     from .core.packed import QuantizedActivations as QuantizedActivations
     from .core.pattern import Pattern as Pattern
@@ -107,4 +120,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *PUBLIC})

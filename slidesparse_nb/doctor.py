@@ -6,13 +6,13 @@ import functools
 import importlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from . import arch, env, ops, packing
+from .checkpoint.packed_format import on_host
 from .core import reference
 from .core.dtypes import BFLOAT16, FLOAT8, FLOAT32, INT8, PACKED, DType
 from .core.packed import PackedWeight
@@ -137,13 +137,10 @@ def _cupy(usable: Capability) -> str:
 def _numba(usable: Capability) -> str:
     numba_cuda = _import("numba_cuda", usable)
     kernels: Any = importlib.import_module("slidesparse_nb.cuda.kernels.unpack")
-    capability = usable or (8, 0)
+    major, minor = capability = usable or (8, 0)
     kernels.unpack_kernel(INT8, PATTERN.windows).build(capability)
-    numba = importlib.import_module("numba")
-    return (
-        f"{numba_cuda.__version__}, Numba {numba.__version__}, NumPy {np.__version__}; compiles for"
-        f" compute capability {capability[0]}.{capability[1]}"
-    )
+    versions = f"{numba_cuda.__version__}, Numba {importlib.import_module('numba').__version__}, NumPy {np.__version__}"
+    return f"{versions}; compiles for compute capability {major}.{minor}"
 
 
 def _nvrtc(usable: Capability) -> str:
@@ -163,7 +160,7 @@ def _cache() -> str:
             pass
     except OSError as error:
         raise OSError(f"{folder} cannot be written ({error}); set SLIDESPARSE_CACHE_DIR to a folder that can") from None
-    cubins = list(Path(folder).glob("*/kernel.cubin"))
+    cubins = list(folder.glob("*/kernel.cubin"))
     return f"{folder}: {len(cubins)} kernels, {sum(c.stat().st_size for c in cubins) / 1e6:.1f} MB"
 
 
@@ -179,6 +176,8 @@ def _operands(dtype: DType) -> tuple[Any, Any, PackedWeight]:
 
 
 def _same(name: str, got: Any, wanted: Any) -> None:
+    """Raise ArithmeticError unless two arrays, the first perhaps on a GPU, are equal bit for bit."""
+    got = np.ascontiguousarray(on_host(got))
     if not np.array_equal(got.view(f"u{got.itemsize}"), wanted.view(f"u{wanted.itemsize}")):
         raise ArithmeticError(f"{name} differ from the reference")
 
@@ -190,27 +189,29 @@ ADDITIONS = 2 * K * 2.0**-24
 def _compare(y: Any, x: Any, packed: PackedWeight, error: float = ADDITIONS) -> str:
     """y against the reference: int8 exactly; others within `error` of the sum of magnitudes."""
     wanted = reference.matmul(x, packed)
-    if packed.scheme.accumulator == np.int32:
-        _same("products", np.ascontiguousarray(y), wanted)
+    if packed.dtype is INT8:
+        _same("products", y, wanted)
         return "equals the reference"
-    size = reference.matmul(
-        np.abs(x), PackedWeight(_magnitude(packed), packed.meta, packed.scale, PATTERN, (N, K), packed.scheme)
-    )
-    if (np.abs(y - wanted) > error * size).any() or not np.isfinite(y).all():
-        raise ArithmeticError(f"products differ from the reference by up to {np.abs(y - wanted).max():.3g}")
-    return f"equals the reference to {np.abs(y - wanted).max():.1g}, by order of addition"
+    magnitudes = packed.values.view(packed.dtype.raw) & packed.dtype.raw.type(packed.dtype.nonzero_mask)
+    size = reference.matmul(np.abs(x), replace(packed, values=magnitudes.view(packed.dtype.numpy)))
+    off = np.abs(y - wanted)
+    if (off > error * size).any() or not np.isfinite(y).all():
+        raise ArithmeticError(f"products differ from the reference by up to {off.max():.3g}")
+    return f"equals the reference to {off.max():.1g}, by order of addition"
 
 
-def _magnitude(packed: PackedWeight) -> Any:
-    return (packed.values.view(packed.dtype.raw) & packed.dtype.raw.type(packed.dtype.nonzero_mask)).view(packed.dtype.numpy)
+def _packs(dtype: DType, move: Callable[[Any], Any]) -> tuple[Any, PackedWeight, PackedWeight]:
+    """x, and w packed where `move` puts it and by the reference, once they are known to be equal."""
+    x, w, wanted = _operands(dtype)
+    packed = packing.pack(move(w), PATTERN, dtype)
+    _same(f"{dtype} values", packed.values, wanted.values)
+    _same(f"{dtype} indices", packed.meta, wanted.meta)
+    return x, packed, wanted
 
 
 def _cpu() -> str:
     for dtype in PACKED:
-        x, w, wanted = _operands(dtype)
-        packed = packing.pack(w, PATTERN, dtype)
-        _same(f"{dtype} values", packed.values, wanted.values)
-        _same(f"{dtype} indices", packed.meta, wanted.meta)
+        x, packed, wanted = _packs(dtype, lambda w: w)
         _compare(ops.matmul(x, packed), x, wanted)
     return "pack and matmul equal the reference"
 
@@ -223,29 +224,21 @@ def _activations() -> str:
     for dtype in (INT8, FLOAT8):
         wanted, wanted_scale = reference.quantize(x, dtype)
         values, scale = activations.quantize(cupy.asarray(x), dtype)
-        _same(f"{dtype} values", np.ascontiguousarray(values.get()[:, :K]), wanted)
-        _same(f"{dtype} scales", scale.get(), wanted_scale)
+        _same(f"{dtype} values", values[:, :K], wanted)
+        _same(f"{dtype} scales", scale, wanted_scale)
     return "quantize equals the reference"
 
 
 def _weights() -> str:
     cupy: Any = importlib.import_module("cupy")
-    from .cuda import pack as weights
-
     for dtype in PACKED:
-        _, w, wanted = _operands(dtype)
-        packed = weights.pack(cupy.asarray(w), PATTERN, dtype)
-        _same(f"{dtype} values", packed.values.get(), wanted.values)
-        _same(f"{dtype} indices", packed.meta.get(), wanted.meta)
+        _packs(dtype, cupy.asarray)
     return "pack equals the reference"
 
 
 def _matmul(dtype: DType) -> str:
     cupy: Any = importlib.import_module("cupy")
-    from .cuda import pack as weights
-
-    x, w, wanted = _operands(dtype)
-    packed = weights.pack(cupy.asarray(w), PATTERN, dtype)
+    x, packed, wanted = _packs(dtype, cupy.asarray)
     y = ops.matmul(cupy.asarray(x), packed, out_dtype=FLOAT32).get()
     capability = divmod(int(cupy.cuda.Device().compute_capability), 10)
     return _compare(y, x, wanted, max(ADDITIONS, arch.for_capability(capability).error(dtype, packed.ks)))

@@ -184,6 +184,8 @@ def quantize(
     if weights is not None:
         _require_weight(weights)
         pattern, scheme = weights.pattern, weights.scheme
+        if not isinstance(scheme, Scheme):
+            require_packed(weights).check_shapes()  # which says so
         if dtype is not None and Scheme.of(dtype) != scheme:
             raise OperandError(f"dtype: {Scheme.of(dtype)} is not {scheme}, the type of packed; leave it out")
     else:

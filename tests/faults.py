@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ FILLING = ("pwrite", "write", "mkdir")
 
 
 @contextlib.contextmanager
-def intercepted(act: Callable[..., Any]) -> Iterator[None]:
-    """act(number of the change, counted from 1, name, the real function, *arguments) in place of every function of CHANGES."""
-    real = {name: getattr(os, name) for name in CHANGES}
+def intercepted(act: Callable[..., Any], names: Sequence[str] = CHANGES) -> Iterator[None]:
+    """act(number of the change, counted from 1, name, the real function, *arguments) in place of every function of `names`."""
+    real = {name: getattr(os, name) for name in names}
     count = 0
 
     def replacement(name: str) -> Callable[..., Any]:
@@ -30,7 +30,7 @@ def intercepted(act: Callable[..., Any]) -> Iterator[None]:
         return call
 
     try:
-        for name in CHANGES:
+        for name in names:
             setattr(os, name, replacement(name))
         yield
     finally:
@@ -49,8 +49,8 @@ def failing(at: int, code: int = errno.ENOSPC, *, lasting: bool = False) -> cont
     return intercepted(act)
 
 
-def killed(work: Callable[[], object], at: int, *, torn: bool = False) -> bool:
-    """Work in a forked process that dies at its at-th change of the file system, or (torn) half way through a write.
+def killed(work: Callable[[], object], at: int, *, torn: bool = False, names: Sequence[str] = CHANGES) -> bool:
+    """Work in a forked process that dies at its at-th change (one of `names`), or (torn) half way through a write.
 
     False where it ended before.
     """
@@ -64,7 +64,7 @@ def killed(work: Callable[[], object], at: int, *, torn: bool = False) -> bool:
             return go()
 
         code = 1
-        with contextlib.suppress(BaseException), intercepted(act):
+        with contextlib.suppress(BaseException), intercepted(act, names):
             work()
             code = 0
         os._exit(code)

@@ -56,14 +56,8 @@ def tensors(
     return found
 
 
-MODULES = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
+MODULES = tuple(
+    [f"self_attn.{part}_proj" for part in ("q", "k", "v", "o")] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
 )
 
 
@@ -91,44 +85,31 @@ def folder(
     return path
 
 
+def group(kind: str = "float", strategy: str = "channel", dynamic: bool = True, **given: Any) -> dict[str, Any]:
+    """A config group of compressed-tensors, of 8-bit weights and activations."""
+    args = {"num_bits": 8, "type": kind, "symmetric": True}
+    inputs = {**args, "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
+    weights = {**args, "strategy": strategy, "dynamic": False, **given.pop("weights", {})}
+    return {"targets": ["Linear"], "weights": weights, "input_activations": inputs, **given}
+
+
+def quantization(*groups: dict[str, Any], **given: Any) -> dict[str, Any]:
+    """The quantization_config of these groups."""
+    named = {f"group_{i}": each for i, each in enumerate(groups)}
+    base = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": named, "ignore": ["lm_head"]}
+    return {"quantization_config": {**base, **given}}
+
+
 def quantized(kind: str, scales: str = "channel", *, prune: str | None = "6:8") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The same decoder as compressed-tensors writes it: tensors and config; `scales` per "channel" or per "tensor"."""
-    dtype = INT8 if kind == "int8" else FLOAT8
+    dtype, name = (INT8, "int") if kind == "int8" else (FLOAT8, "float")
     parts: dict[str, np.ndarray] = {}
-    for name, w in tensors(prune=prune).items():
-        module = name.removesuffix(".weight")
-        if not name.endswith(".weight") or not module.endswith(MODULES):
-            parts[name] = w
+    for tensor, w in tensors(prune=prune).items():
+        module = tensor.removesuffix(".weight")
+        if not tensor.endswith(".weight") or not module.endswith(MODULES):
+            parts[tensor] = w
             continue
-        if scales == "channel":
-            q, scale = reference.quantize(w, dtype)
-        else:
-            q, scale = reference.quantize(w.reshape(1, -1), dtype)
-            q, scale = q.reshape(w.shape), scale.reshape(1)
-        parts[name], parts[f"{module}.weight_scale"] = q, scale.astype(BF16)
-    group = {
-        "targets": ["Linear"],
-        "weights": {
-            "num_bits": 8,
-            "type": "int" if kind == "int8" else "float",
-            "strategy": scales,
-            "symmetric": True,
-            "dynamic": False,
-        },
-        "input_activations": {
-            "num_bits": 8,
-            "type": "int" if kind == "int8" else "float",
-            "strategy": "token",
-            "symmetric": True,
-            "dynamic": True,
-        },
-    }
-    form = "int-quantized" if kind == "int8" else "float-quantized"
-    return parts, {
-        "quantization_config": {
-            "quant_method": "compressed-tensors",
-            "format": form,
-            "config_groups": {"group_0": group},
-            "ignore": ["lm_head"],
-        }
-    }
+        q, scale = reference.quantize(w if scales == "channel" else w.reshape(1, -1), dtype)
+        parts[tensor] = q.reshape(w.shape)
+        parts[f"{module}.weight_scale"] = (scale if scales == "channel" else scale.reshape(1)).astype(BF16)
+    return parts, quantization(group(name, scales), format=f"{name}-quantized")

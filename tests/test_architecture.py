@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pydoc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,17 +101,24 @@ def test_top_floor_uses_public_names(file: Path) -> None:
     used = {
         n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in alias
     }
-    assert used <= {*slidesparse_nb.__all__, "__version__"}
+    assert used <= {*slidesparse_nb.PUBLIC, "__version__"}
 
 
 def test_public_names() -> None:
-    for name in slidesparse_nb.__all__:
+    for name in slidesparse_nb.PUBLIC:
         assert getattr(slidesparse_nb, name) is getattr(slidesparse_nb, name)
         assert name in dir(slidesparse_nb)
     modules = {file.stem for file in PACKAGE.glob("*.py")} | {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
-    assert not modules & {*slidesparse_nb.__all__}, "the lazy export of a name would turn into the module"
+    assert not modules & {*slidesparse_nb.PUBLIC}, "the lazy export of a name would turn into the module"
     with pytest.raises(AttributeError, match="'slidesparse_nb' has no attribute 'slide'"):
         _ = slidesparse_nb.slide
+
+
+def test_help_fits_a_reader() -> None:
+    """help(slidesparse_nb) prints functions, each whole, and the names of the classes, on a few screens."""
+    assert "CLASSES" not in pydoc.plain(pydoc.render_doc(slidesparse_nb))
+    texts = [slidesparse_nb.__doc__, *(getattr(slidesparse_nb, name).__doc__ for name in slidesparse_nb.__all__)]
+    assert sum(2 + len(text.strip().splitlines()) for text in texts) < 270
 
 
 def test_import_loads_no_part_of_the_package() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,32 +91,33 @@ def test_portable_kernels_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {told[0] for _, told in ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [PACKED[0]], "bfloat16")} == {"sm_90"}
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two of the kernels that it names; all are compiled above."""
+    real, named = ahead_of_time._jobs, []
+    monkeypatch.setattr(ahead_of_time, "_jobs", lambda *given: named.extend(real(*given)) or named[:2])
     arguments = ["build", "--arch", "sm_86", "--pattern", "6:8", "--dtype", "int8", "--out", "float16"]
     shown = CliRunner().invoke(main, arguments)
     assert shown.exit_code == 0, shown.output
-    lines = shown.output.splitlines()
-    count = len(list(sm80.ARCH.kernels(Pattern(6, 8), PACKED[0], "float16", (8, 6))))
-    assert len(lines) == 1 + count
-    assert all(line.startswith("sm_86  6:8") for line in lines[1:])
+    assert len(named) == len(list(sm80.ARCH.kernels(Pattern(6, 8), PACKED[0], "float16", (8, 6))))
+    head, *lines = shown.output.splitlines()
+    assert head
+    assert [line.split()[:2] for line in lines] == [["sm_86", "6:8"]] * 2
     told = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).output)
-    assert {"arch", "pattern", "dtype", "config", "registers", "spills", "stack", "shared", "sparse", "serialized"} == set(
-        told[0]
-    )
+    keys = ("arch", "pattern", "dtype", "config", "registers", "spills", "stack", "shared", "sparse", "serialized")
+    assert set(keys) == set(told[0])
     assert all(report["sparse"] > 0 and report["shared"] <= 99 << 10 for report in told)
     assert CliRunner().invoke(main, ["build", "--arch", "hopper"]).exit_code == 2
     assert CliRunner().invoke(main, ["build", "--arch", "sm_70"]).exit_code == 5
 
 
 def test_a_kernel_that_spills_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = ahead_of_time.Report("sm_80", "6:8", "int8", "", 255, 8, 8, 0, 96)
-    assert not report.good
-    monkeypatch.setattr(ahead_of_time, "build_kernels", lambda **_: [report])
-    monkeypatch.setattr("slidesparse_nb.build_kernels", ahead_of_time.build_kernels, raising=False)
+    good = ahead_of_time.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, None)
+    assert good.good
+    for fault in ({"spills": 8}, {"stack": 8}, {"sparse": 0}, {"serialized": True}):
+        bad = replace(good, **fault)
+        assert not bad.good
+    monkeypatch.setattr("slidesparse_nb.build_kernels", lambda **_: [good, bad], raising=False)
     assert CliRunner().invoke(main, ["build"]).exit_code == 1
-    assert not ahead_of_time.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, 0).good
-    assert ahead_of_time.Report("sm_80", "6:8", "int8", "", 100, 0, 0, 0, None).good
-    assert not ahead_of_time.Report("sm_90", "6:8", "int8", "", 100, 0, 0, 0, 96, serialized=True).good
 
 
 def test_instructions_that_wait_for_each_other_are_found() -> None:

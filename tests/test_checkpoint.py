@@ -379,27 +379,24 @@ def test_which_weights_a_folder_means(tmp_path: Path) -> None:
 
 
 def test_the_hub_cache(tmp_path: Path) -> None:
-    repo = tmp_path / "models--org--name"
+    """Files of a snapshot are links to blobs, of a folder in it, too; the snapshot may be reached by a link."""
+    repo, real, one = tmp_path / "models--org--name", tmp_path / "real", {"fc": packed_weight(2, 16)}
     snapshot = repo / "snapshots" / "0123abc"
-    real = tmp_path / "real"
     for folder in (repo / "blobs", snapshot / "1_Pooling", real):
         folder.mkdir(parents=True)
-    one = {"fc": packed_weight(2, 16)}
     shards(real, one)
     write(real / "config.json", '{"a": 1}')
     write(real / "1_Pooling" / "config.json", "{}")
-    names = [path.relative_to(real) for path in sorted(real.rglob("*")) if path.is_file()]
-    for i, name in enumerate(names):
-        os.rename(real / name, repo / "blobs" / f"hash{i}")
+    for i, path in enumerate(sorted(path for path in real.rglob("*") if path.is_file())):
+        name = path.relative_to(real)
+        path.rename(repo / "blobs" / f"hash{i}")
         (snapshot / name).symlink_to(Path(*[".."] * (1 + len(name.parts)), "blobs", f"hash{i}"))
-    for path in (snapshot, snapshot / "model.safetensors.index.json"):
-        with Checkpoint.open(path) as checkpoint:
-            assert checkpoint.config == {"a": 1}
-            assert checkpoint.companions == ["1_Pooling/config.json"]
-        assert same_all(load(path), one)
-    assert same_all(load(snapshot / "model-00001-of-00001.safetensors"), one)
     (tmp_path / "latest").symlink_to(snapshot)
-    assert same_all(load(tmp_path / "latest"), one)
+    for path in (snapshot, snapshot / "model.safetensors.index.json", tmp_path / "latest"):
+        with Checkpoint.open(path) as checkpoint:
+            assert (checkpoint.config, checkpoint.companions) == ({"a": 1}, ["1_Pooling/config.json"])
+        assert same_all(load(path), one)
+    assert same_all(load(snapshot / shard_name(0, 1).replace("model", "model-00001-of-00001")), one)
 
 
 # ---- shards, index, metadata -------------------------------------------------------------------------------------

@@ -166,7 +166,11 @@ def test_output_of_a_hub_cache_goes_to_the_current_folder(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("scales", ["channel", "tensor"])
-def test_quantized_sources_keep_bytes_and_scales(tmp_path: Path, kind: str, scales: str) -> None:
+def test_quantized_sources_keep_bytes_and_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, scales: str
+) -> None:
+    monkeypatch.setattr("slidesparse_nb.convert.run.UNIT_BYTES", 1024)  # several blocks a module
+    monkeypatch.setattr("slidesparse_nb.convert.rows.SMALL", -1)
     parts, config = models.quantized(kind, scales)
     source = models.folder(tmp_path / "in", parts, config=config)
     report = pack(source, tmp_path / "out")

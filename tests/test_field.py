@@ -49,16 +49,11 @@ LLAMA = {"model_type": "llama", "vocab_size": VOCABULARY}
 
 
 def group(strategy: str = "channel", dynamic: bool = True, **given: Any) -> dict[str, Any]:
-    args = {"num_bits": 8, "type": "float", "symmetric": True}
-    inputs = {**args, "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
-    weights = {**args, "strategy": strategy, "dynamic": False, **given.pop("weights", {})}
-    return {"targets": ["Linear"], "weights": weights, "input_activations": inputs, **given}
+    return models.group("float", strategy, dynamic, **given)
 
 
 def fp8_config(*groups: dict[str, Any], **given: Any) -> dict[str, Any]:
-    named = {f"group_{i}": each for i, each in enumerate(groups or (group(),))}
-    base = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": named, "ignore": ["lm_head"]}
-    return {**LLAMA, "quantization_config": {**base, **given}}
+    return {**LLAMA, **models.quantization(*(groups or (group(),)), **given)}
 
 
 def source(path: Path, parts: dict[str, np.ndarray], config: dict[str, Any] | None = None, **files: Any) -> Path:

@@ -95,6 +95,17 @@ def test_kill_anywhere_and_resume(tmp_path: Path, small_units: None, single: boo
     assert kills > 10
 
 
+def test_what_was_moved_aside_comes_back(source: Path) -> None:
+    """Killed between the two renames that replace an output."""
+    pack(source)
+    wanted, other = contents(source.with_name("out")), ss.Options(scheme="INT8_W8A8")
+    assert killed(lambda: pack(source, other, overwrite=True), 2, names=["rename"])
+    assert not source.with_name("out").exists()
+    with pytest.raises(ss.OperandError, match="other options or another source"):
+        pack(source, ss.Options(scheme="FP16"), resume=True)
+    assert contents(source.with_name("out")) == wanted
+
+
 def test_a_resumed_run_makes_again_only_what_is_missing(
     source: Path, small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,11 +156,11 @@ def test_what_the_journal_does_not_vouch_for_is_made_again(
     assert (source.parent / "victim").read_text() == "precious"
 
 
-def test_resume_refuses_other_options_and_another_source(source: Path) -> None:
-    interrupt(source, 20)
+def test_resume_refuses_other_options_and_another_source(source: Path, small_units: None) -> None:
+    interrupt(source, 100)
     refused(source, "unfinished run .* continue it with --resume, or start over with --overwrite")
     refused(source, "other options or another source", ss.Options(scheme="INT8_W8A8"), resume=True)
-    os.utime(source / "model.safetensors", ns=(1, 1))
+    models.folder(source, models.tensors(layers=1, seed=5))
     refused(source, "other options or another source", resume=True)
     finished(source, resume=True, overwrite=True)
 

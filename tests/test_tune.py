@@ -262,6 +262,18 @@ def test_the_models_choice_wins(gpu: Any, timing: Any) -> None:
     assert race.model_us == race.best_us
 
 
+def test_a_winner_is_timed_once_more_against_the_models_choice(gpu: Any, timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was lucky until then is given its true time."""
+    track = timing.Track(weight(300, 512, INT8), clock := ToldClock({1: 50.0}))
+    ways = tuned_store.likely(track.problem(5, "float32"))[:8]
+    luck = 2 * len(ways) + timing.AGAIN * timing.FINALISTS
+    told = clock.burst
+    monkeypatch.setattr(clock, "burst", lambda *of: told(*of) if clock.bursts < luck else told(0, 1))
+    race = track.race(5, "float32", ways)
+    assert race.best == ways[1]
+    assert race.best_us == pytest.approx(race.model_us, rel=0.01)
+
+
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
 @pytest.mark.parametrize("fault", ["wrong", "nothing"])
 def test_wrong_results_are_told_and_not_timed(

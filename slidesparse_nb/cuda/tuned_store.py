@@ -1,10 +1,10 @@
-"""The ways to compute a product that are likely, and the one that `slidesparse tune` found to be the fastest (docs/tuning.md).
+"""The likely candidates for a product, and the one that `slidesparse tune` found to be the fastest (docs/tuning.md).
 
     <cache>/tuned/<GPU>-<SMs>-<kernel>-<hash of its source>/16x4608x3584-6of8-int8-bfloat16.json
 
 One file a product, written beside its place and renamed: processes that tune at the same time need no lock, and the last one
-to write a product is right. A file says in words what its launches are. They are looked up among the ways that there are, so
-a file that is broken, of another release or of another kernel can be ignored, but can never launch what was not made here.
+to write a product is right. A file describes its launches in words, which are looked up among the candidates. A file that is
+broken, of another release or of another kernel is therefore ignored, and can never launch anything else.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ..errors import FormatError, UnsupportedError
 from .jit import cache
 
 WITHIN = 1.5
-"""Ways that are estimated to take up to so many times as long as the cheapest are worth timing,"""
+"""Candidates whose estimated cost is at most this multiple of the cheapest are timed."""
 
 MOST_WAYS = 40
-"""and of these so many, the cheapest."""
+"""How many of these are timed at most, the cheapest first."""
 
 
 def best(problem: GemmProblem) -> Candidate:
-    """The way that was found for this very m, or else the model's choice."""
+    """The stored candidate for this m, or else the model's choice."""
     return (env.tuned() and found(problem)) or choose(problem)
 
 
@@ -45,14 +45,14 @@ def ranked(problem: GemmProblem) -> list[tuple[float, Candidate]]:
 
 
 def likely(problem: GemmProblem) -> list[Candidate]:
-    """The ways that are worth timing, the model's choice first."""
+    """The candidates that are worth timing, the model's choice first."""
     every = ranked(problem)
     near = dict.fromkeys([choose(problem), *(way for cost, way in every if cost <= WITHIN * every[0][0])])
     return list(near)[:MOST_WAYS]
 
 
 def file(problem: GemmProblem) -> Path:
-    """Where the way that was found for it stands, or would."""
+    """Path of the stored candidate, whether or not there is one."""
     source, device = arch.of(problem).source, problem.device
     kernel = f"{source.removesuffix('.cu')}-{cache.source_hash(source)}"
     place = re.sub(r"[^A-Za-z0-9]+", "-", f"{device.name}-{device.sms}-{kernel}")
@@ -61,18 +61,18 @@ def file(problem: GemmProblem) -> Path:
 
 
 def folder() -> Path:
-    """Of all results, for every GPU."""
+    """Folder of all results, for every GPU."""
     return env.cache_dir() / "tuned"
 
 
 def described(config: Config) -> str:
-    """Everything that makes one launch differ from another; nothing that was fitted."""
+    """A launch in words: all that makes it differ from another, and nothing that was fitted."""
     return " ".join(f"{name}={value}" for name, value in {**config.defines(), **config.shares()}.items())
 
 
 @lru_cache(maxsize=4096)
 def found(problem: GemmProblem) -> Candidate | None:
-    """The way that was found for a product; None if there is none, or none that this release has. Read once a process."""
+    """The stored candidate for a product; None if there is none, or none that this release has. Read once a process."""
     try:
         if not folder().is_dir():
             return None
@@ -83,7 +83,7 @@ def found(problem: GemmProblem) -> Candidate | None:
 
 
 def keep(problem: GemmProblem, way: Candidate, told: Mapping[str, object]) -> None:
-    """Write down the way that was found, and what else a reader may want to be told.
+    """Store a candidate, and facts for a reader.
 
     Raises:
         UnsupportedError: the cache folder cannot be written.
@@ -109,14 +109,14 @@ def keep(problem: GemmProblem, way: Candidate, told: Mapping[str, object]) -> No
 
 
 def drop(problem: GemmProblem) -> None:
-    """Forget what was found for a product."""
+    """Remove the stored candidate of a product."""
     with contextlib.suppress(OSError):
         file(problem).unlink()
     found.cache_clear()
 
 
 def forget() -> int:
-    """Forget what was found for every product, on every GPU; return how many results there were."""
+    """Remove the stored candidates of all products, on every GPU; return how many there were."""
     count = len(list(folder().glob("*/*.json")))
     shutil.rmtree(folder(), ignore_errors=True)
     found.cache_clear()

@@ -11,7 +11,6 @@ operators, never addresses or counters in a graph, so that compiled graphs may b
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -152,22 +151,6 @@ def _bound(there: Any, m: int, out: str) -> Any:
     return bound
 
 
-_scratch: dict[tuple[int, int, int], Tensor] = {}
-"""(device, stream, thread) -> scratch memory of eager calls: those of one thread on one stream follow each other."""
-
-
-def _workspace(size: int, device: int, stream: int, x: Tensor) -> Tensor:
-    """Scratch memory, at least `size` bytes; of a CUDA graph while one is captured, since graphs may run side by side."""
-    key = device, stream, threading.get_ident()
-    held = _scratch.get(key)
-    if held is not None and held.nbytes >= size and not torch.cuda.is_current_stream_capturing():
-        return held
-    made = torch.empty(size if held is None else max(size, 2 * held.nbytes), dtype=torch.uint8, device=x.device)
-    if not torch.cuda.is_current_stream_capturing():
-        _scratch[key] = made
-    return made
-
-
 def _check(x: Tensor, bias: Tensor | None, n: int, k: int) -> int:
     """m; OperandError unless x and bias are operands."""
     if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != k:
@@ -201,7 +184,7 @@ def _linear_cuda(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: in
         name, size, _ = FLOATS[x.dtype]
         rows, strides = _rows(x, m, k, size)
         stream = _stream(device)
-        scratch = _workspace(_bound(there, m, name).plan.bytes, device, stream, x)
+        scratch = torch.empty(_bound(there, m, name).plan.bytes, dtype=torch.uint8, device=x.device)
         bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
         there.linear(m, rows.data_ptr(), name, strides, y.data_ptr(), n, name, scratch.data_ptr(), stream, bias_at, code)
     return y

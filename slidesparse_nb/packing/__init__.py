@@ -64,15 +64,13 @@ def pack(
         pattern: "6:8", (6, 8) or a Pattern: non-zeros:total; over pairs of columns for NVFP4.
         dtype: the scheme, by name ("int8", "fp8", "INT8_W8A8", "W4A8", "NVFP4" ...), or the dtype that tells it. By default
             that of w's type; bfloat16 for float32. Weights of 8 bits keep their bytes and scales: another scheme is refused.
-        scale: of 8-bit w only, w ~= w * scale: [*lead, n, 1] or [*lead, n], one a row; or one number for all rows. Any float
-            type.
+        scale: of 8-bit w only, w ~= w * scale, of any float type: [*lead, n, 1] or [*lead, n], one a row; or one for all rows.
         prune: "none" (weights that break the pattern are refused), "magnitude", "random", or scores [*lead, n, k] >= 0: of
             the weights in a group, those with the highest stay; of pairs, by the sum of their scores, for "magnitude" of their
             squares. Pruning comes before quantization; 8-bit w is pruned by its |q|.
             Scores and scales of a w on a GPU may be there or on the host; "random" draws there what it draws on the CPU.
         seed: of prune="random", any integer, modulo 2^64; w[i] of a stack has seed + i.
-        statistics: of a method that needs more than the weights, on the host: real numbers [*lead, k] or [*lead, n, k], as it
-            asks for.
+        statistics: of a method that needs more than the weights, on the host: real numbers [*lead, k] or [*lead, n, k].
         max_workers: threads; by default as many as there are processors, up to 8.
 
     Returns:

@@ -1,8 +1,7 @@
-"""The ways to compute a product against each other on the current GPU: proved equal, then timed in CUDA graphs.
+"""The candidates for a product timed against each other on the current GPU: proved equal, then timed in CUDA graphs.
 
-A graph holds a call for each of several weights, which fill the second-level cache several times over, so that every call
-finds its weights in memory. Ways are timed in turns, a short burst each after some idleness, so that a clock that drifts
-drifts for all of them.
+A graph holds a call for each of several weights, which fill L2 several times over, so that every call finds its weights in
+DRAM. Candidates are timed in turns, a short burst each after a pause, so that a clock that drifts drifts for all of them.
 """
 
 from __future__ import annotations
@@ -27,24 +26,24 @@ from ..cuda import matmul
 from ..cuda.weight import to_device
 
 CACHES = 5
-"""Second-level caches that a graph's operands fill at least."""
+"""L2 caches that a graph's operands fill at least."""
 
 MOST_CALLS = 32
-"""Calls of a graph, at most."""
+"""Calls in a graph, at most."""
 
 IDLE_S, BURST_US = 0.02, 2000.0
-"""Idleness before a burst of replays, and how long these take."""
+"""Pause before a burst of replays (seconds), and the duration of a burst (microseconds)."""
 
 FINALISTS = 5
-"""Ways that are timed again after one burst each, the model's choice among them,"""
+"""Candidates that are timed again after one burst each, the model's choice among them."""
 
 AGAIN, LAST = 5, 7
-"""so many times; and how often the fastest of them then meets the model's choice alone: its time is that of these bursts,
-since the fastest of many was also the luckiest."""
+"""Bursts a finalist; and bursts of the fastest finalist against the model's choice alone. Its time is the median of the latter,
+because the fastest of many was also the luckiest."""
 
 APART = 0.25
-"""How far results of floats may differ, in standard deviations of y: another order of addition is off by less, even in the 13
-bits of a float8 sum (docs/hopper.md), and a tile that is wrong by more."""
+"""How far floating-point results may differ, in standard deviations of y. Another order of addition differs by less, even in
+the 13 bits of a float8 sum (docs/hopper.md), and a wrong tile by more."""
 
 Launch = Callable[[], None]
 
@@ -60,13 +59,13 @@ class Clock(Protocol):
 
 @dataclass(eq=False)
 class Lane:
-    """One way, ready to run.
+    """One candidate, ready to run.
 
     Attributes:
         launch: runs its graph.
-        kept: what must live as long as the graph.
-        replays: of the graph, in a burst.
-        us: of a graph, a burst each.
+        kept: operands that must live as long as the graph.
+        replays: replays of the graph in a burst.
+        us: microseconds a replay, one number a burst.
     """
 
     way: Candidate
@@ -78,13 +77,13 @@ class Lane:
 
 @dataclass(frozen=True)
 class Race:
-    """What came of it.
+    """The result.
 
     Attributes:
-        best: the fastest way.
+        best: the fastest candidate.
         model_us, best_us: microseconds of the model's choice and of `best`, timed in turns.
-        ways: how many were timed.
-        wrong: those whose results differ from the model's choice's, which were not.
+        ways: how many candidates were timed.
+        wrong: candidates whose results differ from the model's choice's; they are not timed.
     """
 
     best: Candidate
@@ -105,7 +104,7 @@ class Track:
         return to_device(self.weights[0]).problem(m, out)
 
     def race(self, m: int, out: str, ways: Sequence[Candidate]) -> Race:
-        """Time the ways to compute `problem(m, out)`, the model's choice first."""
+        """Time the candidates for `problem(m, out)`, the model's choice first."""
         packed = self.weights[0]
         y_type = next(dtype for dtype, name in FLOATS.items() if name == out)
         touched = packed.nbytes + m * (packed.k * packed.dtype.bits // 8 + packed.n * y_type.itemsize)
@@ -142,7 +141,7 @@ class Track:
 
 
 def run(lanes: Sequence[Lane], clock: Clock, calls: int, wrong: Sequence[Candidate] = ()) -> Race:
-    """Time lanes, the model's choice first, whose graphs hold so many calls."""
+    """Time lanes, the model's choice first, whose graphs hold `calls` calls each."""
 
     def time_in_turns(lanes: Sequence[Lane], times: int) -> None:
         for lane in lanes:
@@ -191,7 +190,7 @@ class GpuClock:
         return partial(graph.launch, self.stream)
 
     def burst(self, launch: Launch, replays: int) -> float:
-        """Microseconds of a launch, of so many after some idleness."""
+        """Microseconds a launch, of `replays` launches after a pause."""
         first, last = cupy.cuda.Event(), cupy.cuda.Event()
         time.sleep(IDLE_S)
         launch()  # the device is busy while the others are queued: launch latency stays out of the time

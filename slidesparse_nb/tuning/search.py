@@ -1,4 +1,4 @@
-"""Timing the ways to compute products on a GPU, and keeping what beats the model's choice (docs/tuning.md)."""
+"""Timing the candidates for products on a GPU, and keeping what beats the model's choice (docs/tuning.md)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from .. import cuda, packing
-from ..arch import Candidate, for_capability, require_support
+from ..arch import for_capability, require_support
 from ..core.packed import size_problem
 from ..core.problem import Asked, GemmProblem
 from ..cuda import tuned_store
@@ -18,7 +18,7 @@ from ..cuda.jit import cache
 from ..errors import OperandError
 
 LEAST_GAIN = 0.02
-"""Of the time of the model's choice, what another way must save to be kept: less is not sure to be there tomorrow."""
+"""Share of the model's choice's time that another candidate must save to be kept; a smaller gain may not repeat."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Tuned:
 
     Attributes:
         m, n, k, pattern, dtype, out: y [m, n] = x [m, k] @ w.T, of weights of this pattern and type, into the type `out`.
-        ways: how many were timed.
-        model, best: the launches of the model's choice and of the fastest way.
+        ways: how many candidates were timed.
+        model, best: the launches of the model's choice and of the fastest candidate.
         model_us, best_us: microseconds that they take.
         kept: `best` is used from now on, in processes that have not multiplied this shape yet.
-        wrong: ways whose results differed from the model's choice's; none, unless a kernel or the GPU is broken.
+        wrong: candidates whose results differed from the model's choice's; none, unless a kernel or the GPU is broken.
     """
 
     m: int
@@ -50,7 +50,7 @@ class Tuned:
 
     @property
     def gain(self) -> float:
-        """Of the time of the model's choice, what the fastest way saves: 0 to 1."""
+        """Share of the model's choice's time that the fastest candidate saves: 0 to 1."""
         return 1 - self.best_us / self.model_us
 
 
@@ -59,16 +59,16 @@ def tune_products(
     seconds: float | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Iterator[Tuned]:
-    """Time the likely ways to compute each product on the current GPU, and keep those that beat the model's choice.
+    """Time the likely candidates for each product on the current GPU, and keep those that beat the model's choice.
 
     Args:
-        products: (m, n, k, pattern, dtype of the weights, name of the type of y) of each. Those with the same weights are best
-            named one after the other.
-        seconds: after which no further product is begun.
-        tell: is told what is being done, a line at a time.
+        products: (m, n, k, pattern, dtype of the weights, name of the type of y) of each. Products of the same weights should
+            follow each other: the weights are packed once.
+        seconds: time after which no further product is begun.
+        tell: called with a line of text for each step.
 
     Yields:
-        What was found, product by product; it has been written down by then.
+        The result of each product, after it has been stored.
 
     Raises:
         OperandError: a product that cannot be.
@@ -89,8 +89,8 @@ def forget_tuned() -> int:
 
 def _checked(asked: Asked) -> GemmProblem:
     problem = GemmProblem.of(asked)
-    for name, value in (("m", problem.m), ("n", problem.n), ("k", problem.k)):
-        if value < 1:
+    for name in ("m", "n", "k"):
+        if (value := getattr(problem, name)) < 1:
             raise OperandError(f"{name}: {value} must be 1 or more")
     if why := size_problem(problem.pattern, (problem.n, problem.k), problem.scheme):
         raise OperandError(f"product: {why}")
@@ -114,29 +114,25 @@ def _tuned(wanted: list[GemmProblem], end: float | None, tell: Callable[[str], N
         if end is not None and time.monotonic() >= end:
             tell(f"time is up: {len(wanted) - number} of {len(wanted)} products were not begun")
             return
-        name = f"{number + 1}/{len(wanted)}  {n} x {k}, {pattern}, {dtype} -> {out}, m={m}"
         if of != (n, k, pattern, dtype):
-            track = None  # its memory is wanted
+            track = None  # free its memory first
             packed = packing.pack(timing.normal(n, k), pattern, dtype, prune="magnitude")
             track, of = timing.Track(packed, clock), (n, k, pattern, dtype)
         problem = track.problem(m, out)
         ways = tuned_store.likely(problem)
         jobs = kernels_of((config for way in ways for config in way), problem.device.capability)
+        name = f"{number + 1}/{len(wanted)}  {n} x {k}, {pattern}, {dtype} -> {out}, m={m}"
         tell(f"{name}: {len(ways)} ways, of {len(jobs)} kernels")
         compile_all(jobs, cache.device_compiler())
         race = track.race(m, out, ways)
-        found = Tuned(
-            m, n, k, str(pattern), str(dtype), out, race.ways, _words(ways[0]), _words(race.best), race.model_us, race.best_us,
-            race.best_us <= (1 - LEAST_GAIN) * race.model_us, tuple(" + ".join(_words(way)) for way in race.wrong),
-        )  # fmt: skip
-        if found.kept:
+        model, best, *wrong = (tuple(map(str, way)) for way in (ways[0], race.best, *race.wrong))
+        kept = race.best_us <= (1 - LEAST_GAIN) * race.model_us
+        if kept:
             when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            told = {"words": found.best, "us": found.best_us, "model_us": found.model_us, "when": when}
+            told = {"words": best, "us": race.best_us, "model_us": race.model_us, "when": when}
             tuned_store.keep(problem, race.best, told)
         else:
             tuned_store.drop(problem)
-        yield found
-
-
-def _words(way: Candidate) -> tuple[str, ...]:
-    return tuple(map(str, way))
+        joined = tuple(" + ".join(words) for words in wrong)
+        product = (m, n, k, str(pattern), str(dtype), out)
+        yield Tuned(*product, race.ways, model, best, race.model_us, race.best_us, kept, joined)

@@ -1,4 +1,4 @@
-"""The operators and SparseLinear on the CPU: the reference, torch.compile, opcheck. On a GPU: tests/gpu/test_sparse_linear.py."""
+"""The operators and SparseLinear on the CPU: reference, torch.compile, opcheck. GPU: tests/gpu/test_sparse_linear.py."""
 
 from __future__ import annotations
 
