@@ -16,6 +16,7 @@ from slidesparse_nb.checkpoint import Checkpoint, read_stacked
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, INT8, DType
 from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.core.scheme import Scheme
 
 E, D, F = 4, 64, 48
 SIZES = {
@@ -135,7 +136,7 @@ def test_a_stock_model_of_unpacked_experts(source: tuple[Any, Path], tmp_path: P
     """Its logits are those of the model whose experts the reference pruned and quantized."""
     model, folder = source
     targets = r"re:.*(experts\.(mlp\.)?\w+|put_linear)$"
-    options = {"scheme": dtype.scheme, "prune": "magnitude", "targets": (targets,)}
+    options = {"scheme": Scheme.of(dtype).name, "prune": "magnitude", "targets": (targets,)}
     ss.pack_checkpoint(folder, tmp_path / "packed", ss.Options(**options))  # type: ignore[arg-type]
     ss.verify_checkpoint(tmp_path / "packed", folder)
     if way == "dense":
