@@ -153,7 +153,9 @@ def test_a_stopped_run_keeps_and_shows_what_it_has(
     monkeypatch.setattr(device, "unwritten", lambda y: 0)
     monkeypatch.setattr(ours, "check_product", lambda *arrays: None)
     before = signal.getsignal(signal.SIGTERM)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
     done = call("--shape", "32,64", "-m", "1,40", "--dtype", "int8", "--peers", "none", "--json", tmp_path / "a.json")
+    signal.signal(signal.SIGINT, interrupt)
     assert done.exit_code == code, (done.output, done.exception)
     assert [cell.m for cell in load(tmp_path / "a.json").cells.values()] == [1]
     assert "gemm, burst, 32 x 64" in done.stdout
