@@ -33,7 +33,7 @@ def kernels() -> None:
     folder = cache.source_folder()
     assert ROOT in folder.resolve().parents, f"{folder} is not of the installed package"
     jobs = {}
-    for capability in ahead_of_time.ARCHITECTURES:
+    for capability in ahead_of_time.CAPABILITIES:
         jobs["common/rows.cu", capability] = ("common/rows.cu", {}, cache.architecture(capability))
         for job, _ in ahead_of_time._jobs([capability], [Pattern(6, 8)], [INT8], "bfloat16"):
             jobs.setdefault((job[0], capability), job)

@@ -27,7 +27,7 @@ from tools.cli import main
 Work = tuple[ahead_of_time.Job, tuple[str, str, str, str, int]]
 """How a kernel is built, and what `slidesparse build` says of it."""
 
-CASES = [(c, d) for c in ahead_of_time.ARCHITECTURES for d in PACKED if d is not FLOAT16 or c == (8, 0)]
+CASES = [(c, d) for c in ahead_of_time.CAPABILITIES for d in PACKED if d is not FLOAT16 or c == (8, 0)]
 """float16 is bfloat16 with another instruction: once is enough."""
 
 

@@ -34,7 +34,8 @@ from .benchmark.cases import KINDS, MODELS, PARTS, SQUARES, Linear, Selection, S
 from .benchmark.measure import measure
 from .benchmark.peers import FULL, PEERS, QUICK
 from .benchmark.results import Results, load
-from .terminal import EXIT_CODES, command, exits, say
+from .exit_codes import EXIT_CODES, exits
+from .terminal import command, say
 
 LONGEST = 540.0
 """Seconds a run may take that names its own measurements."""

@@ -17,7 +17,8 @@ import click
 
 import slidesparse_nb as ss
 
-from .terminal import command, exits, print_json, print_table
+from .exit_codes import exits
+from .terminal import command, print_json, print_table
 
 COLUMNS = ("arch", "pattern", "dtype", "configuration", "registers", "spilled B", "stack B", "shared B", "sparse MMA", "serial")
 

@@ -8,7 +8,7 @@ import importlib.util
 import click
 
 from . import __name__ as package
-from .terminal import EXIT_CODES
+from .exit_codes import EXIT_CODES
 
 COMMANDS = {
     "pack": "Pack a checkpoint.",

@@ -15,7 +15,8 @@ import click
 
 import slidesparse_nb as ss
 
-from .terminal import clean, command, count, exits, print_json, say
+from .exit_codes import exits
+from .terminal import clean, command, count, print_json, say
 
 COLOURS = {"ok": "green", "absent": "yellow", "broken": "red"}
 

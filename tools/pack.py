@@ -17,9 +17,10 @@ import click
 
 import slidesparse_nb as ss
 
-from .terminal import EXIT_CODES, Size, command, count, exits, print_json, print_table, progress_bar, say, size_text, write_json
+from .exit_codes import EXIT_CODES, exits
+from .terminal import Size, command, count, print_json, print_table, progress_bar, say, size_text, write_json
 
-SCHEMES = ("auto", "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16", "W4A8", "NVFP4", "int8", "fp8")
+SCHEMES = ("auto", *ss.Scheme.names(), "int8", "fp8")
 
 
 @command(epilog=EXIT_CODES)

@@ -17,7 +17,8 @@ import click
 
 import slidesparse_nb as ss
 
-from .terminal import EXIT_CODES, command, count, exits, print_json, print_table, progress_bar, say, size_text
+from .exit_codes import EXIT_CODES, exits
+from .terminal import command, count, print_json, print_table, progress_bar, say, size_text
 
 ITSELF = "-"
 

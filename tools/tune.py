@@ -27,7 +27,8 @@ import slidesparse_nb as ss
 
 from .arguments import Listed, Seconds, Shape, Tokens, one_of
 from .benchmark.cases import KINDS, MODELS
-from .terminal import EXIT_CODES, command, count, exits, print_json, print_table, say
+from .exit_codes import EXIT_CODES, exits
+from .terminal import command, count, print_json, print_table, say
 
 STORED = {"I8": "int8", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "fp16"}
 """Types of packed values in a file -> keys of KINDS."""

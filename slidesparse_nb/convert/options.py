@@ -18,7 +18,7 @@ from ..core.scheme import SCHEMES as BY_NAME
 from ..core.scheme import Scheme
 from ..errors import OperandError, shown
 
-SCHEMES = ("auto", *BY_NAME)
+SCHEMES = ("auto", *Scheme.names())
 DEFAULT_PATTERN = Pattern(6, 8)
 FORMATS = ("packed", "dense")
 MIN_MEMORY = 256 * 2**20

@@ -131,6 +131,11 @@ class Scheme:
         told = shown(str(value) if isinstance(value, DType) else value)
         raise OperandError(f"dtype: {told} is not a packed type; it must be one of {names}")
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Those of every scheme."""
+        return tuple(SCHEMES)
+
     def pattern(self, value: Pattern | str | tuple[int, int]) -> Pattern:
         """The pattern that `value` names, over the scheme's unit: with NVFP4 "6:8" and "6:8 pairs" are the same.
 

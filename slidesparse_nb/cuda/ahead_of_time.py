@@ -21,7 +21,7 @@ from ..core.problem import Asked, Device, GemmProblem
 from ..core.scheme import Scheme
 from .jit import cache, nvrtc
 
-ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 """The compute capabilities that kernels are compiled for in tests."""
 
 Job = tuple[str, Mapping[str, "int | str"], str]
@@ -57,7 +57,7 @@ class Report:
 
 
 def build_kernels(
-    capabilities: Sequence[tuple[int, int]] = ARCHITECTURES,
+    capabilities: Sequence[tuple[int, int]] = CAPABILITIES,
     patterns: Sequence[Pattern] | None = None,
     dtypes: Sequence[DType | str] = PACKED,
     out: str = "bfloat16",
