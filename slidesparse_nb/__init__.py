@@ -28,7 +28,7 @@ _HOME = {
     "Pattern": "core.pattern",
     "Scheme": "core.scheme",
     "PackedWeight": "core.packed",
-    "QuantizedActivations": "core.packed",
+    "QuantizedActivations": "core.activations",
     "pack": "packing",
     "unpack": "packing",
     "verify": "packing",
@@ -83,8 +83,8 @@ if TYPE_CHECKING:
     from .convert import unpack_checkpoint as unpack_checkpoint
     from .convert import verify_checkpoint as verify_checkpoint
     from .core import reference as reference
+    from .core.activations import QuantizedActivations as QuantizedActivations
     from .core.packed import PackedWeight as PackedWeight
-    from .core.packed import QuantizedActivations as QuantizedActivations
     from .core.pattern import Pattern as Pattern
     from .core.scheme import Scheme as Scheme
     from .cuda.ahead_of_time import build_kernels as build_kernels

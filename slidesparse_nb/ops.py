@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from . import cuda
 from .arch import for_capability
+from .core.activations import QuantizedActivations
 from .core.checks import (
     check_activations,
     check_bias,
@@ -22,7 +23,7 @@ from .core.checks import (
     result_dtype,
     share_memory,
 )
-from .core.packed import PackedWeight, QuantizedActivations, require_matrix, require_matrix_shape, require_packed
+from .core.packed import PackedWeight, require_matrix, require_matrix_shape, require_packed
 from .core.pattern import Pattern
 from .core.scheme import Scheme
 from .cpu import kernels

@@ -22,8 +22,8 @@ from numpy_gpu import BF16, F16, F32, Array, Tensor, array, close, empty, gpu, o
 from slidesparse_nb.arch import ARCHITECTURES, sm80, sm90
 from slidesparse_nb.arch.operand import image
 from slidesparse_nb.core import reference
+from slidesparse_nb.core.activations import QuantizedActivations
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8, PACKED, DType
-from slidesparse_nb.core.packed import QuantizedActivations
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.cuda.jit import cache

@@ -16,9 +16,10 @@ import numpy as np
 
 from ..arch import for_capability
 from ..arch.operand import image_rows
+from ..core.activations import QuantizedActivations
 from ..core.checks import check_activations, check_bias, float_dtype, result_dtype
 from ..core.dtypes import CUDA_CODES, FLOATS, INT8, DType
-from ..core.packed import PackedWeight, QuantizedActivations
+from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.scheme import Scheme
 from ..errors import OperandError
