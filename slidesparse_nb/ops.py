@@ -118,7 +118,7 @@ def device_weight(
         device: number of the GPU, which must be the current one; by default it.
 
     Raises:
-        OperandError: an argument of the wrong type, or a buffer that CuPy cannot view.
+        OperandError: an argument of the wrong type, a device that is not current, or a buffer that CuPy cannot view.
         UnsupportedError: as for `to_device`.
     """
     made: DeviceWeight = cuda.module("weight", "device_weight").device_weight(

@@ -72,8 +72,8 @@ def as_cupy(tensor: Tensor) -> Any:
 
 # ---- weights by their operands ---------------------------------------------------------------------------------------
 
-_weights: dict[int, Any] = {}
-"""Address of an arranged weight's first buffer -> DeviceWeight. An entry lives as long as that tensor."""
+_weights: dict[tuple[int, int], Any] = {}
+"""Addresses of an arranged weight's first and last buffer -> DeviceWeight. An entry lives as long as the first's tensor."""
 
 
 def _device_weight(weight: Sequence[Tensor], n: int, k: int, facts: str) -> Any:
@@ -81,15 +81,15 @@ def _device_weight(weight: Sequence[Tensor], n: int, k: int, facts: str) -> Any:
     pattern, dtype, names = facts.split(" ")
     buffers = {name: as_cupy(tensor) for name, tensor in zip(names.split(","), weight, strict=True)}
     made = ss.device_weight(buffers, pattern, dtype, (n, k), weight[0].get_device())
-    address = weight[0].data_ptr()
-    _weights[address] = made
-    weakref.finalize(weight[0], _forget, address, made)
+    addresses = weight[0].data_ptr(), weight[-1].data_ptr()
+    _weights[addresses] = made
+    weakref.finalize(weight[0], _forget, addresses, made)
     return made
 
 
-def _forget(address: int, made: Any) -> None:
-    if _weights.get(address) is made:
-        del _weights[address]
+def _forget(addresses: tuple[int, int], made: Any) -> None:
+    if _weights.get(addresses) is made:
+        del _weights[addresses]
 
 
 def _packed(weight: Sequence[Tensor], n: int, k: int, facts: str) -> ss.PackedWeight:
@@ -132,7 +132,7 @@ _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 def _known(weight: Sequence[Tensor], x: Tensor, n: int, k: int, facts: str) -> Any:
     """The DeviceWeight, on the device of x, which is made the current one by the caller."""
-    found = _weights.get(weight[0].data_ptr())
+    found = _weights.get((weight[0].data_ptr(), weight[-1].data_ptr()))
     if found is None or found.shape != (n, k):
         _require_no_capture("x: this weight was not multiplied by anything")
         found = _device_weight(weight, n, k, facts)
