@@ -120,7 +120,8 @@ def device_weight(
         device: number of the GPU, which must be the current one; by default it.
 
     Raises:
-        OperandError: an argument of the wrong type, a shape of a stack, or a buffer that CuPy cannot view.
+        OperandError: an argument of the wrong type, a shape of a stack, a device that is not current, or a buffer that CuPy
+            cannot view.
         UnsupportedError: as for `to_device`.
     """
     require_matrix_shape(shape)

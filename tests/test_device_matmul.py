@@ -346,6 +346,8 @@ def test_a_weight_in_buffers_of_the_caller(gpu: Any, dtype: DType) -> None:
     again = importlib.import_module("slidesparse_nb.ops").device_weight(ours, packed.pattern, dtype, packed.shape)
     with pytest.raises(OperandError, match=r"^buffers\['scale'\]: must be contiguous"):
         ops().device_weight({"scale": empty((4, 8))[:, :2]}, packed.pattern, dtype, packed.shape)
+    with pytest.raises(OperandError, match=r"^device: 5 is not the current GPU, 0; make it so first"):
+        ops().device_weight(ours, packed.pattern, dtype, packed.shape, 5)
     gpu.weights[:] = [(again, packed)]
     close(ops().matmul(x, again), expected)
     close(ops().matmul(ops().quantize(x, again), again), expected)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +34,12 @@ class PackedConfig:
     stacked: Mapping[str, Stacked] = field(default_factory=dict, hash=False)
 
     @classmethod
-    def of(cls, pattern: Pattern | str | tuple[int, int], scheme: object, ignore: tuple[str, ...] = ()) -> PackedConfig:
-        """From the names of a pattern and a scheme; OperandError if they are none."""
+    def of(cls, pattern: Pattern | str | tuple[int, int], scheme: object, ignore: Iterable[str] = ()) -> PackedConfig:
+        """From the names of a pattern and a scheme; OperandError if they are none, or `ignore` no list of names."""
         found = Scheme.of(scheme)
-        return cls(found.pattern(pattern), found, ignore)
+        if problem := _no_names(ignore):
+            raise OperandError(problem)
+        return cls(found.pattern(pattern), found, tuple(ignore))
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> PackedConfig:
@@ -60,8 +63,8 @@ class PackedConfig:
             raise FormatError(f"{where}: {stored} are unknown here; update slidesparse_nb")
         if not isinstance(pattern, Mapping) or pattern.keys() - {"unit"} != {"nnz", "group"}:
             raise FormatError(f'{where}: pattern {shown(pattern)} must be like {{"nnz": 6, "group": 8}}')
-        if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
-            raise FormatError(f"{where}: ignore {shown(ignore)} must be a list of names")
+        if problem := _no_names(ignore):
+            raise FormatError(f"{where}: {problem}")
         try:
             found = scheme.pattern(Pattern(**pattern))
         except OperandError as error:
@@ -107,6 +110,18 @@ class PackedConfig:
         """The tensors of a packed layer whose weight is [n, k]: name -> (NumPy's name of the dtype, shape)."""
         entries = packed_entries("", self.pattern, self.scheme, (n, k))
         return {name.removeprefix("."): (NUMPY_OF[code].name, shape) for name, code, shape in entries}
+
+
+def _no_names(ignore: object) -> str:
+    """Why it is no list of names and regular expressions; "" if it is."""
+    if isinstance(ignore, str | Mapping) or not isinstance(ignore, Iterable) or not all(isinstance(v, str) for v in ignore):
+        return f"ignore {shown(ignore)} must be a list of names"
+    for name in ignore:
+        try:
+            re.compile(name[3:] if name.startswith("re:") else "")
+        except re.error as error:
+            return f"ignore {shown(name)} is not a regular expression ({error})"
+    return ""
 
 
 def description(scheme: Scheme) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
@@ -162,6 +163,7 @@ class Counters:
     def __init__(self) -> None:
         self._sets: dict[int, int] = {}
         self._memory: list[Any] = []
+        self._lock = threading.Lock()
 
     def reserve(self) -> None:
         """Make sets for `COUNTER_SETS` more streams of the current device."""
@@ -171,11 +173,13 @@ class Counters:
     def of(self, stream: int) -> int:
         """The address of a stream's set."""
         if (known := self._sets.get(stream)) is None:
-            if len(self._sets) == COUNTER_SETS * len(self._memory):
-                self.reserve()
-            number = len(self._sets)
-            start = self._memory[number // COUNTER_SETS].data.ptr
-            known = self._sets.setdefault(stream, start + 4 * COUNTERS * (number % COUNTER_SETS))
+            with self._lock:  # or two threads would give their streams one set
+                if (known := self._sets.get(stream)) is None:
+                    number = len(self._sets)
+                    if number == COUNTER_SETS * len(self._memory):
+                        self.reserve()
+                    start = self._memory[number // COUNTER_SETS].data.ptr
+                    known = self._sets[stream] = start + 4 * COUNTERS * (number % COUNTER_SETS)
         return known
 
 

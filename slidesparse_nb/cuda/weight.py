@@ -257,11 +257,13 @@ def device_weight(
 ) -> DeviceWeight:
     """`slidesparse_nb.device_weight`."""
     views = {name: as_cupy(f"buffers[{name!r}]", array) for name, array in buffers.items()}
+    current = int(cupy.cuda.runtime.getDevice())
+    if device not in (None, current):  # what is made here for a device, for all its weights, is made on the current one
+        raise OperandError(f"device: {device} is not the current GPU, {current}; make it so first")
     for name, view in views.items():
         if not view.flags.c_contiguous or view.data.ptr % 16:
             raise OperandError(f"buffers[{name!r}]: must be contiguous and 16-byte aligned, as to_device made it")
-    ordinal = int(cupy.cuda.runtime.getDevice()) if device is None else device
-    return DeviceWeight(pattern, scheme, shape, views, ordinal)
+    return DeviceWeight(pattern, scheme, shape, views, current)
 
 
 def arranged_on(packed: PackedWeight) -> dict[int, DeviceWeight]:

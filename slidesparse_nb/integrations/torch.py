@@ -72,8 +72,8 @@ def as_cupy(tensor: Tensor) -> Any:
 
 # ---- weights by their operands ---------------------------------------------------------------------------------------
 
-_weights: dict[int, Any] = {}
-"""Address of an arranged weight's first buffer -> DeviceWeight. An entry lives as long as that tensor."""
+_weights: dict[tuple[int, int], Any] = {}
+"""Addresses of an arranged weight's first and last buffer -> DeviceWeight. An entry lives as long as the first's tensor."""
 
 
 def _device_weight(weight: Sequence[Tensor], n: int, k: int, facts: str) -> Any:
@@ -81,15 +81,15 @@ def _device_weight(weight: Sequence[Tensor], n: int, k: int, facts: str) -> Any:
     pattern, dtype, names = facts.split(" ")
     buffers = {name: as_cupy(tensor) for name, tensor in zip(names.split(","), weight, strict=True)}
     made = ss.device_weight(buffers, pattern, dtype, (n, k), weight[0].get_device())
-    address = weight[0].data_ptr()
-    _weights[address] = made
-    weakref.finalize(weight[0], _forget, address, made)
+    addresses = weight[0].data_ptr(), weight[-1].data_ptr()
+    _weights[addresses] = made
+    weakref.finalize(weight[0], _forget, addresses, made)
     return made
 
 
-def _forget(address: int, made: Any) -> None:
-    if _weights.get(address) is made:
-        del _weights[address]
+def _forget(addresses: tuple[int, int], made: Any) -> None:
+    if _weights.get(addresses) is made:
+        del _weights[addresses]
 
 
 def _packed(weight: Sequence[Tensor], n: int, k: int, facts: str) -> ss.PackedWeight:
@@ -103,6 +103,7 @@ def _packed(weight: Sequence[Tensor], n: int, k: int, facts: str) -> ss.PackedWe
 def arrange(packed: ss.PackedWeight, device: torch.device) -> tuple[dict[str, Tensor], str]:
     """A packed weight arranged for a GPU in PyTorch's memory: uint8 buffers by name, and the operators' `facts`."""
     with torch.cuda.device(device):
+        torch.cuda.synchronize(device)  # CuPy's stream is not PyTorch's, which may still write what is read or reused here
         there = ss.to_device(packed, device.index)
         there.complete()
         buffers = {name: torch.empty(own.nbytes, dtype=torch.uint8, device=device) for name, own in there.buffers.items()}
@@ -131,37 +132,52 @@ _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 def _known(weight: Sequence[Tensor], x: Tensor, n: int, k: int, facts: str) -> Any:
     """The DeviceWeight, on the device of x, which is made the current one by the caller."""
-    found = _weights.get(weight[0].data_ptr())
+    found = _weights.get((weight[0].data_ptr(), weight[-1].data_ptr()))
     if found is None or found.shape != (n, k):
+        _require_no_capture("x: this weight was not multiplied by anything")
         found = _device_weight(weight, n, k, facts)
-    if found.ordinal != x.get_device():
-        raise ss.OperandError(f"x: is on {x.device}, the weight on cuda:{found.ordinal}; move one of them")
     return found
+
+
+def _require_no_capture(what: str) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise ss.OperandError(
+            f"{what} before the capture of a CUDA graph, which may not compile kernels; run each number of tokens once first"
+        )
 
 
 def _bound(there: Any, m: int, out: str) -> Any:
     """The plan for m tokens; compiled kernels and addresses are found before a CUDA graph is captured, not while."""
     if (bound := there.plans.get((m, out))) is None:
-        if torch.cuda.is_current_stream_capturing():
-            raise ss.OperandError(
-                f"x: {m} tokens were not multiplied by this weight before the capture of a CUDA graph, which may not compile"
-                " kernels; run each number of tokens once first"
-            )
+        _require_no_capture(f"x: {m} tokens were not multiplied by this weight")
         bound = there.bound(m, out)
     return bound
 
 
-def _check(x: Tensor, bias: Tensor | None, n: int, k: int) -> int:
-    """m; OperandError unless x and bias are operands."""
+def _check(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int) -> int:
+    """m; OperandError unless x and bias are operands, where the weight is."""
     if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != k:
         raise ss.OperandError(f"x: {x.dtype} {tuple(x.shape)} must be float32, float16 or bfloat16, of shape [..., {k}]")
+    _require_no_grad(x)
+    _check_places(x, weight, bias, n)
+    return x.numel() // k if k else x.shape[:-1].numel()
+
+
+def _require_no_grad(x: Tensor) -> None:
+    """OperandError where a gradient would be lost; graphs of torch.compile ask before they are traced, not in the operator."""
     if x.requires_grad and torch.is_grad_enabled():
         raise ss.OperandError("x: requires grad, but packed linears are for inference only; call under torch.no_grad()")
+
+
+def _check_places(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int) -> None:
+    """OperandError unless the weight is where x is, and the bias fits."""
+    if weight[0].get_device() != x.get_device():
+        raise ss.OperandError(f"x: is on {x.device}, the weight on {weight[0].device}; move one of them")
     if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,) or bias.device != x.device):
         raise ss.OperandError(
-            f"bias: {bias.dtype} {tuple(bias.shape)} on {bias.device} must be a float type, [{n}], on {x.device}"
+            f"bias: {bias.dtype} {tuple(bias.shape)} on {bias.device} must be float32, float16 or bfloat16, [{n}], on"
+            f" {x.device}"
         )
-    return x.numel() // k if k else x.shape[:-1].numel()
 
 
 def _rows(x: Tensor, m: int, k: int, size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -173,7 +189,7 @@ def _rows(x: Tensor, m: int, k: int, size: int) -> tuple[Tensor, tuple[int, int]
 
 
 def _linear_cuda(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str) -> Tensor:
-    m = _check(x, bias, n, k)
+    m = _check(x, weight, bias, n, k)
     device = x.get_device()
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -191,7 +207,7 @@ def _linear_cuda(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: in
 
 
 def _linear_cpu(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str) -> Tensor:
-    _check(x, bias, n, k)
+    _check(x, weight, bias, n, k)
     packed = _packed(weight, n, k, facts)
     return from_numpy(ss.matmul(as_numpy(x), packed, bias=None if bias is None else as_numpy(bias)))
 
@@ -201,7 +217,7 @@ def _linear_fake(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: in
 
 
 def _quantize_cuda(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
-    m = _check(x, None, n, k)
+    m = _check(x, weight, None, n, k)
     device = x.get_device()
     with torch.cuda.device(device):
         there = _known(weight, x, n, k, facts)
@@ -215,7 +231,7 @@ def _quantize_cuda(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: s
 
 
 def _quantize_cpu(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
-    _check(x, None, n, k)
+    _check(x, weight, None, n, k)
     q = ss.quantize(as_numpy(x), _packed(weight, n, k, facts))
     scale = np.empty(0, np.float32) if q.scale is None else q.scale[:, 0]
     return torch.from_numpy(q.values.view(np.uint8).reshape(-1)), torch.from_numpy(scale.copy())
@@ -241,6 +257,7 @@ def _product_cuda(
     facts: str,
 ) -> Tensor:
     device, (name, _, _) = operand.get_device(), FLOATS[out]
+    _check_places(operand, weight, bias, n)
     y = torch.empty((m, n), dtype=out, device=operand.device)
     with torch.cuda.device(device):
         if m and n:
@@ -270,9 +287,10 @@ def _product_cpu(
     k: int,
     facts: str,
 ) -> Tensor:
+    _check_places(operand, weight, bias, n)
     packed = _packed(weight, n, k, facts)
     values = as_numpy(operand).view(packed.dtype.numpy).reshape(m, k)
-    scales = as_numpy(scale).reshape(m, 1) if scale.numel() else None
+    scales = as_numpy(scale).reshape(m, 1) if packed.scheme.scaled else None
     source = np.dtype(_ml_dtypes("bfloat16") if out == torch.bfloat16 else NUMPY[out])
     q = ss.QuantizedActivations(values, scales, (m,), packed.dtype, source)
     return from_numpy(ss.matmul(q, packed, bias=None if bias is None else as_numpy(bias)))
@@ -308,6 +326,7 @@ class Quantized(NamedTuple):
     scale: Tensor
     lead: tuple[int, ...]
     dtype: torch.dtype
+    kind: tuple[str, str, int]
 
 
 class SparseLinear(nn.Module):
@@ -340,6 +359,9 @@ class SparseLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         config = ss.PackedConfig.of(pattern, scheme)
         self.pattern, self.scheme = config.pattern, config.scheme
+        if self.scheme.blocks:
+            raise ss.UnsupportedError(f"scheme: {self.scheme} has scales along k, which these operators lack; use int8 or fp8")
+        self._kind = str(self.pattern), str(self.scheme), in_features
         for name, (kind, shape) in config.tensors(out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=TORCH[kind], device=device))
         if "weight_scale" not in self._buffers:
@@ -371,8 +393,15 @@ class SparseLinear(nn.Module):
         cls, linear: nn.Linear, pattern: Any = "6:8", scheme: Any = "INT8_W8A8", prune: Any = "magnitude"
     ) -> SparseLinear:
         """Prune, quantize and pack a dense layer, where it is; arguments and errors are those of `slidesparse_nb.pack`."""
-        weight = linear.weight.detach()
-        w = as_numpy(weight) if weight.device.type == "cpu" else as_cupy(weight.contiguous())
+        weight = linear.weight.detach().contiguous()
+        if weight.dtype not in FLOATS or weight.device.type not in ("cpu", "cuda"):
+            raise ss.OperandError(
+                f"linear: its weight is {weight.dtype} on {weight.device}, must be float32, float16 or bfloat16, on the CPU or"
+                " a GPU"
+            )
+        if weight.is_cuda:
+            torch.cuda.synchronize(weight.device)  # CuPy's stream is not PyTorch's
+        w = as_cupy(weight) if weight.is_cuda else as_numpy(weight)
         packed = ss.pack(w, pattern, ss.Scheme.of(scheme), prune=prune)
         return cls.from_packed(packed, linear.bias, weight.device)
 
@@ -384,6 +413,7 @@ class SparseLinear(nn.Module):
         Called by whoever filled the buffers: `.to`, `load_state_dict`, adapters.
         """
         target = torch.device(device) if device is not None else self._place()
+        self._require_packed()
         if target.type == "cuda":
             if target.index is None:
                 target = torch.device("cuda", torch.cuda.current_device())
@@ -391,12 +421,12 @@ class SparseLinear(nn.Module):
             self.arranged = list(buffers.values())
         else:
             self.arranged, self.facts = [], f"{self.pattern} {self.scheme} packed"
-        if self.weight_packed is not None and target.type != "meta":
+        if target.type != "meta":
             for name in PACKED:
                 if self._buffers[name] is not None:
                     self._buffers[name] = self._buffers[name].to("cpu")
-        if self.bias is not None and self.bias.device != target:
-            self.bias = nn.Parameter(self.bias.to(target), False)
+        if self.bias is not None and (self.bias.device != target or self.bias.requires_grad):
+            self.bias = nn.Parameter(self.bias.detach().to(target), False)
         return self
 
     def _place(self) -> torch.device:
@@ -411,10 +441,18 @@ class SparseLinear(nn.Module):
             OperandError: it was dropped.
             FormatError: the tensors do not belong together.
         """
+        self._require_packed()
+        tensors = {name: as_numpy(self._buffers[name].cpu()) for name in PACKED if self._buffers[name] is not None}
+        found = ss.PackedWeight.from_tensors(tensors, self.pattern, self.scheme)
+        if found.shape != (self.out_features, self.in_features):
+            raise ss.FormatError(
+                f"weight_shape: {found.shape} must be {self.out_features, self.in_features}, the layer's n and k"
+            )
+        return found
+
+    def _require_packed(self) -> None:
         if self.weight_packed is None:
             raise ss.OperandError("weight: the packed tensors were dropped; load the layer again")
-        tensors = {name: as_numpy(self._buffers[name].cpu()) for name in PACKED if self._buffers[name] is not None}
-        return ss.PackedWeight.from_tensors(tensors, self.pattern, self.scheme)
 
     def drop_packed(self) -> None:
         """Free the packed tensors; the layer then has no state to save. On the CPU they are what is multiplied."""
@@ -423,20 +461,42 @@ class SparseLinear(nn.Module):
                 self._buffers[name] = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        probe = fn(torch.empty(0, dtype=torch.uint8, device=self._place()))  # casts change no integers
+        place = self._place()
+        probe = fn(torch.empty(0, dtype=torch.uint8, device=place))  # casts change no integers
+        if probe.device != place:
+            self._require_packed()
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias.detach()), False)
-        if probe.device != self._place():
-            if probe.device.type == "meta":
-                for name in PACKED:
-                    if self._buffers[name] is not None:
-                        self._buffers[name] = self._buffers[name].to("meta")
-            self.settle(probe.device)
+        if probe.device != place:
+            if "meta" in (probe.device.type, place.type):  # there is nothing to arrange: .to("meta"), or .to_empty(...)
+                for name, tensor in self._buffers.items():
+                    if tensor is not None:
+                        self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
+                self.arranged, self.facts = [], f"{self.pattern} {self.scheme} packed"
+            else:
+                self.settle(probe.device)
         return self
 
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*arguments, **options)
-        if self.weight_packed is not None and self.weight_packed.device.type != "meta":
+    def _save_to_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self._require_packed()
+        super()._save_to_state_dict(*arguments, **options)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *others: Any) -> None:
+        """Tensors of another type, or of another n or k, are refused, where PyTorch would cast them."""
+        given = {name: state[prefix + name] for name in PACKED if prefix + name in state}
+        wrong = [
+            f"{prefix}{name}: {tensor.dtype} must be {own.dtype}, as {self.scheme} weights have it"
+            for name, tensor in given.items()
+            if (own := self._buffers[name]) is not None and tensor.dtype != own.dtype
+        ]
+        shape = given.get("weight_shape")
+        if shape is not None and not shape.is_meta and shape.tolist() != [self.out_features, self.in_features]:
+            wrong.append(f"{prefix}weight_shape: {shape.tolist()} must be {[self.out_features, self.in_features]}, the layer's")
+        if wrong:
+            others[-1].extend(wrong)
+            return
+        super()._load_from_state_dict(state, prefix, *others)
+        if given and self.weight_packed is not None and not self.weight_packed.is_meta:
             self.settle()
 
     # ---- the product
@@ -449,18 +509,26 @@ class SparseLinear(nn.Module):
 
     def quantize(self, x: Tensor) -> Quantized:
         """x [..., k], quantized for this layer and others of the same pattern, scheme and k (q/k/v, gate/up)."""
+        _require_no_grad(x)
         operand, scale = torch.ops.slidesparse.quantize(x, self._operands(), self.out_features, self.in_features, self.facts)
-        return Quantized(operand, scale, tuple(x.shape[:-1]), x.dtype)
+        return Quantized(operand, scale, tuple(x.shape[:-1]), x.dtype, self._kind)
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         """x: [..., k] float32, float16 or bfloat16, or what `quantize` made of it -> y: [..., n] of its type."""
         facts = self.out_features, self.in_features, self.facts
         if isinstance(x, Quantized):
+            if x.kind != self._kind:
+                (pattern, scheme, k), own = x.kind, self._kind
+                raise ss.OperandError(
+                    f"x: was quantized for {pattern} {scheme} of k={k}, this layer is {own[0]} {own[1]} of k={own[2]}; quantize"
+                    " x with a layer of the same pattern, scheme and k"
+                )
             m = 1
             for size in x.lead:
                 m = m * size
             y = torch.ops.slidesparse.product(x.operand, x.scale, self._operands(), self.bias, m, x.dtype, *facts)
             return y.reshape(*x.lead, self.out_features)
+        _require_no_grad(x)
         return torch.ops.slidesparse.linear(x, self._operands(), self.bias, *facts)
 
     def extra_repr(self) -> str:

@@ -11,9 +11,12 @@ Linear layers become `SparseLinear`; embeddings, the output head, norms, experts
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
@@ -54,10 +57,10 @@ class SlideSparseConfig(QuantizationConfigMixin):
         self.quant_method = NAME
         if written:  # config.json's entry
             written.pop("quant_method", None)
-            read = ss.PackedConfig.read({"quant_method": NAME, "pattern": pattern, "ignore": list(ignore), **written})
+            read = ss.PackedConfig.read({"quant_method": NAME, "pattern": pattern, "ignore": ignore, **written})
             self.packed = read.without_stacks("transformers")
         else:
-            self.packed = ss.PackedConfig.of(pattern, scheme, tuple(ignore))
+            self.packed = ss.PackedConfig.of(pattern, scheme, ignore)
         self.prune = prune
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,27 +89,51 @@ class SlideSparseQuantizer(HfQuantizer):
         config = self.quantization_config
         return [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear and not config.ignores(name)]
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if self.pre_quantized:
             packed = self.quantization_config.packed
+            modules = packed_modules(checkpoint_files or (), packed.scheme)
             for name, layer in self._layers(model):
+                if modules and is_new_head(model, name, modules):
+                    continue
                 bias, dtype = layer.bias is not None, layer.weight.dtype
                 facts = packed.pattern, packed.scheme, bias, "meta", dtype
                 model.set_submodule(name, SparseLinear(layer.in_features, layer.out_features, *facts))
+            if modules:
+                require_places(model, modules)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        config = self.quantization_config
+        places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+        if len(places) > 1 and places & {"cpu", "disk"}:
+            raise ss.UnsupportedError(
+                f"device_map: {', '.join(sorted(places))}: packed layers are not moved between host and GPU for each call; use"
+                " GPUs alone, or the CPU alone"
+            )
         if self.pre_quantized:
             for name, layer in model.named_modules():
                 if isinstance(layer, SparseLinear):
                     with named(name):
+                        layer.packed()
                         layer.settle()
         else:
-            for name, dense in self._layers(model):
-                with named(name):
-                    packed = SparseLinear.from_linear(dense, config.packed.pattern, config.packed.scheme, config.prune)
-                model.set_submodule(name, packed)
+            self._pack(model)
         return model
+
+    def _pack(self, model: nn.Module) -> None:
+        """Replace the dense layers; those that share their weight, with an embedding, stay, and config.json will say so."""
+        config = self.quantization_config
+        uses = Counter(id(each.weight) for each in model.modules() if isinstance(getattr(each, "weight", None), nn.Parameter))
+        layers = self._layers(model)
+        shared = tuple(name for name, dense in layers if uses[id(dense.weight)] > 1)
+        packed = config.packed
+        config.packed = ss.PackedConfig.of(packed.pattern, packed.scheme, (*packed.ignore, *shared))
+        if len(layers) == len(shared):
+            raise ss.UnsupportedError(f"model: {type(model).__name__} has no linear layer of torch.nn.Linear itself to pack")
+        for name, dense in layers:
+            if name not in shared:
+                with named(name):
+                    made = SparseLinear.from_linear(dense, packed.pattern, packed.scheme, config.prune)
+                model.set_submodule(name, made)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[Any, dict[str, str]]:
         """What `save_pretrained` writes beside its own: that the files hold packed weights."""
@@ -122,6 +149,58 @@ class SlideSparseQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def packed_modules(files: Iterable[str], scheme: ss.Scheme) -> set[str]:
+    """The packed modules in safetensors files; FormatError where their values are of another type, which would be cast."""
+    modules: set[str] = set()
+    for path in files:
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name.endswith(".weight_packed"):
+                        if (code := file.get_slice(name).get_dtype()) != scheme.dtype.safetensors:
+                            raise ss.FormatError(
+                                f"{path}: {name}: {code} must be {scheme.dtype.safetensors}, as config.json says; pack again"
+                            )
+                        modules.add(name.removesuffix(".weight_packed"))
+    return modules
+
+
+def names_of(model: Any, name: str) -> set[str]:
+    """A module's name with and without the prefix of the model's body."""
+    base = f"{model.base_model_prefix}."
+    return {name, name.removeprefix(base), base + name}
+
+
+def is_new_head(model: Any, name: str, modules: set[str]) -> bool:
+    """Whether a layer is outside the model's body and not in the files: a head for another task, which is to be trained."""
+    body = model.base_model_prefix
+    return hasattr(model, body) and not name.startswith(f"{body}.") and not names_of(model, name) & modules
+
+
+def require_places(model: Any, modules: set[str]) -> None:
+    """An error where packed modules and packed layers do not meet, and transformers would make up weights.
+
+    Where the model lacks a whole branch, such as the head, its modules are left out; renamed ones are told by their number.
+
+    Raises:
+        FormatError: a layer has no tensors in the files.
+        UnsupportedError: a module has no linear layer to go to.
+    """
+    there = {name for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
+    if len(modules) < len(there):
+        name = next((name for name in sorted(there) if not names_of(model, name) & modules), min(there))
+        raise ss.FormatError(
+            f"{name}: is not in the files, which have {len(modules)} of {len(there)} packed layers; pack again"
+        )
+    for name in sorted(modules) if len(modules) > len(there) else ():
+        branches = {each.partition(".")[0] for each in (name, name.removeprefix(f"{model.base_model_prefix}."))}
+        if not names_of(model, name) & there and any(hasattr(model, branch) for branch in branches):
+            raise ss.UnsupportedError(
+                f"{name}: is packed, but {type(model).__name__} has no torch.nn.Linear there (experts in one parameter, or a"
+                " class of its own); pack the model with it dense (--ignore)"
+            )
 
 
 class named:

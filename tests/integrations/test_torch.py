@@ -61,8 +61,24 @@ def test_state(scheme: str) -> None:
     assert loaded.bias is not None
     assert loaded.bias.dtype == torch.float32
     assert loaded.weight_packed.dtype == layer.weight_packed.dtype
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        SparseLinear(104, 40, "6:8", scheme).load_state_dict(state)
+    empty = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+    empty.load_state_dict(state)
+    assert torch.equal(empty(x), y)
+    with pytest.raises(RuntimeError, match=r"weight_shape: \[40, 96\] must be \[40, 95\]"):  # padded, they look the same
+        SparseLinear(95, 40, "6:8", scheme).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"weight_packed: .* must be .*, as .* weights have it"):
+        SparseLinear(96, 40, "6:8", "FP8_DYNAMIC" if scheme == "INT8_W8A8" else "INT8_W8A8").load_state_dict(state)
+
+
+def test_dropped() -> None:
+    """What is gone is not saved, nor moved, as if it were there."""
+    layer = SparseLinear.from_linear(linear())
+    layer.arranged = layer._operands()  # as on a GPU
+    layer.drop_packed()
+    for use in (layer.packed, layer.state_dict, lambda: layer.to("meta")):
+        with pytest.raises(ss.OperandError, match="the packed tensors were dropped"):
+            use()
+    assert layer(tokens(3, 96)).shape == (3, 40)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES[:3])
@@ -84,18 +100,30 @@ def test_compiled() -> None:
         return layers[0](q) + layers[0](x) + layers[1](x)
 
     compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
-    for m in (1, 3, 4):
+    for m in (1, 3, 4, 0):
         x = tokens(m, 96)
         assert torch.equal(compiled(x), both(x))
 
 
+def test_compiled_with_grad() -> None:
+    """A gradient is not lost in a graph either."""
+    layer, before = SparseLinear.from_linear(linear()), linear(96)
+    for use in (layer, layer.quantize):
+        with pytest.raises(Exception, match="x: requires grad, but packed linears are for inference only"):
+            torch.compile(lambda x, use=use: use(before(x)), backend="aot_eager")(tokens(3, 96))
+
+
 def refused() -> list[tuple[str, Any]]:
-    layer = SparseLinear.from_linear(linear())
+    layer, fp8 = SparseLinear.from_linear(linear()), SparseLinear.from_linear(linear(), scheme="FP8_DYNAMIC")
     x = tokens(3, 96)
     return [
         (r"^x: requires grad, but packed linears are for inference only", lambda: layer(x.clone().requires_grad_())),
         (r"^x: torch.bfloat16 \(3, 95\) must be .* of shape \[..., 96\]$", lambda: layer(x[:, 1:])),
         (r"^x: torch.int64 \(3, 96\) must be float32, float16 or bfloat16", lambda: layer(x.long())),
+        (r"^x: was quantized for 6:8 int8 of k=96, this layer is 6:8 float8_e4m3fn", lambda: fp8(layer.quantize(x))),
+        (r"^bias: torch.float64 \(40,\) on cpu must be float32", lambda: copy.deepcopy(layer).double()(x)),
+        (r"^linear: its weight is torch.float64 on cpu", lambda: SparseLinear.from_linear(linear(dtype=torch.float64))),
+        (r"^scheme: W4A8 has scales along k", lambda: SparseLinear(96, 40, "6:8", "W4A8")),
         (r"^pattern: 5:8 is not of the form", lambda: SparseLinear(96, 40, "5:8")),
         (r"^w: .*more than 6", lambda: SparseLinear.from_linear(linear(), prune="none")),
     ]

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import slidesparse_nb as ss
 import slidesparse_nb.integrations.transformers as st
@@ -73,6 +88,55 @@ def test_what_stays_dense(dense: Path) -> None:
     experts = AutoModelForCausalLM.from_pretrained(folder, quantization_config=st.SlideSparseConfig("6:8", "INT8_W8A8"))
     kinds = {name.rpartition(".")[2] for name, layer in experts.named_modules() if isinstance(layer, SparseLinear)}
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(ss.UnsupportedError, match=r"^model.layers.0.mlp.experts.* is packed, but Qwen3MoeForCausalLM has no"):
+        AutoModelForCausalLM.from_pretrained(packed(folder, "INT8_W8A8"))
+    out = folder.with_name(f"{folder.name}-dense")
+    ss.pack_checkpoint(folder, out, ss.Options("6:8", "INT8_W8A8", "magnitude", ignore=("*experts*",)), ss.Run())
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), logits(experts))
+
+
+def test_a_linear_layer_of_another_class(tmp_path: Path) -> None:
+    """Its weights would be made up by transformers, with a warning."""
+    config = FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=256)
+    FalconForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ss.UnsupportedError, match="is packed, but FalconForCausalLM has no"):
+        AutoModelForCausalLM.from_pretrained(packed(tmp_path / "dense", "INT8_W8A8"))
+    with pytest.raises(ss.UnsupportedError, match="has no linear layer"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=st.SlideSparseConfig())
+
+
+def test_files_that_do_not_fit_the_config(dense: Path, tmp_path: Path) -> None:
+    """Nothing is cast or made up: values of another type, a layer that is missing. Another task's head is new, and dense."""
+    folder = packed(dense, "INT8_W8A8")
+    scores = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0)
+    assert type(scores.score) is torch.nn.Linear
+    name = "model.layers.0.mlp.up_proj.weight_packed"
+    for case, message in (
+        ("cast", f"{name}: F8_E4M3 must be I8"),
+        ("gone", "up_proj: is not in the files, which have 13 of 14"),
+    ):
+        out = tmp_path / case
+        shutil.copytree(folder, out)
+        tensors = load_file(out / "model.safetensors")
+        tensors[name] = tensors[name].float().to(torch.float8_e4m3fn)
+        kept = {key: tensors[key] for key in tensors if case == "cast" or ".0.mlp.up_proj" not in key}
+        save_file(kept, out / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ss.FormatError, match=message):
+            AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_an_encoder(tmp_path: Path) -> None:
+    """A head of any name that shares the embedding stays dense; the model without its head loads from the same folder."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 160, "vocab_size": 256}
+    BertForMaskedLM(BertConfig(**sizes)).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "dense", quantization_config=st.SlideSparseConfig(ignore=()))
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(again), logits(model))
+    assert again.config.quantization_config.packed.ignore == ("cls.predictions.decoder",)
+    body = AutoModel.from_pretrained(tmp_path / "packed", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        assert torch.equal(body(TOKENS).last_hidden_state, model.bert(TOKENS).last_hidden_state)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +147,7 @@ def test_what_stays_dense(dense: Path) -> None:
         ({"format": "other"}, "format 'other' must be 'slidesparse-packed'"),
         ({"pattern": "6:8"}, "pattern '6:8' must be like"),
         ({"ignore": "lm_head"}, "ignore 'lm_head' must be a list of names"),
+        ({"ignore": ["re:("]}, r"ignore 're:\(' is not a regular expression"),
         ({"k_slice_unit": 8}, "k_slice_unit 8 must be 16 at 6:8"),
     ],
 )

@@ -103,6 +103,8 @@ class SlideSparseMethod(LinearMethodBase):
         if get_current_vllm_config().lora_config is not None:
             raise ss.UnsupportedError(f"{self.name}: packed layers take no LoRA adapters; merge them before packing")
         pattern, scheme = self.packed.pattern, self.packed.scheme
+        if scheme.blocks:
+            raise ss.UnsupportedError(f"{self.name}: {scheme} weights have no kernel in vLLM; pack as int8 or fp8")
         k, unit = input_size_per_partition, scheme.slice_unit(pattern)
         if k != input_size and k % unit:
             raise ss.UnsupportedError(
@@ -114,17 +116,17 @@ class SlideSparseMethod(LinearMethodBase):
             data = torch.empty(size, dtype=TORCH[kind])
             if name == "weight_shape":  # of the whole, which is not looked at
                 parameter = BasevLLMParameter(data=data, weight_loader=load)
-            elif (place := PLACED.get(name)) is ModelWeightParameter:
+            elif (place := PLACED[name]) is ModelWeightParameter:
                 parameter = place(data=data, input_dim=1, output_dim=0, weight_loader=load)
-            elif place is not None:
-                parameter = place(data=data, output_dim=0, weight_loader=load)
             else:
-                raise ss.UnsupportedError(f"{self.name}: {scheme} weights have no kernel in vLLM; pack as int8 or fp8")
+                parameter = place(data=data, output_dim=0, weight_loader=load)
             layer.register_parameter(name, parameter)
         layer.slidesparse_shape = shape
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Arrange the loaded weight, and free what was loaded."""
+        """Arrange the loaded weight, and free what was loaded; a second call, with nothing loaded since, does nothing."""
+        if not hasattr(layer, "weight_packed"):
+            return
         n, k = layer.slidesparse_shape
         pattern, scheme = self.packed.pattern, self.packed.scheme
         held = {name: getattr(layer, name).data for name in (*PLACED, "weight_shape") if hasattr(layer, name)}
