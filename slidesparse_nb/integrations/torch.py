@@ -200,6 +200,8 @@ def _linear_cuda(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: in
         name, size, _ = FLOATS[x.dtype]
         rows, strides = _rows(x, m, k, size)
         stream = _stream(device)
+        if (name, strides, rows.data_ptr() % 16) not in there.writers:
+            _require_no_capture(f"x: tokens with strides {rows.stride()} were not multiplied by this weight")
         scratch = torch.empty(_bound(there, m, name).plan.bytes, dtype=torch.uint8, device=x.device)
         bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
         there.linear(m, rows.data_ptr(), name, strides, y.data_ptr(), n, name, scratch.data_ptr(), stream, bias_at, code)

@@ -117,7 +117,7 @@ class SlideSparseQuantizer(HfQuantizer):
                         layer.settle()
         else:
             self._pack(model)
-        return model
+        return model.requires_grad_(False)  # packed layers are for inference only
 
     def _pack(self, model: nn.Module) -> None:
         """Replace the dense layers; those that share their weight, with an embedding, stay, and config.json will say so."""

@@ -6,6 +6,7 @@ tensor parallelism by columns and rows). Then they are arranged for the GPU in P
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -74,8 +75,12 @@ class SlideSparseConfig(QuantizationConfig):
         return None
 
     def _experts_ignored(self, prefix: str) -> bool:
-        """Whether the experts' own layers, which this layer fuses, stay dense."""
-        return any(name.startswith((f"{prefix}.", f"re:{prefix}")) for name in self.ignore)
+        """Whether the experts, which this layer fuses, stay dense: the packer keeps those of a layer together."""
+        names = [f"{prefix}.0.{part}" for part in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")]
+        patterns = [entry[3:] for entry in self.ignore if entry.startswith("re:")]
+        return any(entry.startswith(f"{prefix}.") for entry in self.ignore) or any(
+            re.match(pattern, name) for pattern in patterns for name in names
+        )
 
 
 @register_weight_loader_v2_supported_method
@@ -114,14 +119,14 @@ class SlideSparseMethod(LinearMethodBase):
         shape, load = (sum(output_partition_sizes), k), extra["weight_loader"]
         for name, (kind, size) in self.packed.tensors(*shape).items():
             data = torch.empty(size, dtype=TORCH[kind])
-            if name == "weight_shape":  # of the whole, which is not looked at
+            if name == "weight_shape":  # of the whole weight, and of one of those that a layer fuses
                 parameter = BasevLLMParameter(data=data, weight_loader=load)
             elif (place := PLACED[name]) is ModelWeightParameter:
                 parameter = place(data=data, input_dim=1, output_dim=0, weight_loader=load)
             else:
                 parameter = place(data=data, output_dim=0, weight_loader=load)
             layer.register_parameter(name, parameter)
-        layer.slidesparse_shape = shape
+        layer.slidesparse_shape, layer.slidesparse_whole_k = shape, input_size
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Arrange the loaded weight, and free what was loaded; a second call, with nothing loaded since, does nothing."""
@@ -130,6 +135,7 @@ class SlideSparseMethod(LinearMethodBase):
         n, k = layer.slidesparse_shape
         pattern, scheme = self.packed.pattern, self.packed.scheme
         held = {name: getattr(layer, name).data for name in (*PLACED, "weight_shape") if hasattr(layer, name)}
+        self._check(held["weight_shape"], held["weight_meta"], layer.slidesparse_whole_k)
         on_gpu = held["weight_packed"].is_cuda
         view = as_cupy if on_gpu else as_numpy
         tensors = {name: view(tensor) for name, tensor in held.items() if name != "weight_shape"}
@@ -145,6 +151,16 @@ class SlideSparseMethod(LinearMethodBase):
             layer.register_parameter(f"slidesparse_{name}", Parameter(tensor, requires_grad=False))
         layer.slidesparse_names = tuple(f"slidesparse_{name}" for name in buffers)
         layer.slidesparse_facts = facts
+
+    def _check(self, shape: torch.Tensor, meta: torch.Tensor, k: int) -> None:
+        """FormatError unless the loaded tensors are of a packed weight of k columns."""
+        unordered = ((meta & 3) >= (meta >> 2 & 3)) | ((meta >> 4 & 3) >= (meta >> 6))
+        if int(shape[1]) != k or bool(unordered.any()):
+            found = f"k={int(shape[1])}" if int(shape[1]) != k else "a nibble of weight_meta out of order"
+            raise ss.FormatError(
+                f"{self.name}: the file has {found}, the layer k={k}; load a folder that slidesparse pack wrote (packed layers"
+                " have no --load-format dummy)"
+            )
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         n, k = layer.slidesparse_shape
