@@ -5,6 +5,7 @@ vLLM itself needs a GPU: that it finds the plugin, loads and serves a packed fol
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -70,12 +71,12 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "slidesparse_nb.integrations.vllm.method", raising=False)
-    from slidesparse_nb.integrations.vllm import method, register
+    from slidesparse_nb.integrations.vllm import register
 
     register()
     register()
     assert methods == ["fp8", "slidesparse"]
-    return SimpleNamespace(method=method, config=config)
+    return SimpleNamespace(method=importlib.import_module("slidesparse_nb.integrations.vllm.method"), config=config)
 
 
 def loaded(plugin: Any, scheme: str) -> tuple[Any, Any, SparseLinear]:
