@@ -135,7 +135,7 @@ def operand_bytes(m: int, k: int, pattern: Any, scheme: Any, capability: tuple[i
     """Bytes of x [m, k] as `DeviceWeight.quantize` writes it on a GPU of this compute capability, and whether it has scales.
 
     Args:
-        m: an integer, or what stands for one in a graph.
+        m: an integer, symbolic while a graph is traced.
         capability: None: on the CPU, rows of quantized values.
     """
     found = Scheme.of(scheme)

@@ -29,7 +29,7 @@ class Device:
     """Time in microseconds: the host's, and when the device will have done all it was given.
 
     Attributes:
-        duration: of a graph of so many calls that starts at a time.
+        duration: seconds of a graph, from its number of calls and its start.
         capturing: the calls of the graph that is being captured, else None.
         starts: of all launches.
         lost: the device answers no more.

@@ -244,7 +244,7 @@ def compress(ws: Array, unit: int = 1) -> tuple[Array, Array]:
     """Keep two values of every four and where they stood: [n, ks] -> values [n, ks/2], meta uint8 [n, ks/8].
 
     A window with non-zeros at i0 < i1 has the nibble i0 | i1 << 2. With one non-zero, at p, it holds positions (0, p), or
-    (0, 1) if p = 0; with none (0, 1). An unused slot holds +0. Nibbles stand in order, the low one first.
+    (0, 1) if p = 0; with none (0, 1). An unused slot holds +0. Nibbles are in order, the low one first.
 
     Args:
         unit: 2 keeps two pairs of every four: meta uint8 [n, ks/16].

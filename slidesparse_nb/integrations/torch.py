@@ -116,7 +116,7 @@ def arrange(packed: ss.PackedWeight, device: torch.device) -> tuple[dict[str, Te
 # ---- operators -------------------------------------------------------------------------------------------------------
 #
 # weight: the buffers of a DeviceWeight, or weight_packed, weight_meta, weight_scale on the CPU.
-# facts: pattern, dtype and the names of the buffers, separated by spaces: "6:8 int8 values,codes,words,scale".
+# facts: pattern, dtype and the names of the buffers, separated by spaces: "6:8 int8 values,compact,expanded,scale".
 
 LIBRARY = torch.library.Library("slidesparse", "DEF")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
