@@ -106,13 +106,13 @@ class Arch(Protocol[C]):
         """Every kernel, as a launch of it."""
 
     def candidates(self, problem: GemmProblem) -> Iterator[tuple[C, ...]]:
-        """The launches of every way to compute it that may pay."""
+        """The candidates: each the launches that compute it."""
 
     def cost(self, candidate: tuple[C, ...], problem: GemmProblem) -> float:
         """Estimated time, of a unit that candidates of one problem share."""
 
     def error(self, dtype: DType, ks: int) -> float:
-        """How far sums over ks slid columns may be off, relative to those of magnitudes, beside additions in float32."""
+        """How far sums over ks expanded columns may be off, relative to those of magnitudes, beside additions in float32."""
 
 
 ARCHITECTURES: tuple[Arch[Any], ...] = (sm90.ARCH, sm80.ARCH)

@@ -22,7 +22,7 @@ ADDITION = 2.0**-23
 """Error of one addition in float32 that truncates, as tensor cores may, relative to the largest sum of magnitudes."""
 
 FLOAT8_STEP = 2.0**-10
-"""Error of one float8 instruction of 64 slid columns on Hopper, whose accumulator has 13 bits of fraction (docs/hopper.md)."""
+"""Error of one float8 instruction of 64 expanded columns on Hopper: sums have 13 bits of fraction (docs/hopper.md)."""
 
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 """Relative error of rounding y to its type."""
