@@ -72,24 +72,29 @@ def as_cupy(tensor: Tensor) -> Any:
 
 # ---- weights by their operands ---------------------------------------------------------------------------------------
 
-_weights: dict[tuple[int, int], Any] = {}
-"""Addresses of an arranged weight's first and last buffer -> DeviceWeight. An entry lives as long as the first's tensor."""
+ALIGNED = 256
+"""Bytes that the buffers of an arranged weight are aligned to, in the one tensor that holds them."""
+
+_weights: dict[int, Any] = {}
+"""Address of an arranged weight -> DeviceWeight. An entry lives as long as the weight's tensor."""
 
 
-def _device_weight(weight: Sequence[Tensor], n: int, k: int, facts: str) -> Any:
-    """The DeviceWeight of these buffers, made where it is not known: after a copy, or in another process."""
-    pattern, dtype, names = facts.split(" ")
-    buffers = {name: as_cupy(tensor) for name, tensor in zip(names.split(","), weight, strict=True)}
-    made = ss.device_weight(buffers, pattern, dtype, (n, k), weight[0].get_device())
-    addresses = weight[0].data_ptr(), weight[-1].data_ptr()
-    _weights[addresses] = made
-    weakref.finalize(weight[0], _forget, addresses, made)
+def _device_weight(weight: Tensor, n: int, k: int, facts: str) -> Any:
+    """The DeviceWeight in this tensor, made where it is not known: after a copy, or in another process."""
+    pattern, dtype, parts = facts.split(" ")
+    buffers, at = {}, 0
+    for name, size in (part.split(":") for part in parts.split(",")):
+        buffers[name] = as_cupy(weight[at : at + int(size)])
+        at += -(-int(size) // ALIGNED) * ALIGNED
+    address = weight.data_ptr()
+    made = _weights[address] = ss.device_weight(buffers, pattern, dtype, (n, k), weight.get_device())
+    weakref.finalize(weight, _forget, address, made)
     return made
 
 
-def _forget(addresses: tuple[int, int], made: Any) -> None:
-    if _weights.get(addresses) is made:
-        del _weights[addresses]
+def _forget(address: int, made: Any) -> None:
+    if _weights.get(address) is made:
+        del _weights[address]
 
 
 def _packed(weight: Sequence[Tensor], n: int, k: int, facts: str) -> ss.PackedWeight:
@@ -100,23 +105,26 @@ def _packed(weight: Sequence[Tensor], n: int, k: int, facts: str) -> ss.PackedWe
     return ss.PackedWeight.from_tensors(tensors, pattern, dtype)
 
 
-def arrange(packed: ss.PackedWeight, device: torch.device) -> tuple[dict[str, Tensor], str]:
-    """A packed weight arranged for a GPU in PyTorch's memory: uint8 buffers by name, and the operators' `facts`."""
+def arrange(packed: ss.PackedWeight, device: torch.device) -> tuple[Tensor, str]:
+    """A packed weight arranged for a GPU in PyTorch's memory: a uint8 tensor of all its buffers; the operators' `facts`."""
     with torch.cuda.device(device):
         torch.cuda.synchronize(device)  # CuPy's stream is not PyTorch's, which may still write what is read or reused here
         there = ss.to_device(packed, device.index)
         there.complete()
-        buffers = {name: torch.empty(own.nbytes, dtype=torch.uint8, device=device) for name, own in there.buffers.items()}
-        for name, own in there.buffers.items():
-            as_cupy(buffers[name])[...] = own.reshape(-1).view(np.uint8)
+        sizes = {name: own.nbytes for name, own in there.buffers.items()}
+        weight = torch.empty(sum(-(-size // ALIGNED) * ALIGNED for size in sizes.values()), dtype=torch.uint8, device=device)
+        at = 0
+        for name, size in sizes.items():
+            as_cupy(weight[at : at + size])[...] = there.buffers[name].reshape(-1).view(np.uint8)
+            at += -(-size // ALIGNED) * ALIGNED
         torch.cuda.synchronize(device)
-    return buffers, f"{packed.pattern} {packed.scheme} {','.join(buffers)}"
+    return weight, f"{packed.pattern} {packed.scheme} {','.join(f'{name}:{size}' for name, size in sizes.items())}"
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 #
-# weight: the buffers of a DeviceWeight, or weight_packed, weight_meta, weight_scale on the CPU.
-# facts: pattern, dtype and the names of the buffers, separated by spaces: "6:8 int8 values,compact,expanded,scale".
+# weight: one tensor with the buffers of a DeviceWeight, or weight_packed, weight_meta, weight_scale on the CPU.
+# facts: pattern, scheme and the buffers with their bytes, separated by spaces: "6:8 INT8_W8A8 values:4096,compact:512,scale:4".
 
 LIBRARY = torch.library.Library("slidesparse", "DEF")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
@@ -128,14 +136,18 @@ LIBRARY.define(
     tags=_TAGS,
 )
 _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_take: Any = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_alloc", None)
+_give: Any = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_delete", None)
+"""Scratch memory of PyTorch's allocator: what torch.cuda.caching_allocator_alloc calls, at a tenth of a tensor's cost."""
 
 
-def _known(weight: Sequence[Tensor], x: Tensor, n: int, k: int, facts: str) -> Any:
+def _known(weight: Sequence[Tensor], n: int, k: int, facts: str) -> Any:
     """The DeviceWeight, on the device of x, which is made the current one by the caller."""
-    found = _weights.get((weight[0].data_ptr(), weight[-1].data_ptr()))
+    found = _weights.get(weight[0].data_ptr())
     if found is None or found.shape != (n, k):
         _require_no_capture("x: this weight was not multiplied by anything")
-        found = _device_weight(weight, n, k, facts)
+        found = _device_weight(weight[0], n, k, facts)
     return found
 
 
@@ -191,20 +203,23 @@ def _rows(x: Tensor, m: int, k: int, size: int) -> tuple[Tensor, tuple[int, int]
 def _linear_cuda(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str) -> Tensor:
     m = _check(x, weight, bias, n, k)
     device = x.get_device()
-    if device != torch.cuda.current_device():
+    if device != _device():
         with torch.cuda.device(device):
             return _linear_cuda(x, weight, bias, n, k, facts)
     y = x.new_empty((*x.shape[:-1], n))
     if m and n:
-        there = _known(weight, x, n, k, facts)
+        there = _known(weight, n, k, facts)
         name, size, _ = FLOATS[x.dtype]
-        rows, strides = _rows(x, m, k, size)
-        stream = _stream(device)
-        if (name, strides, rows.data_ptr() % 16) not in there.writers:
-            _require_no_capture(f"x: tokens with strides {rows.stride()} were not multiplied by this weight")
-        scratch = torch.empty(_bound(there, m, name).plan.bytes, dtype=torch.uint8, device=x.device)
+        x, strides = _rows(x, m, k, size)
+        at, stream = x.data_ptr(), _stream(device)
+        if (name, strides, at % 16) not in there.writers:
+            _require_no_capture(f"x: tokens with strides {x.stride()} were not multiplied by this weight")
         bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
-        there.linear(m, rows.data_ptr(), name, strides, y.data_ptr(), n, name, scratch.data_ptr(), stream, bias_at, code)
+        scratch = _take(_bound(there, m, name).plan.bytes, stream)
+        try:
+            there.linear(m, at, name, strides, y.data_ptr(), n, name, scratch, stream, bias_at, code)
+        finally:
+            _give(scratch)
     return y
 
 
@@ -222,7 +237,7 @@ def _quantize_cuda(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: s
     m = _check(x, weight, None, n, k)
     device = x.get_device()
     with torch.cuda.device(device):
-        there = _known(weight, x, n, k, facts)
+        there = _known(weight, n, k, facts)
         form, (name, size, _) = there.operand, FLOATS[x.dtype]
         operand = torch.empty(form.bytes(m), dtype=torch.uint8, device=x.device)
         scale = torch.empty(m if there.scaled else 0, dtype=torch.float32, device=x.device)
@@ -263,18 +278,23 @@ def _product_cuda(
     y = torch.empty((m, n), dtype=out, device=operand.device)
     with torch.cuda.device(device):
         if m and n:
-            there = _known(weight, operand, n, k, facts)
+            there = _known(weight, n, k, facts)
             bound = _bound(there, m, name)
             if operand.nbytes != bound.plan.scale_at or operand.data_ptr() % 16:
                 raise ss.OperandError(
                     f"operand: {operand.nbytes} bytes must be {bound.plan.scale_at}; make it with quantize(x)"
                 )
-            scratch = torch.empty(bound.plan.bytes - bound.plan.parts_at, dtype=torch.uint8, device=operand.device)
             bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
-            there.multiply(
-                bound, operand.data_ptr(), bound.plan.operand.pitch, scale.data_ptr(), y.data_ptr(), n,
-                scratch.data_ptr() - bound.plan.parts_at, _stream(device), bias_at, code,
-            )  # fmt: skip
+            stream, needed = _stream(device), bound.plan.bytes - bound.plan.parts_at
+            scratch = _take(needed, stream) if needed else bound.plan.parts_at
+            try:
+                there.multiply(
+                    bound, operand.data_ptr(), bound.plan.operand.pitch, scale.data_ptr(), y.data_ptr(), n,
+                    scratch - bound.plan.parts_at, stream, bias_at, code,
+                )  # fmt: skip
+            finally:
+                if needed:
+                    _give(scratch)
     return y
 
 
@@ -419,8 +439,8 @@ class SparseLinear(nn.Module):
         if target.type == "cuda":
             if target.index is None:
                 target = torch.device("cuda", torch.cuda.current_device())
-            buffers, self.facts = arrange(self.packed(), target)
-            self.arranged = list(buffers.values())
+            weight, self.facts = arrange(self.packed(), target)
+            self.arranged = [weight]
         else:
             self.arranged, self.facts = [], f"{self.pattern} {self.scheme} packed"
         if target.type != "meta":

@@ -141,7 +141,8 @@ class SlideSparseMethod(LinearMethodBase):
         tensors = {name: view(tensor) for name, tensor in held.items() if name != "weight_shape"}
         packed = ss.PackedWeight.from_tensors({**tensors, "weight_shape": [n, k]}, pattern, scheme)
         if on_gpu:
-            buffers, facts = arrange(packed, held["weight_packed"].device)
+            arranged, facts = arrange(packed, held["weight_packed"].device)
+            buffers = {"arranged": arranged}
         else:
             buffers = {name: tensor for name, tensor in held.items() if name != "weight_shape"}
             facts = f"{pattern} {scheme} packed"
