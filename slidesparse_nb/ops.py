@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -59,13 +60,13 @@ def matmul(
         bias: [n] of any float type, or None.
         out: [..., n] array to write and return; it may overlap neither x nor bias nor workspace.
         out_dtype: float32, float16 or bfloat16; by default that of `out`, or else that of x.
-        stream: on a GPU, the stream to work on: CuPy's, PyTorch's, or any that tells its address; by default CuPy's current
-            one. x, out and the others are used in its order. None for NumPy.
+        stream: on a GPU, the stream to work on: CuPy's, PyTorch's, or any that tells its address; by default the current one,
+            of PyTorch for its tensors, else of CuPy. x, out and the others are used in its order. None for NumPy.
         workspace: on a GPU, `workspace_bytes(...)` bytes of scratch memory, 16-byte aligned: with it and `out`, nothing is
             allocated, so that the call can be captured in a CUDA graph. It serves one stream at a time.
 
     Returns:
-        y: [..., n].
+        y: [..., n]; `out` itself, or an array of NumPy, of PyTorch for its tensors, or of CuPy for any other on a GPU.
 
     Raises:
         OperandError: an operand of the wrong type, shape or dtype.
@@ -85,6 +86,8 @@ def matmul(
             raise OperandError(f"workspace: {type(workspace).__name__} must be None for NumPy arrays")
         return _matmul_numpy(x, require_packed(packed), bias, out, out_dtype, stream)
     if _on_gpu(given):
+        if type(x).__module__ == "torch":
+            out, stream = _in_pytorch(x, packed.n, out, out_dtype, stream)
         return _gemm("matmul").matmul(x, packed, bias, out, out_dtype, stream, workspace)
     raise _no_array("x", x)
 
@@ -228,6 +231,18 @@ def _require_weight(packed: object) -> None:
 def _on_gpu(a: Any) -> bool:
     """`on_gpu`, which asks CuPy's arrays themselves where they are, and that takes a microsecond."""
     return type(a).__module__ == "cupy" or on_gpu(a)
+
+
+def _in_pytorch(x: Any, n: int, out: Any, out_dtype: Any, stream: Any) -> tuple[Any, Any]:
+    """`out` and `stream` of a tensor x: by default a new tensor, and PyTorch's current stream."""
+    torch = sys.modules["torch"]
+    stream = torch.cuda.current_stream(x.device) if stream is None else stream
+    if out is None:
+        dtype = x.dtype if out_dtype is None else getattr(torch, float_dtype("out_dtype", out_dtype).name)
+        address = getattr(stream, "cuda_stream", getattr(stream, "ptr", stream))
+        with torch.cuda.stream(torch.cuda.ExternalStream(address, x.device)):  # whose memory it is
+            out = x.new_empty((*x.shape[:-1], n), dtype=dtype)
+    return out, stream
 
 
 def _gemm(what: str) -> Any:

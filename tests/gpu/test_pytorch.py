@@ -87,6 +87,30 @@ def test_works_in_the_order_of_the_stream(dtype):
     assert cp.cuda.get_current_stream() == cp.cuda.Stream.null
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_tensors_give_tensors_in_pytorchs_stream(given):
+    """x is written late in PyTorch's current stream, or in the one given, and y read there, with nothing in between."""
+    packed, inputs, x, _, _ = operands(np.random.default_rng(35), 24, INT8)
+    new, side = tensor(inputs[1]).reshape(2, 12, K), torch.cuda.Stream()
+    x = x.reshape(2, 12, K)
+    ss.matmul(x, packed)  # compiled
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        x.copy_(new)
+    if given:
+        y = ss.matmul(x, packed, stream=side)
+    else:
+        with torch.cuda.stream(side):
+            y = ss.matmul(x, packed)
+    assert isinstance(y, torch.Tensor)
+    assert y.shape == (2, 12, N)
+    assert y.dtype == torch.bfloat16
+    side.synchronize()
+    check(host(y.reshape(24, N)), inputs[1], packed)
+    assert ss.matmul(x, packed, out_dtype="float32").dtype == torch.float32
+
+
 def test_tensors_that_require_grad_are_refused_in_a_sentence():
     packed, _, x, _, _ = operands(np.random.default_rng(33), 5, INT8)
     with pytest.raises(OperandError, match=r"^x: Tensor is not an array on a GPU that CuPy can view \(.*grad"):
