@@ -160,7 +160,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, device: Device | None = None) -> F
     """The GPU that `slidesparse bench` finds from now on, its baselines, and its time."""
     made = FakeGpu(device or Device())
     monkeypatch.setattr(gpu, "Gpu", lambda: made)
-    monkeypatch.setattr(peers, "TorchPeers", lambda stream: FakePeers(made))
+    for name in ("TorchPeers", "VllmPeers"):
+        monkeypatch.setattr(peers, name, lambda stream: FakePeers(made))
     monkeypatch.setattr(measure, "COPIED", 1 << 10)
     clock = SimpleNamespace(perf_counter=lambda: made.device.now * 1e-6, sleep=made.device.sleep)
     for module in (gpu, measure):

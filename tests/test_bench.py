@@ -193,7 +193,7 @@ def test_a_lost_device_ends_the_run(device: bench_device.FakeGpu, monkeypatch: p
         (("--pattern", "2:8"), "is 6:8 here"),
         (("--dtype", "fp4"), "'fp4' is not one of fp8, int8, bf16, fp16"),
         (("--part", "all"), "'all' is not one of gemm, linear, quantize, pack"),
-        (("--peers", "cublas"), "'cublas' is not one of dense, cusparselt, torch, none"),
+        (("--peers", "cublas"), "'cublas' is not one of dense, cusparselt, cutlass, marlin-w4a8"),
         (("--peers", "none,dense"), "none goes with no other"),
         (("--shape", "٣,64"), "must be outputs and inputs"),
         (("--quick", "--full"), "not both"),
@@ -206,7 +206,7 @@ def test_a_lost_device_ends_the_run(device: bench_device.FakeGpu, monkeypatch: p
         (("--plot", "a.png", "--part", "pack"), "measure --part gemm --peers dense, too"),
         (("--from", __file__, "--quick"), "--from measures nothing, and goes with --plot and -v only"),
         (("--readme", __file__, "--from", __file__), "--readme stands alone"),
-        (("--readme", __file__), "is not docs/results/h100.json, which README names as its source"),
+        (("--readme", __file__), "is not docs/results/h100.json or docs/results/engines.json, which README"),
     ],
 )
 def test_usage_errors(device: bench_device.FakeGpu, args: tuple[str, ...], text: str) -> None:
@@ -298,7 +298,7 @@ def test_published_results_can_be_read_and_were_right() -> None:
 
 def test_readme_shows_the_published_results() -> None:
     text = (ROOT / "README.md").read_text()
-    section = text.partition(f"{show.BEGIN}\n\n")[2].partition(f"\n{show.END}")[0]
+    section = text.partition(f"{show.begin(show.PUBLISHED)}\n\n")[2].partition(f"\n{show.END}")[0]
     assert section == show.section(load(ROOT / show.PUBLISHED)), f"run python tools/bench.py --readme {show.PUBLISHED}"
 
 

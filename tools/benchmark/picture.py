@@ -1,4 +1,4 @@
-"""The picture of a run: a column a type; microseconds over m above, times as fast as dense below; a line a pattern."""
+"""The picture of a run. Products: a column a type, times over m above, times as fast as dense below; a line a pattern."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 import slidesparse_nb as ss
 
 from .cases import KINDS
+from .engines import ENGINES
 from .results import Results, Row, rows
+from .served import served_rows, title
 
 QUIET, COLOURS = "#6b7280", ("#0f766e", "#c2410c", "#1d4ed8", "#7c3aed", "#a16207", "#475569")
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write a PNG of the products in bursts of the first suite that has a dense baseline.
+    """Write a PNG of the whole models, if there are any, or else of the products in bursts of the first suite that has a
+    dense baseline.
 
     Raises:
-        FormatError: there is none.
+        FormatError: there is nothing to draw.
     """
+    if results.served:
+        _draw_served(results, path)
+        return
     found = [
         row for row in rows(results) if (row.cell.part, row.cell.load) == ("gemm", "burst") and row.over("dense") and row.cell.m
     ]
@@ -47,6 +53,31 @@ def draw(results: Results, path: Path) -> None:
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(patterns) + 1, frameon=False)
     where = f"{results.machine.get('gpu', '')}, {results.started[:10]}, bursts; dashed: floor, ideal speed-up"
     figure.suptitle(f"{found[0].cell.suite}: products of one layer\n{where}")
+    figure.savefig(path, format="png")
+
+
+def _draw_served(results: Results, path: Path) -> None:
+    """How many times as fast as the engine's FP8, or else its BF16: bars by wall time, dots by the GPU's time."""
+    found = [(row, type) for row in served_rows(results) if (type := next((t for t in ("fp8", "bf16") if row.over(t)), None))]
+    if not found:
+        raise ss.FormatError("--plot: the results hold no model of ours beside one of the engine's own; measure again")
+    panels = list(dict.fromkeys((row.cell.engine, row.cell.model, type) for row, type in found))
+    figure = Figure(figsize=(9, 1 + 3 * len(panels)), dpi=120, layout="constrained")
+    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        here = [row for row, type in found if (row.cell.engine, row.cell.model, type) == panel]
+        loads, names = list(dict.fromkeys(row.load for row in here)), list(dict.fromkeys(title(row.cell) for row in here))
+        for i, (name, colour) in enumerate(zip(names, COLOURS * len(names), strict=False)):
+            for row in (row for row in here if title(row.cell) == name):
+                x = loads.index(row.load) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
+                axes.bar(x, row.over(panel[2]), 0.75 / len(names), color=colour, label=name if row.load == loads[0] else None)
+                if busy := row.over(panel[2], "gpu_ms"):
+                    axes.plot(x, busy, "o", color="black", markersize=3)
+        axes.axhline(1, color=QUIET)
+        axes.set_xticks(range(len(loads)), [f"{load.phase}\n{load.size}" for load in loads])
+        axes.set_title(f"{panel[1]}: times as fast as {ENGINES[panel[0]].title} {KINDS[panel[2]].label}", loc="left")
+        axes.spines[:].set_visible(False)
+        axes.legend(frameon=False, loc="lower right", ncols=len(names))
+    figure.suptitle(f"{results.machine.get('gpu', '')}, {results.started[:10]}; dots: GPU time alone")
     figure.savefig(path, format="png")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import slidesparse_nb as ss
 
 from .cases import ALL, KINDS, OURS, Kind, Linear, slid_k
+from .engines import ENGINES
 from .peers import PEERS
 
 SCHEMA = 2
@@ -73,9 +74,7 @@ class Cell:
     wrong: bool = False
 
     def __post_init__(self) -> None:
-        for name, type in _CELL_TYPES.items():
-            if not isinstance(getattr(self, name), type):
-                raise TypeError(f"{name} is {getattr(self, name)!r:.80}")
+        _require_types(self, _CELL_TYPES)
         if self.us is not None and not 0 < self.us < 1e18:
             raise ValueError(f"us is {self.us!r:.80}")
 
@@ -85,7 +84,53 @@ class Cell:
         return (self.provider, self.part, self.suite, self.layer, self.type, self.pattern, self.m, self.load)
 
 
-_CELL_TYPES = typing.get_type_hints(Cell)
+@dataclass(frozen=True)
+class Served:
+    """One measurement of a whole model in an engine, or why there is none.
+
+    Attributes:
+        provider: "ours", or the engine's name for its own weights.
+        type: the key of a Kind.
+        phase: "prefill", of all prompts; or "decode", one token more of each.
+        batch, prompt: prompts, and tokens of each.
+        ms, gpu_ms: milliseconds of a prefill or a step: by the host's clock, the median; and in which the GPU was busy.
+        spread: (90th - 10th percentile) / median of ms.
+        bytes: the model's tensors.
+        blank: why there is no time.
+    """
+
+    engine: str
+    model: str
+    provider: str
+    type: str
+    pattern: str | None
+    phase: str
+    batch: int
+    prompt: int
+    ms: Number | None = None
+    gpu_ms: Number | None = None
+    spread: Number | None = None
+    bytes: int | None = None
+    blank: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_types(self, _SERVED_TYPES)
+        if min(self.batch, self.prompt) < 1 or not all(x is None or 0 < x < 1e15 for x in (self.ms, self.gpu_ms)):
+            raise ValueError(f"a time or a size of {self.model} in {self.engine} is not above 0")
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What was measured."""
+        return dataclasses.astuple(self)[:8]
+
+
+_CELL_TYPES, _SERVED_TYPES = (typing.get_type_hints(of) for of in (Cell, Served))
+
+
+def _require_types(cell: Cell | Served, types: dict[str, Any]) -> None:
+    for name, type in types.items():
+        if not isinstance(getattr(cell, name), type):
+            raise TypeError(f"{name} is {getattr(cell, name)!r:.80}")
 
 
 @dataclass
@@ -112,9 +157,11 @@ class Results:
     complete: bool = False
     slidesparse_nb: str = ss.__version__
     cells: dict[tuple[Any, ...], Cell] = field(default_factory=dict)
+    served: dict[tuple[Any, ...], Served] = field(default_factory=dict)
 
-    def add(self, cell: Cell) -> None:
-        self.cells[cell.key] = cell
+    def add(self, cell: Cell | Served) -> None:
+        held: dict[tuple[Any, ...], Any] = self.cells if isinstance(cell, Cell) else self.served
+        held[cell.key] = cell
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -135,12 +182,16 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write the JSON file, a cell a line: whole, or as it was before."""
-        facts = {"schema": SCHEMA, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cells"}}
+        kept = [f.name for f in dataclasses.fields(self) if f.name not in ("cells", "served")]
+        facts = {"schema": SCHEMA, **{name: getattr(self, name) for name in kept}}
         facts["suites"] = {name: [dataclasses.astuple(linear) for linear in linears] for name, linears in self.suites.items()}
-        cells = [{k: v for k, v in vars(cell).items() if v is not None and v is not False} for cell in self.cells.values()]
         lines = [f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in facts.items()]
-        listed = ",\n".join(f"  {json.dumps(cell, allow_nan=False)}" for cell in cells)
-        write_whole(path, "{\n" + ",\n".join(lines) + f',\n "cells": [\n{listed}\n ]\n}}\n')
+        lists: list[tuple[str, Any]] = [("served", self.served)] if self.served else []
+        for name, held in (*lists, ("cells", self.cells)):
+            cells = [{k: v for k, v in vars(cell).items() if v is not None and v is not False} for cell in held.values()]
+            listed = ",\n".join(f"  {json.dumps(cell, allow_nan=False)}" for cell in cells)
+            lines.append(f' "{name}": [\n{listed}\n ]')
+        write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -167,6 +218,7 @@ def load(path: Path) -> Results:
         if given.pop("schema") != SCHEMA:
             raise ValueError("another schema")
         cells = [Cell(**{"pattern": None, "m": None, **cell}) for cell in given.pop("cells")]
+        served = [Served(**{"pattern": None, **cell}) for cell in given.pop("served", [])]
         given["suites"] = {name: [Linear(str(a), int(n), int(k)) for a, n, k in of] for name, of in given["suites"].items()}
         results = Results(**given)
         for cell in cells:
@@ -174,6 +226,9 @@ def load(path: Path) -> Results:
             if cell.layer not in (ALL, *(linear.name for linear in results.suites[cell.suite])):
                 raise ValueError(f"{cell.suite} has no layer {cell.layer}")
             results.add(cell)
+        for each in served:
+            _ = KINDS[each.type], ss.Pattern.of(each.pattern or "2:4"), ENGINES[each.engine]
+            results.add(each)
         _ = [*rows(results, each=True)], "".join([results.started, *results.notes]), float(results.seconds)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ss.SlideSparseError) as error:
         what = f"{type(error).__name__}: {error}"[:200]

@@ -1,0 +1,152 @@
+"""slidesparse bench --engine: the parent and what it shows, on a stand-in for the engine's process; and parts of the process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import bench_device
+import pytest
+from bench_device import call
+
+from tools.benchmark import cases, processes, serve, show
+from tools.benchmark.engines import LOADS, STEPS, Load, Task
+from tools.benchmark.results import Served, load
+
+
+@pytest.fixture(autouse=True)
+def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench_device.stand_in(monkeypatch)
+    monkeypatch.setattr(processes, "COMMAND", (sys.executable, str(Path(__file__).with_name("bench_engine.py"))))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+
+def run(path: Path, *args: object) -> tuple[Any, dict[tuple[Any, ...], Served]]:
+    done = call("--engine", "vllm", "--json", path, *args)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done, load(path).served
+
+
+def test_whole_models(tmp_path: Path) -> None:
+    path, plot = tmp_path / "a.json", tmp_path / "a.png"
+    done, found = run(path, "--plot", plot)
+    assert len(found) == (3 + 2) * len(LOADS)
+    cell = found["vllm", "qwen2.5-7b", "ours", "int8", "6:8", "decode", 64, 128]
+    assert (cell.ms, cell.gpu_ms, cell.spread, cell.bytes, cell.blank) == (2.0, 1.0, 0.24, 3 << 30, None)
+    assert found["vllm", "qwen2.5-7b", "ours", "int8", "6:8", "prefill", 8, 2048].gpu_ms is None
+    results = load(path)
+    assert results.complete
+    assert results.machine["vllm"] == "1.2.3"
+    title, columns, lines = next(show.served_tables(results))
+    assert title == "vLLM, prefill, qwen2.5-7b, 6:8"
+    row = dict(zip(columns, lines[0], strict=True))
+    assert (row["type"], row["batch"], row["ms"], row["tokens/s"]) == ("INT8", "8 x 2048", "2.00", f"{8 * 2048 / 2e-3:.0f}")
+    assert (row["vLLM FP8 ms"], row["x vLLM FP8"], row["x vLLM BF16"]) == ("4.50", "2.25x", "4.50x")
+    assert "qwen2.5-7b in vLLM, GiB of all tensors: vLLM FP8 3.00, INT8 6:8 3.00, FP8 6:8 3.00" in done.stdout
+    assert "vllm qwen2.5-7b INT8 6:8 ours: prefill 8 x 2048: 2.00 ms" in done.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert call("--from", path).stdout == done.stdout
+    text = show.section(results)
+    assert "| FP8 6:8 |  | 3.00 |" in text  # by GPU time, which the first load lacks
+    assert "| vLLM BF16 | 9.00 |" in text
+    assert f"]({show.SERVED})" in text
+
+
+def test_what_fails_is_a_blank_and_costs_no_other(tmp_path: Path) -> None:
+    done, found = run(tmp_path / "a.json", "--model", "llama3.2-1b,llama3.2-3b", "--dtype", "bf16")
+    killed = [cell for cell in found.values() if cell.model == "llama3.2-1b" and cell.type == "bf16"]
+    assert [cell.ms is None for cell in killed] == [False] * 3 + [True] * 4 + [False] * 3 + [True] * 4
+    assert {cell.blank for cell in killed if not cell.ms} == {"its process ended with -9: last words"}
+    full = found["vllm", "llama3.2-3b", "ours", "bf16", "6:8", "prefill", 8, 2048]
+    assert (full.ms, full.blank) == (None, "OutOfMemoryError: of 1 GB")
+    assert found["vllm", "llama3.2-3b", "ours", "bf16", "6:8", "decode", 8, 128].ms == 6
+    assert "1 blank of ours (this library): OutOfMemoryError: of 1 GB" in done.stdout
+    assert load(tmp_path / "a.json").complete
+    _, found = run(tmp_path / "b.json", "--engine", "transformers", "--dtype", "bf16")
+    blanks = {cell.type: cell.blank for cell in found.values() if cell.provider != "ours"}
+    assert blanks["bf16"] is None
+    assert "need more packages" in str(blanks["fp8"])
+
+
+def test_the_budget_ends_a_process_and_keeps_what_it_found(tmp_path: Path) -> None:
+    done, found = run(tmp_path / "a.json", "--model", "llama3.2-1b", "--dtype", "int8", "--budget", "4", "--rounds", "2")
+    ours = [cell for cell in found.values() if cell.provider == "ours"]
+    assert [cell.ms for cell in ours] == [2.0] * 5 + [None] * 2
+    spent = "not measured: the budget of 4 s was spent"
+    assert {cell.blank for cell in found.values() if not cell.ms} == {spent}
+    assert [cell.ms for cell in found.values() if cell.type == "bf16"] == [None] * len(LOADS)
+    assert not load(tmp_path / "a.json").complete
+    assert "not everything was measured" in done.stdout
+
+
+def test_rounds_are_measured_in_turn(tmp_path: Path) -> None:
+    done, found = run(tmp_path / "a.json", "--dtype", "int8", "--rounds", "2")
+    lines = [line.partition("] ")[2].partition(":")[0] for line in done.stderr.splitlines()]
+    once = ["vllm qwen2.5-7b FP8 vllm", "vllm qwen2.5-7b INT8 6", "vllm qwen2.5-7b BF16 vllm"]
+    assert [line.removesuffix(", round 1").removesuffix(", round 2") for line in lines] == once * 2
+    assert found["vllm", "qwen2.5-7b", "ours", "int8", "6:8", "decode", 1, 128].ms == 1.5  # of 0.9 1.0 1.2 1.8 2.0 2.4
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (("--engine", "tgi"), 2, "'tgi' is not one of vllm, transformers"),
+        (("--engine", "vllm", "-m", "16"), 2, "--engine measures whole models"),
+        (("--engine", "vllm", "--model", "bitnet-2b"), 2, "'bitnet-2b' is not measured in an engine"),
+        (("--engine", "vllm", "--dtype", "fp16"), 2, "'fp16' is not measured in an engine"),
+        (("--rounds", "2"), 2, "--rounds goes with --engine"),
+    ],
+)
+def test_refusals(args: tuple[str, ...], code: int, text: str) -> None:
+    done = call(*args)
+    assert (done.exit_code, text in " ".join(done.stderr.replace("│", " ").split())) == (code, True), done.stderr
+
+
+def test_without_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    done = call("--engine", "transformers")
+    assert done.exit_code == 5
+    assert done.stderr == "error: --engine: transformers is not installed; pip install 'slidesparse_nb[transformers]'\n"
+
+
+# ---- the engine's process --------------------------------------------------------------------------------------------
+
+
+def test_time_of_a_step_is_without_the_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def generate(outputs: int) -> None:
+        nonlocal now
+        now += 0.100 + 0.002 * (outputs - 1)
+
+    monkeypatch.setattr(serve.time, "perf_counter", lambda: now)
+    assert serve.timed(generate, Load("prefill", 8, 2048)) == pytest.approx([100.0] * serve.PREFILLS)
+    assert serve.timed(generate, Load("decode", 8, 128)) == pytest.approx([2.0] * serve.DECODES)
+    assert STEPS > 1
+
+
+def test_overlapping_kernels_count_once() -> None:
+    assert serve.covered([(5, 9), (0, 4), (3, 6), (20, 21), (7, 8)]) == 10
+    assert serve.covered([]) == 0
+
+
+def test_the_models_configuration(tmp_path: Path) -> None:
+    serve.write_config(Task("vllm", "llama3.2-1b", "ours", "int8", "6:8"), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_key_value_heads"], config["tie_word_embeddings"]) == (2048, 8, True)
+    assert config["quantization_config"]["quant_method"] == "slidesparse"
+    serve.write_config(Task("vllm", "qwen2.5-14b", "vllm", "fp8", None), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (config["architectures"], config["vocab_size"]) == (["Qwen2ForCausalLM"], 152064)
+    assert "quantization_config" not in config
+    assert set(cases.MODELS) == set(cases.GEOMETRIES)
+
+
+def test_an_engine_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ModuleNotFoundError):
+        serve.main(json.dumps(Task("vllm", "qwen2.5-7b", "vllm", "fp8", None)), str(tmp_path / "m"), str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out").read_text())["failed"].startswith("ModuleNotFoundError: ")

@@ -1,0 +1,99 @@
+"""What can be measured of whole models in an engine, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .cases import GEOMETRIES, KINDS, OURS, Kind, Suite
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine.
+
+    Attributes:
+        title: its name in tables.
+        own: type -> why it has no weights of this type of its own; "" where it has.
+    """
+
+    title: str
+    own: dict[str, str]
+
+
+_MORE = "transformers has no FP8 linear of its own: those that it knows need more packages (kernels, fbgemm-gpu or torchao)"
+ENGINES = {
+    "vllm": Engine("vLLM", {"fp8": "", "bf16": ""}),
+    "transformers": Engine("transformers", {"fp8": _MORE, "bf16": ""}),
+}
+SERVABLE = tuple(name for name, geometry in GEOMETRIES.items() if geometry.family)
+TYPES = ("int8", "fp8", "bf16")
+
+
+class Load(NamedTuple):
+    """Prompts of random tokens: how many, and the length of each."""
+
+    phase: str
+    batch: int
+    prompt: int
+
+    @property
+    def size(self) -> str:
+        return f"{self.batch} x {self.prompt}" if self.phase == "prefill" else str(self.batch)
+
+    def tokens(self, ms: float) -> float:
+        """Tokens a second, of a prefill or a step that takes so long."""
+        return self.batch * (self.prompt if self.phase == "prefill" else 1) / ms * 1e3
+
+
+LOADS = (
+    *(Load("prefill", batch, prompt) for batch, prompt in ((8, 2048), (1, 2048), (4, 512))),
+    *(Load("decode", batch, 128) for batch in (1, 8, 64, 256)),
+)
+STEPS = 64
+"""Of decoding, whose mean time is one measurement."""
+
+
+class Task(NamedTuple):
+    """What one process measures: one model with weights of one type, all loads."""
+
+    engine: str
+    model: str
+    provider: str
+    type: str
+    pattern: str | None
+
+    def __str__(self) -> str:
+        pattern = f" {self.pattern}" if self.pattern else ""
+        return f"{self.engine} {self.model} {KINDS[self.type].label}{pattern} {self.provider}"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a user asked for.
+
+    Attributes:
+        kinds: the types of this library's weights; the engine's own are FP8 and BF16.
+        rounds: how often every task is run, the tasks in turn.
+        budget: seconds after which a process is ended, and none begun.
+    """
+
+    engines: tuple[str, ...]
+    models: tuple[str, ...]
+    patterns: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    rounds: int
+    budget: float
+    suites: tuple[Suite, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "kinds": [kind.key for kind in self.kinds]}
+
+    def tasks(self) -> Iterator[Task]:
+        """Once: of each model the engine's FP8, ours, the engine's BF16."""
+        for engine in self.engines:
+            for model in self.models:
+                yield Task(engine, model, engine, "fp8", None)
+                yield from (Task(engine, model, OURS, kind.key, at) for at in self.patterns for kind in self.kinds)
+                yield Task(engine, model, engine, "bf16", None)
