@@ -1,4 +1,4 @@
-"""slidesparse bench --engine: the parent and what it shows, on a stand-in for the engine's process; and parts of the process."""
+"""slidesparse bench --engine: the parent and what it shows, on a stand-in for the engine's process; parts of that process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import bench_device
 import pytest
 from bench_device import call
 
-from tools.benchmark import cases, processes, serve, show
+from tools.benchmark import cases, processes, serve, served, show
 from tools.benchmark.engines import LOADS, STEPS, Load, Task
 from tools.benchmark.results import Served, load
 
@@ -40,19 +40,20 @@ def test_whole_models(tmp_path: Path) -> None:
     results = load(path)
     assert results.complete
     assert results.machine["vllm"] == "1.2.3"
-    title, columns, lines = next(show.served_tables(results))
-    assert title == "vLLM, prefill, qwen2.5-7b, 6:8"
-    row = dict(zip(columns, lines[0], strict=True))
-    assert (row["type"], row["batch"], row["ms"], row["tokens/s"]) == ("INT8", "8 x 2048", "2.00", f"{8 * 2048 / 2e-3:.0f}")
-    assert (row["vLLM FP8 ms"], row["x vLLM FP8"], row["x vLLM BF16"]) == ("4.50", "2.25x", "4.50x")
-    assert "qwen2.5-7b in vLLM, GiB of all tensors: vLLM FP8 3.00, INT8 6:8 3.00, FP8 6:8 3.00" in done.stdout
+    ms, busy, tokens, fp8, fp8_busy, *_ = served.tables(results)
+    assert ms[0].startswith("qwen2.5-7b in vLLM: milliseconds of a prefill")
+    assert (ms[1][1], ms[1][-2:]) == ("prefill 8 x 2048", ["decode 256", "GiB of tensors"])
+    assert ms[2][:2] == [["vLLM FP8", *["4.50"] * 7, "3.00"], ["INT8 6:8", *["2.00"] * 7, "3.00"]]
+    assert (busy[2][1], tokens[2][1][1]) == (["INT8 6:8", "", *["1.00"] * 6], f"{8 * 2048 / 2e-3:.0f}")
+    assert fp8[2] == [["INT8 6:8", *["2.25"] * 7], ["FP8 6:8", *["1.50"] * 7], ["BF16 6:8", *["0.75"] * 7]]
+    assert fp8_busy[2][0] == ["INT8 6:8", "", *["4.50"] * 6]
     assert "vllm qwen2.5-7b INT8 6:8 ours: prefill 8 x 2048: 2.00 ms" in done.stderr
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert call("--from", path).stdout == done.stdout
     text = show.section(results)
-    assert "| FP8 6:8 |  | 3.00 |" in text  # by GPU time, which the first load lacks
-    assert "| vLLM BF16 | 9.00 |" in text
-    assert f"]({show.SERVED})" in text
+    assert "**qwen2.5-7b in vLLM: times as fast as vLLM FP8**:" in text
+    assert "| FP8 6:8 | 1.50 |" in text
+    assert f"]({show.PUBLISHED[1]})" in text
 
 
 def test_what_fails_is_a_blank_and_costs_no_other(tmp_path: Path) -> None:

@@ -217,8 +217,8 @@ def _write_readme(path: Path) -> None:
     where = root / "README.md"
     if not where.exists():
         raise click.UsageError("--readme works in a checkout, where README.md is")
-    if path.resolve() not in (root / show.PUBLISHED, root / show.SERVED):
-        raise click.UsageError(f"--readme: {path} is not {show.PUBLISHED} or {show.SERVED}, which README names as its sources")
+    if path.resolve() not in [root / each for each in show.PUBLISHED]:
+        raise click.UsageError(f"--readme: {path} is not {' or '.join(show.PUBLISHED)}, which README names as its sources")
     say(f"{where}: {'rewritten' if show.rewrite(where, load(path)) else 'as it was'}")
 
 

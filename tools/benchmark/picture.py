@@ -11,9 +11,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 import slidesparse_nb as ss
 
 from .cases import KINDS
-from .engines import ENGINES
+from .engines import ENGINES, Load
 from .results import Results, Row, rows
-from .served import served_rows, title
+from .served import over, title
 
 QUIET, COLOURS = "#6b7280", ("#0f766e", "#c2410c", "#1d4ed8", "#7c3aed", "#a16207", "#475569")
 
@@ -58,22 +58,26 @@ def draw(results: Results, path: Path) -> None:
 
 def _draw_served(results: Results, path: Path) -> None:
     """How many times as fast as the engine's FP8, or else its BF16: bars by wall time, dots by the GPU's time."""
-    found = [(row, type) for row in served_rows(results) if (type := next((t for t in ("fp8", "bf16") if row.over(t)), None))]
+    found = [
+        (cell, base)
+        for cell in results.served.values()
+        if (base := next((type for type in ("fp8", "bf16") if over(results, cell, type)), ""))
+    ]
     if not found:
         raise ss.FormatError("--plot: the results hold no model of ours beside one of the engine's own; measure again")
-    panels = list(dict.fromkeys((row.cell.engine, row.cell.model, type) for row, type in found))
+    panels = list(dict.fromkeys((cell.engine, cell.model, base) for cell, base in found))
     figure = Figure(figsize=(9, 1 + 3 * len(panels)), dpi=120, layout="constrained")
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-        here = [row for row, type in found if (row.cell.engine, row.cell.model, type) == panel]
-        loads, names = list(dict.fromkeys(row.load for row in here)), list(dict.fromkeys(title(row.cell) for row in here))
-        for i, (name, colour) in enumerate(zip(names, COLOURS * len(names), strict=False)):
-            for row in (row for row in here if title(row.cell) == name):
-                x = loads.index(row.load) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
-                axes.bar(x, row.over(panel[2]), 0.75 / len(names), color=colour, label=name if row.load == loads[0] else None)
-                if busy := row.over(panel[2], "gpu_ms"):
-                    axes.plot(x, busy, "o", color="black", markersize=3)
+        here = [cell for cell, base in found if (cell.engine, cell.model, base) == panel]
+        loads, names = list(dict.fromkeys(cell.load for cell in here)), list(dict.fromkeys(map(title, here)))
+        for cell in here:
+            i, width = names.index(title(cell)), 0.8 / len(names)
+            x = loads.index(cell.load) + (i - (len(names) - 1) / 2) * width
+            label = names[i] if cell.load == loads[0] else None
+            axes.bar(x, over(results, cell, panel[2]), 0.9 * width, color=COLOURS[i % len(COLOURS)], label=label)
+            axes.plot([x], [over(results, cell, panel[2], "gpu_ms") or float("nan")], "ok", markersize=3)
         axes.axhline(1, color=QUIET)
-        axes.set_xticks(range(len(loads)), [f"{load.phase}\n{load.size}" for load in loads])
+        axes.set_xticks(range(len(loads)), [f"{phase}\n{Load(phase, *at).size}" for phase, *at in loads])
         axes.set_title(f"{panel[1]}: times as fast as {ENGINES[panel[0]].title} {KINDS[panel[2]].label}", loc="left")
         axes.spines[:].set_visible(False)
         axes.legend(frameon=False, loc="lower right", ncols=len(names))

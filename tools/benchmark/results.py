@@ -123,6 +123,10 @@ class Served:
         """What was measured."""
         return dataclasses.astuple(self)[:8]
 
+    @property
+    def load(self) -> tuple[str, int, int]:
+        return self.phase, self.batch, self.prompt
+
 
 _CELL_TYPES, _SERVED_TYPES = (typing.get_type_hints(of) for of in (Cell, Served))
 

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import slidesparse_nb as ss
 
@@ -41,12 +40,11 @@ def show(results: Results, *, each: bool) -> None:
     for suite, linears in results.suites.items():
         if len(linears) > 1:
             say(f"{suite}: {', '.join(f'{x.name} ({x.n}, {x.k})' for x in linears)}")
-    for title, columns, lines in (*tables(results, each=each), *served_tables(results)):
+    for title, columns, lines in (*tables(results, each=each), *served.tables(results)):
         say("")
         say(title)
         print_table(columns, lines)
-    told = [*crossovers(results), *cliffs(results), *served.memory(results)]
-    for heading, sentences in (("", told), ("notes", results.notes), ("", blanks(results))):
+    for heading, sentences in (("", [*crossovers(results), *cliffs(results)]), ("notes", results.notes), ("", blanks(results))):
         for i, sentence in enumerate(sentences):
             if not i:
                 say(heading)
@@ -55,19 +53,18 @@ def show(results: Results, *, each: bool) -> None:
     say(f"took {results.seconds:.0f} s{'; not everything was measured' * (not results.complete)}; see docs/benchmarks.md")
 
 
+_VERSIONS = {
+    "driver": "driver", "cuda_runtime": "CUDA", "torch": "PyTorch", "cupy": "CuPy", "vllm": "vLLM",
+    "transformers": "transformers",
+}  # fmt: skip
+
+
 def machine_line(results: Results) -> str:
     """The GPU, its driver, the versions, the measured bandwidth."""
     machine = results.machine
     words = [str(machine.get("gpu", "unknown GPU"))]
     words += [f"{machine['power_limit_w']} W"] if machine.get("power_limit_w") else []
-    for key, name in (
-        ("driver", "driver"),
-        ("cuda_runtime", "CUDA"),
-        ("torch", "PyTorch"),
-        ("cupy", "CuPy"),
-        ("vllm", "vLLM"),
-        ("transformers", "transformers"),
-    ):
+    for key, name in _VERSIONS.items():
         words += [f"{name} {machine[key]}"] if machine.get(key) else []
     words += [f"{name} {rate / 1e12:.2f} TB/s" for name, rate in results.bandwidth.items()]
     return ", ".join([*words, results.started[:10]])
@@ -83,7 +80,6 @@ def number(value: float | None) -> str:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 Column = tuple[str, Callable[[Row], str]]
-T = TypeVar("T")
 
 
 def tables(results: Results, *, each: bool = False) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -101,36 +97,20 @@ def tables(results: Results, *, each: bool = False) -> Iterator[tuple[str, list[
             kept = {tokens[round(i * (len(tokens) - 1) / (CURVE_ROWS - 1))] for i in range(CURVE_ROWS)}
             title.append(f"{len(kept)} of {len(tokens)} m, -v shows all")
             found = [row for row in found if row.cell.m in kept or row.cell.layer == "square"]
-        columns = _columns(results, found)
-        yield fold(title, columns, found, ("type", "pattern", "suite", "layer", "m"), ("us",))
-
-
-def served_tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """The same of whole models: one table for each engine, phase and length of the prompts of decoding."""
-    shown = served.served_rows(results)
-    for engine, phase in dict.fromkeys((row.cell.engine, row.cell.phase) for row in shown):
-        found = [row for row in shown if (row.cell.engine, row.cell.phase) == (engine, phase)]
-        head, columns = served.phase_title(engine, phase, found[0].cell.prompt), served.columns(engine, number, _ratio)
-        yield fold(head, columns, found, ("model", "type", "pattern"), ("ms",))
-
-
-def fold(
-    title: list[str], columns: Sequence[tuple[str, Callable[[T], str]]], found: Sequence[T], facts: Sequence[str],
-    always: Sequence[str],
-) -> tuple[str, list[str], list[list[str]]]:  # fmt: skip
-    """Title, columns and lines: of `facts`, those that are the same in every line are in the title; of the other columns
-    those that say nothing are left out, unless named in `always`."""
-    kept = []
-    for name, text in columns:
-        texts = {text(row) for row in found}
-        if name not in facts:
-            kept += [(name, text)] if texts != {""} or name in always else []
-        elif len(texts) > 1:
-            kept.append((name, text))
-        else:
-            title = [*title, f"{name} = {text(found[0])}" if name == "m" and text(found[0]) else text(found[0])]
-    lines = [[text(row) for _, text in kept] for row in found]
-    return ", ".join(filter(None, title)), [name for name, _ in kept], lines
+        columns = []
+        for name, text in _columns(results, found):
+            texts = {text(row) for row in found}
+            if name not in ("type", "pattern", "suite", "layer", "m"):
+                columns += [(name, text)] if texts != {""} or name == "us" else []
+            elif len(texts) > 1:
+                columns.append((name, text))
+            else:
+                title += [f"m = {text(found[0])}" if name == "m" and text(found[0]) else text(found[0])]
+        yield (
+            ", ".join(filter(None, title)),
+            [name for name, _ in columns],
+            [[text(row) for _, text in columns] for row in found],
+        )
 
 
 def _columns(results: Results, found: Sequence[Row]) -> list[Column]:
@@ -198,8 +178,8 @@ def crossovers(results: Results) -> Iterator[str]:
     grouped: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows(results):
         if row.cell.part in WHAT and row.cell.load == "burst" and row.cell.m is not None:
-            linears = ("vLLM", "PyTorch") if row.cell.part == "linear" and KINDS[row.cell.type].quantized else ()
-            title = next((title for title in linears if title in row.peers), linears[-1] if linears else "dense")
+            linears = ("vLLM", "PyTorch") if row.cell.part == "linear" and KINDS[row.cell.type].quantized else ("dense",)
+            title = next((title for title in linears if title in row.peers), linears[-1])
             if (ratio := row.over(title)) is not None:
                 grouped.setdefault((_subject(row.cell), BASELINE[title]), {})[row.cell.m] = ratio
     for (subject, baseline), ratios in grouped.items():
@@ -265,16 +245,16 @@ def blanks(results: Results) -> Iterator[str]:
 
 # ---- README ----------------------------------------------------------------------------------------------------------
 
-PUBLISHED, SERVED = "docs/results/h100.json", "docs/results/engines.json"
-"""Of linear layers, and of whole models; README has a section of each, from `begin` to END."""
+PUBLISHED = ("docs/results/h100.json", "docs/results/engines.json")
+"""Of linear layers, and of whole models: README has a section of each."""
 
-END = "<!-- end of benchmarks -->"
+BEGIN, END = "<!-- benchmarks: written by `python tools/bench.py --readme {}` -->", "<!-- end of benchmarks -->"
 PATTERN = "6:8"
 
 
-def begin(name: str) -> str:
-    """The line before the section that is made of a file."""
-    return f"<!-- benchmarks: written by `python tools/bench.py --readme {name}` -->"
+def published(results: Results) -> str:
+    """The file that README names as the source of such results."""
+    return PUBLISHED[bool(results.served)]
 
 
 def section(results: Results) -> str:
@@ -283,7 +263,10 @@ def section(results: Results) -> str:
 
 
 def _section(results: Results) -> Iterator[str]:
-    yield from served.section(results, number) if results.served else ()
+    for question, columns, lines in served.tables(results):
+        yield f"**{question}**:\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+        yield from (f"| {' | '.join(line)} |" for line in lines)
+        yield ""
     kept = [row for row in rows(results) if row.cell.pattern == PATTERN and row.cell.part in WHAT and row.cell.m is not None]
     for part, suite in dict.fromkeys((row.cell.part, row.cell.suite) for row in kept):
         here = [row for row in kept if (row.cell.part, row.cell.suite) == (part, suite)]
@@ -296,11 +279,10 @@ def _section(results: Results) -> Iterator[str]:
         for title in dict.fromkeys(title for row in here for title in row.peers):
             name = BASELINE.get(title, title) + " (the product alone)" * (part == "linear" and title == "dense")
             yield from _table(f"**Times as fast as {name}**:", here, partial(_over, title))
-    what, name = "Microseconds and speed-up over dense cuBLASLt by m", PUBLISHED
-    if results.served:
-        what, name = "Speed-up in an engine", SERVED
-    yield f"![{what}]({name.removesuffix('.json')}.png)\n"
-    yield f"{machine_line(results)}. Everything measured: [{name}]({name})."
+    what = "Speed-up in an engine" if results.served else "Microseconds and speed-up over dense cuBLASLt by m"
+    path = published(results)
+    yield f"![{what}]({path.removesuffix('.json')}.png)\n"
+    yield f"{machine_line(results)}. Everything measured: [{path}]({path})."
     padded: dict[str, set[int]] = {}
     for cell in results.cells.values():
         if cell.rows and cell.m and cell.pattern in (None, PATTERN) and cell.part in WHAT:
@@ -335,11 +317,11 @@ def rewrite(readme: Path, results: Results) -> bool:
     Raises:
         FormatError: the markers are not there, in order and once.
     """
-    text, first = readme.read_text(encoding="utf-8"), begin(SERVED if results.served else PUBLISHED)
-    head, _, rest = text.partition(first)
-    if text.count(first) != 1 or END not in rest:
-        raise ss.FormatError(f"{readme}: must hold the lines {first!r}, once, and {END!r} after it")
-    new = f"{head}{first}\n\n{section(results)}\n{END}{rest.partition(END)[2]}"
+    text, begin = readme.read_text(encoding="utf-8"), BEGIN.format(published(results))
+    head, _, rest = text.partition(begin)
+    if text.count(begin) != 1 or END not in rest:
+        raise ss.FormatError(f"{readme}: must hold the lines {begin!r}, once, and {END!r} after it")
+    new = f"{head}{begin}\n\n{section(results)}\n{END}{rest.partition(END)[2]}"
     if new != text:
         write_whole(readme, new)
     return new != text
