@@ -19,6 +19,7 @@ import slidesparse_nb as ss
 from tools.benchmark import gpu, measure, peers
 from tools.benchmark.cases import Call, Calls, Case, Linear
 from tools.benchmark.peers import TorchPeers as TorchPeers
+from tools.benchmark.peers import VllmPeers as VllmPeers
 from tools.cli import main
 
 QUEUE_US = 5.0

@@ -54,6 +54,22 @@ def test_without_pytorch(device: bench_device.FakeGpu, monkeypatch: pytest.Monke
     assert all((cell.us is None) == (cell.provider != "ours") for cell in load(tmp_path / "a.json").cells.values())
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_vllms_linears_take_the_place_of_pytorchs(
+    device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool
+) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name if there else None)
+    chosen = {"cutlass", "marlin-w4a8", "marlin-w4a16"} if there else {"torch"}
+    assert set(peers.default(peers.PEERS)) == {"dense", "cusparselt"} | chosen
+    monkeypatch.setattr(peers, "VllmPeers", bench_device.VllmPeers)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    done = call(*SMALL, "--dtype", "int8", "--part", "linear", "--peers", "torch,cutlass", "--json", tmp_path / "a.json")
+    assert done.exit_code == 0, done.output
+    assert "blank of cutlass (vLLM's 8-bit linear: CUTLASS): vLLM cannot be used (ModuleNotFoundError" in done.stdout
+    cells = load(tmp_path / "a.json").cells.values()
+    assert {cell.provider for cell in cells if cell.us} == {"ours", "torch"}
+
+
 def test_without_matplotlib(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delitem(sys.modules, "tools.benchmark.picture", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -40,16 +40,20 @@ def test_whole_models(tmp_path: Path) -> None:
     results = load(path)
     assert results.complete
     assert results.machine["vllm"] == "1.2.3"
-    ms, busy, tokens, fp8, fp8_busy, *_ = served.tables(results)
+    ms, busy, tokens, fp8, fp8_busy, *_, memory = served.tables(results)
     assert ms[0].startswith("qwen2.5-7b in vLLM: milliseconds of a prefill")
-    assert (ms[1][1], ms[1][-2:]) == ("prefill 8 x 2048", ["decode 256", "GiB of tensors"])
-    assert ms[2][:2] == [["vLLM FP8", *["4.50"] * 7, "3.00"], ["INT8 6:8", *["2.00"] * 7, "3.00"]]
+    assert (ms[1][1], ms[1][-1]) == ("prefill 8 x 2048", "decode 256")
+    assert ms[2][:2] == [["vLLM FP8", *["4.50"] * 7], ["INT8 6:8", *["2.00"] * 7]]
     assert (busy[2][1], tokens[2][1][1]) == (["INT8 6:8", "", *["1.00"] * 6], f"{8 * 2048 / 2e-3:.0f}")
     assert fp8[2] == [["INT8 6:8", *["2.25"] * 7], ["FP8 6:8", *["1.50"] * 7], ["BF16 6:8", *["0.75"] * 7]]
+    assert (memory[1][:2], memory[2]) == (["vLLM FP8", "INT8 6:8"], [["3.00"] * 5])
     assert fp8_busy[2][0] == ["INT8 6:8", "", *["4.50"] * 6]
-    assert "vllm qwen2.5-7b INT8 6:8 ours: prefill 8 x 2048: 2.00 ms" in done.stderr
+    assert "qwen2.5-7b in vLLM, INT8 6:8: prefill 8 x 2048 2.00 ms" in done.stderr
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert call("--from", path).stdout == done.stdout
+    for old, new in (('"provider": "ours"', '"provider": "me"'), ('"ms": 2.0', '"ms": -2.0'), ('"batch": 8', '"batch": 0')):
+        (tmp_path / "b.json").write_text(path.read_text().replace(old, new))
+        assert call("--from", tmp_path / "b.json").exit_code == 5
     text = show.section(results)
     assert "**qwen2.5-7b in vLLM: times as fast as vLLM FP8**:" in text
     assert "| FP8 6:8 | 1.50 |" in text
@@ -85,9 +89,8 @@ def test_the_budget_ends_a_process_and_keeps_what_it_found(tmp_path: Path) -> No
 
 def test_rounds_are_measured_in_turn(tmp_path: Path) -> None:
     done, found = run(tmp_path / "a.json", "--dtype", "int8", "--rounds", "2")
-    lines = [line.partition("] ")[2].partition(":")[0] for line in done.stderr.splitlines()]
-    once = ["vllm qwen2.5-7b FP8 vllm", "vllm qwen2.5-7b INT8 6", "vllm qwen2.5-7b BF16 vllm"]
-    assert [line.removesuffix(", round 1").removesuffix(", round 2") for line in lines] == once * 2
+    lines = [line.partition("] ")[2].partition(": ")[0] for line in done.stderr.splitlines()]
+    assert lines == [f"qwen2.5-7b in vLLM, {of}, round {i}" for i in (1, 2) for of in ("vLLM FP8", "INT8 6:8", "vLLM BF16")]
     assert found["vllm", "qwen2.5-7b", "ours", "int8", "6:8", "decode", 1, 128].ms == 1.5  # of 0.9 1.0 1.2 1.8 2.0 2.4
 
 

@@ -38,9 +38,8 @@ class Load(NamedTuple):
     batch: int
     prompt: int
 
-    @property
-    def size(self) -> str:
-        return f"{self.batch} x {self.prompt}" if self.phase == "prefill" else str(self.batch)
+    def __str__(self) -> str:
+        return f"{self.phase} {self.batch}" + f" x {self.prompt}" * (self.phase == "prefill")
 
     def tokens(self, ms: float) -> float:
         """Tokens a second, of a prefill or a step that takes so long."""
@@ -55,6 +54,12 @@ STEPS = 64
 """Of decoding, whose mean time is one measurement."""
 
 
+def weights(of: Any) -> str:
+    """Whose and of which type, of a task or what was measured of it: "INT8 6:8", or "vLLM FP8"."""
+    label = KINDS[of.type].label
+    return f"{label} {of.pattern}" if of.provider == OURS else f"{ENGINES[of.provider].title} {label}"
+
+
 class Task(NamedTuple):
     """What one process measures: one model with weights of one type, all loads."""
 
@@ -65,8 +70,7 @@ class Task(NamedTuple):
     pattern: str | None
 
     def __str__(self) -> str:
-        pattern = f" {self.pattern}" if self.pattern else ""
-        return f"{self.engine} {self.model} {KINDS[self.type].label}{pattern} {self.provider}"
+        return f"{self.model} in {ENGINES[self.engine].title}, {weights(self)}"
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 import slidesparse_nb as ss
 
 from .cases import KINDS
-from .engines import ENGINES, Load
+from .engines import ENGINES, weights
 from .results import Results, Row, rows
-from .served import over, title
+from .served import over
 
 QUIET, COLOURS = "#6b7280", ("#0f766e", "#c2410c", "#1d4ed8", "#7c3aed", "#a16207", "#475569")
 
@@ -66,22 +66,21 @@ def _draw_served(results: Results, path: Path) -> None:
     if not found:
         raise ss.FormatError("--plot: the results hold no model of ours beside one of the engine's own; measure again")
     panels = list(dict.fromkeys((cell.engine, cell.model, base) for cell, base in found))
-    figure = Figure(figsize=(9, 1 + 3 * len(panels)), dpi=120, layout="constrained")
+    loads, names = list(dict.fromkeys(cell.load for cell, _ in found)), list(dict.fromkeys(weights(cell) for cell, _ in found))
+    figure, width = Figure(figsize=(9, 1 + 3 * len(panels)), dpi=120, layout="constrained"), 0.8 / len(names)
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-        here = [cell for cell, base in found if (cell.engine, cell.model, base) == panel]
-        loads, names = list(dict.fromkeys(cell.load for cell in here)), list(dict.fromkeys(map(title, here)))
-        for cell in here:
-            i, width = names.index(title(cell)), 0.8 / len(names)
-            x = loads.index(cell.load) + (i - (len(names) - 1) / 2) * width
-            label = names[i] if cell.load == loads[0] else None
-            axes.bar(x, over(results, cell, panel[2]), 0.9 * width, color=COLOURS[i % len(COLOURS)], label=label)
-            axes.plot([x], [over(results, cell, panel[2], "gpu_ms") or float("nan")], "ok", markersize=3)
+        for i, name in enumerate(names):
+            here = [cell for cell, base in found if (cell.engine, cell.model, base) == panel and weights(cell) == name]
+            at = [loads.index(cell.load) + (i + 0.5) * width - 0.4 for cell in here]
+            wall, busy = ([over(results, cell, panel[2], time) or float("nan") for cell in here] for time in ("ms", "gpu_ms"))
+            axes.bar(at, wall, 0.9 * width, color=COLOURS[i % len(COLOURS)], label=name)
+            axes.plot(at, busy, "ok", markersize=3)
         axes.axhline(1, color=QUIET)
-        axes.set_xticks(range(len(loads)), [f"{phase}\n{Load(phase, *at).size}" for phase, *at in loads])
+        axes.set_xticks(range(len(loads)), [str(load).replace(" ", "\n", 1) for load in loads])
         axes.set_title(f"{panel[1]}: times as fast as {ENGINES[panel[0]].title} {KINDS[panel[2]].label}", loc="left")
         axes.spines[:].set_visible(False)
-        axes.legend(frameon=False, loc="lower right", ncols=len(names))
-    figure.suptitle(f"{results.machine.get('gpu', '')}, {results.started[:10]}; dots: GPU time alone")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    figure.suptitle(f"{results.machine.get('gpu', '')}, {results.started[:10]}; dots: by the GPU's time alone")
     figure.savefig(path, format="png")
 
 

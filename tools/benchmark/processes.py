@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -11,10 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -38,17 +39,16 @@ def measure_engines(results: Results, serving: Serving, json_path: Path | None, 
             raise ss.UnsupportedError(f"--engine: {name} is not installed; pip install 'slidesparse_nb[{name}]'")
     results.machine.update(gpu.Gpu().facts())
     keeper = Keeper(results, json_path, tell)
-    tasks = [(i, task) for i in range(serving.rounds) for task in serving.tasks()]
-    seen: defaultdict[tuple[Any, ...], Seen] = defaultdict(Seen)
+    seen = {task: {load: Seen() for load in LOADS} for task in serving.tasks()}
+    spent = f"{UNMEASURED}: the budget of {serving.budget:.0f} s was spent"
     with terminated_by_exception(), tempfile.TemporaryDirectory(prefix="slidesparse-bench-") as folder:
         try:
-            for i, task in tasks:
+            for i, task in itertools.product(range(serving.rounds), seen):
                 left = serving.budget - (time.perf_counter() - began)
-                spent = f"{UNMEASURED}: the budget of {serving.budget:.0f} s was spent"
-                blank = ENGINES[task.engine].own.get(task.type, "") if task.provider != OURS else ""
+                blank = "" if task.provider == OURS else ENGINES[task.engine].own[task.type]
                 if not blank and left > 0:
-                    blank = _run(task, Path(folder), left, spent, seen, results)
-                cells = [seen[task, load].cell(task, load, blank or spent) for load in LOADS]
+                    blank = _run(task, Path(folder), left, seen[task], results)
+                cells = [found.cell(task, load, blank or spent) for load, found in seen[task].items()]
                 for cell in cells:
                     results.add(cell)
                 results.seconds = round(time.perf_counter() - began, 1)
@@ -60,55 +60,56 @@ def measure_engines(results: Results, serving: Serving, json_path: Path | None, 
             keeper.end()
 
 
+@dataclass
 class Seen:
-    """What was found of a task and a load, in all rounds."""
+    """What was found of a task and a load, in all rounds; blank: why nothing more."""
 
-    def __init__(self) -> None:
-        self.ms, self.gpu_ms, self.bytes, self.blank = list[float](), list[float](), 0, ""
+    ms: list[float] = field(default_factory=list)
+    gpu_ms: list[float] = field(default_factory=list)
+    bytes: int | None = None
+    blank: str = ""
 
     def cell(self, task: Task, load: Load, blank: str) -> Served:
-        """The medians; the reason in their place if there is none, `blank` if the process did not come to tell it."""
+        """The medians; if there are none the reason, `blank` where the process did not come to tell it."""
         if not self.ms:
             return Served(*task, *load, blank=self.blank or blank)
         ms, (low, high) = median(self.ms), np.percentile(self.ms, [10, 90])
         busy = round(median(self.gpu_ms), 4) if self.gpu_ms else None
-        return Served(*task, *load, round(ms, 4), busy, round((high - low) / ms, 4), self.bytes or None)
+        return Served(*task, *load, round(ms, 4), busy, round((high - low) / ms, 4), self.bytes)
 
 
-def _run(task: Task, folder: Path, left: float, spent: str, seen: dict[tuple[Any, ...], Seen], results: Results) -> str:
-    """Run a task's process for `left` seconds at most, and take what it found; why it found no more."""
-    model, found, log = folder / str(task).replace(" ", "-").replace(":", "of"), folder / "found", folder / "log"
-    command = [*COMMAND, json.dumps(task), str(model), str(found)]
-    reason = ""
+def _run(task: Task, folder: Path, left: float, seen: Mapping[Load, Seen], results: Results) -> str:
+    """Run a task's process for `left` seconds at most, and take what it found; why it found no more, "" if time ended."""
+    found, log, ended = folder / "found", folder / "log", True
     found.write_text("")
+    command = [*COMMAND, json.dumps(task), str(folder / "".join(c if c.isalnum() else "-" for c in str(task))), str(found)]
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with log.open("wb") as out:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **paths}, start_new_session=True)
         try:
             process.wait(left)
         except subprocess.TimeoutExpired:
-            reason = spent
+            ended = False
         finally:  # and what it started
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    lines = found.read_text().rpartition("\n")[0].splitlines()  # the last may be half a line
-    held = 0
-    for line in map(json.loads, lines):
-        results.machine.update(line.get("machine", {}))
-        held, reason = line.get("bytes", held), line.get("failed", reason)
-        if "load" in line:
-            here = seen[task, Load(*line["load"])]
-            here.ms += line.get("ms", ())
-            here.gpu_ms += line.get("gpu_ms", ())
-            here.bytes, here.blank = held, line.get("blank", here.blank)
     last = log.read_text(errors="replace").strip().rpartition("\n")[2]
-    return reason or f"its process ended with {process.returncode}: {last[-200:]}"
+    reason, size = f"its process ended with {process.returncode}: {last[-200:]}" if ended else "", None
+    for line in found.read_text().rpartition("\n")[0].splitlines():  # the last may be half a line
+        facts = json.loads(line)
+        results.machine.update(facts.get("machine", {}))
+        reason, size = facts.get("failed", reason), facts.get("bytes", size)
+        if "load" in facts:
+            here = seen[Load(*facts["load"])]
+            here.ms += facts.get("ms", ())
+            here.gpu_ms += facts.get("gpu_ms", ())
+            here.blank, here.bytes = facts.get("blank", here.blank), size
+            if here.ms and here.blank:
+                results.note(f"{task}, {Load(*facts['load'])}: {here.blank}")
+    return reason
 
 
 def _outcome(cells: list[Served]) -> str:
     """Milliseconds of each load, or the first reason why there are none."""
-    texts = [f"{cell.phase} {Load(cell.phase, cell.batch, cell.prompt).size}: {cell.ms:.2f} ms" for cell in cells if cell.ms]
-    return ", ".join(texts) or next(cell.blank for cell in cells if cell.blank) or ""
+    return ", ".join(f"{cell.load} {cell.ms:.2f} ms" for cell in cells if cell.ms) or str(cells[0].blank)

@@ -17,7 +17,7 @@ from typing import Any
 import slidesparse_nb as ss
 
 from .cases import ALL, KINDS, OURS, Kind, Linear, slid_k
-from .engines import ENGINES
+from .engines import ENGINES, Load
 from .peers import PEERS
 
 SCHEMA = 2
@@ -124,8 +124,8 @@ class Served:
         return dataclasses.astuple(self)[:8]
 
     @property
-    def load(self) -> tuple[str, int, int]:
-        return self.phase, self.batch, self.prompt
+    def load(self) -> Load:
+        return Load(self.phase, self.batch, self.prompt)
 
 
 _CELL_TYPES, _SERVED_TYPES = (typing.get_type_hints(of) for of in (Cell, Served))
@@ -231,7 +231,12 @@ def load(path: Path) -> Results:
                 raise ValueError(f"{cell.suite} has no layer {cell.layer}")
             results.add(cell)
         for each in served:
-            _ = KINDS[each.type], ss.Pattern.of(each.pattern or "2:4"), ENGINES[each.engine]
+            _ = (
+                KINDS[each.type],
+                ss.Pattern.of(each.pattern or "2:4"),
+                ENGINES[each.engine],
+                {OURS: 0, each.engine: 0}[each.provider],
+            )
             results.add(each)
         _ = [*rows(results, each=True)], "".join([results.started, *results.notes]), float(results.seconds)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ss.SlideSparseError) as error:

@@ -95,7 +95,7 @@ def _fill_packed_layers() -> None:
             layer.weight_shape.data.copy_(torch.tensor([n, k]))
             for name, array in packed.tensors().items():
                 if name != "weight_shape":
-                    as_cupy(getattr(layer, name).data).view(array.dtype)[...] = array
+                    as_cupy(getattr(layer, name).data.view(torch.uint8))[...] = array.view("u1")
             cupy.cuda.Device().synchronize()
             del w, packed
             arrange(self, layer)
@@ -219,3 +219,4 @@ def main(task: str, folder: str, found: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    os._exit(0)  # an engine's own end takes seconds

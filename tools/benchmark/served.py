@@ -6,14 +6,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from .cases import KINDS, OURS
-from .engines import ENGINES, Load
+from .engines import ENGINES, weights
 from .results import Results, Served
-
-
-def title(cell: Served) -> str:
-    """ "INT8 6:8", or "vLLM FP8"."""
-    label = KINDS[cell.type].label
-    return f"{label} {cell.pattern}" if cell.provider == OURS else f"{ENGINES[cell.provider].title} {label}"
 
 
 def over(results: Results, cell: Served, type: str, time: str = "ms") -> float | None:
@@ -27,27 +21,24 @@ def tables(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]]
     """Title, columns and lines, those of each model together; what nothing is known of is left out."""
     for engine, model in dict.fromkeys((cell.engine, cell.model) for cell in results.served.values()):
         cells = [cell for cell in results.served.values() if (cell.engine, cell.model) == (engine, model)]
-        loads, name = list(dict.fromkeys(cell.load for cell in cells)), ENGINES[engine].title
+        loads, served_by = list(dict.fromkeys(cell.load for cell in cells)), ENGINES[engine].title
         questions: list[tuple[str, Callable[[Served], str]]] = [
             ("milliseconds of a prefill (prompts x tokens), or of a step of decoding (prompts)", lambda cell: _number(cell.ms)),
             ("of these the GPU was busy", lambda cell: _number(cell.gpu_ms)),
-            ("tokens a second", lambda cell: f"{Load(*cell.load).tokens(cell.ms):.0f}" if cell.ms else ""),
+            ("tokens a second", lambda cell: f"{cell.load.tokens(cell.ms):.0f}" if cell.ms else ""),
         ]
         for type in ENGINES[engine].own:
             for time, how in (("ms", ""), ("gpu_ms", ", by the GPU's time")):
-                question = f"times as fast as {name} {KINDS[type].label}{how}"
+                question = f"times as fast as {served_by} {KINDS[type].label}{how}"
                 questions.append((question, partial(_ratio, results, type, time)))
-        for i, (question, text) in enumerate(questions):
-            lines = []
-            for weights in dict.fromkeys(map(title, cells)):
-                of = {cell.load: cell for cell in cells if title(cell) == weights}
-                texts = [text(of[load]) if load in of else "" for load in loads]
-                held = next((f"{cell.bytes / 2**30:.2f}" for cell in of.values() if cell.bytes), "")
-                if any(texts):
-                    lines.append([weights, *texts, *([] if i else [held])])
-            if lines:
-                columns = [f"{phase} {Load(phase, *at).size}" for phase, *at in loads] + ([] if i else ["GiB of tensors"])
-                yield f"{model} in {name}: {question}", ["", *columns], lines
+        names = list(dict.fromkeys(map(weights, cells)))
+        for question, text in questions:
+            texts = {(weights(cell), cell.load): text(cell) for cell in cells}
+            lines = [[name, *(texts.get((name, load), "") for load in loads)] for name in names]
+            if lines := [line for line in lines if any(line[1:])]:
+                yield f"{model} in {served_by}: {question}", ["", *map(str, loads)], lines
+        if sizes := {weights(cell): f"{cell.bytes / 2**30:.2f}" for cell in cells if cell.bytes}:
+            yield f"{model} in {served_by}: GiB of all tensors", [*sizes], [[*sizes.values()]]
 
 
 def _ratio(results: Results, type: str, time: str, cell: Served) -> str:
