@@ -307,15 +307,16 @@ def test_published_results_can_be_read_and_were_right() -> None:
     for path in sorted((ROOT / "docs" / "results").glob("*.json")):
         found = load(path)
         assert not found.wrong
-        assert found.bandwidth["copy"] > 0
+        assert found.served or found.bandwidth["copy"] > 0
         assert path.with_suffix(".png").exists()
         assert '"/' not in path.read_text(), "a path of the machine it was made on"
 
 
 def test_readme_shows_the_published_results() -> None:
     text = (ROOT / "README.md").read_text()
-    section = text.partition(f"{show.BEGIN.format(show.PUBLISHED[0])}\n\n")[2].partition(f"\n{show.END}")[0]
-    assert section == show.section(load(ROOT / show.PUBLISHED[0])), f"run python tools/bench.py --readme {show.PUBLISHED[0]}"
+    for path in (path for path in show.PUBLISHED if path == show.PUBLISHED[0] or (ROOT / path).exists()):
+        section = text.partition(f"{show.BEGIN.format(path)}\n\n")[2].partition(f"\n{show.END}")[0]
+        assert section == show.section(load(ROOT / path)), f"run python tools/bench.py --readme {path}"
 
 
 def test_json_holds_no_nan(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

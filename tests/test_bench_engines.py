@@ -14,7 +14,7 @@ from bench_device import call
 
 from tools.benchmark import cases, processes, serve, served, show
 from tools.benchmark.engines import LOADS, STEPS, Load, Task
-from tools.benchmark.results import Served, load
+from tools.benchmark.results import Cell, load
 
 
 @pytest.fixture(autouse=True)
@@ -24,25 +24,25 @@ def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 
-def run(path: Path, *args: object) -> tuple[Any, dict[tuple[Any, ...], Served]]:
+def run(path: Path, *args: object) -> tuple[Any, dict[tuple[Any, ...], Cell]]:
     done = call("--engine", "vllm", "--json", path, *args)
     assert done.exit_code == 0, (done.output, done.exception)
-    return done, load(path).served
+    return done, load(path).cells
 
 
 def test_whole_models(tmp_path: Path) -> None:
     path, plot = tmp_path / "a.json", tmp_path / "a.png"
     done, found = run(path, "--plot", plot)
     assert len(found) == (3 + 2) * len(LOADS)
-    cell = found["vllm", "qwen2.5-7b", "ours", "int8", "6:8", "decode", 64, 128]
-    assert (cell.ms, cell.gpu_ms, cell.spread, cell.bytes, cell.blank) == (2.0, 1.0, 0.24, 3 << 30, None)
-    assert found["vllm", "qwen2.5-7b", "ours", "int8", "6:8", "prefill", 8, 2048].gpu_ms is None
+    cell = found["ours", "decode", "qwen2.5-7b", "64 x 128", "int8", "6:8", 64, "vllm"]
+    assert (cell.us, cell.gpu_us, cell.spread, cell.bytes, cell.blank) == (2000, 1000, 0.24, 3 << 30, None)
+    assert found["ours", "prefill", "qwen2.5-7b", "8 x 2048", "int8", "6:8", 16384, "vllm"].gpu_us is None
     results = load(path)
     assert results.complete
     assert results.machine["vllm"] == "1.2.3"
     ms, busy, tokens, fp8, fp8_busy, *_, memory = served.tables(results)
     assert ms[0].startswith("qwen2.5-7b in vLLM: milliseconds of a prefill")
-    assert (ms[1][1], ms[1][-1]) == ("prefill 8 x 2048", "decode 256")
+    assert (ms[1][1], ms[1][-1]) == ("prefill 8 x 2048", "decode 256 x 128")
     assert ms[2][:2] == [["vLLM FP8", *["4.50"] * 7], ["INT8 6:8", *["2.00"] * 7]]
     assert (busy[2][1], tokens[2][1][1]) == (["INT8 6:8", "", *["1.00"] * 6], f"{8 * 2048 / 2e-3:.0f}")
     assert fp8[2] == [["INT8 6:8", *["2.25"] * 7], ["FP8 6:8", *["1.50"] * 7], ["BF16 6:8", *["0.75"] * 7]]
@@ -51,7 +51,7 @@ def test_whole_models(tmp_path: Path) -> None:
     assert "qwen2.5-7b in vLLM, INT8 6:8: prefill 8 x 2048 2.00 ms" in done.stderr
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert call("--from", path).stdout == done.stdout
-    for old, new in (('"provider": "ours"', '"provider": "me"'), ('"ms": 2.0', '"ms": -2.0'), ('"batch": 8', '"batch": 0')):
+    for old, new in (('"ours"', '"dense"'), ('"load": "vllm"', '"load": "tgi"'), ('"bytes": ', '"bytes": [], "b": ')):
         (tmp_path / "b.json").write_text(path.read_text().replace(old, new))
         assert call("--from", tmp_path / "b.json").exit_code == 5
     text = show.section(results)
@@ -62,12 +62,12 @@ def test_whole_models(tmp_path: Path) -> None:
 
 def test_what_fails_is_a_blank_and_costs_no_other(tmp_path: Path) -> None:
     done, found = run(tmp_path / "a.json", "--model", "llama3.2-1b,llama3.2-3b", "--dtype", "bf16")
-    killed = [cell for cell in found.values() if cell.model == "llama3.2-1b" and cell.type == "bf16"]
-    assert [cell.ms is None for cell in killed] == [False] * 3 + [True] * 4 + [False] * 3 + [True] * 4
-    assert {cell.blank for cell in killed if not cell.ms} == {"its process ended with -9: last words"}
-    full = found["vllm", "llama3.2-3b", "ours", "bf16", "6:8", "prefill", 8, 2048]
-    assert (full.ms, full.blank) == (None, "OutOfMemoryError: of 1 GB")
-    assert found["vllm", "llama3.2-3b", "ours", "bf16", "6:8", "decode", 8, 128].ms == 6
+    killed = [cell for cell in found.values() if cell.suite == "llama3.2-1b" and cell.type == "bf16"]
+    assert [cell.us is None for cell in killed] == [False] * 3 + [True] * 4 + [False] * 3 + [True] * 4
+    assert {cell.blank for cell in killed if not cell.us} == {"its process ended with -9: last words"}
+    full = found["ours", "prefill", "llama3.2-3b", "8 x 2048", "bf16", "6:8", 16384, "vllm"]
+    assert (full.us, full.blank) == (None, "OutOfMemoryError: of 1 GB")
+    assert found["ours", "decode", "llama3.2-3b", "8 x 128", "bf16", "6:8", 8, "vllm"].us == 6000
     assert "1 blank of ours (this library): OutOfMemoryError: of 1 GB" in done.stdout
     assert load(tmp_path / "a.json").complete
     _, found = run(tmp_path / "b.json", "--engine", "transformers", "--dtype", "bf16")
@@ -79,10 +79,10 @@ def test_what_fails_is_a_blank_and_costs_no_other(tmp_path: Path) -> None:
 def test_the_budget_ends_a_process_and_keeps_what_it_found(tmp_path: Path) -> None:
     done, found = run(tmp_path / "a.json", "--model", "llama3.2-1b", "--dtype", "int8", "--budget", "4", "--rounds", "2")
     ours = [cell for cell in found.values() if cell.provider == "ours"]
-    assert [cell.ms for cell in ours] == [2.0] * 5 + [None] * 2
+    assert [cell.us for cell in ours] == [2000] * 5 + [None] * 2
     spent = "not measured: the budget of 4 s was spent"
-    assert {cell.blank for cell in found.values() if not cell.ms} == {spent}
-    assert [cell.ms for cell in found.values() if cell.type == "bf16"] == [None] * len(LOADS)
+    assert {cell.blank for cell in found.values() if not cell.us} == {spent}
+    assert [cell.us for cell in found.values() if cell.type == "bf16"] == [None] * len(LOADS)
     assert not load(tmp_path / "a.json").complete
     assert "not everything was measured" in done.stdout
 
@@ -91,7 +91,7 @@ def test_rounds_are_measured_in_turn(tmp_path: Path) -> None:
     done, found = run(tmp_path / "a.json", "--dtype", "int8", "--rounds", "2")
     lines = [line.partition("] ")[2].partition(": ")[0] for line in done.stderr.splitlines()]
     assert lines == [f"qwen2.5-7b in vLLM, {of}, round {i}" for i in (1, 2) for of in ("vLLM FP8", "INT8 6:8", "vLLM BF16")]
-    assert found["vllm", "qwen2.5-7b", "ours", "int8", "6:8", "decode", 1, 128].ms == 1.5  # of 0.9 1.0 1.2 1.8 2.0 2.4
+    assert found["ours", "decode", "qwen2.5-7b", "1 x 128", "int8", "6:8", 1, "vllm"].us == 1500  # of 0.9 1.0 1.2 1.8 2.0 2.4
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def bench(
             else:
                 measure(results, selection, json_path, tell)
         finally:  # also of a run that is stopped
-            if results.cells or results.served:
+            if results.cells:
                 show.show(results, each=verbose > 0)
             if results.wrong:
                 with contextlib.suppress(Exception):  # whatever the picture lacks, wrong results come first

@@ -39,11 +39,12 @@ class Load(NamedTuple):
     prompt: int
 
     def __str__(self) -> str:
-        return f"{self.phase} {self.batch}" + f" x {self.prompt}" * (self.phase == "prefill")
+        return f"{self.batch} x {self.prompt}"
 
-    def tokens(self, ms: float) -> float:
-        """Tokens a second, of a prefill or a step that takes so long."""
-        return self.batch * (self.prompt if self.phase == "prefill" else 1) / ms * 1e3
+    @property
+    def m(self) -> int:
+        """Tokens of a prefill, or of a step."""
+        return self.batch * (self.prompt if self.phase == "prefill" else 1)
 
 
 LOADS = (

@@ -25,7 +25,7 @@ from . import gpu
 from .cases import OURS
 from .engines import ENGINES, LOADS, Load, Serving, Task
 from .measure import Keeper, Tell, terminated_by_exception
-from .results import UNMEASURED, Results, Served
+from .results import UNMEASURED, Cell, Results
 
 COMMAND = (sys.executable, "-m", f"{__package__}.serve")
 """What measures a task; it is told the task, the folder of the model, and the file to which it writes findings, a line each."""
@@ -69,13 +69,14 @@ class Seen:
     bytes: int | None = None
     blank: str = ""
 
-    def cell(self, task: Task, load: Load, blank: str) -> Served:
+    def cell(self, task: Task, load: Load, blank: str) -> Cell:
         """The medians; if there are none the reason, `blank` where the process did not come to tell it."""
+        at = (task.provider, load.phase, task.model, str(load), task.type, task.pattern, load.m, task.engine)
         if not self.ms:
-            return Served(*task, *load, blank=self.blank or blank)
+            return Cell(*at, blank=self.blank or blank)
         ms, (low, high) = median(self.ms), np.percentile(self.ms, [10, 90])
-        busy = round(median(self.gpu_ms), 4) if self.gpu_ms else None
-        return Served(*task, *load, round(ms, 4), busy, round((high - low) / ms, 4), self.bytes)
+        busy = round(median(self.gpu_ms) * 1e3, 1) if self.gpu_ms else None
+        return Cell(*at, round(ms * 1e3, 1), round((high - low) / ms, 4), gpu_us=busy, bytes=self.bytes)
 
 
 def _run(task: Task, folder: Path, left: float, seen: Mapping[Load, Seen], results: Results) -> str:
@@ -110,6 +111,6 @@ def _run(task: Task, folder: Path, left: float, seen: Mapping[Load, Seen], resul
     return reason
 
 
-def _outcome(cells: list[Served]) -> str:
+def _outcome(cells: list[Cell]) -> str:
     """Milliseconds of each load, or the first reason why there are none."""
-    return ", ".join(f"{cell.load} {cell.ms:.2f} ms" for cell in cells if cell.ms) or str(cells[0].blank)
+    return ", ".join(f"{cell.part} {cell.layer} {cell.us / 1e3:.2f} ms" for cell in cells if cell.us) or str(cells[0].blank)

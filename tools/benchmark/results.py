@@ -17,7 +17,7 @@ from typing import Any
 import slidesparse_nb as ss
 
 from .cases import ALL, KINDS, OURS, Kind, Linear, slid_k
-from .engines import ENGINES, Load
+from .engines import ENGINES
 from .peers import PEERS
 
 SCHEMA = 2
@@ -46,8 +46,11 @@ class Cell:
 
     Attributes:
         provider, part, suite, type, pattern, m, load: see `cases.Case`; type is the key of a Kind.
-        layer: of the suite; "all" under sustained load.
+            A whole model: provider "ours" or the engine, part "prefill" or "decode", suite the model, load the engine.
+        layer: of the suite; "all" under sustained load; of a whole model prompts x tokens of each.
         us: microseconds of one call, the median (sustained: of one pass over the layers); None if there is no time.
+        gpu_us: of them the GPU was busy, of a whole model.
+        bytes: of a whole model's tensors.
         spread: (90th - 10th percentile) / median.
         rows: tokens that the provider was given, where it does not take m; else None.
         sm_mhz, celsius, watts, mj: means under sustained load; millijoules of one pass over the layers.
@@ -70,11 +73,15 @@ class Cell:
     celsius: Number | None = None
     watts: Number | None = None
     mj: Number | None = None
+    gpu_us: Number | None = None
+    bytes: Number | None = None
     blank: str | None = None
     wrong: bool = False
 
     def __post_init__(self) -> None:
-        _require_types(self, _CELL_TYPES)
+        for name, type in _CELL_TYPES.items():
+            if not isinstance(getattr(self, name), type):
+                raise TypeError(f"{name} is {getattr(self, name)!r:.80}")
         if self.us is not None and not 0 < self.us < 1e18:
             raise ValueError(f"us is {self.us!r:.80}")
 
@@ -84,57 +91,7 @@ class Cell:
         return (self.provider, self.part, self.suite, self.layer, self.type, self.pattern, self.m, self.load)
 
 
-@dataclass(frozen=True)
-class Served:
-    """One measurement of a whole model in an engine, or why there is none.
-
-    Attributes:
-        provider: "ours", or the engine's name for its own weights.
-        type: the key of a Kind.
-        phase: "prefill", of all prompts; or "decode", one token more of each.
-        batch, prompt: prompts, and tokens of each.
-        ms, gpu_ms: milliseconds of a prefill or a step: by the host's clock, the median; and in which the GPU was busy.
-        spread: (90th - 10th percentile) / median of ms.
-        bytes: the model's tensors.
-        blank: why there is no time.
-    """
-
-    engine: str
-    model: str
-    provider: str
-    type: str
-    pattern: str | None
-    phase: str
-    batch: int
-    prompt: int
-    ms: Number | None = None
-    gpu_ms: Number | None = None
-    spread: Number | None = None
-    bytes: int | None = None
-    blank: str | None = None
-
-    def __post_init__(self) -> None:
-        _require_types(self, _SERVED_TYPES)
-        if min(self.batch, self.prompt) < 1 or not all(x is None or 0 < x < 1e15 for x in (self.ms, self.gpu_ms)):
-            raise ValueError(f"a time or a size of {self.model} in {self.engine} is not above 0")
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What was measured."""
-        return dataclasses.astuple(self)[:8]
-
-    @property
-    def load(self) -> Load:
-        return Load(self.phase, self.batch, self.prompt)
-
-
-_CELL_TYPES, _SERVED_TYPES = (typing.get_type_hints(of) for of in (Cell, Served))
-
-
-def _require_types(cell: Cell | Served, types: dict[str, Any]) -> None:
-    for name, type in types.items():
-        if not isinstance(getattr(cell, name), type):
-            raise TypeError(f"{name} is {getattr(cell, name)!r:.80}")
+_CELL_TYPES = typing.get_type_hints(Cell)
 
 
 @dataclass
@@ -161,15 +118,18 @@ class Results:
     complete: bool = False
     slidesparse_nb: str = ss.__version__
     cells: dict[tuple[Any, ...], Cell] = field(default_factory=dict)
-    served: dict[tuple[Any, ...], Served] = field(default_factory=dict)
 
-    def add(self, cell: Cell | Served) -> None:
-        held: dict[tuple[Any, ...], Any] = self.cells if isinstance(cell, Cell) else self.served
-        held[cell.key] = cell
+    def add(self, cell: Cell) -> None:
+        self.cells[cell.key] = cell
 
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+    @property
+    def served(self) -> list[Cell]:
+        """Those of whole models."""
+        return [cell for cell in self.cells.values() if cell.load in ENGINES]
 
     @property
     def wrong(self) -> list[Cell]:
@@ -186,16 +146,12 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write the JSON file, a cell a line: whole, or as it was before."""
-        kept = [f.name for f in dataclasses.fields(self) if f.name not in ("cells", "served")]
-        facts = {"schema": SCHEMA, **{name: getattr(self, name) for name in kept}}
+        facts = {"schema": SCHEMA, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cells"}}
         facts["suites"] = {name: [dataclasses.astuple(linear) for linear in linears] for name, linears in self.suites.items()}
+        cells = [{k: v for k, v in vars(cell).items() if v is not None and v is not False} for cell in self.cells.values()]
         lines = [f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in facts.items()]
-        lists: list[tuple[str, Any]] = [("served", self.served)] if self.served else []
-        for name, held in (*lists, ("cells", self.cells)):
-            cells = [{k: v for k, v in vars(cell).items() if v is not None and v is not False} for cell in held.values()]
-            listed = ",\n".join(f"  {json.dumps(cell, allow_nan=False)}" for cell in cells)
-            lines.append(f' "{name}": [\n{listed}\n ]')
-        write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
+        listed = ",\n".join(f"  {json.dumps(cell, allow_nan=False)}" for cell in cells)
+        write_whole(path, "{\n" + ",\n".join(lines) + f',\n "cells": [\n{listed}\n ]\n}}\n')
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -222,22 +178,14 @@ def load(path: Path) -> Results:
         if given.pop("schema") != SCHEMA:
             raise ValueError("another schema")
         cells = [Cell(**{"pattern": None, "m": None, **cell}) for cell in given.pop("cells")]
-        served = [Served(**{"pattern": None, **cell}) for cell in given.pop("served", [])]
         given["suites"] = {name: [Linear(str(a), int(n), int(k)) for a, n, k in of] for name, of in given["suites"].items()}
         results = Results(**given)
         for cell in cells:
-            _ = KINDS[cell.type], ss.Pattern.of(cell.pattern or "2:4"), {**PEERS, OURS: None}[cell.provider]
-            if cell.layer not in (ALL, *(linear.name for linear in results.suites[cell.suite])):
+            known = {OURS, cell.load} if cell.load in ENGINES else {OURS, *PEERS}
+            _ = KINDS[cell.type], ss.Pattern.of(cell.pattern or "2:4"), dict.fromkeys(known)[cell.provider]
+            if cell.load not in ENGINES and cell.layer not in (ALL, *(linear.name for linear in results.suites[cell.suite])):
                 raise ValueError(f"{cell.suite} has no layer {cell.layer}")
             results.add(cell)
-        for each in served:
-            _ = (
-                KINDS[each.type],
-                ss.Pattern.of(each.pattern or "2:4"),
-                ENGINES[each.engine],
-                {OURS: 0, each.engine: 0}[each.provider],
-            )
-            results.add(each)
         _ = [*rows(results, each=True)], "".join([results.started, *results.notes]), float(results.seconds)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ss.SlideSparseError) as error:
         what = f"{type(error).__name__}: {error}"[:200]
@@ -277,7 +225,7 @@ class Row:
 
 def rows(results: Results, *, each: bool = False) -> Iterator[Row]:
     """In the order measured: the suites' totals, after each layer by itself if `each`."""
-    ours = (c for c in results.cells.values() if c.provider == OURS)
+    ours = (c for c in results.cells.values() if c.provider == OURS and c.load not in ENGINES)
     for part, suite, type, pattern, m, load in dict.fromkeys(
         (c.part, c.suite, c.type, str(c.pattern), c.m, c.load) for c in ours
     ):

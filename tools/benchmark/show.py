@@ -14,7 +14,7 @@ from . import served
 from .cases import ALL, KINDS, OURS, is_curve
 from .engines import ENGINES
 from .peers import PEERS
-from .results import Cell, Results, Row, Served, rows, write_whole
+from .results import Cell, Results, Row, rows, write_whole
 
 CURVE_ROWS = 24
 """Number of m of a curve that are shown unless all are asked for."""
@@ -233,8 +233,7 @@ def cliffs(results: Results) -> Iterator[str]:
 def blanks(results: Results) -> Iterator[str]:
     """Why cells are blank, each reason once."""
     seen: dict[tuple[str, str], int] = {}
-    cells: list[Cell | Served] = [*results.cells.values(), *results.served.values()]
-    for cell in cells:
+    for cell in results.cells.values():
         if cell.blank:
             seen[cell.provider, cell.blank] = seen.get((cell.provider, cell.blank), 0) + 1
     titles = {OURS: "this library", **{name: engine.title for name, engine in ENGINES.items()}}
