@@ -50,7 +50,7 @@ def write_config(task: Task, folder: Path) -> None:
         "torch_dtype": KINDS[task.type].activations, "bos_token_id": 1, "eos_token_id": 2, "use_sliding_window": False,
     }  # fmt: skip
     if task.engine == "vllm" and task.pattern is not None:
-        config["quantization_config"] = ss.PackedConfig.of(task.pattern, task.type, ("lm_head",)).written()
+        config["quantization_config"] = ss.PackedConfig.of(task.pattern, KINDS[task.type].name, ("lm_head",)).written()
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
 
