@@ -84,9 +84,9 @@ def _run(task: Task, folder: Path, left: float, seen: Mapping[Load, Seen], resul
     found, log, ended = folder / "found", folder / "log", True
     found.write_text("")
     command = [*COMMAND, json.dumps(task), str(folder / "".join(c if c.isalnum() else "-" for c in str(task))), str(found)]
-    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path)}
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **paths}, start_new_session=True)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out, start_new_session=True)
         try:
             process.wait(left)
         except subprocess.TimeoutExpired:
