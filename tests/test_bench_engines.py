@@ -43,11 +43,11 @@ def test_whole_models(tmp_path: Path) -> None:
     ms, busy, tokens, fp8, fp8_busy, *_, memory = served.tables(results)
     assert ms[0].startswith("qwen2.5-7b in vLLM: milliseconds of a prefill")
     assert (ms[1][1], ms[1][-1]) == ("prefill 8 x 2048", "decode 256 x 128")
-    assert ms[2][:2] == [["vLLM FP8", *["4.50"] * 7], ["INT8 6:8", *["2.00"] * 7]]
-    assert (busy[2][1], tokens[2][1][1]) == (["INT8 6:8", "", *["1.00"] * 6], f"{8 * 2048 / 2e-3:.0f}")
-    assert fp8[2] == [["INT8 6:8", *["2.25"] * 7], ["FP8 6:8", *["1.50"] * 7], ["BF16 6:8", *["0.75"] * 7]]
-    assert (memory[1][:2], memory[2]) == (["vLLM FP8", "INT8 6:8"], [["3.00"] * 5])
-    assert fp8_busy[2][0] == ["INT8 6:8", "", *["4.50"] * 6]
+    assert ms[2][:2] == [["vLLM FP8", *["4.50"] * 7], ["FP8 6:8", *["3.00"] * 7]]
+    assert (busy[2][2], tokens[2][2][1]) == (["INT8 6:8", "", *["1.00"] * 6], f"{8 * 2048 / 2e-3:.0f}")
+    assert fp8[2] == [["FP8 6:8", *["1.50"] * 7], ["INT8 6:8", *["2.25"] * 7], ["BF16 6:8", *["0.75"] * 7]]
+    assert (memory[1][:2], memory[2]) == (["vLLM FP8", "FP8 6:8"], [["3.00"] * 5])
+    assert fp8_busy[2][1] == ["INT8 6:8", "", *["4.50"] * 6]
     assert "qwen2.5-7b in vLLM, INT8 6:8: prefill 8 x 2048 2.00 ms" in done.stderr
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert call("--from", path).stdout == done.stdout

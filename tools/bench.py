@@ -32,7 +32,7 @@ import slidesparse_nb as ss
 from .arguments import Listed, Seconds, Shape, Tokens, one_of
 from .benchmark import show
 from .benchmark.cases import KINDS, MODELS, PARTS, SQUARES, Linear, Selection, Suite
-from .benchmark.engines import ENGINES, SERVABLE, TYPES, Serving
+from .benchmark.engines import ENGINES, MEASURED
 from .benchmark.measure import Tell, measure
 from .benchmark.peers import FULL, PEERS, QUICK, default
 from .benchmark.processes import measure_engines
@@ -105,9 +105,8 @@ def bench(
         show.show(results, each=verbose > 0)
         draw(results)
     else:
-        selection = _serving(asked) if asked["engine"] else _selection(asked)
-        drawn = isinstance(selection, Serving) or ("gemm" in selection.parts and "dense" in selection.peers)
-        if plot is not None and not drawn:
+        selection = _selection(asked)
+        if plot is not None and not (selection.engines or ("gemm" in selection.parts and "dense" in selection.peers)):
             raise click.UsageError("--plot draws products over the dense baseline: measure --part gemm --peers dense, too")
         _can_be_written("--json", json_path)
         draw = _drawing(plot, json_path)
@@ -119,10 +118,7 @@ def bench(
         )
         tell: Tell = (lambda text: None) if quiet else lambda text: say(text, err=True)
         try:
-            if isinstance(selection, Serving):
-                measure_engines(results, selection, json_path, tell)
-            else:
-                measure(results, selection, json_path, tell)
+            (measure_engines if selection.engines else measure)(results, selection, json_path, tell)
         finally:  # also of a run that is stopped
             if results.cells:
                 show.show(results, each=verbose > 0)
@@ -145,7 +141,9 @@ def _selection(asked: dict[str, Any]) -> Selection:
     """What the options name, the preset for the rest."""
     if asked["quick"] and asked["full"]:
         raise click.UsageError("give --quick or --full, not both")
-    if asked["rounds"]:
+    if asked["engine"]:
+        _require_served(asked)
+    elif asked["rounds"]:
         raise click.UsageError("--rounds goes with --engine")
     preset = FULL if asked["full"] else QUICK
     suites = [MODELS[name] for name in asked["model"] or ()]
@@ -162,27 +160,24 @@ def _selection(asked: dict[str, Any]) -> Selection:
         suites=tuple(suites) or preset.suites,
         patterns=asked["pattern"] or preset.patterns,
         kinds=tuple(KINDS[key] for key in asked["dtype"] or ()) or preset.kinds,
-        tokens=tokens,
-        parts=asked["part"] or preset.parts,
-        peers={name: PEERS[name] for name in peers if name in PEERS},
+        tokens=() if asked["engine"] else tokens,
+        parts=("prefill", "decode") if asked["engine"] else asked["part"] or preset.parts,
+        peers={name: PEERS[name] for name in peers if name in PEERS and not asked["engine"]},
         sustained=sustained or tuple(m for m in preset.sustained if m in tokens),
         budget=asked["budget"] or (LONGEST if own else preset.budget),
         products_only=not asked["part"],
+        engines=asked["engine"] or (),
+        rounds=asked["rounds"] or 1,
     )
 
 
-def _serving(asked: dict[str, Any]) -> Serving:
-    """What the options name of whole models."""
+def _require_served(asked: dict[str, Any]) -> None:
+    """UsageError where the options name what is not measured in an engine."""
     if any(asked[name] for name in LINEARS):
         raise click.UsageError("--engine measures whole models: name --model, --pattern, --dtype, --rounds, --budget alone")
-    models, types = asked["model"] or SERVABLE[2:3], asked["dtype"] or TYPES
-    for option, given, known in (("--model", models, SERVABLE), ("--dtype", types, TYPES)):
-        if unknown := [name for name in given if name not in known]:
+    for option, known in MEASURED.items():
+        if unknown := [name for name in asked[option[2:]] or () if name not in known]:
             raise click.UsageError(f"{option}: {unknown[0]!r} is not measured in an engine; {', '.join(known)} are")
-    return Serving(
-        engines=asked["engine"], models=models, patterns=asked["pattern"] or QUICK.patterns,
-        kinds=tuple(KINDS[key] for key in types), rounds=asked["rounds"] or 1, budget=asked["budget"] or LONGEST,
-    )  # fmt: skip
 
 
 def _can_be_written(option: str, path: Path | None) -> None:

@@ -200,6 +200,7 @@ class Selection:
         sustained: those of `tokens` at which products are measured under sustained load, too.
         products_only: of patterns after the first nothing but products is measured.
         budget: seconds after which no case is begun.
+        engines: in which whole models are measured, and nothing else; `rounds` times each.
     """
 
     suites: tuple[Suite, ...]
@@ -211,6 +212,8 @@ class Selection:
     sustained: tuple[int, ...]
     budget: float
     products_only: bool = False
+    engines: tuple[str, ...] = ()
+    rounds: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         names = {"suites": [suite.name for suite in self.suites], "kinds": [kind.key for kind in self.kinds]}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .cases import GEOMETRIES, KINDS, OURS, Kind, Suite
+from .cases import GEOMETRIES, KINDS, OURS, Selection
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ ENGINES = {
     "vllm": Engine("vLLM", {"fp8": "", "bf16": ""}),
     "transformers": Engine("transformers", {"fp8": _MORE, "bf16": ""}),
 }
-SERVABLE = tuple(name for name, geometry in GEOMETRIES.items() if geometry.family)
-TYPES = ("int8", "fp8", "bf16")
+MEASURED = {"--model": [name for name, of in GEOMETRIES.items() if of.family], "--dtype": ["int8", "fp8", "bf16"]}
+"""Option -> what of it can be measured in an engine."""
 
 
 class Load(NamedTuple):
@@ -74,31 +74,10 @@ class Task(NamedTuple):
         return f"{self.model} in {ENGINES[self.engine].title}, {weights(self)}"
 
 
-@dataclass(frozen=True)
-class Serving:
-    """What a user asked for.
-
-    Attributes:
-        kinds: the types of this library's weights; the engine's own are FP8 and BF16.
-        rounds: how often every task is run, the tasks in turn.
-        budget: seconds after which a process is ended, and none begun.
-    """
-
-    engines: tuple[str, ...]
-    models: tuple[str, ...]
-    patterns: tuple[str, ...]
-    kinds: tuple[Kind, ...]
-    rounds: int
-    budget: float
-    suites: tuple[Suite, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "kinds": [kind.key for kind in self.kinds]}
-
-    def tasks(self) -> Iterator[Task]:
-        """Once: of each model the engine's FP8, ours, the engine's BF16."""
-        for engine in self.engines:
-            for model in self.models:
-                yield Task(engine, model, engine, "fp8", None)
-                yield from (Task(engine, model, OURS, kind.key, at) for at in self.patterns for kind in self.kinds)
-                yield Task(engine, model, engine, "bf16", None)
+def tasks(selection: Selection) -> Iterator[Task]:
+    """Of each model the engine's FP8, ours, the engine's BF16."""
+    for engine in selection.engines:
+        for model in (suite.name for suite in selection.suites):
+            yield Task(engine, model, engine, "fp8", None)
+            yield from (Task(engine, model, OURS, kind.key, at) for at in selection.patterns for kind in selection.kinds)
+            yield Task(engine, model, engine, "bf16", None)

@@ -22,8 +22,8 @@ import numpy as np
 import slidesparse_nb as ss
 
 from . import gpu
-from .cases import OURS
-from .engines import ENGINES, LOADS, Load, Serving, Task
+from .cases import OURS, Selection
+from .engines import ENGINES, LOADS, Load, Task, tasks
 from .measure import Keeper, Tell, terminated_by_exception
 from .results import UNMEASURED, Cell, Results
 
@@ -31,20 +31,20 @@ COMMAND = (sys.executable, "-m", f"{__package__}.serve")
 """What measures a task; it is told the task, the folder of the model, and the file to which it writes findings, a line each."""
 
 
-def measure_engines(results: Results, serving: Serving, json_path: Path | None, tell: Tell) -> None:
+def measure_engines(results: Results, selection: Selection, json_path: Path | None, tell: Tell) -> None:
     """Fill `results` and, as they come, their file; errors are those of `measure`, and UnsupportedError without the engine."""
     began = time.perf_counter()
-    for name in serving.engines:
+    for name in selection.engines:
         if importlib.util.find_spec(name) is None:
             raise ss.UnsupportedError(f"--engine: {name} is not installed; pip install 'slidesparse_nb[{name}]'")
     results.machine.update(gpu.Gpu().facts())
     keeper = Keeper(results, json_path, tell)
-    seen = {task: {load: Seen() for load in LOADS} for task in serving.tasks()}
-    spent = f"{UNMEASURED}: the budget of {serving.budget:.0f} s was spent"
+    seen = {task: {load: Seen() for load in LOADS} for task in tasks(selection)}
+    spent = f"{UNMEASURED}: the budget of {selection.budget:.0f} s was spent"
     with terminated_by_exception(), tempfile.TemporaryDirectory(prefix="slidesparse-bench-") as folder:
         try:
-            for i, task in itertools.product(range(serving.rounds), seen):
-                left = serving.budget - (time.perf_counter() - began)
+            for i, task in itertools.product(range(selection.rounds), seen):
+                left = selection.budget - (time.perf_counter() - began)
                 blank = "" if task.provider == OURS else ENGINES[task.engine].own[task.type]
                 if not blank and left > 0:
                     blank = _run(task, Path(folder), left, seen[task], results)
@@ -52,9 +52,9 @@ def measure_engines(results: Results, serving: Serving, json_path: Path | None, 
                 for cell in cells:
                     results.add(cell)
                 results.seconds = round(time.perf_counter() - began, 1)
-                tell(f"[{results.seconds:5.1f} s] {task}{f', round {i + 1}' * (serving.rounds > 1)}: {_outcome(cells)}")
+                tell(f"[{results.seconds:5.1f} s] {task}{f', round {i + 1}' * (selection.rounds > 1)}: {_outcome(cells)}")
                 keeper.save()
-            results.complete = time.perf_counter() - began < serving.budget
+            results.complete = time.perf_counter() - began < selection.budget
         finally:
             results.seconds = round(time.perf_counter() - began, 1)
             keeper.end()
