@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_device
@@ -76,7 +79,22 @@ def test_what_fails_is_a_blank_and_costs_no_other(tmp_path: Path) -> None:
     assert "need more packages" in str(blanks["fp8"])
 
 
-def test_the_budget_ends_a_process_and_keeps_what_it_found(tmp_path: Path) -> None:
+def test_the_budget_ends_a_process_and_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget of simulated time is spent once the process has written half a line."""
+    now = 0.0
+
+    class Process(subprocess.Popen[bytes]):
+        def wait(self, timeout: float | None = None) -> int:
+            nonlocal now
+            if timeout is not None and "int8" in self.args[-3]:
+                while "half" not in Path(self.args[-1]).read_text():
+                    time.sleep(0.01)
+                now = 5.0
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait()
+
+    monkeypatch.setattr(processes.subprocess, "Popen", Process)
+    monkeypatch.setattr(processes, "time", SimpleNamespace(perf_counter=lambda: now))
     done, found = run(tmp_path / "a.json", "--model", "llama3.2-1b", "--dtype", "int8", "--budget", "4", "--rounds", "2")
     ours = [cell for cell in found.values() if cell.provider == "ours"]
     assert [cell.us for cell in ours] == [2000] * 5 + [None] * 2

@@ -232,16 +232,8 @@ def rows(results: Results, *, each: bool = False) -> Iterator[Row]:
         linears = results.suites[suite]
         if load != "sustained" and (each or len(linears) == 1):
             for linear in linears:
-                if (
-                    OURS,
-                    part,
-                    suite,
-                    linear.name,
-                    type,
-                    pattern,
-                    m,
-                    load,
-                ) in results.cells:  # a run that was stopped lacks some
+                # a run that was stopped lacks some
+                if (OURS, part, suite, linear.name, type, pattern, m, load) in results.cells:
                     yield _row(results, part, suite, linear.name, type, pattern, m, load)
         if load == "sustained" or len(linears) > 1:
             yield _row(results, part, suite, ALL, type, pattern, m, load)
