@@ -28,8 +28,8 @@ PREFILLS, DECODES = 5, 3
 PROFILED = 8
 """Steps of decoding that are profiled."""
 
-LONGEST, TOKENS = 4096, 32768
-"""Of a request; in one step, so that no prompts of a batch wait for others."""
+LONGEST, TOKENS = 4096, 16384
+"""Tokens of a request, and of one step of vLLM, at most."""
 
 MEMORY = 0.85
 """Share of the GPU's memory for vLLM; the bench itself and the CUDA context take some."""
