@@ -76,7 +76,7 @@ class Seen:
             return Cell(*at, blank=self.blank or blank)
         ms, (low, high) = median(self.ms), np.percentile(self.ms, [10, 90])
         busy = round(median(self.gpu_ms) * 1e3, 1) if self.gpu_ms else None
-        return Cell(*at, round(ms * 1e3, 1), round((high - low) / ms, 4), gpu_us=busy, bytes=self.bytes)
+        return Cell(*at, max(0.1, round(ms * 1e3, 1)), round((high - low) / ms, 4), gpu_us=busy, bytes=self.bytes)
 
 
 def _run(task: Task, folder: Path, left: float, seen: Mapping[Load, Seen], results: Results) -> str:
