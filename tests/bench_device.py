@@ -19,6 +19,7 @@ import slidesparse_nb as ss
 from tools.benchmark import gpu, measure, peers
 from tools.benchmark.cases import Call, Calls, Case, Linear
 from tools.benchmark.peers import TorchPeers as TorchPeers
+from tools.benchmark.peers import VllmPeers as VllmPeers
 from tools.cli import main
 
 QUEUE_US = 5.0
@@ -160,7 +161,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, device: Device | None = None) -> F
     """The GPU that `slidesparse bench` finds from now on, its baselines, and its time."""
     made = FakeGpu(device or Device())
     monkeypatch.setattr(gpu, "Gpu", lambda: made)
-    monkeypatch.setattr(peers, "TorchPeers", lambda stream: FakePeers(made))
+    for name in ("TorchPeers", "VllmPeers"):
+        monkeypatch.setattr(peers, name, lambda stream: FakePeers(made))
     monkeypatch.setattr(measure, "COPIED", 1 << 10)
     clock = SimpleNamespace(perf_counter=lambda: made.device.now * 1e-6, sleep=made.device.sleep)
     for module in (gpu, measure):

@@ -54,6 +54,22 @@ def test_without_pytorch(device: bench_device.FakeGpu, monkeypatch: pytest.Monke
     assert all((cell.us is None) == (cell.provider != "ours") for cell in load(tmp_path / "a.json").cells.values())
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_vllms_linears_take_the_place_of_pytorchs(
+    device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool
+) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name if there else None)
+    chosen = {"cutlass", "marlin-w4a8", "marlin-w4a16"} if there else {"torch"}
+    assert set(peers.default(peers.PEERS)) == {"dense", "cusparselt"} | chosen
+    monkeypatch.setattr(peers, "VllmPeers", bench_device.VllmPeers)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    done = call(*SMALL, "--dtype", "int8", "--part", "linear", "--peers", "torch,cutlass", "--json", tmp_path / "a.json")
+    assert done.exit_code == 0, done.output
+    assert "blank of cutlass (vLLM's 8-bit linear: CUTLASS): vLLM cannot be used (ModuleNotFoundError" in done.stdout
+    cells = load(tmp_path / "a.json").cells.values()
+    assert {cell.provider for cell in cells if cell.us} == {"ours", "torch"}
+
+
 def test_without_matplotlib(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delitem(sys.modules, "tools.benchmark.picture", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -193,7 +209,7 @@ def test_a_lost_device_ends_the_run(device: bench_device.FakeGpu, monkeypatch: p
         (("--pattern", "2:8"), "is 6:8 here"),
         (("--dtype", "fp4"), "'fp4' is not one of fp8, int8, bf16, fp16"),
         (("--part", "all"), "'all' is not one of gemm, linear, quantize, pack"),
-        (("--peers", "cublas"), "'cublas' is not one of dense, cusparselt, torch, none"),
+        (("--peers", "cublas"), "'cublas' is not one of dense, cusparselt, cutlass, marlin-w4a8"),
         (("--peers", "none,dense"), "none goes with no other"),
         (("--shape", "٣,64"), "must be outputs and inputs"),
         (("--quick", "--full"), "not both"),
@@ -206,7 +222,7 @@ def test_a_lost_device_ends_the_run(device: bench_device.FakeGpu, monkeypatch: p
         (("--plot", "a.png", "--part", "pack"), "measure --part gemm --peers dense, too"),
         (("--from", __file__, "--quick"), "--from measures nothing, and goes with --plot and -v only"),
         (("--readme", __file__, "--from", __file__), "--readme stands alone"),
-        (("--readme", __file__), "is not docs/results/h100.json, which README names as its source"),
+        (("--readme", __file__), "is not docs/results/h100.json or docs/results/engines.json, which README"),
     ],
 )
 def test_usage_errors(device: bench_device.FakeGpu, args: tuple[str, ...], text: str) -> None:
@@ -291,15 +307,16 @@ def test_published_results_can_be_read_and_were_right() -> None:
     for path in sorted((ROOT / "docs" / "results").glob("*.json")):
         found = load(path)
         assert not found.wrong
-        assert found.bandwidth["copy"] > 0
+        assert found.served or found.bandwidth["copy"] > 0
         assert path.with_suffix(".png").exists()
         assert '"/' not in path.read_text(), "a path of the machine it was made on"
 
 
 def test_readme_shows_the_published_results() -> None:
     text = (ROOT / "README.md").read_text()
-    section = text.partition(f"{show.BEGIN}\n\n")[2].partition(f"\n{show.END}")[0]
-    assert section == show.section(load(ROOT / show.PUBLISHED)), f"run python tools/bench.py --readme {show.PUBLISHED}"
+    for path in (path for path in show.PUBLISHED if path == show.PUBLISHED[0] or (ROOT / path).exists()):
+        section = text.partition(f"{show.BEGIN.format(path)}\n\n")[2].partition(f"\n{show.END}")[0]
+        assert section == show.section(load(ROOT / path)), f"run python tools/bench.py --readme {path}"
 
 
 def test_json_holds_no_nan(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

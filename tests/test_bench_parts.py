@@ -258,9 +258,9 @@ def test_readme_section(tmp_path: Path) -> None:
     assert "time budget; everything shown was measured." in text
     assert "more tokens than m, since they take no fewer: dense INT8 32 at m = 16." in text
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{show.BEGIN}\nold\n{show.END}\nafter\n")
+    page.write_text(f"before\n{show.BEGIN.format(show.PUBLISHED[0])}\nold\n{show.END}\nafter\n")
     assert show.rewrite(page, results)
-    assert page.read_text() == f"before\n{show.BEGIN}\n\n{text}\n{show.END}\nafter\n"
+    assert page.read_text() == f"before\n{show.BEGIN.format(show.PUBLISHED[0])}\n\n{text}\n{show.END}\nafter\n"
     assert not show.rewrite(page, results)
     page.write_text("no markers")
     with pytest.raises(ss.FormatError, match="must hold the lines"):

@@ -4,6 +4,7 @@ python tools/bench.py --quick                         under a minute: 6:8 agains
 python tools/bench.py --full --json run.json --plot run.png
 python tools/bench.py --model qwen2.5-7b --pattern 6:8 --dtype fp8 -m 16,1024 --part gemm --peers dense
 python tools/bench.py -m 1-64,72-256:8 --dtype fp8 --plot curve.png   time over m as a curve
+python tools/bench.py --engine vllm --model qwen2.5-7b --json served.json   whole models in vLLM
 python tools/bench.py --from run.json --plot run.png  no GPU needed
 """
 
@@ -31,8 +32,10 @@ import slidesparse_nb as ss
 from .arguments import Listed, Seconds, Shape, Tokens, one_of
 from .benchmark import show
 from .benchmark.cases import KINDS, MODELS, PARTS, SQUARES, Linear, Selection, Suite
-from .benchmark.measure import measure
-from .benchmark.peers import FULL, PEERS, QUICK
+from .benchmark.engines import ENGINES, MEASURED
+from .benchmark.measure import Tell, measure
+from .benchmark.peers import FULL, PEERS, QUICK, default
+from .benchmark.processes import measure_engines
 from .benchmark.results import Results, load
 from .exit_codes import EXIT_CODES, exits
 from .terminal import command, say
@@ -40,8 +43,9 @@ from .terminal import command, say
 LONGEST = 540.0
 """Seconds a run may take that names its own measurements."""
 
-MEASURE = ("model", "square", "shape", "tokens", "pattern", "dtype", "part", "peers", "sustained", "quick", "full", "budget")
-"""Parameters that say what to measure."""
+LINEARS = ("square", "shape", "tokens", "part", "peers", "sustained", "quick", "full")
+MEASURE = ("model", "pattern", "dtype", "engine", "rounds", "budget", *LINEARS)
+"""Parameters that say what to measure: of linear layers alone; and all."""
 
 READ, WRITTEN = (click.Path(exists=exists, dir_okay=False, path_type=Path) for exists in (True, False))
 
@@ -68,6 +72,8 @@ READ, WRITTEN = (click.Path(exists=exists, dir_okay=False, path_type=Path) for e
     type=Listed("names", one_of([*PEERS, "none"])),
     help="; ".join(f"{k}: {v.words}" for k, v in PEERS.items()) + "; or none.",
 )
+@click.option("--engine", type=Listed("names", one_of(ENGINES)), help=f"Whole models in {', '.join(ENGINES)}, random weights.")
+@click.option("--rounds", type=click.IntRange(min=1), help="With --engine: how often each is measured, in turn.  [default: 1]")
 @click.option("--sustained", type=Tokens(), help="m of -m at which sustained load is measured, too.")
 @click.option("--quick", is_flag=True, help="Under a minute; what --full measures is cut to the most telling.  [default]")
 @click.option("--full", is_flag=True, help="Under nine minutes: every part of 6:8, products of four patterns, all types.")
@@ -83,7 +89,7 @@ def bench(
     json_path: Path | None, plot: Path | None, from_path: Path | None, readme_path: Path | None, quiet: bool, verbose: int,
     **asked: Any,
 ) -> None:  # fmt: skip
-    """Check and time sparse products on the GPU, beside dense cuBLASLt and cuSPARSELt.
+    """Check and time sparse products on the GPU, beside dense cuBLASLt and cuSPARSELt, or whole models in an engine.
 
     Every result is compared with the reference before it is timed. Named options replace those of --quick or --full.
     """
@@ -100,7 +106,7 @@ def bench(
         draw(results)
     else:
         selection = _selection(asked)
-        if plot is not None and not ("gemm" in selection.parts and "dense" in selection.peers):
+        if plot is not None and not (selection.engines or ("gemm" in selection.parts and "dense" in selection.peers)):
             raise click.UsageError("--plot draws products over the dense baseline: measure --part gemm --peers dense, too")
         _can_be_written("--json", json_path)
         draw = _drawing(plot, json_path)
@@ -110,8 +116,9 @@ def bench(
             selection=selection.as_dict(),
             suites={suite.name: list(suite.linears) for suite in selection.suites},
         )
+        tell: Tell = (lambda text: None) if quiet else lambda text: say(text, err=True)
         try:
-            measure(results, selection, json_path, (lambda text: None) if quiet else lambda text: say(text, err=True))
+            (measure_engines if selection.engines else measure)(results, selection, json_path, tell)
         finally:  # also of a run that is stopped
             if results.cells:
                 show.show(results, each=verbose > 0)
@@ -134,11 +141,15 @@ def _selection(asked: dict[str, Any]) -> Selection:
     """What the options name, the preset for the rest."""
     if asked["quick"] and asked["full"]:
         raise click.UsageError("give --quick or --full, not both")
+    if asked["engine"]:
+        _require_served(asked)
+    elif asked["rounds"]:
+        raise click.UsageError("--rounds goes with --engine")
     preset = FULL if asked["full"] else QUICK
     suites = [MODELS[name] for name in asked["model"] or ()]
     suites += [Suite(f"{n} x {k}", (Linear("shape", n, k),)) for n, k in dict.fromkeys(asked["shape"])]
     suites += SQUARES if asked["square"] else ()
-    peers = asked["peers"] or tuple(preset.peers)
+    peers = asked["peers"] or tuple(default(preset.peers))
     if "none" in peers and len(peers) > 1:
         raise click.UsageError("--peers: none goes with no other")
     tokens, sustained = asked["tokens"] or preset.tokens, asked["sustained"] or ()
@@ -149,13 +160,24 @@ def _selection(asked: dict[str, Any]) -> Selection:
         suites=tuple(suites) or preset.suites,
         patterns=asked["pattern"] or preset.patterns,
         kinds=tuple(KINDS[key] for key in asked["dtype"] or ()) or preset.kinds,
-        tokens=tokens,
-        parts=asked["part"] or preset.parts,
-        peers={name: PEERS[name] for name in peers if name in PEERS},
+        tokens=() if asked["engine"] else tokens,
+        parts=("prefill", "decode") if asked["engine"] else asked["part"] or preset.parts,
+        peers={name: PEERS[name] for name in peers if name in PEERS and not asked["engine"]},
         sustained=sustained or tuple(m for m in preset.sustained if m in tokens),
         budget=asked["budget"] or (LONGEST if own else preset.budget),
         products_only=not asked["part"],
+        engines=asked["engine"] or (),
+        rounds=asked["rounds"] or 1,
     )
+
+
+def _require_served(asked: dict[str, Any]) -> None:
+    """UsageError where the options name what is not measured in an engine."""
+    if any(asked[name] for name in LINEARS):
+        raise click.UsageError("--engine measures whole models: name --model, --pattern, --dtype, --rounds, --budget alone")
+    for option, known in MEASURED.items():
+        if unknown := [name for name in asked[option[2:]] or () if name not in known]:
+            raise click.UsageError(f"{option}: {unknown[0]!r} is not measured in an engine; {', '.join(known)} are")
 
 
 def _can_be_written(option: str, path: Path | None) -> None:
@@ -190,8 +212,8 @@ def _write_readme(path: Path) -> None:
     where = root / "README.md"
     if not where.exists():
         raise click.UsageError("--readme works in a checkout, where README.md is")
-    if path.resolve() != root / show.PUBLISHED:
-        raise click.UsageError(f"--readme: {path} is not {show.PUBLISHED}, which README names as its source")
+    if path.resolve() not in [root / each for each in show.PUBLISHED]:
+        raise click.UsageError(f"--readme: {path} is not {' or '.join(show.PUBLISHED)}, which README names as its sources")
     say(f"{where}: {'rewritten' if show.rewrite(where, load(path)) else 'as it was'}")
 
 

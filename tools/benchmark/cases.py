@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import slidesparse_nb as ss
 
@@ -69,23 +69,44 @@ class Suite:
     tokens: tuple[int, ...] | None = None
 
 
-def transformer(name: str, hidden: int, inner: int, heads: int, kv_heads: int, head: int) -> Suite:
-    """One layer as engines serve it: q, k and v in one product, gate and up in one."""
-    qkv, gate_up = Linear("qkv", (heads + 2 * kv_heads) * head, hidden), Linear("gate_up", 2 * inner, hidden)
-    return Suite(name, (qkv, Linear("o", hidden, heads * head), gate_up, Linear("down", hidden, inner)))
+class Geometry(NamedTuple):
+    """Sizes of a model, from its published configuration.
+
+    Attributes:
+        inner: width of the MLP.
+        head: width of an attention head.
+        family: the type of model that engines know it as; None: they have it with weights of its own only.
+        tied: the output head is the embedding.
+    """
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head: int
+    layers: int
+    vocab: int
+    family: str | None
+    tied: bool
 
 
-MODELS = {
-    suite.name: suite
-    for suite in (
-        transformer("llama3.2-1b", 2048, 8192, 32, 8, 64),
-        transformer("llama3.2-3b", 3072, 8192, 24, 8, 128),
-        transformer("qwen2.5-7b", 3584, 18944, 28, 4, 128),
-        transformer("qwen2.5-14b", 5120, 13824, 40, 8, 128),
-        transformer("bitnet-2b", 2560, 6912, 20, 5, 128),
-    )
+GEOMETRIES = {
+    "llama3.2-1b": Geometry(2048, 8192, 32, 8, 64, 16, 128256, "llama", True),
+    "llama3.2-3b": Geometry(3072, 8192, 24, 8, 128, 28, 128256, "llama", True),
+    "qwen2.5-7b": Geometry(3584, 18944, 28, 4, 128, 28, 152064, "qwen2", False),
+    "qwen2.5-14b": Geometry(5120, 13824, 40, 8, 128, 48, 152064, "qwen2", False),
+    "bitnet-2b": Geometry(2560, 6912, 20, 5, 128, 30, 128256, None, True),
 }
-"""Sizes from the models' published configurations (bitnet-2b: BitNet b1.58 2B4T)."""
+"""bitnet-2b: BitNet b1.58 2B4T."""
+
+
+def transformer(name: str, of: Geometry) -> Suite:
+    """One layer as engines serve it: q, k and v in one product, gate and up in one."""
+    qkv, o = Linear("qkv", (of.heads + 2 * of.kv_heads) * of.head, of.hidden), Linear("o", of.hidden, of.heads * of.head)
+    return Suite(name, (qkv, o, Linear("gate_up", 2 * of.inner, of.hidden), Linear("down", of.hidden, of.inner)))
+
+
+MODELS = {name: transformer(name, geometry) for name, geometry in GEOMETRIES.items()}
 
 SQUARES = tuple(Suite(f"{n} x {n} x {n}", (Linear("square", n, n),), (n,)) for n in (1024, 2048, 4096, 8192, 16384))
 """m = n = k."""
@@ -133,6 +154,7 @@ class Peer:
         title: its name in tables.
         part: the part that it is measured in.
         kinds: the types that it has.
+        package: what must be installed.
         sparse: whether its weights follow the pattern; dense weights are measured once for all patterns.
         late: measured after everything else of the suite and pattern, since it may take long.
     """
@@ -141,6 +163,7 @@ class Peer:
     title: str
     part: str = "gemm"
     kinds: tuple[str, ...] = tuple(KINDS)
+    package: str = "torch"
     sparse: bool = False
     late: bool = False
 
@@ -177,6 +200,7 @@ class Selection:
         sustained: those of `tokens` at which products are measured under sustained load, too.
         products_only: of patterns after the first nothing but products is measured.
         budget: seconds after which no case is begun.
+        engines: in which whole models are measured, and nothing else; `rounds` times each.
     """
 
     suites: tuple[Suite, ...]
@@ -188,6 +212,8 @@ class Selection:
     sustained: tuple[int, ...]
     budget: float
     products_only: bool = False
+    engines: tuple[str, ...] = ()
+    rounds: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         names = {"suites": [suite.name for suite in self.suites], "kinds": [kind.key for kind in self.kinds]}
@@ -291,6 +317,11 @@ class Provider(Protocol):
 
     def release(self) -> None:
         """Forget weights, and give memory back."""
+
+
+def told(error: BaseException) -> str:
+    """An error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200].removesuffix(":")
 
 
 def copies(linears: Sequence[Linear], kind: Kind, m: int | None, l2_bytes: int) -> int:

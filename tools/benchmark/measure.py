@@ -19,7 +19,7 @@ import numpy as np
 import slidesparse_nb as ss
 
 from . import gpu, peers
-from .cases import ALL, OURS, Case, Provider, Selection, copies, plan
+from .cases import ALL, OURS, Case, Provider, Selection, copies, plan, told
 from .ours import Ours
 from .results import UNMEASURED, Cell, Results
 
@@ -52,11 +52,11 @@ def measure(results: Results, selection: Selection, json_path: Path | None, tell
         try:
             results.bandwidth.update(device.bandwidth(COPIED))
         except Exception as error:  # too little memory: no floors, but everything else
-            results.note(f"bandwidth: not measured ({_told(error)})")
+            results.note(f"bandwidth: not measured ({told(error)})")
         device.free()
         if (failed := compiled.exception()) is not None:
-            results.note(f"kernels were not compiled ahead ({_told(failed)})")
-    with _terminated_by_exception():
+            results.note(f"kernels were not compiled ahead ({told(failed)})")
+    with terminated_by_exception():
         try:
             Bench(device, providers, results, selection.budget, began, keeper.save, tell).run(cases)
         finally:
@@ -65,22 +65,23 @@ def measure(results: Results, selection: Selection, json_path: Path | None, tell
 
 
 def _baselines(device: gpu.Gpu, selection: Selection, results: Results) -> dict[str, Provider | str]:
-    """PyTorch's baselines by name; the reason in their place if they cannot be used."""
-    try:
-        torch = peers.TorchPeers(device.stream.ptr)
-    except Exception as error:  # ImportError, or whatever a broken installation raises
-        results.note(f"no baselines: {(reason := f'PyTorch cannot be used ({_told(error)})')}")
-        return dict.fromkeys(selection.peers, reason)
-    results.machine.update(torch.facts())
-    return dict.fromkeys(selection.peers, torch)
-
-
-def _told(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200].removesuffix(":")
+    """The baselines by name; the reason in their place if PyTorch or vLLM cannot be used."""
+    made: dict[str, Provider | str] = {}
+    for package, title, provide in (("torch", "PyTorch", peers.TorchPeers), ("vllm", "vLLM", peers.VllmPeers)):
+        if names := [name for name, peer in selection.peers.items() if peer.package == package]:
+            try:
+                provider = provide(device.stream.ptr)
+                results.machine.update(provider.facts())
+                made.update(dict.fromkeys(names, provider))
+            except Exception as error:  # ImportError, or whatever a broken installation raises
+                reason = f"{title} cannot be used ({told(error)})"
+                results.note(f"no {', '.join(names)}: {reason}")
+                made.update(dict.fromkeys(names, reason))
+    return made
 
 
 @contextlib.contextmanager
-def _terminated_by_exception() -> Iterator[None]:
+def terminated_by_exception() -> Iterator[None]:
     """SIGTERM, as `timeout` sends it, becomes SystemExit(143): what was measured is kept."""
 
     def stop(*_: object) -> NoReturn:
@@ -206,8 +207,8 @@ class Bench:
         except ss.VerificationError as error:
             return {"blank": f"wrong: {error}", "wrong": case.provider == OURS}
         except Exception as error:  # a peer's, a driver's, out of memory: whatever it is, the next may work
-            full = "memory" in _told(error).lower()
-            return {"blank": _told(error)}
+            full = "memory" in told(error).lower()
+            return {"blank": told(error)}
         finally:
             if full:  # only now: the error held the operands
                 for each in self.providers.values():

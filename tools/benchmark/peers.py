@@ -1,14 +1,16 @@
-"""The baselines, through PyTorch: dense cuBLASLt, cuSPARSELt with its algorithm search, a dynamic 8-bit linear.
+"""The baselines, through PyTorch: dense cuBLASLt, cuSPARSELt with its algorithm search, vLLM's linears, PyTorch's own.
 
 PyTorch's operations allocate, so they are captured by PyTorch's own CUDA graphs, whose memory is their own; those are replayed
 on the clock's stream and timed by the same events as everything else. A new baseline is a row of PEERS and a method of
-`TorchPeers`, `_NAME`.
+`TorchPeers` or `VllmPeers`, `_NAME`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,8 +20,18 @@ from .cases import KINDS, MODELS, PARTS, Call, Calls, Case, Kind, Linear, Peer, 
 PEERS = {
     "dense": Peer("cuBLASLt, dense weights of the same type", "dense"),
     "cusparselt": Peer("cuSPARSELt, 2:4 weights at the expanded k: the published method", "cuSPARSELt", sparse=True, late=True),
-    "torch": Peer("a dynamic 8-bit linear of PyTorch operations", "PyTorch", part="linear", kinds=("fp8", "int8")),
+    "cutlass": Peer("vLLM's 8-bit linear: CUTLASS, dynamic scales a token", "vLLM", "linear", ("fp8", "int8"), "vllm"),
+    "marlin-w4a8": Peer("vLLM's Marlin, 4-bit weights, 8-bit tokens", "Marlin W4A8", "linear", ("fp8", "int8"), "vllm"),
+    "marlin-w4a16": Peer("vLLM's Marlin, 4-bit weights", "Marlin W4A16", "linear", ("fp8", "int8", "bf16"), "vllm"),
+    "torch": Peer("a dynamic 8-bit linear of PyTorch operations, unless vLLM is there", "PyTorch", "linear", ("fp8", "int8")),
 }
+
+
+def default(peers: dict[str, Peer]) -> dict[str, Peer]:
+    """Without what is measured only where it is named: vLLM's where there is none, PyTorch's own linear where there is."""
+    there = importlib.util.find_spec("vllm") is not None
+    return {name: peer for name, peer in peers.items() if (name != "torch" if there else peer.package != "vllm")}
+
 
 QUICK = Selection(
     (MODELS["qwen2.5-7b"],), ("6:8",), (KINDS["fp8"], KINDS["int8"], KINDS["bf16"]), (16, 1024, 4096), ("gemm",),
@@ -98,7 +110,7 @@ class TorchPeers:
         if self._of != (of := (case.suite.name, case.kind.key, case.pattern)):
             self._of = of
             self.torch.cuda.empty_cache()  # shapes change: what was kept would serve nobody
-        made: Calls = getattr(self, f"_{case.provider}")(case, linear, case.m, copies)
+        made: Calls = getattr(self, f"_{case.provider.replace('-', '_')}")(case, linear, case.m, copies)
         made.rows = None if made.rows == case.m else made.rows
         return made
 
@@ -186,3 +198,64 @@ class TorchPeers:
         fours = (w.view(self.torch.uint8) if w.itemsize == 1 else w).view(w.shape[0], -1, 4).clone()
         fours[..., 1::2] = 0
         return fours.view(w.shape[0], -1).view(w.dtype)
+
+
+class VllmPeers(TorchPeers):
+    """vLLM's linears: bfloat16 in and out, random weights and scales; what they compute is not checked.
+
+    Raises:
+        ImportError: vLLM cannot be imported.
+    """
+
+    def __init__(self, stream: int) -> None:
+        super().__init__(stream)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        self.ops: Any = importlib.import_module("vllm._custom_ops")
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "vllm": str(importlib.import_module("vllm").__version__)}
+
+    def _tokens(self, m: int, linear: Linear, copies: int) -> list[Any]:
+        return [self.torch.randn(m, linear.k, device="cuda", dtype=self.torch.bfloat16) for _ in range(copies)]
+
+    def _cutlass(self, case: Case, linear: Linear, m: int, copies: int) -> Calls:
+        torch, ops = self.torch, self.ops
+        scale_w = torch.rand(linear.n, 1, device="cuda")
+
+        def multiply(x: Any, w: Any) -> Any:
+            if case.kind.key == "fp8":
+                q, scale = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+            else:
+                q, scale, _ = ops.scaled_int8_quant(x)
+            return ops.cutlass_scaled_mm(q, w.t(), scale, scale_w, torch.bfloat16)
+
+        ws = [self._random(linear.n, linear.k, case.kind) for _ in range(copies)]
+        return Calls([partial(multiply, x, w) for x, w in zip(self._tokens(m, linear, copies), ws, strict=True)])
+
+    def _marlin_w4a16(self, case: Case, linear: Linear, m: int, copies: int) -> Calls:
+        return self._marlin(linear, m, copies, None)
+
+    def _marlin_w4a8(self, case: Case, linear: Linear, m: int, copies: int) -> Calls:
+        return self._marlin(linear, m, copies, getattr(self.torch, case.kind.name))
+
+    def _marlin(self, linear: Linear, m: int, copies: int, quantized: Any) -> Calls:
+        """4-bit weights with a scale for 128 of k; tokens of 16 bits, or quantized to `quantized` within the call."""
+        torch, ops, (n, k) = self.torch, self.ops, (linear.n, linear.k)
+        of: Any = importlib.import_module("vllm.model_executor.layers.quantization.utils.marlin_utils")
+        type = importlib.import_module("vllm.scalar_type").scalar_types.uint4b8
+        none = torch.empty(0, dtype=torch.int, device="cuda")
+        workspace = of.marlin_make_workspace_new(torch.device("cuda", torch.cuda.current_device()))
+        bits = torch.iinfo(torch.int32)
+
+        def weight() -> tuple[Any, Any]:
+            codes = torch.randint(bits.min, bits.max, (k // 8, n), device="cuda", dtype=torch.int32)
+            scales = torch.rand(k // 128, n, device="cuda").to(torch.bfloat16) * 0.01
+            return ops.gptq_marlin_repack(codes, none, k, n, 4, quantized is not None), scales
+
+        def multiply(x: Any, w: Any, scale_w: Any) -> Any:
+            q, scale = (x, None) if quantized is None else of.marlin_quant_input(x, quantized)
+            atomic = of.should_use_atomic_add_reduce(m, n, k, x.device, torch.bfloat16)
+            facts = (None, None, none, none, workspace, type, m, n, k, True, atomic, True, False)
+            return ops.marlin_gemm(q, None, w, None, scale_w, scale, *facts)
+
+        return Calls([partial(multiply, x, *weight()) for x in self._tokens(m, linear, copies)])

@@ -1,4 +1,4 @@
-"""The picture of a run: a column a type; microseconds over m above, times as fast as dense below; a line a pattern."""
+"""The picture of a run. Products: a column a type, times over m above, times as fast as dense below; a line a pattern."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 import slidesparse_nb as ss
 
 from .cases import KINDS
+from .engines import ENGINES, weights
 from .results import Results, Row, rows
+from .served import label, over
 
 QUIET, COLOURS = "#6b7280", ("#0f766e", "#c2410c", "#1d4ed8", "#7c3aed", "#a16207", "#475569")
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write a PNG of the products in bursts of the first suite that has a dense baseline.
+    """Write a PNG of the whole models, if there are any, or else of the products in bursts of the first suite that has a
+    dense baseline.
 
     Raises:
-        FormatError: there is none.
+        FormatError: there is nothing to draw.
     """
+    if results.served:
+        _draw_served(results, path)
+        return
     found = [
         row for row in rows(results) if (row.cell.part, row.cell.load) == ("gemm", "burst") and row.over("dense") and row.cell.m
     ]
@@ -47,6 +53,34 @@ def draw(results: Results, path: Path) -> None:
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(patterns) + 1, frameon=False)
     where = f"{results.machine.get('gpu', '')}, {results.started[:10]}, bursts; dashed: floor, ideal speed-up"
     figure.suptitle(f"{found[0].cell.suite}: products of one layer\n{where}")
+    figure.savefig(path, format="png")
+
+
+def _draw_served(results: Results, path: Path) -> None:
+    """How many times as fast as the engine's FP8, or else its BF16: bars by wall time, dots by the GPU's time."""
+    found = [
+        (cell, base)
+        for cell in results.served
+        if (base := next((type for type in ("fp8", "bf16") if over(results, cell, type)), ""))
+    ]
+    if not found:
+        raise ss.FormatError("--plot: the results hold no model of ours beside one of the engine's own; measure again")
+    panels = list(dict.fromkeys((cell.load, cell.suite, base) for cell, base in found))
+    loads, names = (list(dict.fromkeys(of(cell) for cell, _ in found)) for of in (label, weights))
+    figure, width = Figure(figsize=(9, 1 + 3 * len(panels)), dpi=120, layout="constrained"), 0.8 / len(names)
+    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        for i, name in enumerate(names):
+            here = [cell for cell, base in found if (cell.load, cell.suite, base) == panel and weights(cell) == name]
+            at = [loads.index(label(cell)) + (i + 0.5) * width - 0.4 for cell in here]
+            wall, busy = ([over(results, cell, panel[2], time) or float("nan") for cell in here] for time in ("us", "gpu_us"))
+            axes.bar(at, wall, 0.9 * width, color=COLOURS[i % len(COLOURS)], label=name)
+            axes.plot(at, busy, "ok", markersize=3)
+        axes.axhline(1, color=QUIET)
+        axes.set_xticks(range(len(loads)), [load.replace(" ", "\n", 1) for load in loads])
+        axes.set_title(f"{panel[1]}: times as fast as {ENGINES[panel[0]].title} {KINDS[panel[2]].label}", loc="left")
+        axes.spines[:].set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    figure.suptitle(f"{results.machine.get('gpu', '')}, {results.started[:10]}; dots: by the GPU's time alone")
     figure.savefig(path, format="png")
 
 

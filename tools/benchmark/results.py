@@ -17,6 +17,7 @@ from typing import Any
 import slidesparse_nb as ss
 
 from .cases import ALL, KINDS, OURS, Kind, Linear, slid_k
+from .engines import ENGINES
 from .peers import PEERS
 
 SCHEMA = 2
@@ -45,8 +46,11 @@ class Cell:
 
     Attributes:
         provider, part, suite, type, pattern, m, load: see `cases.Case`; type is the key of a Kind.
-        layer: of the suite; "all" under sustained load.
+            A whole model: provider "ours" or the engine, part "prefill" or "decode", suite the model, load the engine.
+        layer: of the suite; "all" under sustained load; of a whole model prompts x tokens of each.
         us: microseconds of one call, the median (sustained: of one pass over the layers); None if there is no time.
+        gpu_us: of them the GPU was busy, of a whole model.
+        bytes: of a whole model's tensors.
         spread: (90th - 10th percentile) / median.
         rows: tokens that the provider was given, where it does not take m; else None.
         sm_mhz, celsius, watts, mj: means under sustained load; millijoules of one pass over the layers.
@@ -69,6 +73,8 @@ class Cell:
     celsius: Number | None = None
     watts: Number | None = None
     mj: Number | None = None
+    gpu_us: Number | None = None
+    bytes: Number | None = None
     blank: str | None = None
     wrong: bool = False
 
@@ -121,6 +127,11 @@ class Results:
             self.notes.append(text)
 
     @property
+    def served(self) -> list[Cell]:
+        """Those of whole models."""
+        return [cell for cell in self.cells.values() if cell.load in ENGINES]
+
+    @property
     def wrong(self) -> list[Cell]:
         return [cell for cell in self.cells.values() if cell.wrong]
 
@@ -170,8 +181,9 @@ def load(path: Path) -> Results:
         given["suites"] = {name: [Linear(str(a), int(n), int(k)) for a, n, k in of] for name, of in given["suites"].items()}
         results = Results(**given)
         for cell in cells:
-            _ = KINDS[cell.type], ss.Pattern.of(cell.pattern or "2:4"), {**PEERS, OURS: None}[cell.provider]
-            if cell.layer not in (ALL, *(linear.name for linear in results.suites[cell.suite])):
+            known = {OURS, cell.load} if cell.load in ENGINES else {OURS, *PEERS}
+            _ = KINDS[cell.type], ss.Pattern.of(cell.pattern or "2:4"), dict.fromkeys(known)[cell.provider]
+            if cell.load not in ENGINES and cell.layer not in (ALL, *(linear.name for linear in results.suites[cell.suite])):
                 raise ValueError(f"{cell.suite} has no layer {cell.layer}")
             results.add(cell)
         _ = [*rows(results, each=True)], "".join([results.started, *results.notes]), float(results.seconds)
@@ -213,23 +225,15 @@ class Row:
 
 def rows(results: Results, *, each: bool = False) -> Iterator[Row]:
     """In the order measured: the suites' totals, after each layer by itself if `each`."""
-    ours = (c for c in results.cells.values() if c.provider == OURS)
+    ours = (c for c in results.cells.values() if c.provider == OURS and c.load not in ENGINES)
     for part, suite, type, pattern, m, load in dict.fromkeys(
         (c.part, c.suite, c.type, str(c.pattern), c.m, c.load) for c in ours
     ):
         linears = results.suites[suite]
         if load != "sustained" and (each or len(linears) == 1):
             for linear in linears:
-                if (
-                    OURS,
-                    part,
-                    suite,
-                    linear.name,
-                    type,
-                    pattern,
-                    m,
-                    load,
-                ) in results.cells:  # a run that was stopped lacks some
+                # a run that was stopped lacks some
+                if (OURS, part, suite, linear.name, type, pattern, m, load) in results.cells:
                     yield _row(results, part, suite, linear.name, type, pattern, m, load)
         if load == "sustained" or len(linears) > 1:
             yield _row(results, part, suite, ALL, type, pattern, m, load)

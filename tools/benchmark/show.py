@@ -10,7 +10,9 @@ from pathlib import Path
 import slidesparse_nb as ss
 
 from ..terminal import print_table, say
+from . import served
 from .cases import ALL, KINDS, OURS, is_curve
+from .engines import ENGINES
 from .peers import PEERS
 from .results import Cell, Results, Row, rows, write_whole
 
@@ -23,7 +25,10 @@ CLIFF = 1.1
 SHORT_RUN = 3
 """Neighbouring m that are named one by one; of more, only the first and the last are."""
 
-BASELINE = {"dense": "dense cuBLASLt", "PyTorch": "PyTorch's dynamic linear", "cuSPARSELt": "cuSPARSELt at the expanded k"}
+BASELINE = {
+    "dense": "dense cuBLASLt", "PyTorch": "PyTorch's dynamic linear", "cuSPARSELt": "cuSPARSELt at the expanded k",
+    "vLLM": "vLLM's linear",
+}  # fmt: skip
 """Title of a baseline -> its name in sentences, where that is longer."""
 
 WHAT = {"gemm": "product", "linear": "whole linear"}
@@ -35,7 +40,7 @@ def show(results: Results, *, each: bool) -> None:
     for suite, linears in results.suites.items():
         if len(linears) > 1:
             say(f"{suite}: {', '.join(f'{x.name} ({x.n}, {x.k})' for x in linears)}")
-    for title, columns, lines in tables(results, each=each):
+    for title, columns, lines in (*tables(results, each=each), *served.tables(results)):
         say("")
         say(title)
         print_table(columns, lines)
@@ -48,12 +53,18 @@ def show(results: Results, *, each: bool) -> None:
     say(f"took {results.seconds:.0f} s{'; not everything was measured' * (not results.complete)}; see docs/benchmarks.md")
 
 
+_VERSIONS = {
+    "driver": "driver", "cuda_runtime": "CUDA", "torch": "PyTorch", "cupy": "CuPy", "vllm": "vLLM",
+    "transformers": "transformers",
+}  # fmt: skip
+
+
 def machine_line(results: Results) -> str:
     """The GPU, its driver, the versions, the measured bandwidth."""
     machine = results.machine
     words = [str(machine.get("gpu", "unknown GPU"))]
     words += [f"{machine['power_limit_w']} W"] if machine.get("power_limit_w") else []
-    for key, name in (("driver", "driver"), ("cuda_runtime", "CUDA"), ("torch", "PyTorch"), ("cupy", "CuPy")):
+    for key, name in _VERSIONS.items():
         words += [f"{name} {machine[key]}"] if machine.get(key) else []
     words += [f"{name} {rate / 1e12:.2f} TB/s" for name, rate in results.bandwidth.items()]
     return ", ".join([*words, results.started[:10]])
@@ -161,12 +172,14 @@ def _subject(cell: Cell) -> str:
 def crossovers(results: Results) -> Iterator[str]:
     """In bursts, for each part, suite, type and pattern: at which m ours is faster. One sentence each.
 
-    A product is compared with the dense one; a whole linear with PyTorch's of 8 bits, or else with the dense product.
+    A product is compared with the dense one; a whole linear of 8 bits with vLLM's or else PyTorch's, of 16 bits with the
+    dense product.
     """
     grouped: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows(results):
         if row.cell.part in WHAT and row.cell.load == "burst" and row.cell.m is not None:
-            title = "PyTorch" if row.cell.part == "linear" and KINDS[row.cell.type].quantized else "dense"
+            linears = ("vLLM", "PyTorch") if row.cell.part == "linear" and KINDS[row.cell.type].quantized else ("dense",)
+            title = next((title for title in linears if title in row.peers), linears[-1])
             if (ratio := row.over(title)) is not None:
                 grouped.setdefault((_subject(row.cell), BASELINE[title]), {})[row.cell.m] = ratio
     for (subject, baseline), ratios in grouped.items():
@@ -223,17 +236,24 @@ def blanks(results: Results) -> Iterator[str]:
     for cell in results.cells.values():
         if cell.blank:
             seen[cell.provider, cell.blank] = seen.get((cell.provider, cell.blank), 0) + 1
+    titles = {OURS: "this library", **{name: engine.title for name, engine in ENGINES.items()}}
     for (provider, reason), count in seen.items():
-        what = "this library" if provider == OURS else PEERS[provider].words.partition(",")[0]
+        what = titles.get(provider) or PEERS[provider].words.partition(",")[0]
         yield f"{count} blank of {provider} ({what}): {reason}"
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------
 
-BEGIN = "<!-- benchmarks: written by `python tools/bench.py --readme docs/results/h100.json` -->"
-END = "<!-- end of benchmarks -->"
-PUBLISHED = "docs/results/h100.json"
+PUBLISHED = ("docs/results/h100.json", "docs/results/engines.json")
+"""Of linear layers, and of whole models: README has a section of each."""
+
+BEGIN, END = "<!-- benchmarks: written by `python tools/bench.py --readme {}` -->", "<!-- end of benchmarks -->"
 PATTERN = "6:8"
+
+
+def published(results: Results) -> str:
+    """The file that README names as the source of such results."""
+    return PUBLISHED[bool(results.served)]
 
 
 def section(results: Results) -> str:
@@ -242,6 +262,10 @@ def section(results: Results) -> str:
 
 
 def _section(results: Results) -> Iterator[str]:
+    for question, columns, lines in served.tables(results):
+        yield f"**{question}**:\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+        yield from (f"| {' | '.join(line)} |" for line in lines)
+        yield ""
     kept = [row for row in rows(results) if row.cell.pattern == PATTERN and row.cell.part in WHAT and row.cell.m is not None]
     for part, suite in dict.fromkeys((row.cell.part, row.cell.suite) for row in kept):
         here = [row for row in kept if (row.cell.part, row.cell.suite) == (part, suite)]
@@ -254,8 +278,10 @@ def _section(results: Results) -> Iterator[str]:
         for title in dict.fromkeys(title for row in here for title in row.peers):
             name = BASELINE.get(title, title) + " (the product alone)" * (part == "linear" and title == "dense")
             yield from _table(f"**Times as fast as {name}**:", here, partial(_over, title))
-    yield f"![Microseconds and speed-up over dense cuBLASLt by m]({PUBLISHED.removesuffix('.json')}.png)\n"
-    yield f"{machine_line(results)}. Everything measured: [{PUBLISHED}]({PUBLISHED})."
+    what = "Speed-up in an engine" if results.served else "Microseconds and speed-up over dense cuBLASLt by m"
+    path = published(results)
+    yield f"![{what}]({path.removesuffix('.json')}.png)\n"
+    yield f"{machine_line(results)}. Everything measured: [{path}]({path})."
     padded: dict[str, set[int]] = {}
     for cell in results.cells.values():
         if cell.rows and cell.m and cell.pattern in (None, PATTERN) and cell.part in WHAT:
@@ -290,11 +316,11 @@ def rewrite(readme: Path, results: Results) -> bool:
     Raises:
         FormatError: the markers are not there, in order and once.
     """
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ss.FormatError(f"{readme}: must hold the lines {BEGIN!r} and {END!r}, once and in this order")
-    head, _, rest = text.partition(BEGIN)
-    new = f"{head}{BEGIN}\n\n{section(results)}\n{END}{rest.partition(END)[2]}"
+    text, begin = readme.read_text(encoding="utf-8"), BEGIN.format(published(results))
+    head, _, rest = text.partition(begin)
+    if text.count(begin) != 1 or END not in rest:
+        raise ss.FormatError(f"{readme}: must hold the lines {begin!r}, once, and {END!r} after it")
+    new = f"{head}{begin}\n\n{section(results)}\n{END}{rest.partition(END)[2]}"
     if new != text:
         write_whole(readme, new)
     return new != text
