@@ -105,7 +105,6 @@ def arrange(packed: ss.PackedWeight, device: torch.device) -> tuple[dict[str, Te
     with torch.cuda.device(device):
         torch.cuda.synchronize(device)  # CuPy's stream is not PyTorch's, which may still write what is read or reused here
         there = ss.to_device(packed, device.index)
-        there.complete()
         buffers = {name: torch.empty(own.nbytes, dtype=torch.uint8, device=device) for name, own in there.buffers.items()}
         for name, own in there.buffers.items():
             as_cupy(buffers[name])[...] = own.reshape(-1).view(np.uint8)
