@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slidesparse_nb import arch
-from slidesparse_nb.arch.operand import image, image_rows
+from slidesparse_nb.arch import sm90, sm90_layout
+from slidesparse_nb.arch.operand import image, image_rows, stages
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT16, DType
 from slidesparse_nb.core.packed import PackedWeight
@@ -263,6 +263,24 @@ class Rows:
         self.gpu.launched.append(f"copy {self.held} {self.stored}")
 
 
+class Expand:
+    """sm90/expand.cu."""
+
+    def __init__(self, gpu: Gpu, plan: Any, config: Any) -> None:
+        self.gpu, self.problem, self.config = gpu, plan.problem, config
+
+    def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
+        assert stream == self.gpu.streams[-1]
+        it, problem = named(self.config.parameters, arguments), self.problem
+        assert it.n == problem.n
+        assert it.expanded % 16 == 0
+        shape = stages(problem.pattern, problem.k, problem.dtype), sm90_layout.row_tiles(problem.n)
+        compact = at(it.compact, (*shape, sm90_layout.metadata_bytes(problem.dtype, True)), np.uint8)
+        expanded = sm90_layout.expand(compact, problem.pattern, problem.dtype)
+        at(it.expanded, expanded.shape, np.uint8)[...] = expanded
+        self.gpu.launched.append("expand")
+
+
 class Gemm:
     """The kernel of any architecture: x back to values, then the exact product."""
 
@@ -272,13 +290,17 @@ class Gemm:
     def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
         assert stream == self.gpu.streams[-1]
         plan, problem = self.plan, self.plan.problem
-        it = named(arch.of(problem).parameters, arguments)
+        it = named(self.config.parameters, arguments)
         dtype, m, n, k = problem.dtype, problem.m, problem.n, problem.k
         assert (it.m, it.n) == (m, n)
         there, weight = next(pair for pair in self.gpu.weights if self.loads(it, pair[0]))
         assert (weight.shape, weight.dtype, weight.pattern) == ((n, k), dtype, problem.pattern)
         for parameter, value in self.config.arguments(problem).items():
             assert getattr(it, parameter) == value
+        if "derived" in self.config.buffers.values():
+            expanded = sm90_layout.expand(np.asarray(there.buffers["compact"]), problem.pattern, dtype)
+            np.testing.assert_array_equal(at(it.metadata, expanded.shape, np.uint8), expanded)
+            assert not programmatic or self.config.order == sm90.REST, "metadata are read before the launch before is complete"
         if there.operand.tiled:
             made = at(it.x, (there.operand.row_bytes // 128, (m + 7) // 8, 8, 128), np.uint8)
             q = image_rows(made, m, k, P, dtype).view(dtype.numpy)
@@ -304,7 +326,7 @@ class Gemm:
         """Whether a launch loads the buffers of this weight."""
         buffers = {**self.config.buffers, "scale_w": "scale"}
         held = [name for name, buffer in buffers.items() if buffer in there.buffers]
-        return len(held) > 0 and all(getattr(it, name) == there.address(buffers[name]) for name in held)
+        return len(held) > 0 and all(getattr(it, name) == there.addresses[buffers[name]] for name in held)
 
 
 @pytest.fixture(params=["own", "portable"])
@@ -344,7 +366,7 @@ def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool) -> Iterator[
         def init(plan: Any, *arguments: Any) -> None:
             new_plan(plan, *arguments)
             plan.launches = tuple(
-                dataclasses.replace(launch, run=Gemm(made, plan, config))
+                dataclasses.replace(launch, run=(Expand if "expand" in config.source else Gemm)(made, plan, config))
                 for launch, config in zip(plan.launches, plan.configs, strict=True)
             )
 

@@ -52,13 +52,19 @@ def test_nothing_outside_names_an_architecture(file: Path) -> None:
 # ---- an architecture that nobody knows -------------------------------------------------------------------------------
 
 
+PARAMETERS = {
+    "w": "address", "many": "integer", "n": "integer", "m": "integer", "y": "address", "y_pitch": "integer", "x": "address",
+    "x_bytes": "integer", "x_pitch": "integer", "bias_type": "integer", "bias": "address", "scale_w": "address",
+    "scale_x": "address", "arrived": "address", "parts": "address",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Whole:
     """A launch of the toy's kernel, on so many blocks."""
 
     many: int
-    threads = 64
-    shared_bytes = 1024
+    source, parameters, threads, shared_bytes = "toy/gemm.cu", PARAMETERS, 64, 1024
     buffers = {"w": "everything"}  # noqa: RUF012  a field otherwise
 
     def defines(self) -> dict[str, int | str]:
@@ -82,16 +88,14 @@ class Whole:
     def part_bytes(self, problem: GemmProblem) -> int:
         return 40
 
+    def derived_bytes(self, problem: GemmProblem) -> int:
+        return 0
+
 
 class Toy:
     """Rows of x, weights in one buffer, parameters in an order of its own; two launches, of which more blocks are cheaper."""
 
-    source, suffix, portable = "toy/gemm.cu", "t", False
-    parameters = {  # noqa: RUF012
-        "w": "address", "many": "integer", "n": "integer", "m": "integer", "y": "address", "y_pitch": "integer", "x": "address",
-        "x_bytes": "integer", "x_pitch": "integer", "bias_type": "integer", "bias": "address", "scale_w": "address",
-        "scale_x": "address", "arrived": "address", "parts": "address",
-    }  # fmt: skip
+    source, suffix, parameters, portable = "toy/gemm.cu", "t", PARAMETERS, False
 
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability == (9, 0)
@@ -103,21 +107,12 @@ class Toy:
         return Operand(False, None, k * dtype.bits // 8)
 
     def arrange(self, packed: Any, xp: Any) -> dict[str, Any]:
-        return {"half": packed.values}
-
-    def derived(self, buffers: Any) -> tuple[str, ...]:
-        return ("everything",)
-
-    def derive(self, buffer: str, buffers: Any, pattern: Pattern, dtype: Any, xp: Any) -> Any:
-        return {"everything": xp.asarray(buffers["half"])}[buffer]
-
-    def fitted(self, config: Whole, buffers: Any) -> Whole:
-        return config
+        return {"everything": packed.values}
 
     def kernels(self, pattern: Pattern, dtype: Any, out: str, capability: tuple[int, int]) -> Iterator[Whole]:
         yield Whole(1)
 
-    def candidates(self, problem: GemmProblem) -> Iterator[tuple[Whole, ...]]:
+    def candidates(self, problem: GemmProblem, buffers: Any = None) -> Iterator[tuple[Whole, ...]]:
         yield from ((Whole(2),), (Whole(5), Whole(6)))
 
     def cost(self, candidate: tuple[Whole, ...], problem: GemmProblem) -> float:
@@ -145,7 +140,7 @@ def test_a_row_of_the_table_is_all_that_an_architecture_needs(monkeypatch: pytes
         assert doctor._multiplied((9, 0)) == (INT8,)
         jobs = [job for job, _ in ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [INT8, FLOAT8], "bfloat16")]
         assert jobs[0] == ("toy/gemm.cu", {"THREADS": 64, "SHARED_BYTES": 1024}, "sm_90t")
-        assert {job[0] for job in jobs} == {family.source for family in arch.ARCHITECTURES}
+        assert {job[0] for job in jobs} == {"toy/gemm.cu", "sm90/gemm.cu", "sm90/expand.cu", "sm80/gemm.cu"}
         assert ahead_of_time.launches_of([(7, 40, 96, "6:8", "int8", "bfloat16")], (9, 0), 132) == [Whole(5), Whole(6)]
     finally:
         arch.choose.cache_clear()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm90, sm90_layout
+from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm90, sm90_cost, sm90_layout
 from slidesparse_nb.arch.operand import image, image_rows, stages
 from slidesparse_nb.arch.sm90_layout import arrange, expand, restore
 from slidesparse_nb.core import reference
@@ -130,8 +133,11 @@ def test_a_column_stored_in_two_windows_is_multiplied_twice_without_compact_meta
 
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
-def test_candidates_fit(dtype: DType, out: str) -> None:
-    for config in sm90.ARCH.kernels(Pattern(6, 8), dtype, out, HOPPER):
+def test_kernels_fit(dtype: DType, out: str) -> None:
+    *kernels, expansion = sm90.ARCH.kernels(Pattern(6, 8), dtype, out, HOPPER)
+    assert expansion == sm90.Expansion(dtype, 3)
+    for config in kernels:
+        assert isinstance(config, sm90.Config)
         room = (sm90.SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
         assert config.stages >= (5 if config.tile.tokens <= 64 else 4)
         assert config.shared_bytes <= room
@@ -146,6 +152,13 @@ QWEN = [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)]
 SHAPES = [*QWEN, (130, 70), (1, 1), (8448, 512), (64, 100000), (8500, 300)]
 
 
+def products(candidate: Sequence[sm90.Config | sm90.Expansion]) -> tuple[sm90.Config, ...]:
+    """The launches after an expansion, if there is one, which comes first."""
+    rest = candidate[isinstance(candidate[0], sm90.Expansion) :]
+    assert all(isinstance(launch, sm90.Config) for launch in rest)
+    return tuple(rest)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 200, 256, 300, 1024, 4096, 65536])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_candidate_covers_every_tile_and_step(m: int, shape: tuple[int, int]) -> None:
@@ -154,7 +167,9 @@ def test_every_candidate_covers_every_tile_and_step(m: int, shape: tuple[int, in
     chosen = choose(problem)
     every = list(sm90.ARCH.candidates(problem))
     assert chosen in every
-    for launches in every:
+    for candidate in every:
+        launches = products(candidate)
+        assert (launches != candidate) == any(config.derived for config in launches)
         assert [config.order for config in launches] in ([sm90.ALONE], [sm90.BEFORE_REST, sm90.REST])
         first, last = launches[0], launches[-1]
         assert (first.row_tiles[0], last.row_tiles[1]) == (0, -(-n // 64))
@@ -203,7 +218,7 @@ def test_fewer_tokens_never_cost_more(shape: tuple[int, int], dtype: DType) -> N
 
 def test_few_tokens_take_small_tiles_and_many_large_ones() -> None:
     def tokens(m: int) -> int:
-        return choose(GemmProblem(m, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE))[0].tile.tokens
+        return products(choose(GemmProblem(m, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE)))[0].tile.tokens
 
     assert tokens(1) <= 16
     assert tokens(4096) >= 160
@@ -226,30 +241,60 @@ def test_three_warpgroups_have_row_tiles_enough_and_consumers_that_load_stages(t
     short = not tile.consumers_load  # 160 columns of 6:8 are two stages
     for n, k, possible in ((192, 3584, True), (193, 3584, True), (129, 3584, True), (128, 3584, False), (192, 160, short)):
         problem = GemmProblem(4096, n, k, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE)
-        assert bool(list(sm90.candidates_of(tile, problem))) == possible, (n, k)
+        assert bool(list(sm90.candidates_of(tile, problem, sm90.DERIVED))) == possible, (n, k)
 
 
-def test_larger_tiles_read_compact_metadata_where_one_takes_all_tokens() -> None:
+def test_metadata_that_candidates_read() -> None:
+    """Compact alone where one tile takes all tokens; else compact, or expanded from it; three warpgroups expanded alone."""
+    compact, derived = {"compact"}, {"derived"}
     cases = [
-        (100, 64, 2, FLOAT8, True),  # small: always
-        (128, 128, 2, FLOAT8, True), (129, 128, 2, FLOAT8, False), (256, 256, 2, FLOAT8, True), (100, 256, 3, FLOAT8, False),
-        (128, 128, 2, BFLOAT16, True), (100, 160, 2, BFLOAT16, False), (256, 256, 2, INT8, True),
+        (100, 64, 2, FLOAT8, compact),  # small: always
+        (128, 128, 2, FLOAT8, compact), (129, 128, 2, FLOAT8, compact | derived), (256, 256, 2, FLOAT8, compact),
+        (100, 256, 3, FLOAT8, derived), (128, 128, 2, BFLOAT16, compact), (100, 160, 2, BFLOAT16, compact | derived),
+        (256, 256, 2, INT8, compact), (4096, 256, 2, INT8, compact | derived), (4096, 256, 3, INT8, derived),
     ]  # fmt: skip
-    for m, tokens, warpgroups, dtype, compact in cases:
-        tile = next(tile for tile in sm90.TILES if (tile.tokens, tile.warpgroups) == (tokens, warpgroups))
-        for pattern in (Pattern(6, 8), Pattern(2, 4)):
-            problem = GemmProblem(m, 4608, 3584, pattern, dtype, "bfloat16", DEVICE)
-            read = {launches[0].windows for launches in sm90.candidates_of(tile, problem)}
-            assert read == {pattern.windows if compact and pattern.group > 4 else 0}, (m, tile, dtype, pattern)
+    for m, tokens, warpgroups, dtype, wanted in cases:
+        problem = GemmProblem(m, 4608, 3584, Pattern(6, 8), dtype, "bfloat16", DEVICE)
+        for of, buffers, metadata in (
+            (problem, None, wanted),
+            (problem, ("values", "compact", "scale"), wanted),
+            (problem, ("values", "expanded"), {"expanded"}),
+            (replace(problem, pattern=Pattern(2, 4)), None, {"expanded"}),
+        ):
+            firsts = [products(candidate)[0] for candidate in sm90.ARCH.candidates(of, buffers)]
+            read = {c.buffers["metadata"] for c in firsts if (c.tile.tokens, c.tile.warpgroups) == (tokens, warpgroups)}
+            assert read == metadata, (of, tokens, warpgroups, buffers)
+
+
+def test_what_follows_an_expansion_is_not_early() -> None:
+    """An early launch would load metadata that are not written yet; that of the rest follows a launch that has waited."""
+    for m in (96, 300, 4096):
+        problem = GemmProblem(m, 37888, 3584, Pattern(6, 8), INT8, "bfloat16", DEVICE)
+        for candidate in sm90.ARCH.candidates(problem):
+            for launch in products(candidate):
+                early = launch.order == sm90.REST or (m <= sm90.PDL_TOKENS and not launch.derived)
+                assert launch.early(problem) == early
+        stages_, row_tiles = sm90.along_k(problem), sm90_layout.row_tiles(37888)
+        expansion = sm90.Expansion(INT8, 3)
+        assert expansion.derived_bytes(problem) == stages_ * row_tiles * 1024
+        assert expansion.grid(problem) == (stages_ * -(-row_tiles // sm90.EXPAND_ROW_TILES), 1, 1)
+
+
+def test_expansion_pays_at_last() -> None:
+    def expands(m: int, dtype: DType) -> bool:
+        return isinstance(choose(GemmProblem(m, 37888, 3584, Pattern(6, 8), dtype, "bfloat16", DEVICE))[0], sm90.Expansion)
+
+    assert not any(expands(m, dtype) for m in (1, 64, 128) for dtype in PACKED)
+    assert all(expands(16384, dtype) for dtype in PACKED)
 
 
 def test_small_tiles_are_for_few_tokens_and_rasterization_groups_narrow_for_not_too_many() -> None:
     def launches(m: int) -> list[sm90.Config]:
         problem = GemmProblem(m, 4608, 3584, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE)
-        return [config for candidate in sm90.ARCH.candidates(problem) for config in candidate]
+        return [config for candidate in sm90.ARCH.candidates(problem) for config in products(candidate)]
 
-    assert min(config.tile.tokens for config in launches(sm90.SMALL_M)) <= sm90.SMALL_TOKENS
-    assert min(config.tile.tokens for config in launches(sm90.SMALL_M + 1)) > sm90.SMALL_TOKENS
+    assert min(config.tile.tokens for config in launches(sm90.SMALL_M)) <= sm90_cost.SMALL_TOKENS
+    assert min(config.tile.tokens for config in launches(sm90.SMALL_M + 1)) > sm90_cost.SMALL_TOKENS
     for m, group in ((sm90.NARROW_TOKENS, sm90.NARROW_RASTER_GROUP), (sm90.NARROW_TOKENS + 1, sm90.RASTER_GROUP)):
         assert {config.raster_group for config in launches(m) if config.tile.tokens == 256} == {group}
         assert {config.raster_group for config in launches(m) if config.tile.tokens < 256} == {sm90.RASTER_GROUP}
@@ -257,4 +302,4 @@ def test_small_tiles_are_for_few_tokens_and_rasterization_groups_narrow_for_not_
 
 def test_many_tokens_take_the_tile_that_copies_least() -> None:
     chosen = choose(GemmProblem(16384, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE))
-    assert [config.tile.n for config in chosen] == [192]
+    assert [config.tile.n for config in products(chosen)] == [192]

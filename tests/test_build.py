@@ -49,19 +49,19 @@ def tiles(capability: tuple[int, int], dtype: DType) -> list[list[Work]]:
 
 
 def form(work: Work) -> tuple[object, ...]:
-    """What tells forms of the kernel apart: the warps of a tile; on Hopper warpgroups, split-K and compact metadata."""
-    (_, defines, arch), _ = work
+    """What tells kernels apart: their source; the warps of a tile; on Hopper warpgroups, split-K and compact metadata."""
+    (source, defines, arch), _ = work
     if "WARPGROUPS" in defines:
         return arch, defines["WARPGROUPS"], defines["SPLIT_K"] != 1, defines["WINDOWS"] != 0
-    return arch, defines["WARPS_N"], defines["WARPS_M"]
+    return source, arch, defines.get("WARPS_N"), defines.get("WARPS_M")
 
 
 def compiles(chosen: Sequence[Work]) -> None:
     """Assert that these compile to what they are meant to be."""
     most = most_spilled("nvidia-cuda-nvrtc")
-    for built, (_, told) in zip(ahead_of_time.compile_all([job for job, _ in chosen], workers=2), chosen, strict=True):
+    for built, (job, told) in zip(ahead_of_time.compile_all([job for job, _ in chosen], workers=2), chosen, strict=True):
         assert max(built.spills, built.stack) <= most, told
-        assert ahead_of_time.sparse_instructions(built), told
+        assert bool(ahead_of_time.sparse_instructions(built)) == ahead_of_time.multiplies(job), told
         assert not built.serialized, told
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from device_cases import awkward_rows
-from numpy_gpu import BF16, F16, F32, Array, Tensor, array, close, empty, gpu, ops, wanted, weight
+from numpy_gpu import BF16, F16, F32, Array, Tensor, array, close, empty, gpu, numpy_for_cupy, ops, wanted, weight
 
 from slidesparse_nb.arch import ARCHITECTURES, sm80, sm90
 from slidesparse_nb.arch.operand import image
@@ -325,6 +325,7 @@ def test_parameters_are_the_kernels(gpu: Any) -> None:
     plans: Any = importlib.import_module("slidesparse_nb.cuda.plan")
     for source, kernel, parameters in (
         *((arch.source, "gemm", arch.parameters) for arch in ARCHITECTURES),
+        (sm90.Expansion.source, "expand", sm90.Expansion.parameters),
         (plans.ROWS_KERNEL, "rows", plans.ROWS_PARAMETERS),
     ):
         assert list(parameters.items()) == list(parameters_of(source, kernel).items())
@@ -378,6 +379,35 @@ def test_the_entry_for_adapters(gpu: Any, dtype: DType, source: Any) -> None:
         assert gpu.allocated == 0
         close(y[:, :300], wanted(x, packed, np.asarray(bias), BF16))
         assert not y[:, 300:].any()
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_metadata_that_a_plan_expands(dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the workspace, before each product, with x quantized apart or not; the weight's memory stays as it was."""
+    m, n, k = 300, 300, 512
+    packed, x = weight(n, k, dtype), array(np.random.default_rng(2).standard_normal((m, k)).astype(BF16))
+    expected = wanted(x, packed)
+    with numpy_for_cupy(monkeypatch, False) as gpu:
+        there = gpu.gemm.to_device(packed)
+        assert [*there.buffers] == ["values", "compact", "scale"][: 2 + there.scaled]
+        held, problem = there.nbytes, there.problem(m, "bfloat16")
+        candidates = {"expand" in c[0].source: c for c in there.arch.candidates(problem, tuple(there.buffers))}
+        plain, expanding = (there.bind(m, "bfloat16", candidates[of]) for of in (False, True))
+        expanded = sm90.Expansion(dtype, 3).derived_bytes(problem)
+        assert (plain.plan.derived_bytes, expanding.plan.derived_bytes) == (0, expanded)
+        assert expanding.plan.bytes == plain.plan.bytes + expanded
+        there.plans[m, "bfloat16"] = expanding
+        for given in (x, ops().quantize(x, packed)):
+            for workspace in (None, empty(expanding.plan.bytes, np.uint8)):
+                gpu.launched.clear()
+                close(ops().matmul(given, packed, workspace=workspace), expected)
+                assert gpu.launched[-len(expanding.launches) :] == ["expand", *["gemm"] * (len(expanding.launches) - 1)]
+        q, y, start = ops().quantize(x, packed), empty((m, n), BF16), expanding.plan.parts_at
+        scratch = empty(expanding.plan.bytes - start, np.uint8)  # a product alone needs the end of a workspace
+        scale = 0 if q.scale is None else q.scale.data.ptr
+        there.multiply(expanding, q.tiles.data.ptr, 0, scale, y.data.ptr, n, scratch.data.ptr - start, 7)
+        close(y, expected)
+        assert there.nbytes == held
 
 
 def test_counters_of_any_number_of_streams(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ template <int Windows> struct Mask {
 };
 
 // The nibbles of 16 windows of a row, the first of which is the skip-th of its group.
-template <int Windows> INLINE void expand(u32 table, u32 word, u32 skip, u32 (&e)[2]) {
+template <int Windows> INLINE void expand16(u32 table, u32 word, u32 skip, u32 (&e)[2]) {
     typedef Mask<Windows> M;
     u32 part[4] = {};
 #pragma unroll
@@ -73,13 +73,16 @@ template <int Windows, bool Wide> struct Metadata {
         for (int number = thread; number < MASKS; number += threads) st_shared(table + 4 * number, Mask<Windows>::nibbles(number));
     }
     INLINE void start(int stage) { skip = (stage * STAGE_WINDOWS + (Wide ? 0 : quarter)) % Windows; }
-    INLINE void read(u32 stage, u32 (&e)[2]) {
-        const u32 word = ld_shared(stage + mine);
+    // From this thread's word; `below` returns that of 8 rows below, for 16-bit types.
+    template <class Below> INLINE void decode(u32 word, Below below, u32 (&e)[2]) const {
         if constexpr (Wide) {
             const u32 low = expand4<Windows>(table, word, skip + quarter);
-            const u32 high = expand4<Windows>(table, ld_shared(stage + mine + 32), skip + quarter);
+            const u32 high = expand4<Windows>(table, below(), skip + quarter);
             e[0] = e[1] = __byte_perm(low, high, 0x5410);
-        } else expand<Windows>(table, word, skip, e);
+        } else expand16<Windows>(table, word, skip, e);
+    }
+    INLINE void read(u32 stage, u32 (&e)[2]) {
+        decode(ld_shared(stage + mine), [&] { return ld_shared(stage + mine + 32); }, e);
         skip += STAGE_WINDOWS % Windows;
         if (skip >= Windows) skip -= Windows;
     }

@@ -24,6 +24,14 @@ class Config(Protocol):
     """One launch of a kernel; as a string, for a reader."""
 
     @property
+    def source(self) -> str:
+        """The file under cuda_src that defines the kernel, whose name is the file's."""
+
+    @property
+    def parameters(self) -> Mapping[str, str]:
+        """Parameters of the kernel, in its order: name -> "address" or "integer"."""
+
+    @property
     def threads(self) -> int:
         """Threads of a block."""
 
@@ -33,10 +41,10 @@ class Config(Protocol):
 
     @property
     def buffers(self) -> Mapping[str, str]:
-        """Which of the weight's buffers the kernel loads: parameter -> buffer."""
+        """Which of the weight's buffers the kernel loads: parameter -> buffer, or "derived", which is in the workspace."""
 
     def defines(self) -> dict[str, int | str]:
-        """What stands above the #include of the kernel; THREADS and SHARED_BYTES among it."""
+        """The #defines above the #include of the kernel, THREADS among them."""
 
     def shares(self) -> Mapping[str, object]:
         """Beside the defines, what tells this launch from others of its kernel."""
@@ -56,6 +64,9 @@ class Config(Protocol):
     def part_bytes(self, problem: GemmProblem) -> int:
         """Bytes of the workspace for partial sums."""
 
+    def derived_bytes(self, problem: GemmProblem) -> int:
+        """Bytes of the workspace that it fills with a buffer derived from the weight's, for the launches after it."""
+
 
 C = TypeVar("C", bound=Config)
 Candidate = tuple[Config, ...]
@@ -67,7 +78,7 @@ class Arch(Protocol[C]):
 
     @property
     def source(self) -> str:
-        """The file under cuda_src that defines the kernel, `gemm`."""
+        """The file under cuda_src that defines the kernel that multiplies, `gemm`."""
 
     @property
     def suffix(self) -> str:
@@ -75,7 +86,7 @@ class Arch(Protocol[C]):
 
     @property
     def parameters(self) -> Mapping[str, str]:
-        """Of the kernel, in its order: name -> "address" or "integer"."""
+        """Parameters of that kernel."""
 
     @property
     def portable(self) -> bool:
@@ -93,20 +104,15 @@ class Arch(Protocol[C]):
     def arrange(self, packed: PackedWeight, xp: Any) -> dict[str, Any]:
         """Packed weights as the kernel loads them: buffers by name. `xp` is numpy or cupy, whichever made packed.values."""
 
-    def derived(self, buffers: Collection[str]) -> tuple[str, ...]:
-        """The buffers that `derive` makes of these, by name."""
-
-    def derive(self, buffer: str, buffers: Mapping[str, Any], pattern: Pattern, dtype: DType, xp: Any) -> Any:
-        """A buffer that `arrange` left out, for the first launch that loads it."""
-
-    def fitted(self, config: C, buffers: Mapping[str, Any]) -> C:
-        """The launch, for weights that are arranged like this."""
-
     def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[C]:
         """Every kernel, as a launch of it."""
 
-    def candidates(self, problem: GemmProblem) -> Iterator[tuple[C, ...]]:
-        """The candidates: each the launches that compute it."""
+    def candidates(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> Iterator[tuple[C, ...]]:
+        """The candidates, each the launches that compute the product.
+
+        Args:
+            buffers: names of the weight's; by default those of most weights of its pattern and type.
+        """
 
     def cost(self, candidate: tuple[C, ...], problem: GemmProblem) -> float:
         """Estimated time, of a unit that candidates of one problem share."""
@@ -163,8 +169,8 @@ def require_support(arch: Arch[Any], capability: tuple[int, int], dtype: DType) 
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: GemmProblem) -> Candidate:
-    """The cheapest candidate, the first of equals.
+def choose(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate:
+    """The cheapest candidate, the first of equals, for weights of these buffers (`Arch.candidates`).
 
     Raises:
         UnsupportedError: the device cannot multiply weights of this type, or more than one group.
@@ -173,4 +179,4 @@ def choose(problem: GemmProblem) -> Candidate:
         raise UnsupportedError(f"problem: {problem}: no kernel multiplies groups; multiply them one by one")
     arch = of(problem)
     require_support(arch, problem.device.capability, problem.dtype)
-    return min(arch.candidates(problem), key=lambda candidate: arch.cost(candidate, problem))
+    return min(arch.candidates(problem, buffers), key=lambda candidate: arch.cost(candidate, problem))

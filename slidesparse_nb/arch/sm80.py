@@ -5,7 +5,7 @@ Sparse warp-level instructions (`mma.sp`) run on every GPU since compute capabil
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,6 +138,7 @@ class Config:
     tile: Tile
     stages: int
     splits: int
+    source, parameters = "sm80/gemm.cu", PARAMETERS
 
     def __str__(self) -> str:
         shared = f", k split {self.splits} ways" if self.splits > 1 else ""
@@ -181,6 +182,9 @@ class Config:
         """Of the accumulators of split tiles."""
         return self.splits * self.counters(problem) * self.tile.m * self.tile.n * 4
 
+    def derived_bytes(self, problem: GemmProblem) -> int:
+        return 0
+
     def shares(self) -> dict[str, object]:
         return {"splits": self.splits}
 
@@ -211,7 +215,7 @@ class Config:
 class Portable:
     """See `arch.Arch`."""
 
-    source, suffix, parameters, portable = "sm80/gemm.cu", "", PARAMETERS, True  # for plain sm_80 to sm_120
+    source, suffix, parameters, portable = Config.source, "", PARAMETERS, True  # for plain sm_80 to sm_120
 
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability >= (8, 0)
@@ -235,16 +239,6 @@ class Portable:
         pattern, k = seen(packed.pattern, packed.k)
         return {"weights": arrange(replace(packed, pattern=pattern, shape=(packed.n, k)), xp)}
 
-    def derived(self, buffers: Collection[str]) -> tuple[str, ...]:
-        return ()
-
-    def derive(self, buffer: str, buffers: Mapping[str, Any], pattern: Pattern, dtype: DType, xp: Any) -> Any:
-        """Nothing is left out."""
-        raise KeyError(buffer)
-
-    def fitted(self, config: Config, buffers: Mapping[str, Any]) -> Config:
-        return config
-
     def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
         """Of every tile that fits the device, k not split."""
         sm, lay = processor(capability), layout(pattern, dtype.bits)
@@ -254,7 +248,7 @@ class Portable:
             if (count := stages(lay, tile, sm)) >= 2:
                 yield Config(dtype, out, lay, tile, count, 1)
 
-    def candidates(self, problem: GemmProblem) -> Iterator[tuple[Config, ...]]:
+    def candidates(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> Iterator[tuple[Config, ...]]:
         """k whole, and split.
 
         A split leaves each part two blocks of k, and is left out where one part fewer gives every multiprocessor two blocks.

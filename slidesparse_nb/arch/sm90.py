@@ -5,8 +5,9 @@ Data and pure functions. sm90_layout.py has the layout of weights, sm90_cost.py 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
 from . import sm90_cost
 from .operand import STAGE, Operand, stages
-from .sm90_layout import VALUE_BYTES, arrange, expand, has_compact_metadata, metadata_bytes
+from .sm90_layout import VALUE_BYTES, arrange, has_compact_metadata, metadata_bytes, row_tiles
 
 PARAMETERS = {
     "x": "address", "values": "address", "scale_x": "address", "scale_w": "address", "bias": "address",
@@ -25,6 +26,9 @@ PARAMETERS = {
     "order": "integer", "raster_group": "integer",
 }  # fmt: skip
 """Parameters of the kernel, in its order."""
+
+EXPAND_PARAMETERS = {"compact": "address", "expanded": "address", "n": "integer"}
+"""Parameters of the kernel that derives expanded metadata from compact."""
 
 SHARED_MEMORY = 232448
 """Most bytes of shared memory of a thread block. CUDA C++ Programming Guide, "Compute Capabilities"."""
@@ -42,6 +46,10 @@ fraction and cuts off what is below (docs/hopper.md)."""
 PDL_TOKENS = 512
 """Largest m whose first launch uses PDL. Above it, blocks launched while the quantization kernel drains land on arbitrary SMs,
 neighbouring tiles lose L2 locality, and the GEMM takes up to 1.5x as long (docs/hopper.md)."""
+
+COMPACT, DERIVED, EXPANDED = "compact", "derived", "expanded"
+"""The metadata that a candidate reads: compact; expanded, derived from compact by its first launch; or expanded, of a weight
+that has no compact metadata."""
 
 ALONE, BEFORE_REST, REST = 0, 1, 2
 """Orders of a launch, as cuda_src/sm90/scheduler.cuh numbers them."""
@@ -102,14 +110,10 @@ TILES = (
     Tile(8, 2, 147, 0, (2, 4, 8)),
     Tile(8, 1, 90, 0, (2,)),
 )
-SMALL_TOKENS = 64
-"""Largest small tile, in tokens. Small tiles read compact metadata wherever the pattern has it."""
 SMALL_M = 128
 """Largest m that small tiles serve: above it larger tiles were faster in every measurement."""
-COMPACT_TOKENS = {8: 256, 16: 128}
-"""Largest tile (tokens) that reads compact metadata, by element width. Above SMALL_TOKENS a tile does so only if it takes all m
-tokens: then the weights come from memory, once. When several tiles read the same weights, L2 serves all but one, and decoding
-takes longer than it saves (docs/hopper.md)."""
+EXPAND_THREADS, EXPAND_ROW_TILES = 256, 8
+"""Threads of a block that derives expanded metadata, and the row tiles of a stage that it takes."""
 RASTER_GROUP = 16
 """Tiles along n of a rasterization group, which runs together with all tiles along m."""
 NARROW_RASTER_GROUP, NARROW_TOKENS = 8, 2048
@@ -129,6 +133,7 @@ class Config:
         tile: what a thread block, or a cluster, computes.
         stages: slots of the ring.
         windows: windows of a group, of a pattern whose metadata is read in compact form; 0: expanded metadata.
+        derived: the expanded metadata is what an `Expansion` before it wrote.
         split_k: thread blocks of a cluster, which share the k of a tile in equal parts.
         resident: thread blocks that fit on an SM; with 2, those of the next launch start beside these.
         row_tiles: the first row tile of weights that this launch may compute, and the one after the last.
@@ -151,6 +156,8 @@ class Config:
     blocks: int = 0
     order: int = ALONE
     raster_group: int = RASTER_GROUP
+    derived: bool = False
+    source, parameters = "sm90/gemm.cu", PARAMETERS
 
     def __str__(self) -> str:
         split = f", split-K {self.split_k}" if self.split_k > 1 else ""
@@ -198,7 +205,7 @@ class Config:
 
     @property
     def buffers(self) -> dict[str, str]:
-        return {"values": "values", "metadata": "compact" if self.compact else "expanded"}
+        return {"values": "values", "metadata": COMPACT if self.compact else DERIVED if self.derived else EXPANDED}
 
     def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
         return self.blocks, 1, 1
@@ -211,12 +218,16 @@ class Config:
         return {"stages": count, **tiles, "order": self.order, "raster_group": self.raster_group}
 
     def early(self, problem: GemmProblem) -> bool:
-        return problem.m <= PDL_TOKENS or self.order == REST
+        """An early launch reads metadata before it waits, and so must not follow the launch that derives it."""
+        return self.order == REST or (problem.m <= PDL_TOKENS and not self.derived)
 
     def counters(self, problem: GemmProblem) -> int:
         return 0
 
     def part_bytes(self, problem: GemmProblem) -> int:
+        return 0
+
+    def derived_bytes(self, problem: GemmProblem) -> int:
         return 0
 
     def shares(self) -> dict[str, object]:
@@ -244,9 +255,53 @@ class Config:
         fit = room // (stage_bytes(self.tile, self.dtype, self.compact) + 16)
         return replace(self, stages=min(MOST_STAGES, fit))
 
-    def with_expanded_metadata(self) -> Config:
-        """The same launch, for weights that have no compact metadata."""
-        return replace(self, windows=0).with_most_stages() if self.compact else self
+
+@dataclass(frozen=True)
+class Expansion:
+    """The launch that derives expanded metadata from compact, for the launches after it.
+
+    Attributes:
+        dtype: type of weights.
+        windows: windows of a group.
+    """
+
+    dtype: DType
+    windows: int
+    source, parameters = "sm90/expand.cu", EXPAND_PARAMETERS
+    threads, shared_bytes = EXPAND_THREADS, 0
+
+    def __str__(self) -> str:
+        return "expansion of compact metadata"
+
+    @property
+    def buffers(self) -> dict[str, str]:
+        return {"compact": COMPACT, "expanded": DERIVED}
+
+    def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
+        return along_k(problem) * -(-row_tiles(problem.n) // EXPAND_ROW_TILES), 1, 1
+
+    def arguments(self, problem: GemmProblem) -> dict[str, int]:
+        return {}
+
+    def early(self, problem: GemmProblem) -> bool:
+        return True
+
+    def counters(self, problem: GemmProblem) -> int:
+        return 0
+
+    def part_bytes(self, problem: GemmProblem) -> int:
+        return 0
+
+    def derived_bytes(self, problem: GemmProblem) -> int:
+        return along_k(problem) * row_tiles(problem.n) * metadata_bytes(self.dtype, False)
+
+    def shares(self) -> dict[str, object]:
+        return {}
+
+    def defines(self) -> dict[str, int | str]:
+        """The #defines above the #include of the kernel."""
+        code = CUDA_CODES[self.dtype.name]
+        return {"DTYPE": code, "WINDOWS": self.windows, "THREADS": self.threads, "ROW_TILES": EXPAND_ROW_TILES}
 
 
 def stage_bytes(tile: Tile, dtype: DType, compact: bool) -> int:
@@ -278,6 +333,7 @@ def parts_bytes(tile: Tile, split_k: int) -> int:
     return 32 + (parts if parts <= MOST_OWN_PARTS else 0)
 
 
+@functools.lru_cache(maxsize=4096)
 def configured(tile: Tile, split_k: int, pattern: Pattern, dtype: DType, out: str, compact: bool, resident: int = 0) -> Config:
     """The kernel of a tile, with as many stages as fit; `resident` is the first of `residents` by default.
 
@@ -296,16 +352,16 @@ def residents(tile: Tile, split_k: int) -> tuple[int, ...]:
 
 
 def _metadata_forms(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, ...]:
-    """Whether launches of a tile read compact metadata: never, always or sometimes."""
-    if not has_compact_metadata(pattern) or not may_read_compact(tile, dtype):
+    """Whether launches of a tile read compact metadata: never, always or sometimes. Weights of 16 bits may lack it."""
+    if not has_compact_metadata(pattern) or not may_read_compact(tile):
         return (False,)
-    return (True,) if tile.tokens <= SMALL_TOKENS else (True, False)
+    return (True,) if tile.tokens <= sm90_cost.SMALL_TOKENS and dtype.bits == 8 else (True, False)
 
 
-def may_read_compact(tile: Tile, dtype: DType) -> bool:
-    """Whether a tile ever reads compact metadata. Tiles of three warpgroups do not: those of 256 tokens would spill, and where
+def may_read_compact(tile: Tile) -> bool:
+    """Whether a tile may read compact metadata. Tiles of three warpgroups do not: those of 256 tokens would spill, and where
     one tile takes all tokens two warpgroups are as fast."""
-    return tile.tokens <= COMPACT_TOKENS[dtype.bits] and tile.warpgroups < 3
+    return tile.warpgroups < 3
 
 
 # ---- candidates ------------------------------------------------------------------------------------------------------
@@ -318,19 +374,16 @@ def along_k(problem: GemmProblem) -> int:
 
 def fits_m(tile: Tile, m: int) -> bool:
     """Whether the tile is a candidate for m tokens."""
-    return m <= SMALL_M or tile.tokens > SMALL_TOKENS
+    return m <= SMALL_M or tile.tokens > sm90_cost.SMALL_TOKENS
 
 
-def reads_compact(problem: GemmProblem, tile: Tile) -> bool:
-    """Whether this tile reads compact metadata, if the pattern has it."""
-    return may_read_compact(tile, problem.dtype) and (tile.tokens <= SMALL_TOKENS or problem.m <= tile.tokens)
-
-
-def of_row_tiles(problem: GemmProblem, tile: Tile, split_k: int, resident: int, first: int = 0) -> Config:
-    """The kernel of a tile, for all row tiles from `first` on."""
-    config = configured(tile, split_k, problem.pattern, problem.dtype, problem.out, reads_compact(problem, tile), resident)
+def of_row_tiles(problem: GemmProblem, tile: Tile, split_k: int, resident: int, metadata: str, first: int = 0) -> Config:
+    """The kernel of a tile, for all row tiles from `first` on. Where compact metadata costs no time, it replaces DERIVED."""
+    if metadata == DERIVED and may_read_compact(tile) and sm90_cost.decoding_is_free(tile, problem.dtype, problem.m):
+        metadata = COMPACT
+    config = configured(tile, split_k, problem.pattern, problem.dtype, problem.out, metadata == COMPACT, resident)
     group = NARROW_RASTER_GROUP if tile.tokens == 256 and problem.m <= NARROW_TOKENS else RASTER_GROUP
-    return replace(config, row_tiles=(first, -(-problem.n // 64)), raster_group=group)
+    return replace(config, row_tiles=(first, -(-problem.n // 64)), raster_group=group, derived=metadata == DERIVED)
 
 
 def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
@@ -339,21 +392,23 @@ def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
     return config.possible(along_k(problem)) and tiles * config.split_k <= problem.device.sms * config.resident * fit
 
 
-def candidates_of(tile: Tile, problem: GemmProblem) -> Iterator[tuple[Config, ...]]:
-    """Candidates of a tile, the launches of each.
+def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[tuple[Config, ...]]:
+    """Candidates of a tile that read this metadata, the launches of each, without an `Expansion`.
 
     All tiles at once by split-K; whole tiles; whole rounds of tiles, then the rest by split-K, or in tiles of fewer tokens.
     """
     m, sms = problem.m, problem.device.sms
-    if not fits_m(tile, m) or not of_row_tiles(problem, tile, 1, 1).possible(along_k(problem)):
+    if not fits_m(tile, m) or not of_row_tiles(problem, tile, 1, 1, metadata).possible(along_k(problem)):
+        return
+    if metadata == COMPACT and not may_read_compact(tile):
         return
     for split in tile.splits:
         for resident in residents(tile, split):
-            config = of_row_tiles(problem, tile, split, resident)
+            config = of_row_tiles(problem, tile, split, resident, metadata)
             if at_once(config, config.tiles(m), problem):
                 yield (replace(config, end=config.tiles(m), blocks=config.tiles(m) * split),)
     for resident in residents(tile, 1):
-        whole = of_row_tiles(problem, tile, 1, resident)
+        whole = of_row_tiles(problem, tile, 1, resident, metadata)
         tiles = whole.tiles(m)
         yield (replace(whole, end=tiles, blocks=min(tiles, sms)),)
         full = tiles // sms * sms  # tiles of whole rounds
@@ -361,13 +416,13 @@ def candidates_of(tile: Tile, problem: GemmProblem) -> Iterator[tuple[Config, ..
             continue
         before = replace(whole, end=full, blocks=sms, order=BEFORE_REST)
         for split in tile.splits:
-            rest = replace(of_row_tiles(problem, tile, split, residents(tile, split)[-1]), begin=full, end=tiles)
+            rest = replace(of_row_tiles(problem, tile, split, residents(tile, split)[-1], metadata), begin=full, end=tiles)
             if at_once(rest, tiles - full, problem):
                 yield before, replace(rest, blocks=(tiles - full) * split, order=REST)
-        yield from _with_smaller_rest(whole, full, problem)
+        yield from _with_smaller_rest(whole, full, problem, metadata)
 
 
-def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem) -> Iterator[tuple[Config, ...]]:
+def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem, metadata: str) -> Iterator[tuple[Config, ...]]:
     """Two launches: columns of tiles that make whole rounds, `full` tiles at most; then the others in tiles of fewer tokens."""
     tile, sms, tiles_m = whole.tile, problem.device.sms, -(-problem.m // whole.tile.tokens)
     step = sms // math.gcd(sms, tiles_m)  # columns that make whole rounds
@@ -378,9 +433,9 @@ def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem) -> Iterat
     blocks = min(sms, columns * tiles_m)
     before = replace(whole, row_tiles=(0, boundary), end=columns * tiles_m, blocks=blocks, order=BEFORE_REST)
     for other in TILES:
-        if other.tokens < tile.tokens and fits_m(other, problem.m):
+        if other.tokens < tile.tokens and fits_m(other, problem.m) and (metadata != COMPACT or may_read_compact(other)):
             for split in (1, *other.splits):
-                rest = of_row_tiles(problem, other, split, residents(other, split)[-1], boundary)
+                rest = of_row_tiles(problem, other, split, residents(other, split)[-1], metadata, boundary)
                 if at_once(rest, rest.tiles(problem.m), problem):
                     yield before, replace(rest, end=rest.tiles(problem.m), blocks=rest.tiles(problem.m) * split, order=REST)
 
@@ -388,7 +443,7 @@ def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem) -> Iterat
 class Hopper:
     """See `arch.Arch`."""
 
-    source, suffix, parameters, portable = "sm90/gemm.cu", "a", PARAMETERS, False  # only sm_90a has wgmma
+    source, suffix, parameters, portable = Config.source, "a", PARAMETERS, False  # only sm_90a has wgmma
 
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability == (9, 0)
@@ -404,32 +459,30 @@ class Hopper:
     def arrange(self, packed: PackedWeight, xp: Any) -> dict[str, Any]:
         return arrange(packed, xp)
 
-    def derived(self, buffers: Collection[str]) -> tuple[str, ...]:
-        return ("expanded",) if "compact" in buffers else ()
-
-    def derive(self, buffer: str, buffers: Mapping[str, Any], pattern: Pattern, dtype: DType, xp: Any) -> Any:
-        """Expanded metadata, from compact."""
-        if buffer != "expanded":
-            raise KeyError(buffer)
-        return expand(buffers["compact"], pattern, dtype, xp)
-
-    def fitted(self, config: Config, buffers: Mapping[str, Any]) -> Config:
-        return config if "compact" in buffers else config.with_expanded_metadata()
-
-    def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
-        """Of every tile, without and with split-K."""
+    def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config | Expansion]:
+        """Of every tile, without and with split-K; then the expansion, of patterns that have compact metadata."""
         for tile in TILES:
             for split in (1, *tile.splits):
                 for resident in residents(tile, split):
                     for compact in _metadata_forms(tile, pattern, dtype):
                         yield configured(tile, split, pattern, dtype, out, compact, resident)
+        if has_compact_metadata(pattern):
+            yield Expansion(dtype, pattern.windows)
 
-    def candidates(self, problem: GemmProblem) -> Iterator[tuple[Config, ...]]:
-        return (candidate for tile in TILES for candidate in candidates_of(tile, problem))
+    def candidates(
+        self, problem: GemmProblem, buffers: Collection[str] | None = None
+    ) -> Iterator[tuple[Config | Expansion, ...]]:
+        """Weights with compact metadata have candidates that read it, and candidates that expand it first."""
+        compact = has_compact_metadata(problem.pattern) and (buffers is None or COMPACT in buffers)
+        forms, expansion = (COMPACT, DERIVED) if compact else (EXPANDED,), Expansion(problem.dtype, problem.pattern.windows)
+        for launches in dict.fromkeys(c for tile in TILES for form in forms for c in candidates_of(tile, problem, form)):
+            yield (expansion, *launches) if any(launch.derived for launch in launches) else launches
 
-    def cost(self, candidate: tuple[Config, ...], problem: GemmProblem) -> float:
+    def cost(self, candidate: tuple[Config | Expansion, ...], problem: GemmProblem) -> float:
         """Nanoseconds."""
-        return sm90_cost.nanoseconds(candidate, problem, along_k(problem))
+        products = [launch for launch in candidate if isinstance(launch, Config)]
+        derived = sum(launch.derived_bytes(problem) for launch in candidate)
+        return sm90_cost.nanoseconds(products, problem, along_k(problem)) + sm90_cost.expansion_nanoseconds(derived)
 
     def error(self, dtype: DType, ks: int) -> float:
         return -(-ks // 64) * FLOAT8_ERROR if dtype is FLOAT8 else 0.0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..core.dtypes import DType
 from ..core.problem import GemmProblem
 from .sm90_layout import VALUE_BYTES, metadata_bytes
 
 if TYPE_CHECKING:
-    from .sm90 import Config
+    from .sm90 import Config, Tile
 
 LAUNCH_NS = 838
 """Time of a product beside its tiles, in ns."""
@@ -24,20 +26,42 @@ L2_BYTES_PER_NS = 6810
 """Rate at which L2 delivers weights that tiles of other tokens read, too."""
 OVERLAP = 0.29
 """Share of the shorter of computing and reading that adds to the longer."""
+EXPANSION_NS = 2500
+"""Time of an expansion beside its bytes, and of what the launch after it cannot prefetch, in ns."""
+SMALL_TOKENS = 64
+"""Largest small tile, in tokens. Reading the weights takes longer than decoding their metadata there."""
+FREE_TOKENS = {8: 256, 16: 128}
+"""Largest tile (tokens) that takes all m tokens and decodes compact metadata for free, by element width."""
+DECODE_NS = 10
+"""Time that decoding adds to a stage elsewhere, in ns a warpgroup: 2 to 10 % (docs/notes/hopper-attempts.md)."""
 LONG_M = 8192
 """Smallest m at which the board's power limit decides."""
 POWER_PENALTY = 1.08
 """Factor on a stage, from LONG_M on, of tiles other than the largest (256 x 192), which copy more for each operation."""
 
 
-def nanoseconds(candidate: tuple[Config, ...], problem: GemmProblem, stages: int) -> float:
+def decoding_is_free(tile: Tile, dtype: DType, m: int) -> bool:
+    """Whether a tile that reads compact metadata takes no longer, because the weights come from memory, once.
+
+    When several tiles read the same weights, L2 serves all but one, and shared memory binds, which holds the table of masks.
+    """
+    return tile.tokens <= SMALL_TOKENS or m <= tile.tokens <= FREE_TOKENS[dtype.bits]
+
+
+def expansion_nanoseconds(derived: int) -> float:
+    """Writing `derived` bytes of expanded metadata, and reading half as many of compact metadata; 0 bytes take no launch."""
+    return EXPANSION_NS + 1.5 * derived / MEMORY_BYTES_PER_NS if derived else 0.0
+
+
+def nanoseconds(launches: Sequence[Config], problem: GemmProblem, stages: int) -> float:
     """Rounds of tiles, or reading the weights from memory where that takes longer; `stages` cover k."""
     compute, read = 0.0, 0.0
-    for config in candidate:
+    for config in launches:
         tile, together = config.tile, min(config.resident, max(1.0, config.blocks / problem.device.sms))  # blocks an SM
         tiles = config.end - config.begin
         rounds = -(-tiles * config.split_k // config.blocks)
-        stage = max(tile.stage_ns * together, LOAD_NS / config.stages)
+        decoding = config.compact and not decoding_is_free(tile, config.dtype, problem.m)
+        stage = max((tile.stage_ns + DECODE_NS * tile.warpgroups * decoding) * together, LOAD_NS / config.stages)
         if problem.m >= LONG_M and (tile.tokens, tile.warpgroups) != (256, 3):
             stage *= POWER_PENALTY
         compute += rounds * (-(-stages // config.split_k) * stage + tile.tile_ns)

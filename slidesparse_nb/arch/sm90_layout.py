@@ -6,7 +6,7 @@ bulk copies:
 
     values       [stages, row tiles, 64 x 64]: non-zero values, swizzled in 64-byte rows
     expanded     [stages, row tiles, 512 or 1024]: metadata as the instruction reads it, that of mma.sp for each warp's 16 rows
-    compact      [stages, row tiles, 256 or 512]: metadata in half of the bytes, from which the kernel makes the expanded form
+    compact      [stages, row tiles, 256 or 512]: metadata in half of the bytes, from which the kernels make the expanded form
     activations  [stages, groups of 8 tokens, 8 x 128]: expanded k, swizzled in 128-byte rows (operand.py)
 
 Swizzles: PTX ISA, "Asynchronous warpgroup level matrix multiply-accumulate", "Shared memory matrix layout".
@@ -220,7 +220,7 @@ def nibbles(pattern: Pattern) -> Any:
 
 
 def expand(compact: Any, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
-    """Compact -> expanded metadata, the reference of cuda_src/sm90/metadata.cuh.
+    """Compact -> expanded metadata, the reference of cuda_src/sm90/metadata.cuh and expand.cu.
 
     Args:
         compact: uint8 [stages, row tiles, 256 or 512].

@@ -35,7 +35,7 @@ class Report:
     Attributes:
         registers, spills, stack: of a thread: registers; bytes stored and loaded for want of them; bytes of stack.
         shared: bytes of dynamic shared memory a thread block.
-        sparse: sparse matrix instructions in the machine code; None without a disassembler.
+        sparse: sparse matrix instructions in the machine code; None without a disassembler, and if it does not multiply.
         serialized: the compiler lets every one of them wait for the one before.
     """
 
@@ -81,8 +81,16 @@ def build_kernels(
     work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, rows, out))
     built = compile_all([job for job, _ in work], workers=workers)
     return [
-        Report(*told[:4], b.registers, b.spills, b.stack, told[4], sparse_instructions(b), b.serialized)
-        for b, (_, told) in zip(built, work, strict=True)
+        Report(
+            *told[:4],
+            b.registers,
+            b.spills,
+            b.stack,
+            told[4],
+            sparse_instructions(b) if multiplies(job) else None,
+            b.serialized,
+        )
+        for b, (job, told) in zip(built, work, strict=True)
     ]
 
 
@@ -99,7 +107,7 @@ def _jobs(
                 for dtype in (d for d in dtypes if not arch.refuses(capability, d)):
                     for config in arch.kernels(pattern, dtype, out, capability):
                         told = (target, str(pattern), str(dtype), str(config), config.shared_bytes)
-                        yield (arch.source, config.defines(), target), told
+                        yield (config.source, config.defines(), target), told
 
 
 def build_products(
@@ -132,11 +140,15 @@ def launches_of(products: Iterable[Asked], capability: tuple[int, int], processo
 
 
 def kernels_of(configs: Iterable[Config], capability: tuple[int, int]) -> list[Job]:
-    """The matrix kernels that these launches take on a GPU of this compute capability, each once."""
-    arch = for_capability(capability)
-    target = cache.architecture(capability) + arch.suffix
-    kernels = {repr(defines): defines for defines in (config.defines() for config in configs)}
-    return [(arch.source, defines, target) for defines in kernels.values()]
+    """The kernels that these launches take on a GPU of this compute capability, each once."""
+    target = cache.architecture(capability) + for_capability(capability).suffix
+    jobs = [(config.source, config.defines(), target) for config in configs]
+    return list({repr(job): job for job in jobs}.values())
+
+
+def multiplies(job: Job) -> bool:
+    """Whether the kernel multiplies, rather than prepares operands."""
+    return Path(job[0]).stem == "gemm"
 
 
 def compile_all(work: Sequence[Job], compiler: nvrtc.Nvrtc | None = None, workers: int | None = None) -> list[cache.Built]:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import cupy
@@ -33,12 +34,12 @@ COUNTERS = 4096
 COUNTER_SETS = 64
 """Streams of a device for which counters are made at a time."""
 
-GIVEN = ("x", "x_pitch", "scale_x", "bias", "bias_type", "y", "y_pitch", "parts", "arrived")
-"""The parameters that a call gives, of whatever kernel, in the order of `Given`."""
+GIVEN = ("x", "x_pitch", "scale_x", "bias", "bias_type", "y", "y_pitch", "parts", "arrived", "derived")
+"""What a call gives to whatever kernel, by parameter or buffer, in the order of `Given`."""
 
-Given = tuple[int, int, int, int, int, int, int, int, int]
+Given = tuple[int, int, int, int, int, int, int, int, int, int]
 Launch = Callable[[int, Given], None]
-"""Launches a matrix kernel, bound to the buffers of a weight: (stream, what a call gives)."""
+"""Launches a kernel of a plan, bound to the buffers of a weight: (stream, what a call gives)."""
 
 Writer = Callable[[int, int, int, int, int], None]
 """Launches the kernel that writes an operand: (m, stream, x, operand, scale), addresses but m."""
@@ -63,13 +64,13 @@ def device_facts(ordinal: int) -> tuple[tuple[int, int], int, str]:
 
 
 @dataclass(frozen=True)
-class MatrixLaunch:
-    """One launch of a matrix kernel.
+class PlannedLaunch:
+    """One launch of a plan.
 
     Attributes:
         parameters: the kernel's, in its order.
         fixed: the arguments that the problem fixes, by parameter.
-        buffers: the weight's buffers that it loads: parameter -> buffer.
+        buffers: the buffers that it takes, of the weight or "derived": parameter -> buffer.
     """
 
     run: Callable[..., None]
@@ -83,9 +84,9 @@ class MatrixLaunch:
 
     def bind(self, addresses: Mapping[str, int]) -> Launch:
         """With the buffers of a weight, by name."""
-        known = {**self.fixed, **{parameter: addresses[buffer] for parameter, buffer in self.buffers.items()}}
+        known = {**self.fixed, **addresses}
         place = {name: i for i, name in enumerate((*known, *GIVEN))}
-        ordered = itemgetter(*(place[name] for name in self.parameters))
+        ordered = itemgetter(*(place[self.buffers.get(name, name)] for name in self.parameters))
         values = tuple(known.values())
         run, grid, block, shared, programmatic = self.run, self.grid, self.block, self.shared, self.programmatic
 
@@ -100,28 +101,32 @@ class Plan:
 
     Attributes:
         configs, launches: one after the other.
-        scale_at, parts_at, bytes: offsets into a workspace, which starts with the operand; and its size.
+        scale_at, parts_at, derived_at, bytes: offsets into a workspace, which starts with the operand; and its size. A product
+            of a finished operand needs what follows `parts_at` only.
         part_bytes: of partial sums; 0 where no k is split through memory, and no counters are needed.
+        derived_bytes: of the buffer that the first launch derives from the weight's; 0 where none does.
     """
 
     def __init__(self, problem: GemmProblem, configs: tuple[Config, ...], ordinal: int) -> None:
         self.problem, self.configs, self.ordinal = problem, configs, ordinal
         self.part_bytes = max(config.part_bytes(problem) for config in configs)
+        self.derived_bytes = max(config.derived_bytes(problem) for config in configs)
         self.operand = arch.of(problem).operand(problem.pattern, problem.k, problem.dtype)
-        self.launches = tuple(self._matrix_launch(config) for config in configs)
+        self.launches = tuple(self._launch(config) for config in configs)
         self.scale_at = self.operand.bytes(problem.m)
         self.parts_at = self.scale_at + -(-4 * problem.m // 16) * 16
-        self.bytes = self.parts_at + -(-self.part_bytes // 16) * 16
+        self.derived_at = self.parts_at + -(-self.part_bytes // 16) * 16
+        self.bytes = self.derived_at + -(-self.derived_bytes // 16) * 16
 
-    def _matrix_launch(self, config: Config) -> MatrixLaunch:
-        problem, own = self.problem, arch.of(self.problem)
+    def _launch(self, config: Config) -> PlannedLaunch:
+        problem = self.problem
         if config.counters(problem) > COUNTERS:
             raise AssertionError(config)
         fixed = {"m": problem.m, "n": problem.n, "x_bytes": self.operand.row_bytes, **config.arguments(problem)}
         grid, threads, shared = config.grid(problem), config.threads, config.shared_bytes
-        target = jit.architecture(problem.device.capability) + own.suffix
-        defines, types = tuple(config.defines().items()), tuple(own.parameters.values())
-        run, built = _matrix_kernel(self.ordinal, own.source, defines, target, shared, types)
+        target = jit.architecture(problem.device.capability) + arch.of(problem).suffix
+        defines, parameters = tuple(config.defines().items()), config.parameters
+        run, built = _kernel(self.ordinal, config.source, defines, target, shared, tuple(parameters.values()))
         if env.debug():
             print(
                 f"slidesparse_nb: {problem}\n  config  {config}\n  source  {built.folder / 'kernel.cu'}\n"
@@ -129,7 +134,7 @@ class Plan:
                 file=sys.stderr,
             )
         buffers = {**config.buffers, "scale_w": "scale"}
-        return MatrixLaunch(run, grid, (threads, 1, 1), shared, config.early(problem), tuple(own.parameters), fixed, buffers)
+        return PlannedLaunch(run, grid, (threads, 1, 1), shared, config.early(problem), tuple(parameters), fixed, buffers)
 
 
 plan_of = functools.lru_cache(maxsize=4096)(Plan)
@@ -137,15 +142,15 @@ plan_of = functools.lru_cache(maxsize=4096)(Plan)
 
 
 @functools.cache
-def _matrix_kernel(
+def _kernel(
     ordinal: int, source: str, defines: tuple[tuple[str, int | str], ...], target: str, shared: int, types: tuple[str, ...]
 ) -> tuple[Launcher, jit.Built]:
-    """A matrix kernel on the current device, `ordinal`, with `shared` bytes of dynamic shared memory.
+    """A kernel, named as its source, on the current device, `ordinal`, with `shared` bytes of dynamic shared memory.
 
     Cached: to find one in the cache folder takes most of a millisecond.
     """
     built = jit.build(source, dict(defines), target, jit.device_compiler())
-    raw = jit.load(built, "gemm")
+    raw = jit.load(built, Path(source).stem)
     if shared > 48 << 10:
         raw.max_dynamic_shared_size_bytes = shared
     return Launcher(raw.kernel, types), built

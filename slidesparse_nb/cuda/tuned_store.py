@@ -33,9 +33,9 @@ MOST_WAYS = 40
 """How many of these are timed at most, the cheapest first."""
 
 
-def best(problem: GemmProblem) -> Candidate:
-    """The stored candidate for this m, or else the model's choice."""
-    return (env.tuned() and found(problem)) or choose(problem)
+def best(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate:
+    """The stored candidate for this m and weights of these buffers (`Arch.candidates`), or else the model's choice."""
+    return (env.tuned() and found(problem, buffers)) or choose(problem, buffers)
 
 
 def ranked(problem: GemmProblem) -> list[tuple[float, Candidate]]:
@@ -71,7 +71,7 @@ def described(config: Config) -> str:
 
 
 @lru_cache(maxsize=4096)
-def found(problem: GemmProblem) -> Candidate | None:
+def found(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate | None:
     """The stored candidate for a product; None if there is none, or none that this release has. Read once a process."""
     try:
         if not folder().is_dir():
@@ -79,7 +79,7 @@ def found(problem: GemmProblem) -> Candidate | None:
         launches = parse_json(file(problem).read_bytes(), "tuned").get("launches")
     except (OSError, FormatError):
         return None
-    return next((way for way in arch.of(problem).candidates(problem) if [*map(described, way)] == launches), None)
+    return next((way for way in arch.of(problem).candidates(problem, buffers) if [*map(described, way)] == launches), None)
 
 
 def keep(problem: GemmProblem, way: Candidate, told: Mapping[str, object]) -> None:

@@ -96,21 +96,10 @@ class DeviceWeight:
             cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
         return made
 
-    def address(self, buffer: str) -> int:
-        """Of a buffer, which is made now if it was left out until a launch loads it; 0 of the scale of 16-bit weights."""
-        if buffer not in self.buffers:
-            if buffer == "scale":
-                return 0
-            made = self.arch.derive(buffer, self.buffers, self.pattern, self.dtype, cupy)
-            cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
-            self.buffers.setdefault(buffer, made)  # of two threads, both load the first's
-        return int(self.buffers[buffer].data.ptr)
-
-    def complete(self) -> DeviceWeight:
-        """Make every buffer that was left out, so that no product allocates any; return self."""
-        for buffer in self.arch.derived(self.buffers):
-            self.address(buffer)
-        return self
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Addresses of the buffers, by name; 0 of the scale of 16-bit weights."""
+        return {"scale": 0, **{name: int(buffer.data.ptr) for name, buffer in self.buffers.items()}}
 
     def problem(self, m: int, out: str) -> GemmProblem:
         """The product with m tokens, into the type named `out`."""
@@ -118,11 +107,8 @@ class DeviceWeight:
 
     def bind(self, m: int, out: str, configs: tuple[Config, ...] | None = None) -> Bound:
         """The plan for m tokens into the type named `out`, tuned or the cheapest unless `configs` are given."""
-        problem = self.problem(m, out)
-        chosen = configs or tuned_store.best(problem)
-        plan = plan_of(problem, tuple(self.arch.fitted(config, self.buffers) for config in chosen), self.ordinal)
-        needed = {buffer for launch in plan.launches for buffer in launch.buffers.values()}
-        addresses = {buffer: self.address(buffer) for buffer in needed}
+        problem, addresses = self.problem(m, out), self.addresses
+        plan = plan_of(problem, configs or tuned_store.best(problem, tuple(self.buffers)), self.ordinal)
         return Bound(plan, tuple(launch.bind(addresses) for launch in plan.launches))
 
     def bound(self, m: int, out: str) -> Bound:
@@ -164,7 +150,7 @@ class DeviceWeight:
         bias: int = 0,
         bias_type: int = 0,
     ) -> None:
-        """y = x @ w.T + bias by addresses: one plan lookup, then two launches. Nothing is checked, allocated or awaited.
+        """y = x @ w.T + bias by addresses: one plan lookup, then the launches. Nothing is checked, allocated or awaited.
 
         The device must be the current one. Memory must stay as it is until the stream has passed the launches.
 
@@ -211,10 +197,9 @@ class DeviceWeight:
         bias_type: int = 0,
     ) -> None:
         """The product alone, of an operand that a writer made: like `linear`, whose workspace it shares the end of."""
-        parts = counted = 0
-        if bound.plan.part_bytes:
-            parts, counted = workspace + bound.plan.parts_at, self.counters(stream)
-        given = operand, operand_pitch, scale, bias, bias_type, y, pitch, parts, counted
+        plan, counted = bound.plan, self.counters(stream) if bound.plan.part_bytes else 0
+        parts, derived = workspace + plan.parts_at, workspace + plan.derived_at
+        given = operand, operand_pitch, scale, bias, bias_type, y, pitch, parts, counted, derived
         for launch in bound.launches:
             launch(stream, given)
 

@@ -110,7 +110,6 @@ def arrange(packed: ss.PackedWeight, device: torch.device) -> tuple[Tensor, str]
     with torch.cuda.device(device):
         torch.cuda.synchronize(device)  # CuPy's stream is not PyTorch's, which may still write what is read or reused here
         there = ss.to_device(packed, device.index)
-        there.complete()
         sizes = {name: own.nbytes for name, own in there.buffers.items()}
         weight = torch.empty(sum(-(-size // ALIGNED) * ALIGNED for size in sizes.values()), dtype=torch.uint8, device=device)
         at = 0

@@ -42,10 +42,7 @@ def compiled_ahead(family):
     """Every kernel of the pattern, so that no m waits for one."""
     capability = capability_here()
     dtypes = [dtype for dtype in PACKED if not family.refuses(capability, dtype)]
-    every = [c for dtype in dtypes for c in family.kernels(P, dtype, OUT, capability)]
-    if family is sm90.ARCH:  # weights of 16 bits have no compact metadata where groups are not full
-        every += [c.with_expanded_metadata() for c in every if c.dtype.bits == 16]
-    compile_ahead(every)
+    compile_ahead([c for dtype in dtypes for c in family.kernels(P, dtype, OUT, capability)])
 
 
 class Tally:

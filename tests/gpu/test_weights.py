@@ -12,6 +12,7 @@ from device_cases import SOURCES, bits, same_weight
 
 import slidesparse_nb as ss
 from slidesparse_nb import matmul, packing
+from slidesparse_nb.arch import for_capability, sm90, sm90_layout
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
 from slidesparse_nb.core.packed import PackedWeight
@@ -68,6 +69,25 @@ def test_equals_the_reference(weights, source, dtype) -> None:
             np.testing.assert_array_equal(bits(dense.get()), bits(reference.unpack(expected)))
             if k % 16 == 0:
                 same_weight(on_host(weights.pack(on_device(pruned), pattern, dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+@pytest.mark.parametrize("pattern", known_patterns()[1:], ids=str)
+def test_expansion_equals_the_reference(pattern, dtype) -> None:
+    if for_capability(divmod(int(cp.cuda.Device().compute_capability), 10)) is not sm90.ARCH:
+        pytest.skip("no other kernel has compact metadata")
+    rng = np.random.default_rng(pattern.group)
+    for n, k in ((1, 1), (70, 75), (600, 4000), (1100, 1030)):
+        there = ss.to_device(ss.pack(rng.standard_normal((n, k)).astype(np.float32), pattern, dtype, prune="magnitude"))
+        bound = there.bind(8, "bfloat16", (sm90.Expansion(dtype, pattern.windows),))
+        wanted = sm90_layout.expand(there.buffers["compact"].get(), pattern, dtype).ravel()
+        assert bound.plan.derived_bytes == wanted.size
+        workspace = cp.full(bound.plan.bytes + 4096, 0xA5, cp.uint8)
+        there.multiply(bound, 0, 0, 0, 0, 0, workspace.data.ptr, cp.cuda.get_current_stream().ptr)
+        found, at = workspace.get(), bound.plan.derived_at
+        np.testing.assert_array_equal(found[at : at + wanted.size], wanted)
+        assert (found[:at] == 0xA5).all()
+        assert (found[at + wanted.size :] == 0xA5).all()
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
