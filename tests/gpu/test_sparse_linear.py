@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import slidesparse_nb as ss
-from slidesparse_nb.integrations import torch as adapter
+from slidesparse_nb.integrations import operators
 from slidesparse_nb.integrations.torch import SparseLinear
 
 SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16")
@@ -96,14 +96,14 @@ def test_streams_and_threads() -> None:
 
 
 def test_weights_are_forgotten_with_their_layer() -> None:
-    before = len(adapter._weights)
+    before = len(operators._weights)
     layers = [layer("INT8_W8A8") for _ in range(3)]
     for each in layers:
         each(tokens(3).cuda())
-    assert len(adapter._weights) == before + 3
+    assert len(operators._weights) == before + 3
     del layers, each
     gc.collect()
-    assert len(adapter._weights) == before
+    assert len(operators._weights) == before
 
 
 def test_another_device_and_bad_operands() -> None:

@@ -11,7 +11,8 @@ import torch
 
 import slidesparse_nb as ss
 from slidesparse_nb.core import reference
-from slidesparse_nb.integrations.torch import SparseLinear, as_numpy
+from slidesparse_nb.integrations.operators import as_numpy
+from slidesparse_nb.integrations.torch import SparseLinear
 
 SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16")
 PATTERN = ss.Pattern.of("6:8")

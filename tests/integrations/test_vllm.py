@@ -12,10 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import slidesparse_nb as ss
+from slidesparse_nb.integrations import operators
 from slidesparse_nb.integrations.torch import SparseLinear
 
+FUSED = "rms_norm_quantize", "silu_and_mul_quantize"
+KEYS = "CompositeExplicitAutograd"
 LAYERS, EXPERTS = "vllm.model_executor.layers", "model.layers.0.mlp.experts"
 
 
@@ -34,6 +39,16 @@ class FusedMoE(torch.nn.Module):
     pass
 
 
+class ParallelLMHead(torch.nn.Module):
+    pass
+
+
+class InductorPass:
+    @staticmethod
+    def hash_source(*sources: Any) -> str:
+        return "-".join(getattr(source, "__qualname__", type(source).__name__) for source in sources)
+
+
 class QuantizationConfig:
     def __init__(self) -> None:
         self.packed_modules_mapping: dict[str, list[str]] = {}
@@ -43,7 +58,7 @@ class QuantizationConfig:
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
     """integrations.vllm.method, over the stand-ins; and vLLM's configuration."""
     methods: list[str] = ["fp8"]
-    config = SimpleNamespace(lora_config=None)
+    config = SimpleNamespace(lora_config=None, compilation_config=SimpleNamespace(inductor_compile_config={}, custom_ops=[]))
     contents: dict[str, dict[str, Any]] = {
         "vllm": {},
         "vllm.config": {"get_current_vllm_config": lambda: config},
@@ -62,6 +77,10 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
             "UnquantizedLinearMethod": type("UnquantizedLinearMethod", (), {}),
             "register_weight_loader_v2_supported_method": lambda method: method,
         },
+        f"{LAYERS}.vocab_parallel_embedding": {"ParallelLMHead": ParallelLMHead},
+        "vllm.compilation": {},
+        "vllm.compilation.passes": {},
+        "vllm.compilation.passes.inductor_pass": {"InductorPass": InductorPass},
         "vllm.model_executor.parameter": dict.fromkeys(
             ("BasevLLMParameter", "ChannelQuantScaleParameter", "ModelWeightParameter"), Parameter
         ),
@@ -70,7 +89,8 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
         module = ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "slidesparse_nb.integrations.vllm.method", raising=False)
+    for name in ("method", "fusion"):
+        monkeypatch.delitem(sys.modules, f"slidesparse_nb.integrations.vllm.{name}", raising=False)
     from slidesparse_nb.integrations.vllm import register
 
     register()
@@ -103,6 +123,26 @@ def test_a_layer(plugin: Any, scheme: str) -> None:
     assert torch.equal(method.apply(layer, x, source.bias), source(x))
 
 
+def test_a_head_whose_vocabulary_is_filled_up(plugin: Any) -> None:
+    config = plugin.method.SlideSparseConfig(ss.PackedConfig.of("6:8", "INT8_W8A8", ("model.embed_tokens",)))
+    layer, source = ParallelLMHead(), SparseLinear.from_linear(torch.nn.Linear(96, 40, bias=False).to(torch.bfloat16))
+    method = config.get_quant_method(layer, "lm_head")
+    method.create_weights(layer, 96, [64], 96, 64, torch.bfloat16, weight_loader=None)
+    for name, tensor in source.state_dict().items():  # as vLLM's loader does
+        parameter = getattr(layer, name).data
+        parameter.zero_() if name == "weight_shape" else parameter[40:].zero_()
+        parameter[: len(tensor)].copy_(tensor)
+    method.process_weights_after_loading(layer)
+    x = torch.randn(5, 96).to(torch.bfloat16)
+    assert torch.equal(method.apply(layer, x), torch.nn.functional.pad(source(x), (0, 24)))
+    with pytest.raises(ss.UnsupportedError, match=r"^lm_head: is packed, but config.json ties it"):
+        method.tie_weights(layer, layer)
+    assert (
+        plugin.method.SlideSparseConfig(ss.PackedConfig.of("6:8", "INT8_W8A8", ("lm_head",))).get_quant_method(layer, "lm_head")
+        is None
+    )
+
+
 def test_files_of_another_model(plugin: Any) -> None:
     method, layer, _ = loaded(plugin, "INT8_W8A8")
     layer.weight_shape.data[1] = 95
@@ -128,3 +168,60 @@ def test_what_is_refused(plugin: Any) -> None:
         plugin.method.SlideSparseConfig(ss.PackedConfig.of("6:8", "INT8_W8A8", ("lm_head",))).get_quant_method(
             FusedMoE(), EXPERTS
         )
+
+
+@pytest.fixture
+def engine() -> Any:
+    """Operators of vLLM that its compiled graphs hold, in PyTorch's operations."""
+    ir, compiled = torch.library.Library("vllm_ir", "DEF"), torch.library.Library("_C", "DEF")
+    ir.define("rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor")
+    ir.define(
+        "fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, int? variance_size=None)"
+        " -> (Tensor, Tensor)"
+    )
+    compiled.define("silu_and_mul(Tensor(a!) result, Tensor input) -> ()")
+    ir.impl("rms_norm", lambda x, weight, epsilon, size=None: operators._rms_norm(x, None, weight, epsilon)[0], KEYS)
+    ir.impl("fused_add_rms_norm", lambda x, r, weight, epsilon, size=None: operators._rms_norm(x, r, weight, epsilon), KEYS)
+    compiled.impl("silu_and_mul", lambda result, input: [None, result.copy_(operators._silu_and_mul(input))][0], KEYS)
+    yield torch.ops
+    ir._destroy()
+    compiled._destroy()
+
+
+def test_norms_and_activations_write_operands(plugin: Any, engine: Any) -> None:
+    """A block as vLLM compiles it, traced for any number of tokens: the same bits before and after the pass."""
+    torch.manual_seed(0)
+    gate_up, down, qkv = (SparseLinear.from_linear(torch.nn.Linear(k, n, bias=b).to(torch.bfloat16), "6:8", "INT8_W8A8")
+                          for n, k, b in ((128, 32, False), (32, 64, False), (48, 32, True)))  # fmt: skip
+    gammas = [torch.rand(32).to(torch.bfloat16) for _ in range(3)]
+
+    layers = [(layer._operands(), layer.bias) for layer in (gate_up, down, qkv)]
+
+    def block(x: torch.Tensor, residual: torch.Tensor, layers: Any, gammas: Any) -> tuple[torch.Tensor, ...]:
+        def linear(i: int, x: torch.Tensor) -> torch.Tensor:
+            layer = (gate_up, down, qkv)[i]
+            return engine.slidesparse.linear(x, *layers[i], layer.out_features, layer.in_features, layer.facts)
+
+        h, residual = engine.vllm_ir.fused_add_rms_norm(x, residual, gammas[0], 1e-6)
+        h = linear(0, h)
+        h = auto_functionalized(engine._C.silu_and_mul.default, result=h.new_empty((h.shape[0], 64)), input=h)[1]
+        h = linear(1, h)
+        read_twice = engine.vllm_ir.rms_norm(h, gammas[1], 1e-6)
+        last, residual = engine.vllm_ir.fused_add_rms_norm(h, residual, gammas[2], 1e-6)
+        return linear(2, last), residual, linear(2, read_twice), read_twice
+
+    x, residual = torch.randn(2, 5, 32).to(torch.bfloat16)
+    wanted = block(x, residual, layers, gammas)
+    graph = make_fx(block, tracing_mode="symbolic")(x, residual, layers, gammas)
+    plugin.method.install(plugin.config)
+    plugin.config.compilation_config.inductor_compile_config["post_grad_custom_post_pass"](graph.graph)
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    graph.recompile()
+    names = [str(node.target) for node in graph.graph.nodes]
+    counted = [names.count(f"slidesparse.{name}.default") for name in ("linear", "product", *FUSED)]
+    assert counted == [1, 3, 2, 1]
+    assert all("val" in node.meta for node in graph.graph.nodes if node.op == "call_function")
+    for got, want in zip(graph(x, residual, layers, gammas), wanted, strict=True):
+        assert torch.equal(got, want)
+    assert [len(y) for y in graph(*torch.randn(2, 9, 32).to(torch.bfloat16), layers, gammas)] == [9] * 4

@@ -20,11 +20,20 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 
 import slidesparse_nb as ss
 
-from ..torch import TORCH, arrange, as_cupy, as_numpy
+from ..operators import TORCH, arrange, as_cupy, as_numpy
+
+try:
+    from .fusion import install
+except ImportError:  # a vLLM that keeps its passes elsewhere: it quantizes in launches of their own
+
+    def install(config: Any) -> None:
+        pass
+
 
 PLACED = {
     "weight_packed": ModelWeightParameter,
@@ -32,6 +41,9 @@ PLACED = {
     "weight_scale": ChannelQuantScaleParameter,
 }
 """Tensor of the packed format -> the class of parameters that knows how vLLM cuts it."""
+
+EMPTY = 0x44
+"""Metadata of two windows that hold zeros."""
 
 
 class SlideSparseConfig(QuantizationConfig):
@@ -64,8 +76,11 @@ class SlideSparseConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         ignored = should_ignore_layer(prefix, self.ignore, self.packed_modules_mapping)
-        if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod() if ignored else SlideSparseMethod(self.packed, prefix)
+        if isinstance(layer, LinearBase) and ignored:
+            return UnquantizedLinearMethod()
+        if isinstance(layer, LinearBase) or (isinstance(layer, ParallelLMHead) and not ignored):
+            install(get_current_vllm_config())
+            return SlideSparseMethod(self.packed, prefix)
         experts = "Experts" in type(layer).__name__ or "MoE" in type(layer).__name__
         if experts and not (ignored or self._experts_ignored(prefix)):
             raise ss.UnsupportedError(
@@ -135,6 +150,8 @@ class SlideSparseMethod(LinearMethodBase):
         n, k = layer.slidesparse_shape
         pattern, scheme = self.packed.pattern, self.packed.scheme
         held = {name: getattr(layer, name).data for name in (*PLACED, "weight_shape") if hasattr(layer, name)}
+        if isinstance(layer, ParallelLMHead):  # the rows that fill up its vocabulary are all zeros, which no metadata is
+            held["weight_meta"][held["weight_meta"].sum(1) == 0] = EMPTY
         self._check(held["weight_shape"], held["weight_meta"], layer.slidesparse_whole_k)
         on_gpu = held["weight_packed"].is_cuda
         view = as_cupy if on_gpu else as_numpy
@@ -162,6 +179,11 @@ class SlideSparseMethod(LinearMethodBase):
                 f"{self.name}: the file has {found}, the layer k={k}; load a folder that slidesparse pack wrote (packed layers"
                 " have no --load-format dummy)"
             )
+
+    def tie_weights(self, layer: torch.nn.Module, embedding: torch.nn.Module) -> Any:
+        raise ss.UnsupportedError(
+            f"{self.name}: is packed, but config.json ties it to the embedding; set tie_word_embeddings to false"
+        )
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         n, k = layer.slidesparse_shape

@@ -1,0 +1,379 @@
+"""PyTorch's operators over packed weights, torch.ops.slidesparse, and tensors as arrays of NumPy and CuPy.
+
+    linear = quantize, then product;  rms_norm_quantize, silu_and_mul_quantize: what comes before, too, in one pass
+
+Results, scratch memory and arranged weights are PyTorch's memory, in PyTorch's current stream. Weights are operands of the
+operators, never addresses or counters in a graph, so that compiled graphs may be cached on disk and shared by layers.
+
+`Library.define` and `impl` cost a call about half of what `torch.library.custom_op` does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import slidesparse_nb as ss
+
+NUMPY = {
+    torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8",
+    torch.float8_e4m3fn: "float8_e4m3fn", torch.uint8: "uint8", torch.int64: "int64",
+}  # fmt: skip
+"""PyTorch dtype -> NumPy's or ml_dtypes' name of it."""
+
+TORCH = {name: dtype for dtype, name in NUMPY.items()}
+FLOATS = {torch.float32: ("float32", 4, 4), torch.float16: ("float16", 2, 3), torch.bfloat16: ("bfloat16", 2, 2)}
+"""Types of activations, results and biases -> name, bytes, code of the kernels."""
+
+PACKED = ("weight_packed", "weight_meta", "weight_scale", "weight_shape")
+
+
+# ---- tensors of one library as arrays of another ---------------------------------------------------------------------
+
+
+def as_numpy(tensor: Tensor) -> Any:
+    """A CPU tensor as a NumPy array of the same memory, bfloat16 and float8 as ml_dtypes has them."""
+    name = NUMPY[tensor.dtype]
+    if name in ("bfloat16", "float8_e4m3fn"):
+        bits = torch.int16 if name == "bfloat16" else torch.uint8
+        return tensor.detach().view(bits).numpy().view(np.dtype(_ml_dtypes(name)))
+    return tensor.detach().numpy()
+
+
+def from_numpy(array: Any) -> Tensor:
+    """The inverse of `as_numpy`."""
+    name = array.dtype.name
+    if name in ("bfloat16", "float8_e4m3fn"):
+        return torch.from_numpy(array.view(f"i{array.itemsize}")).view(TORCH[name])
+    return torch.from_numpy(array)
+
+
+def _ml_dtypes(name: str) -> Any:
+    import ml_dtypes
+
+    return getattr(ml_dtypes, name)
+
+
+def as_cupy(tensor: Tensor) -> Any:
+    """A contiguous CUDA tensor as a CuPy array of the same memory, as bits where CuPy lacks the type. It owns nothing."""
+    import cupy
+
+    name = NUMPY[tensor.dtype]
+    dtype = np.dtype(_ml_dtypes(name) if name == "bfloat16" else "uint8" if name == "float8_e4m3fn" else name)
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), max(1, tensor.nbytes), None, tensor.get_device())
+    return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+# ---- weights by their operands ---------------------------------------------------------------------------------------
+
+ALIGNED = 256
+"""Bytes that the buffers of an arranged weight are aligned to, in the one tensor that holds them."""
+
+_weights: dict[int, Any] = {}
+"""Address of an arranged weight -> DeviceWeight. An entry lives as long as the weight's tensor."""
+
+
+def _device_weight(weight: Tensor, n: int, k: int, facts: str) -> Any:
+    """The DeviceWeight in this tensor, made where it is not known: after a copy, or in another process."""
+    pattern, dtype, parts = facts.split(" ")
+    buffers, at = {}, 0
+    for name, size in (part.split(":") for part in parts.split(",")):
+        buffers[name] = as_cupy(weight[at : at + int(size)])
+        at += -(-int(size) // ALIGNED) * ALIGNED
+    address = weight.data_ptr()
+    made = _weights[address] = ss.device_weight(buffers, pattern, dtype, (n, k), weight.get_device())
+    weakref.finalize(weight, _forget, address, made)
+    return made
+
+
+def _forget(address: int, made: Any) -> None:
+    if _weights.get(address) is made:
+        del _weights[address]
+
+
+def _packed(weight: Sequence[Tensor], n: int, k: int, facts: str) -> ss.PackedWeight:
+    """The PackedWeight of operands on the CPU."""
+    pattern, dtype, _ = facts.split(" ")
+    values, meta, *scale = map(as_numpy, weight)
+    tensors = dict(zip(PACKED, (values, meta, scale[0] if scale else None, np.array([n, k])), strict=True))
+    return ss.PackedWeight.from_tensors(tensors, pattern, dtype)
+
+
+def arrange(packed: ss.PackedWeight, device: torch.device) -> tuple[Tensor, str]:
+    """A packed weight arranged for a GPU in PyTorch's memory: a uint8 tensor of all its buffers; the operators' `facts`."""
+    with torch.cuda.device(device):
+        torch.cuda.synchronize(device)  # CuPy's stream is not PyTorch's, which may still write what is read or reused here
+        there = ss.to_device(packed, device.index)
+        sizes = {name: own.nbytes for name, own in there.buffers.items()}
+        weight = torch.empty(sum(-(-size // ALIGNED) * ALIGNED for size in sizes.values()), dtype=torch.uint8, device=device)
+        at = 0
+        for name, size in sizes.items():
+            as_cupy(weight[at : at + size])[...] = there.buffers[name].reshape(-1).view(np.uint8)
+            at += -(-size // ALIGNED) * ALIGNED
+        torch.cuda.synchronize(device)
+    return weight, f"{packed.pattern} {packed.scheme} {','.join(f'{name}:{size}' for name, size in sizes.items())}"
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+#
+# weight: one tensor with the buffers of a DeviceWeight, or weight_packed, weight_meta, weight_scale on the CPU.
+# facts: pattern, scheme and the buffers with their bytes, separated by spaces: "6:8 INT8_W8A8 values:4096,compact:512,scale:4".
+
+LIBRARY = torch.library.Library("slidesparse", "DEF")
+_TAGS = (torch.Tag.needs_fixed_stride_order,)
+LIBRARY.define("linear(Tensor x, Tensor[] weight, Tensor? bias, int n, int k, str facts) -> Tensor", tags=_TAGS)
+LIBRARY.define("quantize(Tensor x, Tensor[] weight, int n, int k, str facts) -> (Tensor, Tensor)", tags=_TAGS)
+LIBRARY.define(
+    "rms_norm_quantize(Tensor x, Tensor? residual, Tensor gamma, float epsilon, Tensor[] weight, int n, int k, str facts)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+LIBRARY.define("silu_and_mul_quantize(Tensor x, Tensor[] weight, int n, int k, str facts) -> (Tensor, Tensor)", tags=_TAGS)
+LIBRARY.define(
+    "product(Tensor operand, Tensor scale, Tensor[] weight, Tensor? bias, SymInt m, ScalarType out, int n, int k, str facts)"
+    " -> Tensor",
+    tags=_TAGS,
+)
+_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_take: Any = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_alloc", None)
+_give: Any = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_delete", None)
+"""Scratch memory of PyTorch's allocator: what torch.cuda.caching_allocator_alloc calls, at a tenth of a tensor's cost."""
+
+
+def _known(weight: Sequence[Tensor], n: int, k: int, facts: str) -> Any:
+    """The DeviceWeight, on the device of x, which is made the current one by the caller."""
+    found = _weights.get(weight[0].data_ptr())
+    if found is None or found.shape != (n, k):
+        _require_no_capture("x: this weight was not multiplied by anything")
+        found = _device_weight(weight[0], n, k, facts)
+    return found
+
+
+def _require_no_capture(what: str) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise ss.OperandError(
+            f"{what} before the capture of a CUDA graph, which may not compile kernels; run each number of tokens once first"
+        )
+
+
+def _bound(there: Any, m: int, out: str) -> Any:
+    """The plan for m tokens; compiled kernels and addresses are found before a CUDA graph is captured, not while."""
+    if (bound := there.plans.get((m, out))) is None:
+        _require_no_capture(f"x: {m} tokens were not multiplied by this weight")
+        bound = there.bound(m, out)
+    return bound
+
+
+def _check(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int) -> int:
+    """m; OperandError unless x and bias are operands, where the weight is."""
+    if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != k:
+        raise ss.OperandError(f"x: {x.dtype} {tuple(x.shape)} must be float32, float16 or bfloat16, of shape [..., {k}]")
+    require_no_grad(x)
+    _check_places(x, weight, bias, n)
+    return x.numel() // k if k else x.shape[:-1].numel()
+
+
+def require_no_grad(x: Tensor) -> None:
+    """OperandError where a gradient would be lost; graphs of torch.compile ask before they are traced, not in the operator."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ss.OperandError("x: requires grad, but packed linears are for inference only; call under torch.no_grad()")
+
+
+def _check_places(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int) -> None:
+    """OperandError unless the weight is where x is, and the bias fits."""
+    if weight[0].get_device() != x.get_device():
+        raise ss.OperandError(f"x: is on {x.device}, the weight on {weight[0].device}; move one of them")
+    if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,) or bias.device != x.device):
+        raise ss.OperandError(
+            f"bias: {bias.dtype} {tuple(bias.shape)} on {bias.device} must be float32, float16 or bfloat16, [{n}], on"
+            f" {x.device}"
+        )
+
+
+def _rows(x: Tensor, m: int, k: int, size: int) -> tuple[Tensor, tuple[int, int]]:
+    """x as [m, k], and its strides in bytes."""
+    if x.dim() != 2:
+        x = x.reshape(m, k)
+    rows, columns = x.stride()
+    return x, ((k if m == 1 else rows) * size, columns * size)
+
+
+def _linear_cuda(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str) -> Tensor:
+    m = _check(x, weight, bias, n, k)
+    device = x.get_device()
+    if device != _device():
+        with torch.cuda.device(device):
+            return _linear_cuda(x, weight, bias, n, k, facts)
+    y = x.new_empty((*x.shape[:-1], n))
+    if m and n:
+        there = _known(weight, n, k, facts)
+        name, size, _ = FLOATS[x.dtype]
+        x, strides = _rows(x, m, k, size)
+        at, stream = x.data_ptr(), _stream(device)
+        if (name, strides, at % 16) not in there.writers:
+            _require_no_capture(f"x: tokens with strides {x.stride()} were not multiplied by this weight")
+        bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
+        scratch = _take(_bound(there, m, name).plan.bytes, stream)
+        try:
+            there.linear(m, at, name, strides, y.data_ptr(), n, name, scratch, stream, bias_at, code)
+        finally:
+            _give(scratch)
+    return y
+
+
+def _linear_cpu(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str) -> Tensor:
+    _check(x, weight, bias, n, k)
+    packed = _packed(weight, n, k, facts)
+    return from_numpy(ss.matmul(as_numpy(x), packed, bias=None if bias is None else as_numpy(bias)))
+
+
+def _linear_fake(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _quantize_cuda(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
+    m = _check(x, weight, None, n, k)
+    device = x.get_device()
+    with torch.cuda.device(device):
+        there = _known(weight, n, k, facts)
+        form, (name, size, _) = there.operand, FLOATS[x.dtype]
+        operand = torch.empty(form.bytes(m), dtype=torch.uint8, device=x.device)
+        scale = torch.empty(m if there.scaled else 0, dtype=torch.float32, device=x.device)
+        if m:
+            rows, strides = _rows(x, m, k, size)
+            there.quantize(m, rows.data_ptr(), name, strides, operand.data_ptr(), scale.data_ptr(), _stream(device))
+    return operand, scale
+
+
+def _quantize_cpu(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
+    _check(x, weight, None, n, k)
+    q = ss.quantize(as_numpy(x), _packed(weight, n, k, facts))
+    scale = np.empty(0, np.float32) if q.scale is None else q.scale[:, 0]
+    return torch.from_numpy(q.values.view(np.uint8).reshape(-1)), torch.from_numpy(scale.copy())
+
+
+def _quantize_fake(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
+    m = x.shape[:-1].numel()
+    pattern, dtype, _ = facts.split(" ")
+    capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
+    size, scaled = ss.operand_bytes(m, k, pattern, dtype, capability)
+    return x.new_empty(size, dtype=torch.uint8), x.new_empty(m if scaled else 0, dtype=torch.float32)
+
+
+def _rms_norm(x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x + residual, and that sum, rounded to x's type (empty without a residual); as vLLM defines them."""
+    h = x.float() if residual is None else x.float() + residual.float()
+    kept = x.new_empty(0) if residual is None else h.to(x.dtype)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (h.to(gamma.dtype) * gamma).to(x.dtype), kept
+
+
+def _silu_and_mul(x: Tensor) -> Tensor:
+    """SiLU of the first half of x's columns, times the second."""
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _rms_norm_quantize(
+    x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float, weight: Sequence[Tensor], n: int, k: int, facts: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, kept = _rms_norm(x, residual, gamma, epsilon)
+    return (*torch.ops.slidesparse.quantize(y, weight, n, k, facts), kept)
+
+
+def _rms_norm_quantize_fake(
+    x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float, weight: Sequence[Tensor], n: int, k: int, facts: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (*_quantize_fake(x, weight, n, k, facts), x.new_empty(0) if residual is None else torch.empty_like(x))
+
+
+def _silu_and_mul_quantize(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
+    operand, scale = torch.ops.slidesparse.quantize(_silu_and_mul(x), weight, n, k, facts)
+    return operand, scale
+
+
+def _product_cuda(
+    operand: Tensor,
+    scale: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    m: int,
+    out: torch.dtype,
+    n: int,
+    k: int,
+    facts: str,
+) -> Tensor:
+    device, (name, _, _) = operand.get_device(), FLOATS[out]
+    _check_places(operand, weight, bias, n)
+    y = torch.empty((m, n), dtype=out, device=operand.device)
+    with torch.cuda.device(device):
+        if m and n:
+            there = _known(weight, n, k, facts)
+            bound = _bound(there, m, name)
+            if operand.nbytes != bound.plan.scale_at or operand.data_ptr() % 16:
+                raise ss.OperandError(
+                    f"operand: {operand.nbytes} bytes must be {bound.plan.scale_at}; make it with quantize(x)"
+                )
+            bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
+            stream, needed = _stream(device), bound.plan.bytes - bound.plan.parts_at
+            scratch = _take(needed, stream) if needed else bound.plan.parts_at
+            try:
+                there.multiply(
+                    bound, operand.data_ptr(), bound.plan.operand.pitch, scale.data_ptr(), y.data_ptr(), n,
+                    scratch - bound.plan.parts_at, stream, bias_at, code,
+                )  # fmt: skip
+            finally:
+                if needed:
+                    _give(scratch)
+    return y
+
+
+def _product_cpu(
+    operand: Tensor,
+    scale: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    m: int,
+    out: torch.dtype,
+    n: int,
+    k: int,
+    facts: str,
+) -> Tensor:
+    _check_places(operand, weight, bias, n)
+    packed = _packed(weight, n, k, facts)
+    values = as_numpy(operand).view(packed.dtype.numpy).reshape(m, k)
+    scales = as_numpy(scale).reshape(m, 1) if packed.scheme.scaled else None
+    source = np.dtype(_ml_dtypes("bfloat16") if out == torch.bfloat16 else NUMPY[out])
+    q = ss.QuantizedActivations(values, scales, (m,), packed.dtype, source)
+    return from_numpy(ss.matmul(q, packed, bias=None if bias is None else as_numpy(bias)))
+
+
+def _product_fake(
+    operand: Tensor,
+    scale: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None,
+    m: int,
+    out: torch.dtype,
+    n: int,
+    k: int,
+    facts: str,
+) -> Tensor:
+    return operand.new_empty((m, n), dtype=out)
+
+
+for _name in ("linear", "quantize", "product"):
+    LIBRARY.impl(_name, globals()[f"_{_name}_cuda"], "CUDA")
+    LIBRARY.impl(_name, globals()[f"_{_name}_cpu"], "CPU")
+    LIBRARY._register_fake(_name, globals()[f"_{_name}_fake"])
+for _place in ("CUDA", "CPU"):
+    LIBRARY.impl("rms_norm_quantize", _rms_norm_quantize, _place)
+    LIBRARY.impl("silu_and_mul_quantize", _silu_and_mul_quantize, _place)
+LIBRARY._register_fake("rms_norm_quantize", _rms_norm_quantize_fake)
+LIBRARY._register_fake("silu_and_mul_quantize", _quantize_fake)
