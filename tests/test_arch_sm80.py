@@ -166,7 +166,7 @@ def test_what_is_refused():
         choose(GemmProblem.of((1, 8, 8, "6:8", "fp8", "float32"), Device((8, 6), 84)))
     with pytest.raises(UnsupportedError, match="wider than 16"):
         sm80_layout.layout(Pattern(30, 32), 8)
-    assert multiplied(sm80.ARCH, (8, 0)) == (INT8, BFLOAT16, FLOAT16)
+    assert [scheme.dtype for scheme in multiplied(sm80.ARCH, (8, 0))] == [INT8, BFLOAT16, FLOAT16]
     assert for_capability((12, 0)) is sm80.ARCH
 
 
@@ -178,9 +178,9 @@ CAPABILITIES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (99, 0
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 def test_every_candidate_fits_its_device(capability):
     limit = sm80.processor(capability).block_shared
-    for dtype in multiplied(sm80.ARCH, capability):
+    for scheme in multiplied(sm80.ARCH, capability):
         for pattern in PATTERNS:
-            found = list(sm80.ARCH.kernels(pattern, dtype, "float32", capability))
+            found = list(sm80.ARCH.kernels(pattern, scheme.dtype, "float32", capability))
             assert any(c.tile.m == 8 for c in found)
             for config in found:
                 assert config.shared_bytes <= limit

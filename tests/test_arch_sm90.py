@@ -16,6 +16,7 @@ from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, 
 from slidesparse_nb.core.packed import PackedWeight
 from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.core.problem import Device, GemmProblem
+from slidesparse_nb.core.scheme import Scheme
 
 HOPPER = (9, 0)
 DEVICE = Device(HOPPER, 132, portable=False)
@@ -70,7 +71,7 @@ def test_layouts_multiply_to_the_product(pattern: Pattern, dtype: DType, full: b
     words = expand(arranged["compact"], pattern, dtype) if "compact" in arranged else arranged["expanded"]
     assert "compact" not in arranged or words.nbytes == 2 * arranged["compact"].nbytes
     assert tiles.shape == (count, 3, 8, 128)
-    assert tiles.nbytes == sm90.ARCH.operand(pattern, k, dtype).bytes(m)
+    assert tiles.nbytes == sm90.ARCH.operand(pattern, k, Scheme.of(dtype)).bytes(m)
     y = np.zeros((128, 24))
     for stage in range(count):
         rows, token, byte = tiles[stage].reshape(24, 128), np.arange(24)[:, None], np.arange(128)
@@ -232,7 +233,7 @@ def test_hopper_has_kernels_of_its_own_unless_portable_ones_are_asked_for(monkey
 
 
 def test_all_types_are_supported() -> None:
-    assert multiplied(sm90.ARCH, HOPPER) == (INT8, FLOAT8, BFLOAT16, FLOAT16)
+    assert [scheme.dtype for scheme in multiplied(sm90.ARCH, HOPPER)] == [INT8, FLOAT8, BFLOAT16, FLOAT16]
 
 
 @pytest.mark.parametrize("tile", [tile for tile in sm90.TILES if tile.warpgroups == 3], ids=str)

@@ -65,7 +65,7 @@ def another(of: GemmProblem) -> arch.Candidate:
 @pytest.mark.parametrize("m", [1, 16, 1000, 4096])
 def test_the_models_choice_is_the_first_of_the_likely(m: int, n: int, k: int, where: Any, dtype: Any) -> None:
     of = product(m, n, k, where, dtype)
-    if arch.of(of).refuses(where.capability, dtype):
+    if arch.of(of).refuses(where.capability, of.scheme):
         return
     likely, every = tuned_store.likely(of), tuned_store.ranked(of)
     costs = {way: cost for cost, way in every}
@@ -260,6 +260,17 @@ def test_the_models_choice_wins(gpu: Any, timing: Any) -> None:
     race = track.race(5, "float32", ways)
     assert race.best == ways[0]
     assert race.model_us == race.best_us
+
+
+def test_weights_that_lack_a_form_of_metadata(gpu: Any, timing: Any) -> None:
+    """16-bit weights with three zeros in a group: their candidates are those that they can run."""
+    w = np.random.default_rng(1).standard_normal((300, 512)).astype(np.float32)
+    w[0, :3] = 0
+    packed = ss.pack(w, P, BFLOAT16, prune="magnitude")
+    track = timing.Track(packed, ToldClock({}))
+    assert track.buffers == (("values", "expanded") if gpu.own else ("weights",))
+    race = track.race(300, "bfloat16", ways := tuned_store.likely(track.problem(300, "bfloat16"), track.buffers)[:6])
+    assert (race.ways, race.wrong) == (len(ways), ())
 
 
 def test_a_winner_is_timed_once_more_against_the_models_choice(gpu: Any, timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..core.dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, DType
+from ..core.dtypes import CUDA_CODES, FLOAT8, PACKED, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
+from ..core.scheme import Scheme
 from .operand import Operand
 from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout
 
@@ -220,20 +221,20 @@ class Portable:
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability >= (8, 0)
 
-    def refuses(self, capability: tuple[int, int], dtype: DType) -> str:
-        """`mma.sp` takes float8 since 8.9."""
-        if dtype in (INT8, BFLOAT16, FLOAT16) or (dtype == FLOAT8 and capability >= (8, 9)):
+    def refuses(self, capability: tuple[int, int], scheme: Scheme) -> str:
+        """`mma.sp` multiplies operands of one type, float8 since 8.9."""
+        if scheme.activations != scheme.weights or scheme.dtype not in PACKED:
+            return f"packed: {scheme} weights have no kernel for this device; pack as int8 or bfloat16 for it"
+        if scheme.dtype is not FLOAT8 or capability >= (8, 9):
             return ""
-        if dtype != FLOAT8:
-            return f"packed: {dtype} weights have no kernel for this device; pack as int8 or bfloat16 for it"
         return (
-            f"packed: {dtype} weights need compute capability 8.9 or later, this device has {capability[0]}.{capability[1]};"
+            f"packed: {scheme} weights need compute capability 8.9 or later, this device has {capability[0]}.{capability[1]};"
             " pack as int8 or bfloat16 for it"
         )
 
-    def operand(self, pattern: Pattern, k: int, dtype: DType) -> Operand:
+    def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
         loaded, k = seen(pattern, k)
-        return Operand(False, pattern if loaded != pattern else None, k * dtype.bits // 8)
+        return Operand(False, pattern if loaded != pattern else None, k * scheme.activations.element.bits // 8)
 
     def arrange(self, packed: PackedWeight, xp: Any = np) -> dict[str, Any]:
         pattern, k = seen(packed.pattern, packed.k)
@@ -298,7 +299,7 @@ class Portable:
             left -= rounds * together
         return total
 
-    def error(self, dtype: DType, ks: int) -> float:
+    def error(self, scheme: Scheme, ks: int) -> float:
         return 0.0
 
 

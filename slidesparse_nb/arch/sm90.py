@@ -11,10 +11,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..core.dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, DType
+from ..core.dtypes import CUDA_CODES, FLOAT8, PACKED, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
+from ..core.scheme import Scheme
 from . import sm90_cost
 from .operand import STAGE, Operand, stages
 from .sm90_layout import VALUE_BYTES, arrange, has_compact_metadata, metadata_bytes, row_tiles
@@ -448,13 +449,14 @@ class Hopper:
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability == (9, 0)
 
-    def refuses(self, capability: tuple[int, int], dtype: DType) -> str:
-        if dtype in (INT8, FLOAT8, BFLOAT16, FLOAT16):
+    def refuses(self, capability: tuple[int, int], scheme: Scheme) -> str:
+        """`wgmma` multiplies operands of one type."""
+        if scheme.activations == scheme.weights and scheme.dtype in PACKED:
             return ""
-        return f"packed: {dtype} weights have no kernel for this device; pack as int8 or bfloat16 for it"
+        return f"packed: {scheme} weights have no kernel for this device; pack as int8 or bfloat16 for it"
 
-    def operand(self, pattern: Pattern, k: int, dtype: DType) -> Operand:
-        return Operand(True, pattern, STAGE * stages(pattern, k, dtype))
+    def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
+        return Operand(True, pattern, STAGE * stages(pattern, k, scheme.activations.element))
 
     def arrange(self, packed: PackedWeight, xp: Any) -> dict[str, Any]:
         return arrange(packed, xp)
@@ -484,8 +486,8 @@ class Hopper:
         derived = sum(launch.derived_bytes(problem) for launch in candidate)
         return sm90_cost.nanoseconds(products, problem, along_k(problem)) + sm90_cost.expansion_nanoseconds(derived)
 
-    def error(self, dtype: DType, ks: int) -> float:
-        return -(-ks // 64) * FLOAT8_ERROR if dtype is FLOAT8 else 0.0
+    def error(self, scheme: Scheme, ks: int) -> float:
+        return -(-ks // 64) * FLOAT8_ERROR if scheme.dtype is FLOAT8 else 0.0
 
 
 ARCH = Hopper()

@@ -77,8 +77,8 @@ def build_kernels(
         UnsupportedError: there is no compiler, or it does not know an architecture.
         KernelError: a kernel does not compile.
     """
-    rows, out = [Scheme.of(d).dtype for d in dtypes], FLOATS[float_dtype("out", out)]
-    work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, rows, out))
+    schemes, out = [Scheme.of(d) for d in dtypes], FLOATS[float_dtype("out", out)]
+    work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, schemes, out))
     built = compile_all([job for job, _ in work], workers=workers)
     return [
         Report(
@@ -95,7 +95,7 @@ def build_kernels(
 
 
 def _jobs(
-    capabilities: Sequence[tuple[int, int]], patterns: Sequence[Pattern], dtypes: Sequence[DType], out: str
+    capabilities: Sequence[tuple[int, int]], patterns: Sequence[Pattern], schemes: Sequence[Scheme], out: str
 ) -> Iterator[tuple[Job, tuple[str, str, str, str, int]]]:
     """Every kernel and candidate: how it is built, and what the report says of it beforehand."""
     for capability in capabilities:
@@ -104,9 +104,9 @@ def _jobs(
                 continue
             target = cache.architecture(capability) + arch.suffix
             for pattern in patterns:
-                for dtype in (d for d in dtypes if not arch.refuses(capability, d)):
-                    for config in arch.kernels(pattern, dtype, out, capability):
-                        told = (target, str(pattern), str(dtype), str(config), config.shared_bytes)
+                for scheme in (scheme for scheme in schemes if not arch.refuses(capability, scheme)):
+                    for config in arch.kernels(pattern, scheme.dtype, out, capability):
+                        told = (target, str(pattern), str(scheme), str(config), config.shared_bytes)
                         yield (config.source, config.defines(), target), told
 
 

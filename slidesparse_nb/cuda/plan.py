@@ -111,7 +111,7 @@ class Plan:
         self.problem, self.configs, self.ordinal = problem, configs, ordinal
         self.part_bytes = max(config.part_bytes(problem) for config in configs)
         self.derived_bytes = max(config.derived_bytes(problem) for config in configs)
-        self.operand = arch.of(problem).operand(problem.pattern, problem.k, problem.dtype)
+        self.operand = arch.of(problem).operand(problem.pattern, problem.k, problem.scheme)
         self.launches = tuple(self._launch(config) for config in configs)
         self.scale_at = self.operand.bytes(problem.m)
         self.parts_at = self.scale_at + -(-4 * problem.m // 16) * 16

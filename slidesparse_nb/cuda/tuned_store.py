@@ -38,16 +38,16 @@ def best(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candid
     return (env.tuned() and found(problem, buffers)) or choose(problem, buffers)
 
 
-def ranked(problem: GemmProblem) -> list[tuple[float, Candidate]]:
+def ranked(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> list[tuple[float, Candidate]]:
     """Every candidate and its estimated cost, the cheapest first."""
     own = arch.of(problem)
-    return sorted(((own.cost(way, problem), way) for way in own.candidates(problem)), key=lambda of: of[0])
+    return sorted(((own.cost(way, problem), way) for way in own.candidates(problem, buffers)), key=lambda of: of[0])
 
 
-def likely(problem: GemmProblem) -> list[Candidate]:
+def likely(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> list[Candidate]:
     """The candidates that are worth timing, the model's choice first."""
-    every = ranked(problem)
-    near = dict.fromkeys([choose(problem), *(way for cost, way in every if cost <= WITHIN * every[0][0])])
+    every = ranked(problem, buffers)
+    near = dict.fromkeys([choose(problem, buffers), *(way for cost, way in every if cost <= WITHIN * every[0][0])])
     return list(near)[:MOST_WAYS]
 
 

@@ -103,6 +103,11 @@ class Track:
         """What is computed for m tokens into the type named `out`."""
         return to_device(self.weights[0]).problem(m, out)
 
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """Names of the arranged buffers, on which the candidates depend."""
+        return tuple(to_device(self.weights[0]).buffers)
+
     def race(self, m: int, out: str, ways: Sequence[Candidate]) -> Race:
         """Time the candidates for `problem(m, out)`, the model's choice first."""
         packed = self.weights[0]

@@ -77,7 +77,7 @@ def tune_products(
     wanted = [_checked(product) for product in products]
     capability = _capability()
     for problem in wanted:
-        require_support(for_capability(capability), capability, problem.dtype)
+        require_support(for_capability(capability), capability, problem.scheme)
     end = None if seconds is None else time.monotonic() + seconds
     return _tuned(wanted, end, tell or (lambda text: None))
 
@@ -119,7 +119,7 @@ def _tuned(wanted: list[GemmProblem], end: float | None, tell: Callable[[str], N
             packed = packing.pack(timing.normal(n, k), pattern, dtype, prune="magnitude")
             track, of = timing.Track(packed, clock), (n, k, pattern, dtype)
         problem = track.problem(m, out)
-        ways = tuned_store.likely(problem)
+        ways = tuned_store.likely(problem, track.buffers)
         jobs = kernels_of((config for way in ways for config in way), problem.device.capability)
         name = f"{number + 1}/{len(wanted)}  {n} x {k}, {pattern}, {dtype} -> {out}, m={m}"
         tell(f"{name}: {len(ways)} ways, of {len(jobs)} kernels")
