@@ -113,15 +113,15 @@ def _jobs(
 def build_products(
     products: Iterable[Asked],
     capability: tuple[int, int],
-    processors: int,
+    sms: int,
     compiler: nvrtc.Nvrtc | None = None,
 ) -> int:
-    """Compile the matrix kernels that these products will launch, all of a machine's processors at once; return how many.
+    """Compile the kernels that these products will launch, on all of a machine's processors at once; return how many.
 
     Args:
         products: (m, n, k, pattern, dtype of the weights, name of the type of y) of each.
         capability: compute capability of the GPU, such as (9, 0).
-        processors: multiprocessors that it has.
+        sms: its SMs.
         compiler: by default the one of the CUDA version that CuPy runs on; without CuPy, any that is found.
 
     Raises:
@@ -129,13 +129,13 @@ def build_products(
         UnsupportedError: there is no compiler, or it does not know the architecture.
         KernelError: a kernel does not compile.
     """
-    configs = launches_of(products, capability, processors)
+    configs = launches_of(products, capability, sms)
     return len(compile_all(kernels_of(configs, capability), compiler or cache.device_compiler()))
 
 
-def launches_of(products: Iterable[Asked], capability: tuple[int, int], processors: int) -> list[Config]:
+def launches_of(products: Iterable[Asked], capability: tuple[int, int], sms: int) -> list[Config]:
     """The launches that compute these products, of every one in turn; arguments and errors are those of `build_products`."""
-    device = Device(capability, processors)
+    device = Device(capability, sms)
     return [config for asked in products for config in choose(GemmProblem.of(asked, device))]
 
 

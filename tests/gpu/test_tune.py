@@ -27,7 +27,7 @@ def family(request, tmp_path, monkeypatch):
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(request.param == "portable")))
     monkeypatch.delenv("SLIDESPARSE_TUNED", raising=False)
     monkeypatch.setattr(tuned_store, "folder", lambda: tmp_path / "tuned")
-    monkeypatch.setattr(tuned_store, "MOST_WAYS", MOST)
+    monkeypatch.setattr(tuned_store, "MOST_CANDIDATES", MOST)
     tuned_store.found.cache_clear()
     yield request.param
     tuned_store.found.cache_clear()
