@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm90, sm90_cost, sm90_layout
+from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm90, sm90_cost, sm90_launch, sm90_layout
 from slidesparse_nb.arch.operand import image, image_rows, stages
 from slidesparse_nb.arch.sm90_layout import arrange, expand, restore
 from slidesparse_nb.core import reference
@@ -139,11 +139,11 @@ def test_kernels_fit(dtype: DType, out: str) -> None:
     assert expansion == sm90.Expansion(dtype, 3)
     for config in kernels:
         assert isinstance(config, sm90.Config)
-        room = (sm90.SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
+        room = (sm90_launch.SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
         assert config.stages >= (5 if config.tile.tokens <= 64 else 4)
         assert config.shared_bytes <= room
-        more = config.shared_bytes + sm90.stage_bytes(config.tile, dtype, config.compact)
-        assert more > room - 1024 or config.stages == sm90.MOST_STAGES
+        more = config.shared_bytes + sm90_launch.stage_bytes(config.tile, dtype, config.compact)
+        assert more > room - 1024 or config.stages == sm90_launch.MOST_STAGES
         assert str(config.tile) in str(config)
 
 
@@ -171,7 +171,7 @@ def test_every_candidate_covers_every_tile_and_step(m: int, shape: tuple[int, in
     for candidate in every:
         launches = products(candidate)
         assert (launches != candidate) == any(config.derived for config in launches)
-        assert [config.order for config in launches] in ([sm90.ALONE], [sm90.BEFORE_REST, sm90.REST])
+        assert [config.order for config in launches] in ([sm90_launch.ALONE], [sm90.BEFORE_REST, sm90.REST])
         first, last = launches[0], launches[-1]
         assert (first.row_tiles[0], last.row_tiles[1]) == (0, -(-n // 64))
         assert (first.begin, last.end) == (0, last.tiles(m))
@@ -273,12 +273,12 @@ def test_what_follows_an_expansion_is_not_early() -> None:
         problem = GemmProblem(m, 37888, 3584, Pattern(6, 8), INT8, "bfloat16", DEVICE)
         for candidate in sm90.ARCH.candidates(problem):
             for launch in products(candidate):
-                early = launch.order == sm90.REST or (m <= sm90.PDL_TOKENS and not launch.derived)
+                early = launch.order == sm90.REST or (m <= sm90_launch.PDL_TOKENS and not launch.derived)
                 assert launch.early(problem) == early
         stages_, row_tiles = sm90.along_k(problem), sm90_layout.row_tiles(37888)
         expansion = sm90.Expansion(INT8, 3)
         assert expansion.derived_bytes(problem) == stages_ * row_tiles * 1024
-        assert expansion.grid(problem) == (stages_ * -(-row_tiles // sm90.EXPAND_ROW_TILES), 1, 1)
+        assert expansion.grid(problem) == (stages_ * -(-row_tiles // sm90_launch.EXPAND_ROW_TILES), 1, 1)
 
 
 def test_expansion_pays_at_last() -> None:
