@@ -35,7 +35,8 @@ class Report:
     Attributes:
         registers, spills, stack: of a thread: registers; bytes stored and loaded for want of them; bytes of stack.
         shared: bytes of dynamic shared memory a thread block.
-        sparse: sparse matrix instructions in the machine code; None without a disassembler, and if it does not multiply.
+        sparse: sparse matrix instructions in the machine code; None where there is no disassembler, or the kernel does not
+            multiply.
         serialized: the compiler lets every one of them wait for the one before.
     """
 
@@ -80,17 +81,10 @@ def build_kernels(
     schemes, out = [Scheme.of(d) for d in dtypes], FLOATS[float_dtype("out", out)]
     work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, schemes, out))
     built = compile_all([job for job, _ in work], workers=workers)
+    sparse = [sparse_instructions(b) if multiplies(job) else None for b, (job, _) in zip(built, work, strict=True)]
     return [
-        Report(
-            *told[:4],
-            b.registers,
-            b.spills,
-            b.stack,
-            told[4],
-            sparse_instructions(b) if multiplies(job) else None,
-            b.serialized,
-        )
-        for b, (job, told) in zip(built, work, strict=True)
+        Report(*told[:4], b.registers, b.spills, b.stack, told[4], count, b.serialized)
+        for b, count, (_, told) in zip(built, sparse, work, strict=True)
     ]
 
 
