@@ -99,7 +99,7 @@ def diagnose() -> Iterator[Finding]:
 def _multiplied(capability: tuple[int, int]) -> tuple[DType, ...]:
     """The types of weights that a GPU multiplies; none if it has no sparse tensor cores."""
     try:
-        return arch.multiplied(arch.for_capability(capability), capability)
+        return tuple(scheme.dtype for scheme in arch.multiplied(arch.for_capability(capability), capability))
     except UnsupportedError:
         return ()
 
@@ -241,4 +241,4 @@ def _matmul(dtype: DType) -> str:
     x, packed, wanted = _packs(dtype, cupy.asarray)
     y = ops.matmul(cupy.asarray(x), packed, out_dtype=FLOAT32).get()
     capability = divmod(int(cupy.cuda.Device().compute_capability), 10)
-    return _compare(y, x, wanted, max(ADDITIONS, arch.for_capability(capability).error(dtype, packed.ks)))
+    return _compare(y, x, wanted, max(ADDITIONS, arch.for_capability(capability).error(packed.scheme, packed.ks)))

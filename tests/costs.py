@@ -116,7 +116,7 @@ def bandwidths(cp: Any, m: int, k: int, source: np.dtype[Any], dtype: DType, pat
         width = activations.row_pitch(k, None)
         shape, more = (m, width), {"width": width}
     else:
-        shape, more = (sm90.ARCH.operand(pattern, k, dtype).bytes(m),), {}
+        shape, more = (sm90.ARCH.operand(pattern, k, ss.Scheme.of(dtype)).bytes(m),), {}
     strides = (k * source.itemsize, source.itemsize)
     launch = activations.plan(FLOATS[source], dtype.name, k, strides, True, 90, pattern, **more)
     moved = m * k * source.itemsize + int(np.prod(shape)) + 4 * m

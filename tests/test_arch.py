@@ -16,9 +16,10 @@ from numpy_gpu import BF16, array, close, numpy_for_cupy, ops, wanted, weight
 from slidesparse_nb import arch, doctor
 from slidesparse_nb.arch import sm80, sm90
 from slidesparse_nb.arch.operand import Operand
-from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8
+from slidesparse_nb.core.dtypes import BFLOAT16, INT8
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.core.problem import Device, GemmProblem
+from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.cuda import ahead_of_time
 from slidesparse_nb.errors import UnsupportedError
 
@@ -100,11 +101,11 @@ class Toy:
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability == (9, 0)
 
-    def refuses(self, capability: tuple[int, int], dtype: Any) -> str:
-        return "" if dtype is INT8 else f"packed: the toy has no {dtype}"
+    def refuses(self, capability: tuple[int, int], scheme: Scheme) -> str:
+        return "" if scheme.dtype is INT8 else f"packed: the toy has no {scheme}"
 
-    def operand(self, pattern: Pattern, k: int, dtype: Any) -> Operand:
-        return Operand(False, None, k * dtype.bits // 8)
+    def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
+        return Operand(False, None, k * scheme.dtype.bits // 8)
 
     def arrange(self, packed: Any, xp: Any) -> dict[str, Any]:
         return {"everything": packed.values}
@@ -118,7 +119,7 @@ class Toy:
     def cost(self, candidate: tuple[Whole, ...], problem: GemmProblem) -> float:
         return 1 / len(candidate)
 
-    def error(self, dtype: Any, ks: int) -> float:
+    def error(self, scheme: Scheme, ks: int) -> float:
         return 0.0
 
 
@@ -138,7 +139,9 @@ def test_a_row_of_the_table_is_all_that_an_architecture_needs(monkeypatch: pytes
             with pytest.raises(UnsupportedError, match="packed: the toy has no bfloat16"):
                 ops().matmul(x, weight(40, 96, BFLOAT16))
         assert doctor._multiplied((9, 0)) == (INT8,)
-        jobs = [job for job, _ in ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [INT8, FLOAT8], "bfloat16")]
+        jobs = [
+            job for job, _ in ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [Scheme.of("int8"), Scheme.of("fp8")], "bfloat16")
+        ]
         assert jobs[0] == ("toy/gemm.cu", {"THREADS": 64, "SHARED_BYTES": 1024}, "sm_90t")
         assert {job[0] for job in jobs} == {"toy/gemm.cu", "sm90/gemm.cu", "sm90/expand.cu", "sm80/gemm.cu"}
         assert ahead_of_time.launches_of([(7, 40, 96, "6:8", "int8", "bfloat16")], (9, 0), 132) == [Whole(5), Whole(6)]
@@ -164,14 +167,22 @@ def test_what_no_kernel_multiplies() -> None:
     with pytest.raises(UnsupportedError, match=r"^problem: 2 x y\[3, 64\] = .*: no kernel multiplies groups"):
         arch.choose(replace(problem, groups=2))
     for device in (Device((9, 0), 132), Device((12, 0), 188)):
-        with pytest.raises(UnsupportedError, match="packed: float4_e2m1fn weights have no kernel for this device"):
+        with pytest.raises(UnsupportedError, match="packed: W4A8 weights have no kernel for this device"):
             arch.choose(replace(problem, device=device, scheme="W4A8"))
+
+
+@pytest.mark.parametrize("own", [sm80.ARCH, sm90.ARCH], ids=["portable", "own"])
+def test_a_scheme_is_refused_for_its_activations_too(own: arch.Arch[Any]) -> None:
+    int8 = Scheme.of("int8")
+    assert int8 in arch.multiplied(own, (9, 0))
+    assert own.refuses((9, 0), replace(int8, name="INT8_W8A16", activations=Scheme.of("bf16").activations))
 
 
 def test_wide_groups_are_lifted_in_memory_where_registers_are_too_few() -> None:
     wide = Pattern(16, 18)
-    assert sm80.ARCH.operand(Pattern(14, 16), 100, INT8) == Operand(False, None, 100)
-    assert sm80.ARCH.operand(wide, 100, INT8) == Operand(False, wide, wide.slid_k(100))
+    int8 = Scheme.of("int8")
+    assert sm80.ARCH.operand(Pattern(14, 16), 100, int8) == Operand(False, None, 100)
+    assert sm80.ARCH.operand(wide, 100, int8) == Operand(False, wide, wide.slid_k(100))
     (config,) = arch.choose(GemmProblem(8, 64, 100, wide, INT8, "bfloat16", Device((8, 6), 84)))
     assert config.layout.pattern == Pattern(2, 4)
     assert config.arguments(GemmProblem(8, 64, 100, wide, INT8, "bfloat16", Device((8, 6), 84))) == {

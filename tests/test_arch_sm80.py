@@ -166,7 +166,7 @@ def test_what_is_refused():
         choose(GemmProblem.of((1, 8, 8, "6:8", "fp8", "float32"), Device((8, 6), 84)))
     with pytest.raises(UnsupportedError, match="wider than 16"):
         sm80_layout.layout(Pattern(30, 32), 8)
-    assert multiplied(sm80.ARCH, (8, 0)) == (INT8, BFLOAT16, FLOAT16)
+    assert [scheme.dtype for scheme in multiplied(sm80.ARCH, (8, 0))] == [INT8, BFLOAT16, FLOAT16]
     assert for_capability((12, 0)) is sm80.ARCH
 
 
@@ -177,15 +177,15 @@ CAPABILITIES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (99, 0
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 def test_every_candidate_fits_its_device(capability):
-    limit = sm80.processor(capability).block_shared
-    for dtype in multiplied(sm80.ARCH, capability):
+    limit = sm80.sm_of(capability).block_shared
+    for scheme in multiplied(sm80.ARCH, capability):
         for pattern in PATTERNS:
-            found = list(sm80.ARCH.kernels(pattern, dtype, "float32", capability))
+            found = list(sm80.ARCH.kernels(pattern, scheme.dtype, "float32", capability))
             assert any(c.tile.m == 8 for c in found)
             for config in found:
                 assert config.shared_bytes <= limit
                 assert 2 <= config.stages <= sm80.MOST_STAGES
-                assert config.tile.n <= 16 * sm80_layout.STRIPS
+                assert config.tile.n <= 16 * sm80_layout.ROW_TILES
                 assert config.threads <= 1024
                 assert set(config.defines()) >= {"DTYPE", "OUT", "GROUP", "TILE_N", "TILE_M", "STAGES"}
 
@@ -196,13 +196,13 @@ def test_the_choice_is_the_cheapest_and_says_what_it_is():
     assert (chosen,) in every
     assert sm80.ARCH.cost((chosen,), problem) == min(sm80.ARCH.cost(way, problem) for way in every)
     assert {replace(config, splits=1) for (config,) in every} == set(sm80.ARCH.kernels(Pattern(6, 8), INT8, "bfloat16", (9, 0)))
-    assert chosen.splits > 1  # 56 tiles at most for 132 processors
+    assert chosen.splits > 1  # 56 tiles at most for 132 SMs
     assert chosen.counters(problem) == chosen.tiles(16, 3584)
     assert chosen.part_bytes(problem) == chosen.splits * chosen.tiles(16, 3584) * chosen.tile.m * chosen.tile.n * 4
     assert chosen.arguments(problem) == {"blocks": 148}
     assert str(chosen) == (
         f"{chosen.tile.m} tokens x {chosen.tile.n} outputs, {chosen.tile.warps_m} x {chosen.tile.warps_n} warps,"
-        f" {chosen.stages} stages of 128 columns, k split {chosen.splits} ways"
+        f" {chosen.stages} stages of 128 columns, split-K {chosen.splits}"
     )
     (large,) = choose(replace(problem, m=4096, n=37888, k=3584))
     assert large.splits == 1

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm90, sm90_cost, sm90_layout
+from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm90, sm90_cost, sm90_launch, sm90_layout
 from slidesparse_nb.arch.operand import image, image_rows, stages
 from slidesparse_nb.arch.sm90_layout import arrange, expand, restore
 from slidesparse_nb.core import reference
@@ -16,6 +16,7 @@ from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, 
 from slidesparse_nb.core.packed import PackedWeight
 from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.core.problem import Device, GemmProblem
+from slidesparse_nb.core.scheme import Scheme
 
 HOPPER = (9, 0)
 DEVICE = Device(HOPPER, 132, portable=False)
@@ -70,7 +71,7 @@ def test_layouts_multiply_to_the_product(pattern: Pattern, dtype: DType, full: b
     words = expand(arranged["compact"], pattern, dtype) if "compact" in arranged else arranged["expanded"]
     assert "compact" not in arranged or words.nbytes == 2 * arranged["compact"].nbytes
     assert tiles.shape == (count, 3, 8, 128)
-    assert tiles.nbytes == sm90.ARCH.operand(pattern, k, dtype).bytes(m)
+    assert tiles.nbytes == sm90.ARCH.operand(pattern, k, Scheme.of(dtype)).bytes(m)
     y = np.zeros((128, 24))
     for stage in range(count):
         rows, token, byte = tiles[stage].reshape(24, 128), np.arange(24)[:, None], np.arange(128)
@@ -138,11 +139,11 @@ def test_kernels_fit(dtype: DType, out: str) -> None:
     assert expansion == sm90.Expansion(dtype, 3)
     for config in kernels:
         assert isinstance(config, sm90.Config)
-        room = (sm90.SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
+        room = (sm90_launch.SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
         assert config.stages >= (5 if config.tile.tokens <= 64 else 4)
         assert config.shared_bytes <= room
-        more = config.shared_bytes + sm90.stage_bytes(config.tile, dtype, config.compact)
-        assert more > room - 1024 or config.stages == sm90.MOST_STAGES
+        more = config.shared_bytes + sm90_launch.stage_bytes(config.tile, dtype, config.compact)
+        assert more > room - 1024 or config.stages == sm90_launch.MOST_STAGES
         assert str(config.tile) in str(config)
 
 
@@ -170,7 +171,7 @@ def test_every_candidate_covers_every_tile_and_step(m: int, shape: tuple[int, in
     for candidate in every:
         launches = products(candidate)
         assert (launches != candidate) == any(config.derived for config in launches)
-        assert [config.order for config in launches] in ([sm90.ALONE], [sm90.BEFORE_REST, sm90.REST])
+        assert [config.order for config in launches] in ([sm90_launch.ALONE], [sm90.BEFORE_REST, sm90.REST])
         first, last = launches[0], launches[-1]
         assert (first.row_tiles[0], last.row_tiles[1]) == (0, -(-n // 64))
         assert (first.begin, last.end) == (0, last.tiles(m))
@@ -232,7 +233,7 @@ def test_hopper_has_kernels_of_its_own_unless_portable_ones_are_asked_for(monkey
 
 
 def test_all_types_are_supported() -> None:
-    assert multiplied(sm90.ARCH, HOPPER) == (INT8, FLOAT8, BFLOAT16, FLOAT16)
+    assert [scheme.dtype for scheme in multiplied(sm90.ARCH, HOPPER)] == [INT8, FLOAT8, BFLOAT16, FLOAT16]
 
 
 @pytest.mark.parametrize("tile", [tile for tile in sm90.TILES if tile.warpgroups == 3], ids=str)
@@ -272,12 +273,12 @@ def test_what_follows_an_expansion_is_not_early() -> None:
         problem = GemmProblem(m, 37888, 3584, Pattern(6, 8), INT8, "bfloat16", DEVICE)
         for candidate in sm90.ARCH.candidates(problem):
             for launch in products(candidate):
-                early = launch.order == sm90.REST or (m <= sm90.PDL_TOKENS and not launch.derived)
+                early = launch.order == sm90.REST or (m <= sm90_launch.PDL_TOKENS and not launch.derived)
                 assert launch.early(problem) == early
         stages_, row_tiles = sm90.along_k(problem), sm90_layout.row_tiles(37888)
         expansion = sm90.Expansion(INT8, 3)
         assert expansion.derived_bytes(problem) == stages_ * row_tiles * 1024
-        assert expansion.grid(problem) == (stages_ * -(-row_tiles // sm90.EXPAND_ROW_TILES), 1, 1)
+        assert expansion.grid(problem) == (stages_ * -(-row_tiles // sm90_launch.EXPAND_ROW_TILES), 1, 1)
 
 
 def test_expansion_pays_at_last() -> None:

@@ -19,6 +19,7 @@ from compilers import most_spilled
 from slidesparse_nb.arch import multiplied, sm80
 from slidesparse_nb.core.dtypes import FLOAT16, PACKED, DType
 from slidesparse_nb.core.pattern import Pattern, known_patterns
+from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.cuda import ahead_of_time
 from slidesparse_nb.cuda.jit import cache as jit
 from slidesparse_nb.errors import OperandError
@@ -41,10 +42,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tiles(capability: tuple[int, int], dtype: DType) -> list[list[Work]]:
     """The kernels of an architecture and type: a list for every tile, of what it is for each pattern."""
     found: dict[tuple[str, str, bool], list[Work]] = {}
-    for job, told in ahead_of_time._jobs([capability], known_patterns(), [dtype], "bfloat16"):
+    for job, told in ahead_of_time._jobs([capability], known_patterns(), [Scheme.of(dtype)], "bfloat16"):
         tile = told[3].split(" stages")[0].rsplit(",", 1)[0]  # their number differs between patterns
         found.setdefault((told[0], tile, "compact metadata" in told[3]), []).append((job, told))
-    assert bool(found) == (dtype in multiplied(sm80.ARCH, capability))
+    assert bool(found) == (dtype in {scheme.dtype for scheme in multiplied(sm80.ARCH, capability)})
     return list(found.values())
 
 
@@ -88,7 +89,8 @@ def test_every_tile(capability, dtype):
 
 def test_portable_kernels_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", "1")
-    assert {told[0] for _, told in ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [PACKED[0]], "bfloat16")} == {"sm_90"}
+    jobs = ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [Scheme.of(PACKED[0])], "bfloat16")
+    assert {told[0] for _, told in jobs} == {"sm_90"}
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -410,6 +410,18 @@ def test_metadata_that_a_plan_expands(dtype: DType, monkeypatch: pytest.MonkeyPa
         assert there.nbytes == held
 
 
+def test_metadata_that_cannot_be_compact(gpu: Any) -> None:
+    """16-bit weights with a group of zeros, which stay as they are for any number of tokens."""
+    w = np.random.default_rng(5).standard_normal((300, 512)).astype(np.float32)
+    w[7, 8:16] = 0
+    packed = reference.pack(reference.prune(w, Pattern(6, 8)), Pattern(6, 8), BFLOAT16)
+    x = array(np.random.default_rng(6).standard_normal((700, 512)).astype(BF16))
+    for m in (5, 700):
+        close(ops().matmul(x[:m], packed), wanted(x[:m], packed))
+    assert set(gpu.launched[1::2]) == {"gemm"}
+    assert [*gpu.gemm.to_device(packed).buffers] == (["values", "expanded"] if gpu.own else ["weights"])
+
+
 def test_counters_of_any_number_of_streams(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan: Any = importlib.import_module("slidesparse_nb.cuda.plan")
     monkeypatch.setattr(plan, "COUNTER_SETS", 2)

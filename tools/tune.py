@@ -125,7 +125,7 @@ def _show(found: list[Any], as_json: bool, verbose: int) -> None:
     for one in found:
         times = (f"{one.model_us:.1f}", f"{one.best_us:.1f}", f"{100 * one.gain:.1f}%")
         kept = (" + ".join(one.best) if verbose else "yes") if one.kept else "-"
-        rows.append((f"{one.n}, {one.k}", one.pattern, f"{one.dtype} -> {one.out}", one.m, one.ways, *times, kept))
+        rows.append((f"{one.n}, {one.k}", one.pattern, f"{one.dtype} -> {one.out}", one.m, one.candidates, *times, kept))
     print_table(COLUMNS, rows, left=(0, 1, 2, 8))
     kept = sum(one.kept for one in found)
     say(f"{kept} of {count(len(found), 'product')} kept; new processes use them, SLIDESPARSE_TUNED=0 leaves them aside")

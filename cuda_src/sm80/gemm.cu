@@ -1,13 +1,13 @@
 // y[m, n] = x[m, k] @ w[n, k].T with (2N-2):2N weights on the sparse tensor cores of sm_80 and later.
 //
-// Weights stand arranged in fragment order (arch/sm80_layout.py, `arrange`); activations stand unslid, as they are, and are lifted
-// between shared memory and the instruction:
+// Weights are stored in fragment order (arch/sm80_layout.py, `arrange`); activations are stored as they are, and are lifted between
+// shared memory and the instruction:
 //
 //   8-bit    a window is one register. At an even unit it is a word of x as loaded; at an odd unit, one byte permute of two.
 //   16-bit   a window is a register of an even lane and one of the odd lane beside it. The even lane only ever needs even
 //            units, the odd lane odd ones; at an odd unit of the window each takes one of two words that it has.
 //
-// A thread block makes TILE_M tokens x TILE_N outputs; a warp WARP_M x WARP_N of it, as WARP_N/16 strips x WARP_M/8 groups.
+// A thread block makes TILE_M tokens x TILE_N outputs; a warp WARP_M x WARP_N of it, as WARP_N/16 row tiles x WARP_M/8 groups.
 //
 //   global --cp.async--> ring of STAGES stages --> A: registers, for up to PASS instructions along k at a time
 //                                              --> x: words of 8 tokens --lift--> B --mma.sp--> accumulators
@@ -51,21 +51,21 @@ constexpr bool WIDE = DTYPE == TYPE_BFLOAT16 || DTYPE == TYPE_FLOAT16;
 constexpr int UNITS = GROUP / 2, WINDOWS = UNITS - 1;           // per group
 constexpr int STEPS = 2 * WORDS / UNITS * WINDOWS / 4;          // instructions along k in a block
 constexpr int META_WORDS = WIDE ? (STEPS + 1) / 2 : STEPS;      // an index word serves two 16-bit instructions
-constexpr int BLOCK_BYTES = 512 * STEPS + 128 * META_WORDS;     // of one strip
-constexpr int ROW_BYTES = 16 * WORDS, PIECES = ROW_BYTES / 16;  // of one row of x, in pieces of 16 bytes
+constexpr int BLOCK_BYTES = 512 * STEPS + 128 * META_WORDS;     // of one row tile
+constexpr int ROW_BYTES = 16 * WORDS, CHUNKS = ROW_BYTES / 16;  // of one row of x, in chunks of 16 bytes
 constexpr bool MIRRORED = WIDE && RUN % 4 == 0;                 // the second pair of lanes reads runs backwards: other banks
 constexpr int WARPS = WARPS_N * WARPS_M;
 constexpr int WARP_N = TILE_N / WARPS_N, WARP_M = TILE_M / WARPS_M;
-constexpr int STRIPS = WARP_N / 16, GROUPS = WARP_M / 8;        // of one warp
+constexpr int ROW_TILES = WARP_N / 16, GROUPS = WARP_M / 8;     // of one warp
 // On sm_90 and sm_100 the compiler builds the float8 instruction from others, and needs registers for that.
 constexpr bool EMULATED = DTYPE == TYPE_FLOAT8 && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200;
-constexpr int FRAGMENTS = EMULATED ? 1 : STRIPS * GROUPS > 16 ? 12 : 20;  // of A that a warp holds beside its accumulators
-constexpr int AT_ONCE = FRAGMENTS / STRIPS > 0 ? FRAGMENTS / STRIPS : 1;
+constexpr int FRAGMENTS = EMULATED ? 1 : ROW_TILES * GROUPS > 16 ? 12 : 20;  // of A that a warp holds beside its accumulators
+constexpr int AT_ONCE = FRAGMENTS / ROW_TILES > 0 ? FRAGMENTS / ROW_TILES : 1;
 constexpr int PASSES = (STEPS + AT_ONCE - 1) / AT_ONCE, PASS = (STEPS + PASSES - 1) / PASSES;
 
-static_assert(TILE_N % (16 * WARPS_N) == 0 && TILE_M % (8 * WARPS_M) == 0, "a warp takes whole strips and groups of 8 tokens");
+static_assert(TILE_N % (16 * WARPS_N) == 0 && TILE_M % (8 * WARPS_M) == 0, "a warp takes whole row tiles and groups of 8 tokens");
 static_assert(2 * WORDS % UNITS == 0 && (2 * WORDS / UNITS * WINDOWS) % 4 == 0, "a block takes whole groups and instructions");
-static_assert(STRIDE % 16 == 0 && STRIDE >= ROW_BYTES && PIECES <= 32 && STAGES >= 2, "rows are copied in 16-byte pieces");
+static_assert(STRIDE % 16 == 0 && STRIDE >= ROW_BYTES && CHUNKS <= 32 && STAGES >= 2, "rows are copied in 16-byte chunks");
 
 typedef Stage<TILE_N / 16, BLOCK_BYTES, TILE_M, STRIDE> StageT;
 typedef SharedMemory<STAGES, StageT, WARPS, Staging<WARP_N>> Shared;
@@ -165,32 +165,32 @@ struct Lane {
 };
 
 // ---- copies from global memory ---------------------------------------------------------------------------------------------
-// The weights of a tile and block are contiguous, so all threads copy them 16 bytes each, in rounds. Of x, PIECES threads copy
+// The weights of a tile and block are contiguous, so all threads copy them 16 bytes each, in rounds. Of x, CHUNKS threads copy
 // a row, and a round takes as many rows as there are threads for.
 struct Copies {
-    static constexpr int ROUND = 16 * THREADS, TILE_BYTES = TILE_N / 16 * BLOCK_BYTES, ROUND_ROWS = THREADS / PIECES;
+    static constexpr int ROUND = 16 * THREADS, TILE_BYTES = TILE_N / 16 * BLOCK_BYTES, ROUND_ROWS = THREADS / CHUNKS;
     static constexpr int W_ROUNDS = (TILE_BYTES + ROUND - 1) / ROUND, X_ROUNDS = (TILE_M + ROUND_ROWS - 1) / ROUND_ROWS;
     static constexpr int ROUNDS = W_ROUNDS + X_ROUNDS;
     const u8 *weights, *x;
     i64 w_step, x_step;  // bytes from block to block; from a round's row of x to the next round's
-    int x_left;          // bytes of the row of x from this thread's piece on: pieces past them are zeros
+    int x_left;          // bytes of the row of x from this thread's chunk on: chunks past them are zeros
     int rows;            // rows of x from this thread's first on: the others are zeros
 
     INLINE Copies(const u8* all_x, i64 x_pitch, i64 x_bytes, const u8* all_weights, i64 n, i64 m, i64 first, int tile_n, int tile_m) {
-        const i64 strips = (n + 255) / 256 * 16, strip = (i64)tile_n * (TILE_N / 16);  // whole tiles of any size
-        const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES * 16;
+        const i64 row_tiles = (n + 255) / 256 * 16, row_tile = (i64)tile_n * (TILE_N / 16);  // whole tiles of any size
+        const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS * 16;
         const i64 token = (i64)tile_m * TILE_M + row;
-        w_step = strips * BLOCK_BYTES;
-        weights = all_weights + first * w_step + strip * BLOCK_BYTES + threadIdx.x * 16;
+        w_step = row_tiles * BLOCK_BYTES;
+        weights = all_weights + first * w_step + row_tile * BLOCK_BYTES + threadIdx.x * 16;
         x_step = x_pitch * ROUND_ROWS;
-        x = all_x + token * x_pitch + first * ROW_BYTES + piece;
-        x_left = (int)(x_bytes - first * ROW_BYTES - piece);
+        x = all_x + token * x_pitch + first * ROW_BYTES + chunk;
+        x_left = (int)(x_bytes - first * ROW_BYTES - chunk);
         rows = (int)(m - token < TILE_M ? m - token : TILE_M);
     }
 
     // Part `part` of `parts` of the next block of k, if there is one, into a stage; all parts in order make a block.
     INLINE void next(StageT& stage, bool more, int part = 0, int parts = 1) {
-        const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES * 16, valid = x_left > 0 ? rows : 0;
+        const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS * 16, valid = x_left > 0 ? rows : 0;
 #pragma unroll
         for (int round = ROUNDS * part / parts; round < ROUNDS * (part + 1) / parts; round++) {
             if (round < W_ROUNDS) {
@@ -199,8 +199,8 @@ struct Copies {
                 cp_async_16(more && mine, stage.weights[0] + threadIdx.x * 16 + at, weights + at);
             } else {
                 const int at = (round - W_ROUNDS) * ROUND_ROWS;
-                const bool mine = (THREADS % PIECES == 0 || row < ROUND_ROWS) && (TILE_M % ROUND_ROWS == 0 || row + at < TILE_M);
-                cp_async_16(more && mine, stage.x[row] + piece + at * STRIDE, x, at < valid);
+                const bool mine = (THREADS % CHUNKS == 0 || row < ROUND_ROWS) && (TILE_M % ROUND_ROWS == 0 || row + at < TILE_M);
+                cp_async_16(more && mine, stage.x[row] + chunk + at * STRIDE, x, at < valid);
                 x += x_step;
                 asm("" : "+l"(x));  // or the compiler keeps every multiple of x_step in registers
             }
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
     const u8* __restrict__ x,         // [M, K] of DTYPE, 16-byte aligned rows
     i64 x_pitch,                      // bytes from row to row, a multiple of 16
     i64 x_bytes,                      // bytes of K elements
-    const u8* __restrict__ weights,   // [blocks, strips, BLOCK_BYTES], arranged; strips a multiple of 16
+    const u8* __restrict__ weights,   // [blocks, row tiles, BLOCK_BYTES], arranged; row tiles a multiple of 16
     const float* __restrict__ scale_x,  // [M], 8-bit types
     const float* __restrict__ scale_w,  // [N], 8-bit types
     const void* __restrict__ bias,    // [N] of bias_type, or null
@@ -222,17 +222,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
     Output<OUT>::Storage* __restrict__ y,  // [M, N]
     i64 y_pitch,                      // elements from row to row
     i64 m, i64 n, i64 blocks,
-    uint4* __restrict__ parts,        // [gridDim.y, tiles, STRIPS * GROUPS, THREADS] accumulators, if gridDim.y > 1
+    uint4* __restrict__ parts,        // [gridDim.y, tiles, ROW_TILES * GROUPS, THREADS] accumulators, if gridDim.y > 1
     u32* __restrict__ arrived)        // [tiles] zeros, and left so
 {
     extern __shared__ __align__(16) u8 raw[];
     Shared& shared = *(Shared*)raw;
 
-    // Tiles of 8 columns of tiles side by side run together, so that they share weights and activations in the L2 cache.
+    // Rasterization groups: 8 columns of tiles side by side run together, so that they share weights and activations in L2.
     const int tiles_n = (int)((n + TILE_N - 1) / TILE_N), tiles_m = (int)((m + TILE_M - 1) / TILE_M);
-    const int band = blockIdx.x / (8 * tiles_m), in_band = blockIdx.x % (8 * tiles_m);
-    const int width = tiles_n - 8 * band < 8 ? tiles_n - 8 * band : 8;
-    const int tile_n = 8 * band + in_band % width, tile_m = in_band / width;
+    const int raster_group = blockIdx.x / (8 * tiles_m), inside = blockIdx.x % (8 * tiles_m);
+    const int width = tiles_n - 8 * raster_group < 8 ? tiles_n - 8 * raster_group : 8;
+    const int tile_n = 8 * raster_group + inside % width, tile_m = inside / width;
 
     const int warp = threadIdx.x / 32;
     const int warp_n = warp % WARPS_N * WARP_N, warp_m = warp / WARPS_N * WARP_M;
@@ -241,16 +241,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
     const int count = (int)(blocks * (blockIdx.y + 1) / gridDim.y - first);
     Copies copies(x, x_pitch, x_bytes, weights, n, m, first, tile_n, tile_m);
 
-    Accumulator acc[STRIPS][GROUPS][4] = {};
-    uint4 a[PASS][STRIPS];
-    u32 e[PASS][STRIPS];
+    Accumulator acc[ROW_TILES][GROUPS][4] = {};
+    uint4 a[PASS][ROW_TILES];
+    u32 e[PASS][ROW_TILES];
     u32 words[2][WORDS];
 
     auto load_a = [&](const StageT& stage, int pass, int s, int i) {
-        const u8* strip = stage.weights[warp_n / 16 + i];
+        const u8* row_tile = stage.weights[warp_n / 16 + i];
         int step = pass * PASS + s, index = threadIdx.x % 32;
-        a[s][i] = ((const uint4*)strip)[32 * step + index];
-        if (!WIDE || step % 2 == 0 || s == 0) e[s][i] = ((const u32*)(strip + 512 * STEPS))[32 * (WIDE ? step / 2 : step) + index];
+        a[s][i] = ((const uint4*)row_tile)[32 * step + index];
+        if (!WIDE || step % 2 == 0 || s == 0) e[s][i] = ((const u32*)(row_tile + 512 * STEPS))[32 * (WIDE ? step / 2 : step) + index];
     };
     auto load_x = [&](u32 (&w)[WORDS], const StageT& stage, int pass, int group) {
         lane.load(w, stage.x[warp_m + 8 * group + lane.g], pass);
@@ -266,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
 #pragma unroll
     for (int s = 0; s < PASS; s++)
 #pragma unroll
-        for (int i = 0; i < STRIPS; i++) load_a(shared.stage[0], 0, s, i);
+        for (int i = 0; i < ROW_TILES; i++) load_a(shared.stage[0], 0, s, i);
     load_x(words[0], shared.stage[0], 0, 0);
 
     int slot = 0;
@@ -299,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
 #pragma unroll
                         for (int r = 0; r < 4; r++) b[r] = lane.window(words[turn], 4 * step + r);
 #pragma unroll
-                        for (int i = 0; i < STRIPS; i++) {
+                        for (int i = 0; i < ROW_TILES; i++) {
                             if (step % 2 == 0) multiply<0>(acc[i][group], a[s][i], b, e[s][i]);
                             else multiply<1>(acc[i][group], a[s][i], b, e[WIDE && s > 0 ? s - 1 : s][i]);
                         }
@@ -309,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
 #pragma unroll
                     for (int s = 0; s < PASS; s++)
 #pragma unroll
-                        for (int i = 0; i < STRIPS; i++)
+                        for (int i = 0; i < ROW_TILES; i++)
                             if (next_pass * PASS + s < STEPS) load_a(source, next_pass, s, i);
             }
         }
@@ -321,11 +321,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
     __syncthreads();
 
     if (gridDim.y > 1) {  // this block's part; whoever comes last adds them all, in order
-        const i64 tiles = gridDim.x, part = (i64)STRIPS * GROUPS * THREADS;
+        const i64 tiles = gridDim.x, part = (i64)ROW_TILES * GROUPS * THREADS;
         uint4* mine = parts + blockIdx.x * part + threadIdx.x;
         auto fragment = [&](int f) -> Accumulator (&)[4] { return acc[f / GROUPS][f % GROUPS]; };
 #pragma unroll
-        for (int f = 0; f < STRIPS * GROUPS; f++) mine[blockIdx.y * tiles * part + f * THREADS] = *(const uint4*)fragment(f);
+        for (int f = 0; f < ROW_TILES * GROUPS; f++) mine[blockIdx.y * tiles * part + f * THREADS] = *(const uint4*)fragment(f);
         __threadfence();
         __syncthreads();
         u32& seen = *(u32*)raw;
@@ -336,7 +336,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
         if (threadIdx.x == 0) arrived[blockIdx.x] = 0;
         __syncthreads();  // `seen` is about to be overwritten
 #pragma unroll
-        for (int f = 0; f < STRIPS * GROUPS; f++) {
+        for (int f = 0; f < ROW_TILES * GROUPS; f++) {
             Accumulator(&sum)[4] = fragment(f);
             sum[0] = sum[1] = sum[2] = sum[3] = 0;
             for (i64 z = 0; z < gridDim.y; z++) {
@@ -348,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
         }
     }
 
-    // Epilogue: eight tokens at a time through this warp's own rows in shared memory, out in 16-byte pieces of y.
+    // Epilogue: eight tokens at a time through this warp's own rows in shared memory, out in 16-byte chunks of y.
     typedef Output<OUT>::Storage Out;
     constexpr int VECTOR = 16 / sizeof(Out), LANES = WARP_N / VECTOR;  // lanes that write one row
     static_assert(32 % LANES == 0, "the lanes of a warp share out whole rows");
@@ -365,7 +365,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
 #pragma unroll
-        for (int i = 0; i < STRIPS; i++)
+        for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
             for (int r = 0; r < 4; r++)
                 staging.row[2 * lane.q + (r & 1)][16 * i + 8 * (r >> 1) + lane.g] = as_float(acc[i][group][r]);

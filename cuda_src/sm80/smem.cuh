@@ -2,8 +2,8 @@
 #pragma once
 #include "common/types.cuh"
 
-template <int Strips, int BlockBytes, int Rows, int Stride> struct alignas(16) Stage {
-    u8 weights[Strips][BlockBytes];  // a strip = 16 outputs: [steps][32 lanes][16 bytes], then [words][32 lanes][4 bytes]
+template <int RowTiles, int BlockBytes, int Rows, int Stride> struct alignas(16) Stage {
+    u8 weights[RowTiles][BlockBytes];  // a row tile is 16 outputs: [steps][32 lanes][16 bytes], then [words][32 lanes][4 bytes]
     u8 x[Rows][Stride];              // a row = one token, unslid, padded so that loads meet no bank conflict
 };
 

@@ -1,4 +1,4 @@
-// What the host chooses (arch/sm90.py), and what follows from it. The defaults let gemm.cu compile alone.
+// What the host chooses (arch/sm90_launch.py), and what follows from it. The defaults let gemm.cu compile alone.
 #pragma once
 #include "common/types.cuh"
 

@@ -11,10 +11,11 @@ from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 from .. import env
-from ..core.dtypes import PACKED, DType
+from ..core.dtypes import DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
+from ..core.scheme import SCHEMES, Scheme
 from ..errors import UnsupportedError
 from . import sm80, sm90
 from .operand import Operand
@@ -95,10 +96,10 @@ class Arch(Protocol[C]):
     def serves(self, capability: tuple[int, int]) -> bool:
         """Whether its kernel runs on a GPU of this compute capability."""
 
-    def refuses(self, capability: tuple[int, int], dtype: DType) -> str:
-        """Why weights of this type cannot be multiplied there, in a sentence; "" if they can."""
+    def refuses(self, capability: tuple[int, int], scheme: Scheme) -> str:
+        """Why weights of this scheme cannot be multiplied there, in a sentence; "" if they can."""
 
-    def operand(self, pattern: Pattern, k: int, dtype: DType) -> Operand:
+    def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
         """The layout of x [m, k]."""
 
     def arrange(self, packed: PackedWeight, xp: Any) -> dict[str, Any]:
@@ -117,7 +118,7 @@ class Arch(Protocol[C]):
     def cost(self, candidate: tuple[C, ...], problem: GemmProblem) -> float:
         """Estimated time, of a unit that candidates of one problem share."""
 
-    def error(self, dtype: DType, ks: int) -> float:
+    def error(self, scheme: Scheme, ks: int) -> float:
         """How far sums over ks expanded columns may be off, relative to those of magnitudes, beside additions in float32."""
 
 
@@ -157,14 +158,14 @@ def of(problem: GemmProblem) -> Arch[Any]:
     return for_capability(problem.device.capability, problem.device.portable)
 
 
-def multiplied(arch: Arch[Any], capability: tuple[int, int]) -> tuple[DType, ...]:
-    """The types of weights that `arch` multiplies there."""
-    return tuple(dtype for dtype in PACKED if not arch.refuses(capability, dtype))
+def multiplied(arch: Arch[Any], capability: tuple[int, int]) -> tuple[Scheme, ...]:
+    """The schemes that `arch` multiplies there."""
+    return tuple(scheme for scheme in SCHEMES.values() if not arch.refuses(capability, scheme))
 
 
-def require_support(arch: Arch[Any], capability: tuple[int, int], dtype: DType) -> None:
-    """Raise UnsupportedError where `arch` cannot multiply weights of this type."""
-    if why := arch.refuses(capability, dtype):
+def require_support(arch: Arch[Any], capability: tuple[int, int], scheme: Scheme) -> None:
+    """Raise UnsupportedError where `arch` cannot multiply weights of this scheme."""
+    if why := arch.refuses(capability, scheme):
         raise UnsupportedError(why)
 
 
@@ -173,10 +174,10 @@ def choose(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Cand
     """The cheapest candidate, the first of equals, for weights of these buffers (`Arch.candidates`).
 
     Raises:
-        UnsupportedError: the device cannot multiply weights of this type, or more than one group.
+        UnsupportedError: the device cannot multiply weights of this scheme, or more than one group.
     """
     if problem.groups != 1:
         raise UnsupportedError(f"problem: {problem}: no kernel multiplies groups; multiply them one by one")
     arch = of(problem)
-    require_support(arch, problem.device.capability, problem.dtype)
+    require_support(arch, problem.device.capability, problem.scheme)
     return min(arch.candidates(problem, buffers), key=lambda candidate: arch.cost(candidate, problem))

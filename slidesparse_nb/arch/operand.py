@@ -50,17 +50,17 @@ STAGE = 128
 HALVES = np.array([0, 1, 4, 5, 2, 3, 6, 7])
 """Positions of the 16-byte chunks of a stage of an 8-bit type: both instructions' windows 0-15, then 16-31. Its own inverse."""
 
-TOKEN, PIECE = np.arange(8)[:, None], np.arange(8)
+TOKEN, CHUNK = np.arange(8)[:, None], np.arange(8)
 
 
-def piece_at(size: int) -> Any:
+def chunk_at(size: int) -> Any:
     """Positions of the 16-byte chunks of eight tokens in a stage, elements of `size` bytes: int [token, chunk]."""
-    return (HALVES if size == 1 else PIECE) ^ TOKEN
+    return (HALVES if size == 1 else CHUNK) ^ TOKEN
 
 
-def piece_from(size: int) -> Any:
-    """Which chunk is stored at each position: the inverse of `piece_at`."""
-    place = PIECE ^ TOKEN
+def chunk_from(size: int) -> Any:
+    """Which chunk is stored at each position: the inverse of `chunk_at`."""
+    place = CHUNK ^ TOKEN
     return HALVES[place] if size == 1 else place
 
 
@@ -76,7 +76,7 @@ def _stages_of(slid_bytes: int) -> int:
 def image(x: Any, pattern: Pattern, xp: Any = np) -> Any:
     """Activations [m, k] of a packed type, lifted, in the swizzled tile layout: uint8 [stages, ceil(m / 8), 8, 128].
 
-    Chunk p of 16 bytes of a token's stage is stored at `piece_at`, which swizzles.
+    Chunk p of 16 bytes of a token's stage is stored at `chunk_at`, which swizzles.
     """
     m, k = x.shape
     size = x.dtype.itemsize
@@ -88,15 +88,15 @@ def image(x: Any, pattern: Pattern, xp: Any = np) -> Any:
     slid = xp.zeros((padded.shape[0], count * STAGE // size), raw.dtype)
     slid[:, :ks] = padded[:, xp.asarray(pattern.lift_index(k))]
     slid = slid.view(np.uint8).reshape(-1, 8, count, 8, 16)  # group, token, stage, chunk, byte
-    slid = slid[:, xp.asarray(TOKEN), :, xp.asarray(piece_from(size))]  # [token, position, group, stage, byte]
+    slid = slid[:, xp.asarray(TOKEN), :, xp.asarray(chunk_from(size))]  # [token, position, group, stage, byte]
     return xp.ascontiguousarray(slid.transpose(3, 2, 0, 1, 4)).reshape(count, -1, 8, STAGE)
 
 
 def image_rows(made: Any, m: int, k: int, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
     """Inverse of `image`: activations [m, k] as their bits (`dtype.raw`), from the first window that holds each."""
     count = made.shape[0]
-    pieces = made.reshape(count, -1, 8, 8, 16)[:, :, xp.asarray(TOKEN), xp.asarray(piece_at(dtype.bits // 8))]
-    slid = xp.ascontiguousarray(pieces.transpose(1, 2, 0, 3, 4)).reshape(-1, count * STAGE).view(dtype.raw)
+    chunks = made.reshape(count, -1, 8, 8, 16)[:, :, xp.asarray(TOKEN), xp.asarray(chunk_at(dtype.bits // 8))]
+    slid = xp.ascontiguousarray(chunks.transpose(1, 2, 0, 3, 4)).reshape(-1, count * STAGE).view(dtype.raw)
     group, inside = np.divmod(np.arange(k), pattern.group)
     window = np.minimum(inside // 2, pattern.windows - 1)
     return slid[:m, xp.asarray((group * pattern.windows + window) * 4 + inside - 2 * window)]

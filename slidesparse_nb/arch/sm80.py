@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..core.dtypes import BFLOAT16, CUDA_CODES, FLOAT8, FLOAT16, INT8, DType
+from ..core.dtypes import CUDA_CODES, FLOAT8, PACKED, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
+from ..core.scheme import Scheme
 from .operand import Operand
 from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout
 
@@ -43,7 +44,7 @@ def emulated(capability: tuple[int, int], dtype: DType) -> bool:
 
 @dataclass(frozen=True)
 class Tile:
-    """A thread block computes m tokens x n outputs, by warps_m x warps_n warps; per_sm blocks should share a processor."""
+    """A thread block computes m tokens x n outputs, by warps_m x warps_n warps; per_sm blocks should share an SM."""
 
     n: int
     m: int
@@ -88,12 +89,12 @@ MOST_SPLITS = 16
 
 
 @dataclass(frozen=True)
-class Processor:
-    """What the choice needs to know of a GPU's multiprocessors.
+class Sm:
+    """What the choice needs to know of a GPU's SMs.
 
     Attributes:
         shared, block_shared: bytes of shared memory, of all blocks together and of one.
-        mma_clocks: clocks of one sparse instruction, per multiprocessor (its four parts working).
+        mma_clocks: clocks of one sparse instruction, per SM (its four parts working).
     """
 
     shared: int
@@ -101,13 +102,13 @@ class Processor:
     mma_clocks: int
 
 
-def processor(capability: tuple[int, int]) -> Processor:
+def sm_of(capability: tuple[int, int]) -> Sm:
     """CUDA C++ Programming Guide, "Compute Capabilities"; unknown ones count as the smallest."""
     if capability in ((8, 0), (8, 7)):
-        return Processor(164 << 10, 163 << 10, 2)
+        return Sm(164 << 10, 163 << 10, 2)
     if 9 <= capability[0] < 12:
-        return Processor(228 << 10, 227 << 10, 2)
-    return Processor(100 << 10, 99 << 10, 4)
+        return Sm(228 << 10, 227 << 10, 2)
+    return Sm(100 << 10, 99 << 10, 4)
 
 
 def stage_bytes(layout: Layout, tile: Tile) -> int:
@@ -115,7 +116,7 @@ def stage_bytes(layout: Layout, tile: Tile) -> int:
     return tile.n // 16 * layout.block_bytes + tile.m * layout.stride
 
 
-def stages(layout: Layout, tile: Tile, sm: Processor) -> int:
+def stages(layout: Layout, tile: Tile, sm: Sm) -> int:
     """As many stages as leave room for tile.per_sm blocks; if that is not three, as many as one block may have."""
     each = stage_bytes(layout, tile)
     shared = ((sm.shared // tile.per_sm - 1024) // each, sm.block_shared // each)
@@ -124,11 +125,11 @@ def stages(layout: Layout, tile: Tile, sm: Processor) -> int:
 
 @dataclass(frozen=True)
 class Config:
-    """One way to run the kernel.
+    """One launch of the kernel.
 
     Attributes:
         dtype, out: type of weights and activations; name of the type of y.
-        stages: blocks of k under way.
+        stages: k-blocks that are loaded ahead.
         splits: thread blocks that share the k of a tile.
     """
 
@@ -141,7 +142,7 @@ class Config:
     source, parameters = "sm80/gemm.cu", PARAMETERS
 
     def __str__(self) -> str:
-        shared = f", k split {self.splits} ways" if self.splits > 1 else ""
+        shared = f", split-K {self.splits}" if self.splits > 1 else ""
         return f"{self.tile}, {self.stages} stages of {self.layout.columns} columns{shared}"
 
     @property
@@ -220,20 +221,20 @@ class Portable:
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability >= (8, 0)
 
-    def refuses(self, capability: tuple[int, int], dtype: DType) -> str:
-        """`mma.sp` takes float8 since 8.9."""
-        if dtype in (INT8, BFLOAT16, FLOAT16) or (dtype == FLOAT8 and capability >= (8, 9)):
+    def refuses(self, capability: tuple[int, int], scheme: Scheme) -> str:
+        """`mma.sp` multiplies operands of one type, float8 since 8.9."""
+        if scheme.activations != scheme.weights or scheme.dtype not in PACKED:
+            return f"packed: {scheme} weights have no kernel for this device; pack as int8 or bfloat16 for it"
+        if scheme.dtype is not FLOAT8 or capability >= (8, 9):
             return ""
-        if dtype != FLOAT8:
-            return f"packed: {dtype} weights have no kernel for this device; pack as int8 or bfloat16 for it"
         return (
-            f"packed: {dtype} weights need compute capability 8.9 or later, this device has {capability[0]}.{capability[1]};"
+            f"packed: {scheme} weights need compute capability 8.9 or later, this device has {capability[0]}.{capability[1]};"
             " pack as int8 or bfloat16 for it"
         )
 
-    def operand(self, pattern: Pattern, k: int, dtype: DType) -> Operand:
+    def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
         loaded, k = seen(pattern, k)
-        return Operand(False, pattern if loaded != pattern else None, k * dtype.bits // 8)
+        return Operand(False, pattern if loaded != pattern else None, k * scheme.activations.element.bits // 8)
 
     def arrange(self, packed: PackedWeight, xp: Any = np) -> dict[str, Any]:
         pattern, k = seen(packed.pattern, packed.k)
@@ -241,7 +242,7 @@ class Portable:
 
     def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
         """Of every tile that fits the device, k not split."""
-        sm, lay = processor(capability), layout(pattern, dtype.bits)
+        sm, lay = sm_of(capability), layout(pattern, dtype.bits)
         for tile in EMULATED_TILES if emulated(capability, dtype) else TILES:
             if pattern.group > 8 and (tile.accumulators > 64 or (emulated(capability, dtype) and tile.m > 16)):
                 continue  # the words of a row and of the weights would not fit in registers beside the sums
@@ -251,7 +252,7 @@ class Portable:
     def candidates(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> Iterator[tuple[Config, ...]]:
         """k whole, and split.
 
-        A split leaves each part two blocks of k, and is left out where one part fewer gives every multiprocessor two blocks.
+        Split-K leaves each part two k-blocks, and is left out where one part fewer gives every SM two blocks.
         """
         device, pattern = problem.device, seen(problem.pattern, problem.k)[0]
         for config in self.kernels(pattern, problem.dtype, problem.out, device.capability):
@@ -263,13 +264,13 @@ class Portable:
     def cost(self, candidate: tuple[Config, ...], problem: GemmProblem) -> float:
         """Clocks: a model for comparing configurations, fitted on an H200 (docs/kernels.md).
 
-        A multiprocessor is kept busy by its tensor cores, by the port of its shared memory (128 bytes a clock), by what the L2
-        cache delivers to it or the memory to the L2 cache, or it waits: for its only warps, or for copies. The longest counts.
+        An SM is kept busy by its tensor cores, by the port of its shared memory (128 bytes a clock), by what L2
+        delivers to it or memory to L2, or it waits: for its only warps, or for copies. The longest counts.
         """
         (config,), m, device = candidate, problem.m, problem.device
-        lay, tile, sm = config.layout, config.tile, processor(device.capability)
-        strips, groups = tile.n // tile.warps_n // 16, tile.m // tile.warps_m // 8
-        fragments = min(12 if strips * groups > 16 else 20, lay.steps * strips)
+        lay, tile, sm = config.layout, config.tile, sm_of(device.capability)
+        row_tiles, groups = tile.n // tile.warps_n // 16, tile.m // tile.warps_m // 8
+        fragments = min(12 if row_tiles * groups > 16 else 20, lay.steps * row_tiles)
         registers = min(255, tile.accumulators + 5 * fragments + 2 * lay.words + 40)
         fit = (tile.per_sm, sm.shared // (config.shared_bytes + 1024), 65536 // (config.threads * registers))
         resident = max(1, min(fit))
@@ -277,11 +278,11 @@ class Portable:
         mma = sm.mma_clocks * (20 if emulated(device.capability, config.dtype) else 1)
         stage = stage_bytes(lay, tile)
         tensor = lay.steps * (tile.n // 16) * (tile.m // 8) * mma
-        port = 0.9 * (tile.warps * (strips * (4 * lay.steps + lay.meta_words) + groups * lay.words) + stage / 128)
+        port = 0.9 * (tile.warps * (row_tiles * (4 * lay.steps + lay.meta_words) + groups * lay.words) + stage / 128)
         cache = stage / 57
         memory = tile.n // 16 * lay.block_bytes / min(8, -(-m // tile.m)) / 30  # tiles above each other share weights
         busy = max(tensor, port, cache, memory)
-        alone = max(lay.steps * max(strips * groups * 5.8 * mma, 35) + 85, 1570 / (config.stages - 1))
+        alone = max(lay.steps * max(row_tiles * groups * 5.8 * mma, 35) + 85, 1570 / (config.stages - 1))
 
         blocks = -(-config.blocks(problem) // config.splits)
         fixed = 2240 + tile.n * tile.m * OUT_BYTES[config.out] / 37
@@ -298,7 +299,7 @@ class Portable:
             left -= rounds * together
         return total
 
-    def error(self, dtype: DType, ks: int) -> float:
+    def error(self, scheme: Scheme, ks: int) -> float:
         return 0.0
 
 

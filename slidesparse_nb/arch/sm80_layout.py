@@ -2,15 +2,15 @@
 
 The instruction multiplies 16 rows of 2:4 weights by 8 tokens. Every lane of a warp gives it 16 bytes of kept values, one
 word of index nibbles, and four 32-bit words of lifted activations. The kernel (cuda_src/sm80/gemm.cu) reads activations
-*unslid* and lifts them in registers; this file is its readable twin and says who owns what:
+*unslid* and lifts them in registers; this file is its reference and says who owns what:
 
     unit     two neighbouring columns of x. A group of L = 2N columns is N units, and window j covers units j and j+1.
     owner    who forms a window. 8-bit: one lane (a window is one 32-bit register), four owners. 16-bit: a pair of lanes (a
              window is two registers), two owners; the even lane takes the even unit of the window, the odd lane the odd one.
     word     one 32-bit register of unslid x: 8-bit, units 2i and 2i+1 of its owner; 16-bit, unit 2i (even lane), 2i+1 (odd).
     window   at unit u of its owner. u even: word u/2 as it is. u odd: joined from words u/2 and u/2 + 1, by a byte permute
-             (8-bit) or by taking one of the two (16-bit; its units then stand swapped, so the indices are swapped too).
-    block    the columns that one row of x gives to one pipeline stage: 16 * words bytes, `steps` instructions.
+             (8-bit) or by taking one of the two (16-bit; its units are then swapped, and so are the indices).
+    block    a k-block: the columns that one row of x gives to one pipeline stage: 16 * words bytes, `steps` instructions.
 
 Because k may be summed in any order, blocks give every owner a contiguous run of columns, and the weights are arranged to
 match. Fragment and index layouts: PTX ISA, "Warp-level matrix multiply-accumulate with sparse matrix A", m16n8k64 (8-bit)
@@ -33,8 +33,8 @@ from ..errors import UnsupportedError
 LARGEST_GROUP = 16
 """Wider groups are lifted in memory first and then multiplied as 2:4: their blocks would not fit in shared memory."""
 
-STRIPS = 16
-"""Strips in the largest tile: arranged weights are padded to it, so that no tile reaches past them."""
+ROW_TILES = 16
+"""Row tiles, of 16 outputs, in the largest tile: arranged weights are padded to it, so that no tile reaches past them."""
 
 Array = NDArray[Any]
 
@@ -69,7 +69,7 @@ class Layout:
 
     @property
     def mirrored(self) -> bool:
-        """Whether the second pair of lanes reads each run backwards, so that the two pairs meet different banks (16-bit)."""
+        """Whether the second pair of lanes reads each run backwards, so that the two pairs read different banks (16-bit)."""
         return self.bits == 16 and self.run % 4 == 0
 
     @property
@@ -94,7 +94,7 @@ class Layout:
 
     @property
     def meta_words(self) -> int:
-        """Index words a lane holds of a strip and block; a word serves one 8-bit or two 16-bit instructions."""
+        """Index words a lane holds of a row tile and block; a word serves one 8-bit or two 16-bit instructions."""
         return self.steps if self.bits == 8 else -(-self.steps // 2)
 
     @property
@@ -109,7 +109,7 @@ class Layout:
 
 @cache
 def layout(pattern: Pattern, bits: int) -> Layout:
-    """The layout of a pattern: the widest shared-memory load that meets no bank conflict, then the least padding.
+    """The layout of a pattern: the widest shared-memory load without bank conflicts, then the least padding.
 
     Raises:
         UnsupportedError: groups wider than `LARGEST_GROUP`.
@@ -206,39 +206,39 @@ SWAPPED_VALUES = _TURNED[0] > _TURNED[1]
 
 
 def arrange(packed: PackedWeight, xp: Any = np) -> Any:
-    """Packed weights in the order in which lanes load them: uint8 [blocks, strips, block_bytes], 16 rows a strip.
+    """Packed weights in the order in which lanes load them: uint8 [blocks, row tiles, block_bytes].
 
-    A block of k and a strip of 16 rows stand together, neighbouring strips side by side. In each, for every instruction, 32
+    A k-block of a row tile of 16 rows is contiguous, neighbouring row tiles side by side. In each, for every instruction, 32
     lanes x 16 bytes (register r holds row g + 8 (r & 1), the half r >> 1 of the instruction's k; lane = 4 g + q); then the
     index words, 32 lanes x 4 bytes each.
-    Rows and columns beyond the matrix hold zeros with the nibble (0, 1); strips go up to a multiple of `STRIPS`.
+    Rows and columns beyond the matrix hold zeros with the nibble (0, 1); row tiles go up to a multiple of `ROW_TILES`.
 
     Args:
         xp: numpy or cupy, whichever made packed.values.
     """
     lay = layout(packed.pattern, packed.dtype.bits)
-    n, strips, blocks = packed.n, -(-packed.n // (16 * STRIPS)) * STRIPS, lay.blocks(packed.k)
+    n, row_tiles, blocks = packed.n, -(-packed.n // (16 * ROW_TILES)) * ROW_TILES, lay.blocks(packed.k)
     have = packed.ks // 4
-    values = xp.zeros((16 * strips, blocks * lay.windows, 2), packed.dtype.raw)
-    nibble = xp.full((16 * strips, blocks * lay.windows), 4, np.uint8)
+    values = xp.zeros((16 * row_tiles, blocks * lay.windows, 2), packed.dtype.raw)
+    nibble = xp.full((16 * row_tiles, blocks * lay.windows), 4, np.uint8)
     values[:n, :have] = packed.values.view(packed.dtype.raw).reshape(n, have, 2)
     nibble[:n, :have] = xp.stack([packed.meta & 15, packed.meta >> 4], axis=2).reshape(n, have)
 
     order, swapped = (xp.asarray(a) for a in window_order(lay))
-    values = values.reshape(16 * strips, blocks, lay.windows, 2)[:, :, order]  # [rows, blocks, steps, places, 2]
-    nibble = nibble.reshape(16 * strips, blocks, lay.windows)[:, :, order]
+    values = values.reshape(16 * row_tiles, blocks, lay.windows, 2)[:, :, order]  # [rows, blocks, steps, places, 2]
+    nibble = nibble.reshape(16 * row_tiles, blocks, lay.windows)[:, :, order]
     flip = (swapped & xp.asarray(SWAPPED_VALUES)[nibble])[..., None]
     values = xp.where(flip, values[..., ::-1], values)
     nibble = xp.where(swapped, xp.asarray(SWAPPED_NIBBLE)[nibble], nibble)
 
     # row = 8 h + g; value of an instruction: half of k, lane q, byte or half-word; register = 2 * half + h
-    fragments = values.reshape(strips, 2, 8, blocks, lay.steps, 2, 4, 32 // lay.bits).transpose(3, 0, 4, 2, 6, 5, 1, 7)
-    fragments = xp.ascontiguousarray(fragments).view(np.uint8).reshape(blocks, strips, 512 * lay.steps)
+    fragments = values.reshape(row_tiles, 2, 8, blocks, lay.steps, 2, 4, 32 // lay.bits).transpose(3, 0, 4, 2, 6, 5, 1, 7)
+    fragments = xp.ascontiguousarray(fragments).view(np.uint8).reshape(blocks, row_tiles, 512 * lay.steps)
     return xp.concatenate([fragments, _meta_words(nibble, lay, xp)], axis=2)
 
 
 def _meta_words(nibble: Any, lay: Layout, xp: Any) -> Any:
-    """Nibbles [rows, blocks, steps, places] -> uint8 [blocks, strips, meta_words * 128]."""
+    """Nibbles [rows, blocks, steps, places] -> uint8 [blocks, row tiles, meta_words * 128]."""
     rows, blocks = nibble.shape[:2]
     if lay.bits == 8:  # lane q: row half q & 1, half q >> 1 of the places
         split = nibble.reshape(rows // 16, 2, 8, blocks, lay.steps, 2, 8).transpose(3, 0, 4, 2, 5, 1, 6)
@@ -253,20 +253,20 @@ def _meta_words(nibble: Any, lay: Layout, xp: Any) -> Any:
 def restore(arranged: Array, packed: PackedWeight) -> PackedWeight:
     """Inverse of arrange: the packed weight, whose pattern, shape, dtype and scale are taken from `packed`. NumPy."""
     lay = layout(packed.pattern, packed.dtype.bits)
-    blocks, strips = arranged.shape[:2]
+    blocks, row_tiles = arranged.shape[:2]
     arranged = arranged.transpose(1, 0, 2)
     fragments = np.ascontiguousarray(arranged[:, :, : 512 * lay.steps]).view(packed.dtype.raw)
     places = 16 if lay.bits == 8 else 8
-    values = fragments.reshape(strips, blocks, lay.steps, 8, 4, 2, 2, 32 // lay.bits).transpose(0, 6, 3, 1, 2, 5, 4, 7)
-    values = values.reshape(16 * strips, blocks, lay.steps, places, 2)
+    values = fragments.reshape(row_tiles, blocks, lay.steps, 8, 4, 2, 2, 32 // lay.bits).transpose(0, 6, 3, 1, 2, 5, 4, 7)
+    values = values.reshape(16 * row_tiles, blocks, lay.steps, places, 2)
     pairs = arranged[:, :, 512 * lay.steps :]
     nibble = np.stack([pairs & 15, pairs >> 4], axis=3)
     if lay.bits == 8:
-        nibble = nibble.reshape(strips, blocks, lay.steps, 8, 2, 2, 8).transpose(0, 5, 3, 1, 2, 4, 6)
+        nibble = nibble.reshape(row_tiles, blocks, lay.steps, 8, 2, 2, 8).transpose(0, 5, 3, 1, 2, 4, 6)
     else:
-        nibble = nibble.reshape(strips, blocks, lay.meta_words, 8, 2, 2, 2, 4).transpose(0, 6, 3, 1, 2, 4, 5, 7)
+        nibble = nibble.reshape(row_tiles, blocks, lay.meta_words, 8, 2, 2, 2, 4).transpose(0, 6, 3, 1, 2, 4, 5, 7)
     stored_steps = lay.steps if lay.bits == 8 else 2 * lay.meta_words
-    nibble = nibble.reshape(16 * strips, blocks, stored_steps, places)[:, :, : lay.steps]
+    nibble = nibble.reshape(16 * row_tiles, blocks, stored_steps, places)[:, :, : lay.steps]
 
     order, swapped = window_order(lay)
     back = np.argsort(order.ravel())
@@ -274,8 +274,8 @@ def restore(arranged: Array, packed: PackedWeight) -> PackedWeight:
     values = np.where((swapped & SWAPPED_VALUES[nibble])[..., None], values[..., ::-1], values)
     n, have = packed.n, packed.ks // 4
     every = blocks * lay.windows
-    nibble = nibble.reshape(16 * strips, blocks, lay.windows)[:, :, back].reshape(16 * strips, every)[:n, :have]
-    values = values.reshape(16 * strips, blocks, lay.windows, 2)[:, :, back].reshape(16 * strips, every, 2)[:n, :have]
+    nibble = nibble.reshape(16 * row_tiles, blocks, lay.windows)[:, :, back].reshape(16 * row_tiles, every)[:n, :have]
+    values = values.reshape(16 * row_tiles, blocks, lay.windows, 2)[:, :, back].reshape(16 * row_tiles, every, 2)[:n, :have]
     meta = nibble[:, 0::2] | nibble[:, 1::2] << 4
     kept = np.ascontiguousarray(values).reshape(n, 2 * have).view(packed.dtype.numpy)
     return PackedWeight(kept, meta, packed.scale, packed.pattern, packed.shape, packed.scheme)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..core.dtypes import DType
 from ..core.problem import GemmProblem
+from .sm90_launch import Config, Tile
 from .sm90_layout import VALUE_BYTES, metadata_bytes
-
-if TYPE_CHECKING:
-    from .sm90 import Config, Tile
 
 LAUNCH_NS = 838
 """Time of a product beside its tiles, in ns."""
@@ -45,7 +42,7 @@ def decoding_is_free(tile: Tile, dtype: DType, m: int) -> bool:
 
     When several tiles read the same weights, L2 serves all but one, and shared memory binds, which holds the table of masks.
     """
-    return tile.tokens <= SMALL_TOKENS or m <= tile.tokens <= FREE_TOKENS[dtype.bits]
+    return tile.decodes and (tile.tokens <= SMALL_TOKENS or m <= tile.tokens <= FREE_TOKENS[dtype.bits])
 
 
 def expansion_nanoseconds(derived: int) -> float:

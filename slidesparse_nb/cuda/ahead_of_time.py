@@ -35,7 +35,8 @@ class Report:
     Attributes:
         registers, spills, stack: of a thread: registers; bytes stored and loaded for want of them; bytes of stack.
         shared: bytes of dynamic shared memory a thread block.
-        sparse: sparse matrix instructions in the machine code; None without a disassembler, and if it does not multiply.
+        sparse: sparse matrix instructions in the machine code; None where there is no disassembler, or the kernel does not
+            multiply.
         serialized: the compiler lets every one of them wait for the one before.
     """
 
@@ -77,25 +78,18 @@ def build_kernels(
         UnsupportedError: there is no compiler, or it does not know an architecture.
         KernelError: a kernel does not compile.
     """
-    rows, out = [Scheme.of(d).dtype for d in dtypes], FLOATS[float_dtype("out", out)]
-    work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, rows, out))
+    schemes, out = [Scheme.of(d) for d in dtypes], FLOATS[float_dtype("out", out)]
+    work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, schemes, out))
     built = compile_all([job for job, _ in work], workers=workers)
+    sparse = [sparse_instructions(b) if multiplies(job) else None for b, (job, _) in zip(built, work, strict=True)]
     return [
-        Report(
-            *told[:4],
-            b.registers,
-            b.spills,
-            b.stack,
-            told[4],
-            sparse_instructions(b) if multiplies(job) else None,
-            b.serialized,
-        )
-        for b, (job, told) in zip(built, work, strict=True)
+        Report(*told[:4], b.registers, b.spills, b.stack, told[4], count, b.serialized)
+        for b, count, (_, told) in zip(built, sparse, work, strict=True)
     ]
 
 
 def _jobs(
-    capabilities: Sequence[tuple[int, int]], patterns: Sequence[Pattern], dtypes: Sequence[DType], out: str
+    capabilities: Sequence[tuple[int, int]], patterns: Sequence[Pattern], schemes: Sequence[Scheme], out: str
 ) -> Iterator[tuple[Job, tuple[str, str, str, str, int]]]:
     """Every kernel and candidate: how it is built, and what the report says of it beforehand."""
     for capability in capabilities:
@@ -104,24 +98,24 @@ def _jobs(
                 continue
             target = cache.architecture(capability) + arch.suffix
             for pattern in patterns:
-                for dtype in (d for d in dtypes if not arch.refuses(capability, d)):
-                    for config in arch.kernels(pattern, dtype, out, capability):
-                        told = (target, str(pattern), str(dtype), str(config), config.shared_bytes)
+                for scheme in (scheme for scheme in schemes if not arch.refuses(capability, scheme)):
+                    for config in arch.kernels(pattern, scheme.dtype, out, capability):
+                        told = (target, str(pattern), str(scheme), str(config), config.shared_bytes)
                         yield (config.source, config.defines(), target), told
 
 
 def build_products(
     products: Iterable[Asked],
     capability: tuple[int, int],
-    processors: int,
+    sms: int,
     compiler: nvrtc.Nvrtc | None = None,
 ) -> int:
-    """Compile the matrix kernels that these products will launch, all of a machine's processors at once; return how many.
+    """Compile the kernels that these products will launch, on all of a machine's processors at once; return how many.
 
     Args:
         products: (m, n, k, pattern, dtype of the weights, name of the type of y) of each.
         capability: compute capability of the GPU, such as (9, 0).
-        processors: multiprocessors that it has.
+        sms: its SMs.
         compiler: by default the one of the CUDA version that CuPy runs on; without CuPy, any that is found.
 
     Raises:
@@ -129,13 +123,13 @@ def build_products(
         UnsupportedError: there is no compiler, or it does not know the architecture.
         KernelError: a kernel does not compile.
     """
-    configs = launches_of(products, capability, processors)
+    configs = launches_of(products, capability, sms)
     return len(compile_all(kernels_of(configs, capability), compiler or cache.device_compiler()))
 
 
-def launches_of(products: Iterable[Asked], capability: tuple[int, int], processors: int) -> list[Config]:
+def launches_of(products: Iterable[Asked], capability: tuple[int, int], sms: int) -> list[Config]:
     """The launches that compute these products, of every one in turn; arguments and errors are those of `build_products`."""
-    device = Device(capability, processors)
+    device = Device(capability, sms)
     return [config for asked in products for config in choose(GemmProblem.of(asked, device))]
 
 

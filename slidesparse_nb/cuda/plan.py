@@ -111,12 +111,12 @@ class Plan:
         self.problem, self.configs, self.ordinal = problem, configs, ordinal
         self.part_bytes = max(config.part_bytes(problem) for config in configs)
         self.derived_bytes = max(config.derived_bytes(problem) for config in configs)
-        self.operand = arch.of(problem).operand(problem.pattern, problem.k, problem.dtype)
+        self.operand = arch.of(problem).operand(problem.pattern, problem.k, problem.scheme)
         self.launches = tuple(self._launch(config) for config in configs)
         self.scale_at = self.operand.bytes(problem.m)
-        self.parts_at = self.scale_at + -(-4 * problem.m // 16) * 16
-        self.derived_at = self.parts_at + -(-self.part_bytes // 16) * 16
-        self.bytes = self.derived_at + -(-self.derived_bytes // 16) * 16
+        self.parts_at = self.scale_at + _lines(4 * problem.m)
+        self.derived_at = self.parts_at + _lines(self.part_bytes)
+        self.bytes = self.derived_at + self.derived_bytes
 
     def _launch(self, config: Config) -> PlannedLaunch:
         problem = self.problem
@@ -135,6 +135,11 @@ class Plan:
             )
         buffers = {**config.buffers, "scale_w": "scale"}
         return PlannedLaunch(run, grid, (threads, 1, 1), shared, config.early(problem), tuple(parameters), fixed, buffers)
+
+
+def _lines(size: int) -> int:
+    """Bytes of whole cache lines."""
+    return -(-size // 128) * 128
 
 
 plan_of = functools.lru_cache(maxsize=4096)(Plan)

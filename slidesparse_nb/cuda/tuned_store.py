@@ -29,7 +29,7 @@ from .jit import cache
 WITHIN = 1.5
 """Candidates whose estimated cost is at most this multiple of the cheapest are timed."""
 
-MOST_WAYS = 40
+MOST_CANDIDATES = 40
 """How many of these are timed at most, the cheapest first."""
 
 
@@ -38,17 +38,17 @@ def best(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candid
     return (env.tuned() and found(problem, buffers)) or choose(problem, buffers)
 
 
-def ranked(problem: GemmProblem) -> list[tuple[float, Candidate]]:
+def ranked(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> list[tuple[float, Candidate]]:
     """Every candidate and its estimated cost, the cheapest first."""
     own = arch.of(problem)
-    return sorted(((own.cost(way, problem), way) for way in own.candidates(problem)), key=lambda of: of[0])
+    return sorted(((own.cost(c, problem), c) for c in own.candidates(problem, buffers)), key=lambda of: of[0])
 
 
-def likely(problem: GemmProblem) -> list[Candidate]:
+def likely(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> list[Candidate]:
     """The candidates that are worth timing, the model's choice first."""
-    every = ranked(problem)
-    near = dict.fromkeys([choose(problem), *(way for cost, way in every if cost <= WITHIN * every[0][0])])
-    return list(near)[:MOST_WAYS]
+    every = ranked(problem, buffers)
+    near = dict.fromkeys([choose(problem, buffers), *(c for cost, c in every if cost <= WITHIN * every[0][0])])
+    return list(near)[:MOST_CANDIDATES]
 
 
 def file(problem: GemmProblem) -> Path:
@@ -79,17 +79,17 @@ def found(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candi
         launches = parse_json(file(problem).read_bytes(), "tuned").get("launches")
     except (OSError, FormatError):
         return None
-    return next((way for way in arch.of(problem).candidates(problem, buffers) if [*map(described, way)] == launches), None)
+    return next((c for c in arch.of(problem).candidates(problem, buffers) if [*map(described, c)] == launches), None)
 
 
-def keep(problem: GemmProblem, way: Candidate, told: Mapping[str, object]) -> None:
+def keep(problem: GemmProblem, candidate: Candidate, told: Mapping[str, object]) -> None:
     """Store a candidate, and facts for a reader.
 
     Raises:
         UnsupportedError: the cache folder cannot be written.
     """
     place = file(problem)
-    text = json.dumps({"launches": [*map(described, way)], **told}, indent=1) + "\n"
+    text = json.dumps({"launches": [*map(described, candidate)], **told}, indent=1) + "\n"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         number, beside = tempfile.mkstemp(dir=place.parent, prefix=".writing-")

@@ -53,8 +53,8 @@ class DeviceWeight:
         self.dtype, self.scaled = scheme.dtype, scheme.scaled
         self.device = Device(*device_facts(ordinal))
         self.arch = arch.for_capability(self.device.capability, self.device.portable)
-        arch.require_support(self.arch, self.device.capability, self.dtype)
-        self.operand = self.arch.operand(pattern, shape[1], self.dtype)
+        arch.require_support(self.arch, self.device.capability, scheme)
+        self.operand = self.arch.operand(pattern, shape[1], scheme)
         self.buffers = dict(buffers)
         self.plans: dict[tuple[int, str], Bound] = {}
         self.writers: dict[tuple[str, tuple[int, int], int], Writer | None] = {}

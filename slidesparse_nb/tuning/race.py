@@ -68,7 +68,7 @@ class Lane:
         us: microseconds a replay, one number a burst.
     """
 
-    way: Candidate
+    candidate: Candidate
     launch: Launch
     kept: tuple[Any, ...]
     replays: int = 0
@@ -82,14 +82,14 @@ class Race:
     Attributes:
         best: the fastest candidate.
         model_us, best_us: microseconds of the model's choice and of `best`, timed in turns.
-        ways: how many candidates were timed.
+        candidates: how many were timed.
         wrong: candidates whose results differ from the model's choice's; they are not timed.
     """
 
     best: Candidate
     model_us: float
     best_us: float
-    ways: int
+    candidates: int
     wrong: tuple[Candidate, ...]
 
 
@@ -103,7 +103,12 @@ class Track:
         """What is computed for m tokens into the type named `out`."""
         return to_device(self.weights[0]).problem(m, out)
 
-    def race(self, m: int, out: str, ways: Sequence[Candidate]) -> Race:
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """Names of the arranged buffers, on which the candidates depend."""
+        return tuple(to_device(self.weights[0]).buffers)
+
+    def race(self, m: int, out: str, candidates: Sequence[Candidate]) -> Race:
         """Time the candidates for `problem(m, out)`, the model's choice first."""
         packed = self.weights[0]
         y_type = next(dtype for dtype, name in FLOATS.items() if name == out)
@@ -116,14 +121,14 @@ class Track:
         xs = [matmul.quantize(x, packed.pattern, packed.dtype, weight) for weight in weights]
         ys = [cupy.empty((m, packed.n), y_type) for _ in weights]
         there = [to_device(weight) for weight in weights]
-        plans = {way: [weight.bind(m, out, way) for weight in there] for way in ways}
+        plans = {c: [weight.bind(m, out, c) for weight in there] for c in candidates}
         workspace = cupy.empty(max(each[0].plan.bytes for each in plans.values()), np.uint8)
         calls = [partial(matmul.matmul, *of[:2], out=of[2], workspace=workspace) for of in zip(xs, weights, ys, strict=True)]
         wanted: Any = None
         lanes: list[Lane] = []
         wrong: list[Candidate] = []
         try:
-            for way, each in plans.items():
+            for candidate, each in plans.items():
                 for weight, plan in zip(there, each, strict=True):
                     weight.plans[m, out] = plan
                 _poison(ys[0])
@@ -131,9 +136,9 @@ class Track:
                 if wanted is None:
                     wanted = ys[0].copy()
                 elif not _same(ys[0], wanted, exactly=packed.scheme.accumulator == np.int32):
-                    wrong.append(way)
+                    wrong.append(candidate)
                     continue
-                lanes.append(Lane(way, self.clock.capture(calls), (calls, each)))
+                lanes.append(Lane(candidate, self.clock.capture(calls), (calls, each)))
         finally:
             for weight in there:
                 weight.plans.clear()
@@ -159,7 +164,7 @@ def run(lanes: Sequence[Lane], clock: Clock, calls: int, wrong: Sequence[Candida
     best = min(finalists, key=lambda lane: median(lane.us))
     if best is not model:
         time_in_turns([model, best], LAST)
-    return Race(best.way, median(model.us) / calls, median(best.us) / calls, len(lanes), tuple(wrong))
+    return Race(best.candidate, median(model.us) / calls, median(best.us) / calls, len(lanes), tuple(wrong))
 
 
 class GpuClock:

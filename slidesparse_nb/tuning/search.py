@@ -27,7 +27,7 @@ class Tuned:
 
     Attributes:
         m, n, k, pattern, dtype, out: y [m, n] = x [m, k] @ w.T, of weights of this pattern and type, into the type `out`.
-        ways: how many candidates were timed.
+        candidates: how many were timed.
         model, best: the launches of the model's choice and of the fastest candidate.
         model_us, best_us: microseconds that they take.
         kept: `best` is used from now on, in processes that have not multiplied this shape yet.
@@ -40,7 +40,7 @@ class Tuned:
     pattern: str
     dtype: str
     out: str
-    ways: int
+    candidates: int
     model: tuple[str, ...]
     best: tuple[str, ...]
     model_us: float
@@ -77,7 +77,7 @@ def tune_products(
     wanted = [_checked(product) for product in products]
     capability = _capability()
     for problem in wanted:
-        require_support(for_capability(capability), capability, problem.dtype)
+        require_support(for_capability(capability), capability, problem.scheme)
     end = None if seconds is None else time.monotonic() + seconds
     return _tuned(wanted, end, tell or (lambda text: None))
 
@@ -119,13 +119,13 @@ def _tuned(wanted: list[GemmProblem], end: float | None, tell: Callable[[str], N
             packed = packing.pack(timing.normal(n, k), pattern, dtype, prune="magnitude")
             track, of = timing.Track(packed, clock), (n, k, pattern, dtype)
         problem = track.problem(m, out)
-        ways = tuned_store.likely(problem)
-        jobs = kernels_of((config for way in ways for config in way), problem.device.capability)
+        candidates = tuned_store.likely(problem, track.buffers)
+        jobs = kernels_of((config for launches in candidates for config in launches), problem.device.capability)
         name = f"{number + 1}/{len(wanted)}  {n} x {k}, {pattern}, {dtype} -> {out}, m={m}"
-        tell(f"{name}: {len(ways)} ways, of {len(jobs)} kernels")
+        tell(f"{name}: {len(candidates)} candidates, of {len(jobs)} kernels")
         compile_all(jobs, cache.device_compiler())
-        race = track.race(m, out, ways)
-        model, best, *wrong = (tuple(map(str, way)) for way in (ways[0], race.best, *race.wrong))
+        race = track.race(m, out, candidates)
+        model, best, *wrong = (tuple(map(str, launches)) for launches in (candidates[0], race.best, *race.wrong))
         kept = race.best_us <= (1 - LEAST_GAIN) * race.model_us
         if kept:
             when = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -135,4 +135,4 @@ def _tuned(wanted: list[GemmProblem], end: float | None, tell: Callable[[str], N
             tuned_store.drop(problem)
         joined = tuple(" + ".join(words) for words in wrong)
         product = (m, n, k, str(pattern), str(dtype), out)
-        yield Tuned(*product, race.ways, model, best, race.model_us, race.best_us, kept, joined)
+        yield Tuned(*product, race.candidates, model, best, race.model_us, race.best_us, kept, joined)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import cupy
 import numpy as np
@@ -55,6 +56,14 @@ def compile_ahead(configs):
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     here = len(jobs) * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) // processes
     compile_all(jobs[here:] + jobs[:here], jit.device_compiler(), -(-(os.cpu_count() or 1) // processes))
+
+
+def with_expansion(launches, device):
+    """The launches, after an expansion if they read expanded metadata and the weight has compact."""
+    if "compact" not in device.buffers or all(launch.compact for launch in launches):
+        return launches
+    derived = (replace(launch, derived=not launch.compact) for launch in launches)
+    return (sm90.Expansion(device.dtype, device.pattern.windows), *derived)
 
 
 def on_gpu(a):
@@ -119,7 +128,7 @@ def allowed(exact, magnitude, packed, y_dtype):
     overall = None
     if packed.dtype is FLOAT8 and for_capability(capability_here()) is sm90.ARCH:
         steps = -(-packed.ks // 64)
-        bound = sm90.ARCH.error(FLOAT8, packed.ks) * magnitude
+        bound = sm90.ARCH.error(packed.scheme, packed.ks) * magnitude
         overall = sm90.FLOAT8_ERROR / 2 * steps**0.5 + ROUNDING[y_dtype.name]
     else:
         bound = (packed.ks + 4) * EXACT_ABOVE * magnitude

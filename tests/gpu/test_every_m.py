@@ -12,10 +12,23 @@ from dataclasses import replace
 import cupy as cp
 import numpy as np
 import pytest
-from gemm_cases import Wanted, capability_here, compile_ahead, family, gemm, on_gpu, product, sms_here, tokens, weight
+from gemm_cases import (
+    Wanted,
+    capability_here,
+    compile_ahead,
+    family,
+    gemm,
+    on_gpu,
+    product,
+    sms_here,
+    tokens,
+    weight,
+    with_expansion,
+)
 
 import slidesparse_nb as ss
 from slidesparse_nb.arch import choose, sm80, sm90
+from slidesparse_nb.arch import multiplied as multiplied_by
 from slidesparse_nb.core.dtypes import BFLOAT16, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.cuda import tuned_store
@@ -41,8 +54,8 @@ RUNS = 50
 def compiled_ahead(family):
     """Every kernel of the pattern, so that no m waits for one."""
     capability = capability_here()
-    dtypes = [dtype for dtype in PACKED if not family.refuses(capability, dtype)]
-    compile_ahead([c for dtype in dtypes for c in family.kernels(P, dtype, OUT, capability)])
+    schemes = multiplied_by(family, capability)
+    compile_ahead([c for scheme in schemes for c in family.kernels(P, scheme.dtype, OUT, capability)])
 
 
 class Tally:
@@ -93,7 +106,7 @@ def test_every_m(gemm, dtype, shape):
         y, beyond = multiplied(there, packed, m)
         tally.add((m, "chosen"), wanted.off(y), beyond)
         if m % 8 == 1:  # all tiles are of multiples of 8 tokens: those of seven more m are the same
-            ways = list(device.arch.candidates(device.problem(m, OUT)))
+            ways = list(device.arch.candidates(device.problem(m, OUT), device.buffers))
         device.plans[m, OUT] = device.bind(m, OUT, ways[m % len(ways)])
         y, beyond = multiplied(there, packed, m)
         tally.add((m, *map(str, ways[m % len(ways)])), wanted.off(y), beyond)
@@ -105,15 +118,18 @@ def test_every_m(gemm, dtype, shape):
 
 def kind(way):
     """What makes ways differ in how they share out the work."""
-    return tuple((c.splits > 1,) if isinstance(c, sm80.Config) else (c.order, c.split_k > 1, c.row_tiles[0] > 0) for c in way)
+    products = [c for c in way if not isinstance(c, sm90.Expansion)]
+    return tuple(
+        (c.splits > 1,) if isinstance(c, sm80.Config) else (c.order, c.split_k > 1, c.row_tiles[0] > 0) for c in products
+    )
 
 
-def ways_of_each_kind(asked):
+def ways_of_each_kind(asked, buffers):
     """The way that is chosen, and the cheapest of every kind."""
     best = {}
-    for _, way in tuned_store.ranked(asked):
+    for _, way in tuned_store.ranked(asked, buffers):
         best.setdefault(kind(way), way)
-    return list(dict.fromkeys([choose(asked), *best.values()]))
+    return list(dict.fromkeys([choose(asked, buffers), *best.values()]))
 
 
 class Neighbour:
@@ -154,7 +170,7 @@ def test_every_run_gives_the_same_bits(gemm, family, dtype, shape):
             q = ss.quantize(x[:m], packed)
             bits = cp.empty((m, n), np.uint16)
             y = bits.view(BF16)
-            for way in ways_of_each_kind(device.problem(m, OUT)):
+            for way in ways_of_each_kind(device.problem(m, OUT), tuple(device.buffers)):
                 kinds.add(kind(way))
                 device.plans[m, OUT] = device.bind(m, OUT, way)
                 ss.matmul(q, packed, out=y)
@@ -209,7 +225,7 @@ def shared_out(config, m, n, stages, sms):
 def test_as_many_tiles_as_processors_and_few_stages(gemm, family, dtype, stages):
     """1 tile, one less than processors, as many, one more; with one row of tiles and two, of 1 token, or full."""
     sms = sms_here()
-    configs = list(family.kernels(P, dtype, OUT, capability_here()))
+    configs = [c for c in family.kernels(P, dtype, OUT, capability_here()) if not isinstance(c, sm90.Expansion)]
     widest, tallest = (max(size) for size in zip(*map(size_of, configs), strict=True))
     packed, x, exact, magnitude = made(dtype, widest * (sms + 1), few_stages(stages, dtype), tallest + 1, True)
     wanted, there, weights = Wanted(exact, magnitude, packed), on_gpu(x), {}
@@ -222,7 +238,7 @@ def test_as_many_tiles_as_processors_and_few_stages(gemm, family, dtype, stages)
             part = weights[n] = weights.get(n) or packed.rows(0, n)
             device = gemm.to_device(part)
             for way in shared_out(config, m, n, sm90.stages(P, packed.k, dtype), sms):
-                device.plans[m, OUT] = device.bind(m, OUT, way)
+                device.plans[m, OUT] = device.bind(m, OUT, with_expansion(way, device))
                 y, beyond = multiplied(there, part, m)
                 tally.add((m, *map(str, way)), wanted.off(y), beyond)
     tally.check()

@@ -23,6 +23,7 @@ from gemm_cases import (
     sms_here,
     tokens,
     weight,
+    with_expansion,
 )
 
 import slidesparse_nb as ss
@@ -51,7 +52,7 @@ GUARD = 4096
 def compiled_ahead(family):
     """What the tests launch, compiled by all processors at once, as `slidesparse build` does it."""
     capability = capability_here()
-    dtypes = multiplied(family, capability)
+    dtypes = [scheme.dtype for scheme in multiplied(family, capability)]
     wanted = [(Pattern.of(p), d, "bfloat16") for p in TILED for d in dtypes]
     if family is sm80.ARCH:  # of Hopper's many tiles, these types of y take few
         wanted += [(Pattern(6, 8), d, out) for d in dtypes for out in ("float32", "float16")]
@@ -121,25 +122,23 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         """The launches to try: on few blocks and on many, with split-K and without, one launch and two."""
         if family is sm80.ARCH:
             return [(dataclasses.replace(config, splits=splits),) for splits in (1, 2, 5)]
-        derived = "compact" in device.buffers and not config.compact
-        config = dataclasses.replace(config, row_tiles=(0, 5), derived=derived)
+        config = dataclasses.replace(config, row_tiles=(0, 5))
         tiles = config.tiles(m)
         alone = dataclasses.replace(config, end=tiles, blocks=min(3, tiles) if config.split_k == 1 else tiles * config.split_k)
-        tile = config.tile
-        whole = dataclasses.replace(sm90.configured(tile, 1, pattern, dtype, config.out, config.compact), derived=derived)
+        whole = sm90.configured(config.tile, 1, pattern, dtype, config.out, config.compact)
         before = dataclasses.replace(whole, row_tiles=(0, 5), end=tiles // 2, blocks=1, order=sm90.BEFORE_REST)
         after = dataclasses.replace(
             config, begin=tiles // 2, end=tiles, blocks=(tiles - tiles // 2) * config.split_k, order=sm90.REST
         )
         if config.tile.warpgroups == 3:  # two row tiles are too few for one
             two = next(tile for tile in sm90.TILES if tile.warpgroups == 2)
-            whole = dataclasses.replace(sm90.configured(two, 1, pattern, dtype, config.out, False), derived=derived)
+            whole = sm90.configured(two, 1, pattern, dtype, config.out, config.compact)
         left = dataclasses.replace(whole, row_tiles=(0, 2), blocks=1, order=sm90.BEFORE_REST)
         right = dataclasses.replace(config, row_tiles=(2, 5), order=sm90.REST)
         right = dataclasses.replace(right, end=right.tiles(m), blocks=right.tiles(m) * config.split_k)
         every = [(alone,), (before, after), (dataclasses.replace(left, end=left.tiles(m)), right)]
         every += [(dataclasses.replace(alone, blocks=tiles),)] if config.split_k == 1 else []
-        return [(sm90.Expansion(dtype, pattern.windows), *launches) for launches in every] if derived else every
+        return [with_expansion(launches, device) for launches in every]
 
     def candidates(out):
         """Of other types than bfloat16, those whose epilogues differ most."""

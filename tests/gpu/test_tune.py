@@ -27,7 +27,7 @@ def family(request, tmp_path, monkeypatch):
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(request.param == "portable")))
     monkeypatch.delenv("SLIDESPARSE_TUNED", raising=False)
     monkeypatch.setattr(tuned_store, "folder", lambda: tmp_path / "tuned")
-    monkeypatch.setattr(tuned_store, "MOST_WAYS", MOST)
+    monkeypatch.setattr(tuned_store, "MOST_CANDIDATES", MOST)
     tuned_store.found.cache_clear()
     yield request.param
     tuned_store.found.cache_clear()
@@ -44,8 +44,8 @@ def multiply(packed, x):
 def test_the_fastest_is_kept_and_used(dtype, monkeypatch):
     """Against the slowest way there is, in the place of the model's choice."""
 
-    def slowest_first(problem):
-        ranked = tuned_store.ranked(problem)
+    def slowest_first(problem, buffers):
+        ranked = tuned_store.ranked(problem, buffers)
         return [ranked[-1][1], *(way for _, way in ranked[: MOST - 1])]
 
     monkeypatch.setattr(tuned_store, "likely", slowest_first)

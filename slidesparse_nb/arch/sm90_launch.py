@@ -1,0 +1,349 @@
+"""Hopper's launches: tiles, what a launch is made of, and its shared memory. Data and pure functions.
+
+Candidates are chosen in sm90.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+from ..core.dtypes import CUDA_CODES, DType
+from ..core.pattern import Pattern
+from ..core.problem import GemmProblem
+from .operand import STAGE, stages
+from .sm90_layout import VALUE_BYTES, has_compact_metadata, metadata_bytes, row_tiles
+
+PARAMETERS = {
+    "x": "address", "values": "address", "scale_x": "address", "scale_w": "address", "bias": "address",
+    "bias_type": "integer", "y": "address", "y_pitch": "integer", "m": "integer", "n": "integer", "metadata": "address",
+    "stages": "integer", "first_row_tile": "integer", "last_row_tile": "integer", "begin": "integer", "end": "integer",
+    "order": "integer", "raster_group": "integer",
+}  # fmt: skip
+"""Parameters of the kernel, in its order."""
+
+EXPAND_PARAMETERS = {"compact": "address", "expanded": "address", "n": "integer"}
+"""Parameters of the kernel that derives expanded metadata from compact."""
+
+SHARED_MEMORY = 232448
+"""Most bytes of shared memory of a thread block. CUDA C++ Programming Guide, "Compute Capabilities"."""
+
+MOST_STAGES = 24
+"""Most stages of a ring."""
+
+MOST_OWN_PARTS = 16384
+"""Largest partial sums of a cluster, in bytes a block, that have a buffer of their own; larger ones replace stages."""
+
+PDL_TOKENS = 512
+"""Largest m whose first launch uses PDL. Above it, blocks launched while the quantization kernel drains land on arbitrary SMs,
+neighbouring tiles lose L2 locality, and the GEMM takes up to 1.5x as long (docs/hopper.md)."""
+
+COMPACT, DERIVED, EXPANDED = "compact", "derived", "expanded"
+"""The metadata that a candidate reads: compact; expanded, derived from compact by its first launch; or expanded, of a weight
+that has no compact metadata."""
+
+ALONE, BEFORE_REST, REST = 0, 1, 2
+"""Orders of a launch, as cuda_src/sm90/scheduler.cuh numbers them."""
+
+RASTER_GROUP = 16
+"""Tiles along n of a rasterization group, which runs together with all tiles along m."""
+
+EXPAND_THREADS, EXPAND_ROW_TILES = 256, 8
+"""Threads of a block that derives expanded metadata, and the row tiles of a stage that it takes."""
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The outputs of a thread block: `tokens` x `n`, by `warpgroups` consumers with a row tile of 64 outputs each.
+
+    Attributes:
+        stage_ns, tile_ns: time of a stage, and of a tile beside its stages; fitted to measurements on an H100 at 6:8.
+        splits: split-K candidates: thread blocks that share the k of a tile.
+    """
+
+    tokens: int
+    warpgroups: int
+    stage_ns: int
+    tile_ns: int
+    splits: tuple[int, ...]
+
+    @property
+    def n(self) -> int:
+        """Outputs of a thread block."""
+        return 64 * self.warpgroups
+
+    @property
+    def consumers_load(self) -> bool:
+        """Whether accumulators leave no registers for a producer, so that consumers load their stages."""
+        return self.warpgroups == 3 and self.tokens > 192
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it may read compact metadata. Three warpgroups do not: with 256 tokens they would spill, and where one tile
+        takes all tokens two are as fast."""
+        return self.warpgroups < 3
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens x {self.n} outputs"
+
+
+TILES = (
+    Tile(256, 3, 448, 6304, ()),
+    Tile(224, 3, 417, 5042, ()),
+    Tile(208, 3, 401, 3809, ()),
+    Tile(192, 3, 377, 3266, ()),
+    Tile(160, 3, 287, 3279, ()),
+    Tile(128, 3, 264, 2872, ()),
+    Tile(256, 2, 332, 4270, (2, 3, 4)),
+    Tile(192, 2, 270, 2378, (2, 3)),
+    Tile(160, 2, 247, 2200, (2,)),
+    Tile(128, 2, 224, 1211, (2, 3, 4, 8)),
+    Tile(128, 1, 172, 3609, (2,)),
+    Tile(96, 2, 185, 1338, (2,)),
+    Tile(96, 1, 180, 703, (2,)),
+    Tile(64, 2, 162, 1291, (2, 3, 4, 8)),
+    Tile(64, 1, 180, 0, (2,)),
+    Tile(32, 2, 193, 1136, (2, 4, 8)),
+    Tile(32, 1, 86, 1098, (2,)),
+    Tile(16, 2, 138, 0, (2, 4, 8)),
+    Tile(16, 1, 18, 1806, (2,)),
+    Tile(8, 2, 147, 0, (2, 4, 8)),
+    Tile(8, 1, 90, 0, (2,)),
+)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+class NoScratch:
+    """What a launch needs of the workspace: nothing."""
+
+    def counters(self, problem: GemmProblem) -> int:
+        return 0
+
+    def part_bytes(self, problem: GemmProblem) -> int:
+        return 0
+
+    def derived_bytes(self, problem: GemmProblem) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Config(NoScratch):
+    """One launch of the kernel; without `blocks`, the kernel alone.
+
+    Attributes:
+        dtype, out: type of weights and activations; name of the type of y.
+        tile: what a thread block, or a cluster, computes.
+        stages: slots of the ring.
+        windows: windows of a group, of a pattern whose metadata is read in compact form; 0: expanded metadata.
+        derived: the expanded metadata is what an `Expansion` before it wrote.
+        split_k: thread blocks of a cluster, which share the k of a tile in equal parts.
+        resident: thread blocks that fit on an SM; with 2, those of the next launch start beside these.
+        row_tiles: the first row tile of weights that this launch may compute, and the one after the last.
+        begin, end: the tiles of these row tiles that it computes.
+        blocks: thread blocks.
+        order: ALONE; or BEFORE_REST and REST, of two launches that share the tiles.
+        raster_group: tiles along n that run together with all tiles along m.
+    """
+
+    dtype: DType
+    out: str
+    tile: Tile
+    stages: int
+    windows: int
+    split_k: int = 1
+    resident: int = 1
+    row_tiles: tuple[int, int] = (0, 0)
+    begin: int = 0
+    end: int = 0
+    blocks: int = 0
+    order: int = ALONE
+    raster_group: int = RASTER_GROUP
+    derived: bool = False
+    source, parameters = "sm90/gemm.cu", PARAMETERS
+
+    def __str__(self) -> str:
+        split = f", split-K {self.split_k}" if self.split_k > 1 else ""
+        metadata = ", compact metadata" if self.compact else ""
+        kernel = f"{self.tile}{split}, {self.stages} stages{metadata}, {self.resident} per SM"
+        if not self.blocks:
+            return kernel
+        first, last = (64 * r for r in self.row_tiles)
+        return f"{kernel}, tiles {self.begin} to {self.end} of outputs {first} to {last}, on {self.blocks} blocks"
+
+    @property
+    def compact(self) -> bool:
+        """Whether the kernel reads compact metadata."""
+        return self.windows > 0
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: consumers, and a producer of a warp, or of a warpgroup if it gives registers away."""
+        consumers = 128 * self.tile.warpgroups
+        if self.tile.consumers_load:
+            return consumers
+        return consumers + (128 if self.tile.tokens > 128 or self.tile.warpgroups == 3 else 32)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Shared memory beside the stages and their barriers (cuda_src/sm90/smem.cuh)."""
+        table = 4 * math.comb(2 * self.windows + 2, 2) if self.compact else 0  # a word of nibbles for each mask
+        return staging_bytes(self.tile, self.out, self.split_k) + table + parts_bytes(self.tile, self.split_k)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block, in bytes."""
+        stage = stage_bytes(self.tile, self.dtype, self.compact)
+        return -(-(self.stages * (stage + 16) + self.fixed_bytes) // 1024) * 1024
+
+    def tiles(self, m: int) -> int:
+        """All tiles of m tokens and these row tiles."""
+        return -(-m // self.tile.tokens) * -(-(self.row_tiles[1] - self.row_tiles[0]) // self.tile.warpgroups)
+
+    def possible(self, along_k: int) -> bool:
+        """Whether row tiles and stages suffice: two stages a block of a cluster; a whole ring where consumers load."""
+        if self.tile.warpgroups == 3 and self.row_tiles[1] - self.row_tiles[0] < 3:  # weights are padded to pairs
+            return False
+        return along_k >= (self.stages if self.tile.consumers_load else 2 * self.split_k)
+
+    @property
+    def buffers(self) -> dict[str, str]:
+        return {"values": "values", "metadata": COMPACT if self.compact else DERIVED if self.derived else EXPANDED}
+
+    def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
+        return self.blocks, 1, 1
+
+    def arguments(self, problem: GemmProblem) -> dict[str, int]:
+        (first, last), count = self.row_tiles, along_k(problem)
+        if not self.possible(count):
+            raise AssertionError(self)
+        tiles = {"first_row_tile": first, "last_row_tile": last, "begin": self.begin, "end": self.end}
+        return {"stages": count, **tiles, "order": self.order, "raster_group": self.raster_group}
+
+    def early(self, problem: GemmProblem) -> bool:
+        """An early launch reads metadata before it waits, and so must not follow the launch that derives it."""
+        return self.order == REST or (problem.m <= PDL_TOKENS and not self.derived)
+
+    def shares(self) -> dict[str, object]:
+        (first, last), launch = self.row_tiles, {"blocks": self.blocks, "order": self.order, "raster_group": self.raster_group}
+        return {"row_tiles": f"{first}-{last}", "tiles": f"{self.begin}-{self.end}", **launch}
+
+    def defines(self) -> dict[str, int | str]:
+        """The #defines above the #include of the kernel."""
+        return {
+            "DTYPE": CUDA_CODES[self.dtype.name],
+            "OUT": CUDA_CODES[self.out],
+            "TOKENS": self.tile.tokens,
+            "WARPGROUPS": self.tile.warpgroups,
+            "STAGES": self.stages,
+            "WINDOWS": self.windows,
+            "SPLIT_K": self.split_k,
+            "BLOCKS_PER_SM": self.resident,
+            "THREADS": self.threads,
+            "SHARED_BYTES": self.shared_bytes,
+        }  # fmt: skip
+
+    def with_most_stages(self) -> Config:
+        """The same launch with as many stages as fit into shared memory."""
+        room = (SHARED_MEMORY + 1024) // self.resident - 1024 - self.fixed_bytes  # each block takes one KiB more
+        fit = room // (stage_bytes(self.tile, self.dtype, self.compact) + 16)
+        return replace(self, stages=min(MOST_STAGES, fit))
+
+
+@dataclass(frozen=True)
+class Expansion(NoScratch):
+    """The launch that derives expanded metadata from compact, for the launches after it.
+
+    Attributes:
+        dtype: type of weights.
+        windows: windows of a group.
+    """
+
+    dtype: DType
+    windows: int
+    source, parameters = "sm90/expand.cu", EXPAND_PARAMETERS
+    threads, shared_bytes = EXPAND_THREADS, 0
+
+    def __str__(self) -> str:
+        return "expansion of compact metadata"
+
+    @property
+    def buffers(self) -> dict[str, str]:
+        return {"compact": COMPACT, "expanded": DERIVED}
+
+    def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
+        return along_k(problem) * -(-row_tiles(problem.n) // EXPAND_ROW_TILES), 1, 1
+
+    def arguments(self, problem: GemmProblem) -> dict[str, int]:
+        return {}
+
+    def early(self, problem: GemmProblem) -> bool:
+        return True
+
+    def derived_bytes(self, problem: GemmProblem) -> int:
+        return along_k(problem) * row_tiles(problem.n) * metadata_bytes(self.dtype, False)
+
+    def shares(self) -> dict[str, object]:
+        return {}
+
+    def defines(self) -> dict[str, int | str]:
+        """The #defines above the #include of the kernel."""
+        code = CUDA_CODES[self.dtype.name]
+        return {"DTYPE": code, "WINDOWS": self.windows, "THREADS": self.threads, "ROW_TILES": EXPAND_ROW_TILES}
+
+
+def stage_bytes(tile: Tile, dtype: DType, compact: bool) -> int:
+    """Shared memory of one stage."""
+    return -(-(tile.tokens * STAGE + tile.warpgroups * (VALUE_BYTES + metadata_bytes(dtype, compact))) // 1024) * 1024
+
+
+def _reducer_tokens(tile: Tile, split_k: int) -> int:
+    """Tokens that a block of a cluster adds up: the largest power of two of blocks shares them."""
+    return tile.tokens // min(1 << split_k.bit_length() - 1, tile.tokens // 8)
+
+
+def staging_bytes(tile: Tile, out: str, split_k: int) -> int:
+    """Shared memory of rows on their way to y: two chunks of tokens a warpgroup (cuda_src/sm90/epilogue.cuh)."""
+    size = 4 if out == "float32" else 2
+    tokens = tile.tokens
+    if split_k > 1:
+        tokens = _reducer_tokens(tile, split_k)
+        tokens //= 2 if tokens > 64 else 1
+    chunk = 32 if tokens % 32 == 0 and size == 2 else 16 if tokens % 16 == 0 else 8
+    return 2 * tile.warpgroups * chunk * 64 * size
+
+
+def parts_bytes(tile: Tile, split_k: int) -> int:
+    """Shared memory of a cluster's barriers, and of a block's partial sums if they have a buffer of their own."""
+    if split_k == 1:
+        return 0
+    parts = 4 * split_k * _reducer_tokens(tile, split_k) * tile.n
+    return 32 + (parts if parts <= MOST_OWN_PARTS else 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def configured(tile: Tile, split_k: int, pattern: Pattern, dtype: DType, out: str, compact: bool, resident: int = 0) -> Config:
+    """The kernel of a tile, with as many stages as fit; `resident` is the first of `residents` by default.
+
+    Args:
+        compact: read compact metadata, if the pattern has it.
+    """
+    windows = pattern.windows if compact and has_compact_metadata(pattern) else 0
+    return Config(dtype, out, tile, 0, windows, split_k, resident or residents(tile, split_k)[0]).with_most_stages()
+
+
+def residents(tile: Tile, split_k: int) -> tuple[int, ...]:
+    """Candidates for the thread blocks that share an SM."""
+    if tile.warpgroups == 1 or (tile.tokens <= 32 and split_k > 1):
+        return (2,)
+    return (1, 2) if tile.tokens <= 32 else (1,)
+
+
+def along_k(problem: GemmProblem) -> int:
+    """Stages that cover k."""
+    return stages(problem.pattern, problem.k, problem.dtype)
