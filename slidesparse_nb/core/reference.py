@@ -396,3 +396,92 @@ def matmul(x: Array, packed: PackedWeight, bias: Array | None = None, out_dtype:
         if bias is not None:
             y = y + bias.astype(np.float32)
         return y.astype(out_dtype)
+
+
+# ---- what stands before a linear layer ---------------------------------------------------------------------------
+#
+# A GPU kernel does one of these and quantizes its result, which is why every step and the order of the sum are fixed.
+
+
+def rms_norm(x: Array, gamma: Array, epsilon: float, residual: Array | None = None) -> tuple[Array, Array]:
+    """RMSNorm of s = x + residual: s / sqrt(mean(s^2) + epsilon), rounded, times gamma, rounded; as vLLM defines it.
+
+    Args:
+        x, residual: [m, k], gamma: [k], of one 16-bit float type; sums and squares are float32.
+
+    Returns:
+        [m, k] of that type; and s rounded to it, x itself without a residual.
+    """
+    s = x.astype(np.float32) if residual is None else x.astype(np.float32) + residual.astype(np.float32)
+    mean = sum_of_squares(s) / np.float32(s.shape[1])
+    inverse = np.float32(1) / np.sqrt(mean + np.float32(epsilon))
+    normed = (s * inverse[:, None]).astype(x.dtype)
+    return (normed.astype(np.float32) * gamma.astype(np.float32)).astype(x.dtype), s.astype(x.dtype)
+
+
+def norm_threads(k: int) -> int:
+    """Threads that add up the squares of a row of k columns: 128, or more so that none has more than 64 columns."""
+    threads = 128
+    while 64 * threads < k + 256:
+        threads *= 2
+    return threads
+
+
+def sum_of_squares(s: Array) -> Array:
+    """Of every row of s [m, k] float32, in the order of a thread block: float32 [m].
+
+    Thread t adds, one by one, the squares of columns 8t to 8t+7, then of those 8 threads further on, and so on. Of 32 threads,
+    a warp, the upper 16 sums are added to the lower 16, of these the upper 8 to the lower 8, and so on; likewise of 32 warps.
+    """
+    m, k = s.shape
+    threads = norm_threads(k)
+    squares = np.pad(s * s, ((0, 0), (0, -k % (8 * threads)))).reshape(m, -1, threads, 8)
+    sums = np.zeros((m, threads), np.float32)
+    for part in range(squares.shape[1]):
+        for column in range(8):
+            sums = sums + squares[:, part, :, column]
+    sums = _halved(sums.reshape(m, -1, 32))
+    return _halved(np.pad(sums, ((0, 0), (0, 32 - sums.shape[1]))))
+
+
+def _halved(sums: Array) -> Array:
+    while (half := sums.shape[-1] // 2) > 0:
+        sums = sums[..., :half] + sums[..., half:]
+    return np.asarray(sums[..., 0])
+
+
+def silu_and_mul(x: Array) -> Array:
+    """SiLU of the first half of the columns, rounded, times the second half, rounded: [m, 2k] -> [m, k] of a 16-bit type."""
+    gate, up = (half.astype(np.float32) for half in np.split(x, 2, axis=1))
+    with np.errstate(invalid="ignore", over="ignore"):
+        silu = (gate / (np.float32(1) + exponential(-gate))).astype(x.dtype)
+        return (silu.astype(np.float32) * up).astype(x.dtype)
+
+
+EXP_LIMIT = 87.0
+LOG2_E = 1.4426950408889634
+LN2_HIGH, LN2_LOW = 0.693359375, -0.00021219444005469057
+"""ln 2 in two parts, the first of so few bits that its multiples here are exact."""
+EXP_SERIES = (
+    0.008296939544379711,
+    0.04192034900188446,
+    0.1666761189699173,
+    0.49998849630355835,
+    0.9999997019767761,
+    1.0000001192092896,
+)
+"""exp(f) for |f| <= ln 2 / 2, highest power first: a polynomial fitted to its relative error, which is below 1e-7."""
+ROUND = np.float32(12582912)
+"""1.5 * 2^23: adding it to a small float32 leaves the nearest whole number in the low bits."""
+
+
+def exponential(x: Array) -> Array:
+    """exp(x) of float32 by a polynomial and a power of two, each step rounded; x is clipped to +-87."""
+    x = np.clip(x, np.float32(-EXP_LIMIT), np.float32(EXP_LIMIT))
+    shifted = x * np.float32(LOG2_E) + ROUND
+    n = shifted - ROUND
+    f = (x - n * np.float32(LN2_HIGH)) - n * np.float32(LN2_LOW)
+    p = np.full_like(f, EXP_SERIES[0])
+    for c in EXP_SERIES[1:]:
+        p = p * f + np.float32(c)
+    return np.asarray((p.view(np.uint32) + (shifted.view(np.uint32) << np.uint32(23))).view(np.float32))

@@ -18,9 +18,12 @@ import numpy as np
 from ..arch.operand import STAGE, stages
 from ..core.dtypes import FLOAT8, FLOATS, INT8, DType
 from ..core.pattern import Pattern
+from ..core.reference import norm_threads
 from ..core.scheme import Scheme
-from ..errors import OperandError
+from ..errors import OperandError, UnsupportedError
 from .jit.numba import SIMULATED, Kernel, arrays, current_device
+from .kernels import fused
+from .kernels.numbers import ROUND_TWO
 from .kernels.quantize import kernel
 from .kernels.quantize_stages import Variant
 
@@ -222,12 +225,17 @@ def plan(
     *,
     width: int | None = None,
     vectors: int | None = None,
+    kind: str = "",
 ) -> Launch:
     """The launch for rows of k elements of these strides (bytes), from an address `aligned` to 16 bytes.
 
     Args:
         width: bytes of the rows that are written, a multiple of 16; None for tiles.
         vectors: overrides the choice made here of those that a thread holds.
+        kind: what is done before, of `fused.KINDS`; "" for nothing.
+
+    Raises:
+        UnsupportedError: rows that no kernel of that kind takes.
     """
     windows = 0 if pattern is None else pattern.windows
     if stored != FLOAT8.name and 80 <= architecture < 90:
@@ -246,16 +254,22 @@ def plan(
         total = -(-(first + 4) // words)
     neighbours = strides[1] == size or k == 1
     if aligned and neighbours and k > 0 and k % columns == 0 and strides[0] % 16 == 0 and total <= max(VECTORS.values()):
+        normed = norm_threads(k) if kind.endswith("rms_norm") else 0  # who adds what decides the sum
         if vectors is None:
-            vectors = next(v for v, most in VECTORS.items() if total <= most)
-        threads = -(-total // (32 * vectors)) * 32
+            vectors = next(v for v, most in VECTORS.items() if total <= (normed * v or most))
+        threads = normed or -(-total // (32 * vectors)) * 32
         step = threads // variant.period * variant.period if variant.steady else threads
         advance = 2 * step * (windows + 1) // windows if variant.steady else 0
         pitch = width // (16 if windows else 4 * words)
         variant = replace(variant, vectors=vectors)
         before, after = (strides[0] // 16, k // columns, total), (chunks, step, advance)
         shared = 4 * words * total if windows else 0
-        return Launch(variant, kernel(variant), threads, before, pitch, after, shared)
+        if kind and (source not in ROUND_TWO or (variant.stored_bytes == 2 and not windows)):
+            raise UnsupportedError(f"kind: {kind} of {source} to rows of {stored} has no kernel; quantize what it makes")
+        made = fused.kernel(variant, kind) if kind else kernel(variant)
+        return Launch(variant, made, threads, before, pitch, after, shared)
+    if kind:
+        raise UnsupportedError(f"kind: {kind} of k={k}, strides {strides} has no kernel; quantize what it makes")
     variant = replace(variant, vectors=0)
     threads = min(256, max(32, -(-k // 128) * 32))
     before = (strides[0] // size, strides[1] // size, k)

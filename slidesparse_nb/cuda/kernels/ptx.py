@@ -154,6 +154,23 @@ def divide(a: Float, b: Float) -> Float:
     return np.float32(a) / np.float32(b)
 
 
+@instruction("sqrt.rn.f32 $0, $1;", "=f,f", "f32", "f32")
+def square_root(a: Float) -> Float:
+    """The root of a, correctly rounded ("Floating Point: sqrt")."""
+    return np.sqrt(np.float32(a))
+
+
+@instruction(
+    "{.reg .f32 s, t; mov.f32 s, $1; "
+    + "".join(f"shfl.sync.bfly.b32 t, s, {half}, 31, 0xffffffff; add.rn.f32 s, s, t; " for half in (16, 8, 4, 2, 1))
+    + "mov.f32 $0, s;}",
+    "=f,f", "f32", "f32", effect=True,
+)  # fmt: skip
+def warp_sum(part: Float) -> Float:
+    """The sum over a warp, to all its lanes: its upper half added to its lower, and so on ("shfl.sync"); not simulated."""
+    raise NotImplementedError
+
+
 @instruction("{.reg .b16 h, z; mov.b32 {h, z}, $1; cvt.f32.f16 $0, h;}", "=f,r", "f32", "u32")
 def low_float16(word: Word) -> Float:
     """The float16 in a word's low half, as float32 ("Data Movement: cvt"); exact."""

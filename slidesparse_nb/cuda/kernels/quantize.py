@@ -78,10 +78,8 @@ def kernel(variant: Variant) -> Kernel:
 
 def row_in_registers(variant: Variant) -> Any:
     """A block holds its row in registers: thread t the 16-byte vectors t, t + threads, t + 2 threads ..."""
-    (load, largest), convert, scale_row = loader(variant), converter(variant), _scaler(variant)
-    store, lift = storer(variant), lifter(variant)
-    vectors, held_words, words, quantizes = variant.vectors, 4 * variant.vectors, variant.words, variant.quantizes
-    lifted, dependent = variant.windows > 0, variant.architecture >= 90
+    (load, _), finish = loader(variant), finisher(variant)
+    held_words, dependent = 4 * variant.vectors, variant.architecture >= 90
 
     def kernel(
         x: Any,  # [m, ld] vectors of 16 bytes
@@ -103,6 +101,26 @@ def row_in_registers(variant: Variant) -> Any:
         row, thread, threads = np.int64(cuda.blockIdx.x), np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockDim.x)
         last = np.uint32(filled - 1)
         load(x, min(row, m - 1) * ld, last, thread, threads, held)  # tiles have rows past m: zeros
+        finish(
+            held, out, scale, row, m, thread, threads, last, np.uint32(total), pitch, np.uint32(chunks), np.uint32(step),
+            np.uint64(advance),
+        )  # fmt: skip
+
+    return kernel
+
+
+def finisher(variant: Variant) -> Any:
+    """From a row of x's type in registers to what is written: its scale, and its values, lifted if they are."""
+    (_, largest), convert, scale_row = loader(variant), converter(variant), _scaler(variant)
+    store, lift = storer(variant), lifter(variant)
+    vectors, words, quantizes, lifted = variant.vectors, variant.words, variant.quantizes, variant.windows > 0
+    integers = ("i64", "i64", "u32", "u32", "u32", "u32", "i64", "u32", "u32", "u64")
+
+    @device_function("void", "u32[]", "u32*", "f32*", *integers)
+    def finish(
+        held: Any, out: Any, scale: Any, row: int, m: int, thread: Word, threads: Word, last: Word, total: Word, pitch: int,
+        chunks: Word, step: Word, advance: int,
+    ) -> None:  # fmt: skip
         live, inverse = ALL if row < m else ZERO, np.float32(1)
         if quantizes:
             inverse = scale_row(largest(held), scale, row, m, thread)
@@ -111,7 +129,7 @@ def row_in_registers(variant: Variant) -> Any:
             line = cuda.shared.array(0, WORD, alignment=ALIGNMENT)
         for v in range(vectors):
             at = np.uint32(thread + np.uint32(v) * threads)
-            if at < np.uint32(total):
+            if at < total:
                 keep = live if at <= last else ZERO
                 a, b, c, d = convert(held[4 * v], held[4 * v + 1], held[4 * v + 2], held[4 * v + 3], inverse)
                 a, b, c, d = a & keep, b & keep, c & keep, d & keep
@@ -121,9 +139,9 @@ def row_in_registers(variant: Variant) -> Any:
                     store(out, row * pitch + np.int64(at), a, b, c, d)
         if lifted:
             cuda.syncthreads()
-            lift(line, out, row, pitch, thread, np.uint32(chunks), np.uint32(step), np.uint64(advance))
+            lift(line, out, row, pitch, thread, chunks, step, advance)
 
-    return kernel
+    return finish
 
 
 def row_from_memory(variant: Variant) -> Any:
