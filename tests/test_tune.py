@@ -1,4 +1,4 @@
-"""Tuning, all but the GPU: the ways, the files, what a plan makes of them, the race on a clock that is told, the command."""
+"""Tuning, all but the GPU: candidates, files, what a plan makes of them, the race on a clock that is told, the command."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def product(m: int = 16, n: int = 4608, k: int = 3584, where: Device = HOPPER, d
 
 
 def another(of: GemmProblem) -> arch.Candidate:
-    """A way that the model does not choose."""
+    """A candidate that the model does not choose."""
     return tuned_store.likely(of)[1]
 
 
-# ---- ways ------------------------------------------------------------------------------------------------------------
+# ---- candidates ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
@@ -68,13 +68,13 @@ def test_the_models_choice_is_the_first_of_the_likely(m: int, n: int, k: int, wh
     if arch.of(of).refuses(where.capability, of.scheme):
         return
     likely, every = tuned_store.likely(of), tuned_store.ranked(of)
-    costs = {way: cost for cost, way in every}
+    costs = {candidate: cost for cost, candidate in every}
     assert likely[0] == choose(of) == tuned_store.best(of)
     assert costs[likely[0]] == min(costs.values())
     near = [cost for cost, _ in every if cost <= 1.5 * every[0][0]]
-    assert sorted(costs[way] for way in set(likely)) == near[: tuned_store.MOST_CANDIDATES]
-    words = {json.dumps([*map(tuned_store.described, way)]) for way in costs}
-    assert len(words) == len(costs), "two ways of one description"
+    assert sorted(costs[candidate] for candidate in set(likely)) == near[: tuned_store.MOST_CANDIDATES]
+    words = {json.dumps([*map(tuned_store.described, candidate)]) for candidate in costs}
+    assert len(words) == len(costs), "two candidates of one description"
 
 
 def test_a_description_outlives_a_fit() -> None:
@@ -151,22 +151,24 @@ def test_what_is_no_file_is_ignored(cache: Path) -> None:
 
 
 def test_launches_that_are_no_more_are_ignored() -> None:
-    """A way of another release, of another m, of too many blocks, of half the launches."""
+    """A candidate of another release, of another m, of too many blocks, of half the launches."""
     of = product(1024)
-    way = next(way for _, way in tuned_store.ranked(of) if len(way) == 2 and isinstance(way[0], sm90.Config))
-    config = way[0]
+    candidate = next(
+        candidate for _, candidate in tuned_store.ranked(of) if len(candidate) == 2 and isinstance(candidate[0], sm90.Config)
+    )
+    config = candidate[0]
     assert isinstance(config, sm90.Config)
     for stale in (
-        (replace(config, stages=config.stages + 1), way[1]),
-        (replace(config, blocks=config.blocks + 1), way[1]),
-        way[:1],
-        way[::-1],
+        (replace(config, stages=config.stages + 1), candidate[1]),
+        (replace(config, blocks=config.blocks + 1), candidate[1]),
+        candidate[:1],
+        candidate[::-1],
         another(product(512)),
     ):
         tuned_store.keep(of, stale, {})
         assert tuned_store.best(of) == choose(of)
-    tuned_store.keep(of, way, {})
-    assert tuned_store.best(of) == way
+    tuned_store.keep(of, candidate, {})
+    assert tuned_store.best(of) == candidate
 
 
 def test_processes_write_at_once(cache: Path) -> None:
@@ -240,10 +242,10 @@ def timing(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
 def test_the_fastest_wins(gpu: Any, timing: Any, dtype: Any) -> None:
     track = timing.Track(weight(300, 512, dtype), clock := ToldClock({1: 80.0, 2: 90.0}))
-    ways = tuned_store.likely(track.problem(16, "bfloat16"))[:8]
-    race = track.race(16, "bfloat16", ways)
-    assert race.best == ways[1]
-    assert race.candidates == clock.captured == len(ways)
+    candidates = tuned_store.likely(track.problem(16, "bfloat16"))[:8]
+    race = track.race(16, "bfloat16", candidates)
+    assert race.best == candidates[1]
+    assert race.candidates == clock.captured == len(candidates)
     calls = len(track.weights)
     assert calls > 1
     there = [next(iter(timing.to_device(weight).buffers.values())).data.ptr for weight in track.weights]
@@ -256,9 +258,9 @@ def test_the_fastest_wins(gpu: Any, timing: Any, dtype: Any) -> None:
 
 def test_the_models_choice_wins(gpu: Any, timing: Any) -> None:
     track = timing.Track(weight(300, 512, INT8), ToldClock({0: 70.0}))
-    ways = tuned_store.likely(track.problem(5, "float32"))[:8]
-    race = track.race(5, "float32", ways)
-    assert race.best == ways[0]
+    candidates = tuned_store.likely(track.problem(5, "float32"))[:8]
+    race = track.race(5, "float32", candidates)
+    assert race.best == candidates[0]
     assert race.model_us == race.best_us
 
 
@@ -269,19 +271,19 @@ def test_weights_that_lack_a_form_of_metadata(gpu: Any, timing: Any) -> None:
     packed = ss.pack(w, P, BFLOAT16, prune="magnitude")
     track = timing.Track(packed, ToldClock({}))
     assert track.buffers == (("values", "expanded") if gpu.own else ("weights",))
-    race = track.race(300, "bfloat16", ways := tuned_store.likely(track.problem(300, "bfloat16"), track.buffers)[:6])
-    assert (race.candidates, race.wrong) == (len(ways), ())
+    race = track.race(300, "bfloat16", candidates := tuned_store.likely(track.problem(300, "bfloat16"), track.buffers)[:6])
+    assert (race.candidates, race.wrong) == (len(candidates), ())
 
 
 def test_a_winner_is_timed_once_more_against_the_models_choice(gpu: Any, timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was lucky until then is given its true time."""
     track = timing.Track(weight(300, 512, INT8), clock := ToldClock({1: 50.0}))
-    ways = tuned_store.likely(track.problem(5, "float32"))[:8]
-    luck = 2 * len(ways) + timing.AGAIN * timing.FINALISTS
+    candidates = tuned_store.likely(track.problem(5, "float32"))[:8]
+    luck = 2 * len(candidates) + timing.AGAIN * timing.FINALISTS
     told = clock.burst
     monkeypatch.setattr(clock, "burst", lambda *of: told(*of) if clock.bursts < luck else told(0, 1))
-    race = track.race(5, "float32", ways)
-    assert race.best == ways[1]
+    race = track.race(5, "float32", candidates)
+    assert race.best == candidates[1]
     assert race.best_us == pytest.approx(race.model_us, rel=0.01)
 
 
@@ -291,19 +293,19 @@ def test_wrong_results_are_told_and_not_timed(
     gpu: Any, timing: Any, dtype: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     track = timing.Track(weight(300, 512, dtype), clock := ToldClock({}))
-    ways = tuned_store.likely(track.problem(16, "bfloat16"))[:4]
+    candidates = tuned_store.likely(track.problem(16, "bfloat16"))[:4]
     matmul = timing.matmul.matmul
 
     def faulty(x: Any, packed: Any, out: Any, workspace: Any) -> None:
-        bad = timing.to_device(packed).plans[16, "bfloat16"].plan.configs == ways[2]
+        bad = timing.to_device(packed).plans[16, "bfloat16"].plan.configs == candidates[2]
         if not bad or fault == "wrong":
             matmul(x, packed, out=out, workspace=workspace)
         if bad and fault == "wrong":
             out[7, 200:208] = 3 * float(np.abs(out.astype(np.float32)).max())
 
     monkeypatch.setattr(timing.matmul, "matmul", faulty)
-    race = track.race(16, "bfloat16", ways)
-    assert race.wrong == (ways[2],)
+    race = track.race(16, "bfloat16", candidates)
+    assert race.wrong == (candidates[2],)
     assert race.candidates == clock.captured == 3
 
 

@@ -1,4 +1,4 @@
-"""Tuning on a GPU: ways are proved equal and timed, the fastest is kept, and matmul then uses it and is right."""
+"""Tuning on a GPU: candidates are proved equal and timed, the fastest is kept, and matmul then uses it and is right."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST = 6
 
 @pytest.fixture(autouse=True, params=["own", "portable"])
 def family(request, tmp_path, monkeypatch):
-    """Results in a folder of their own; kernels stay in the cache. Few ways, so that few kernels are compiled."""
+    """Results in a folder of their own; kernels stay in the cache. Few candidates, so that few kernels are compiled."""
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(request.param == "portable")))
     monkeypatch.delenv("SLIDESPARSE_TUNED", raising=False)
     monkeypatch.setattr(tuned_store, "folder", lambda: tmp_path / "tuned")
@@ -42,11 +42,11 @@ def multiply(packed, x):
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
 def test_the_fastest_is_kept_and_used(dtype, monkeypatch):
-    """Against the slowest way there is, in the place of the model's choice."""
+    """Against the slowest candidate there is, in the place of the model's choice."""
 
     def slowest_first(problem, buffers):
         ranked = tuned_store.ranked(problem, buffers)
-        return [ranked[-1][1], *(way for _, way in ranked[: MOST - 1])]
+        return [ranked[-1][1], *(candidate for _, candidate in ranked[: MOST - 1])]
 
     monkeypatch.setattr(tuned_store, "likely", slowest_first)
     (found,) = ss.tune_products([(M, N, K, "6:8", dtype, "bfloat16")], tell=print)
@@ -66,11 +66,11 @@ def test_every_way_that_is_kept_is_used_and_right():
     x = tokens(rng, M, K, BFLOAT16.numpy)
     first = weight(rng, N, K, "6:8", INT8)
     problem = matmul.to_device(first).problem(M, "bfloat16")
-    for way in tuned_store.likely(problem):
-        tuned_store.keep(problem, way, {})
+    for candidate in tuned_store.likely(problem):
+        tuned_store.keep(problem, candidate, {})
         packed = ss.PackedWeight(first.values, first.meta, first.scale, first.pattern, first.shape, first.dtype)
         y, used = multiply(packed, x)
-        assert used == way
+        assert used == candidate
         check(y, x, packed)
 
 
