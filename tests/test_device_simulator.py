@@ -19,6 +19,7 @@ if not SIMULATED:
 
 else:
     from device_cases import SOURCES, at_address, awkward_rows, bits, imaged, quantized, same
+    from fused_cases import check_fused
 
     from slidesparse_nb.arch.operand import STAGE, stages
     from slidesparse_nb.core import reference
@@ -28,6 +29,7 @@ else:
     from slidesparse_nb.cuda.jit import numba as numba_kernel
     from slidesparse_nb.cuda.kernels import numbers as elements
     from slidesparse_nb.cuda.kernels import ptx
+    from slidesparse_nb.cuda.kernels.quantize import KINDS
     from slidesparse_nb.errors import OperandError
 
     def laid_out(x, layout):
@@ -51,6 +53,15 @@ else:
         x = awkward_rows(12, k, source)
         values, scale = activations.quantize(at_address(x), dtype, pattern=pattern)
         same(values, scale, quantized(x, dtype, pattern, activations.row_pitch(k, pattern)))
+
+    @pytest.mark.parametrize(("source", "dtype"), [(BFLOAT16, INT8), (FLOAT16, FLOAT8), (BFLOAT16, BFLOAT16)], ids=str)
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(("m", "k", "pattern"), [(3, 72, "6:8"), (1, 2000, "4:6")])
+    def test_norms_and_gates(kind, source, dtype, m, k, pattern) -> None:
+        check_fused(kind, source, dtype, m, k, Pattern.of(pattern), launched)
+
+    def launched(plan, m, *given):
+        plan.kernel((plan.blocks(m),), plan.threads, *given, *plan.integers(m), shared=plan.shared)
 
     @pytest.mark.parametrize(("m", "k"), [(0, 8), (3, 0), (2, 1), (0, 0), (1, 5)])
     def test_quantize_almost_nothing(m, k) -> None:

@@ -24,6 +24,7 @@ from ..arch.operand import Operand
 from ..core.dtypes import CUDA_CODES, DType
 from ..core.problem import GemmProblem
 from ..core.scheme import Scheme
+from ..errors import UnsupportedError
 from . import quantize
 from .jit import cache as jit
 from .launch import Launcher
@@ -43,6 +44,9 @@ Launch = Callable[[int, Given], None]
 
 Writer = Callable[[int, int, int, int, int], None]
 """Launches the kernel that writes an operand: (m, stream, x, operand, scale), addresses but m."""
+
+FusedWriter = Callable[[int, int, tuple[int, ...], int, int, tuple[int, ...]], None]
+"""The same for `quantize.KINDS`: (m, stream, addresses of what the kernel reads and keeps, operand, scale, more integers)."""
 
 ROWS_KERNEL, ROWS_THREADS = "common/rows.cu", 256
 ROWS_PARAMETERS = {
@@ -230,6 +234,24 @@ def writer(
     if form.lift is None and source == dtype.name and loadable:
         return None
     return rows_writer(ordinal, k, source, dtype, strides, form.pitch, form.lift.group if form.lift else 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def fused_writer(ordinal: int, form: Operand, k: int, dtype: DType, source: str, pitch: int, kind: str) -> FusedWriter | None:
+    """The launch that does `kind` to rows of `pitch` bytes, 16-byte aligned, and makes an operand of it; None if none does."""
+    width, newest = None if form.tiled else form.pitch, quantize.architecture(ordinal)
+    try:
+        strides = pitch, Scheme.of(source).dtype.bits // 8
+        found = quantize.plan(source, dtype.name, k, strides, True, newest, form.lift, width=width, kind=kind)
+    except UnsupportedError:
+        return None
+    run, programmatic = found.kernel.on(ordinal, found.shared), found.kernel.programmatic
+    blocks, integers, block, shared = found.blocks, found.integers, (found.threads, 1, 1), found.shared
+
+    def write(m: int, stream: int, given: tuple[int, ...], operand: int, scale: int, numbers: tuple[int, ...]) -> None:
+        run((blocks(m), 1, 1), block, shared, stream, programmatic, *given, operand, scale, *numbers, *integers(m))
+
+    return write
 
 
 def rows_writer(ordinal: int, k: int, source: str, dtype: DType, strides: tuple[int, int], pitch: int, lift: int) -> Writer:

@@ -22,7 +22,6 @@ from ..core.reference import norm_threads
 from ..core.scheme import Scheme
 from ..errors import OperandError, UnsupportedError
 from .jit.numba import SIMULATED, Kernel, arrays, current_device
-from .kernels import fused
 from .kernels.numbers import ROUND_TWO
 from .kernels.quantize import kernel
 from .kernels.quantize_stages import Variant
@@ -232,7 +231,7 @@ def plan(
     Args:
         width: bytes of the rows that are written, a multiple of 16; None for tiles.
         vectors: overrides the choice made here of those that a thread holds.
-        kind: what is done before, of `fused.KINDS`; "" for nothing.
+        kind: what is done before, of `kernels.quantize.KINDS`; "" for nothing.
 
     Raises:
         UnsupportedError: rows that no kernel of that kind takes.
@@ -266,8 +265,7 @@ def plan(
         shared = 4 * words * total if windows else 0
         if kind and (source not in ROUND_TWO or (variant.stored_bytes == 2 and not windows)):
             raise UnsupportedError(f"kind: {kind} of {source} to rows of {stored} has no kernel; quantize what it makes")
-        made = fused.kernel(variant, kind) if kind else kernel(variant)
-        return Launch(variant, made, threads, before, pitch, after, shared)
+        return Launch(variant, kernel(variant, kind), threads, before, pitch, after, shared)
     if kind:
         raise UnsupportedError(f"kind: {kind} of k={k}, strides {strides} has no kernel; quantize what it makes")
     variant = replace(variant, vectors=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..errors import OperandError
 from . import tuned_store
 from .arrays import as_cupy
 from .driver import unusable
-from .plan import Launch, Plan, Writer, counters, device_facts, plan_of, rows_writer, writer
+from .plan import FusedWriter, Launch, Plan, Writer, counters, device_facts, fused_writer, plan_of, rows_writer, writer
 
 MOST_BOUND = 1024
 """Numbers of tokens, and kinds of x, that a weight remembers: a server may see any number of them."""
@@ -58,6 +59,7 @@ class DeviceWeight:
         self.buffers = dict(buffers)
         self.plans: dict[tuple[int, str], Bound] = {}
         self.writers: dict[tuple[str, tuple[int, int], int], Writer | None] = {}
+        self.fused: dict[tuple[str, int, str], FusedWriter | None] = {}
         self.counters = counters(ordinal).of if "arrived" in self.arch.parameters else lambda stream: 0
 
     @property
@@ -182,6 +184,37 @@ class DeviceWeight:
         if write is None:
             write = rows_writer(self.ordinal, self.k, source, self.dtype, strides, self.operand.pitch, 0)
         write(m, stream, x, operand, scale)
+
+    def rms_norm(
+        self, m: int, x: int, source: str, pitch: int, residual: int, gamma: int, kept: int, epsilon: float,
+        operand: int, scale: int, stream: int,
+    ) -> bool:  # fmt: skip
+        """The operand of `reference.rms_norm`; False where no kernel makes it, and nothing is launched.
+
+        Args:
+            x: address of [m, k] of `source`, "bfloat16" or "float16", rows of `pitch` bytes; every address 16-byte aligned.
+            residual, kept: of [m, k] side by side, which is added, and of the sum; both 0 if nothing is.
+            gamma: of [k] of the same type.
+            operand, scale: as of `quantize`.
+        """
+        write = self._fused(source, pitch, "add_rms_norm" if residual else "rms_norm")
+        if write is not None:
+            epsilon_bits, columns = (struct.unpack("I", struct.pack("f", value))[0] for value in (epsilon, self.k))
+            write(m, stream, (x, residual, gamma, kept), operand, scale, (epsilon_bits, columns))
+        return write is not None
+
+    def silu_and_mul(self, m: int, x: int, source: str, pitch: int, operand: int, scale: int, stream: int) -> bool:
+        """The operand of `reference.silu_and_mul` of x [m, 2k]; arguments and result as of `rms_norm`."""
+        write = self._fused(source, pitch, "silu_and_mul")
+        if write is not None:
+            write(m, stream, (x,), operand, scale, ())
+        return write is not None
+
+    def _fused(self, *key: Any) -> FusedWriter | None:
+        """What does `kind` to rows of `source` and `pitch`, remembered; None if no kernel does."""
+        if key not in self.fused:
+            self.fused[key] = fused_writer(self.ordinal, self.operand, self.k, self.dtype, *key)
+        return self.fused[key]
 
     def multiply(
         self,

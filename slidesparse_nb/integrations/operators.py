@@ -241,10 +241,8 @@ def _quantize_cuda(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: s
     m = _check(x, weight, None, n, k)
     device = x.get_device()
     with torch.cuda.device(device):
-        there = _known(weight, n, k, facts)
-        form, (name, size, _) = there.operand, FLOATS[x.dtype]
-        operand = torch.empty(form.bytes(m), dtype=torch.uint8, device=x.device)
-        scale = torch.empty(m if there.scaled else 0, dtype=torch.float32, device=x.device)
+        there, operand, scale = _operand(x, m, weight, n, k, facts)
+        name, size, _ = FLOATS[x.dtype]
         if m:
             rows, strides = _rows(x, m, k, size)
             there.quantize(m, rows.data_ptr(), name, strides, operand.data_ptr(), scale.data_ptr(), _stream(device))
@@ -278,6 +276,54 @@ def _silu_and_mul(x: Tensor) -> Tensor:
     """SiLU of the first half of x's columns, times the second."""
     gate, up = x.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
+
+
+def _rms_norm_quantize_cuda(
+    x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float, weight: Sequence[Tensor], n: int, k: int, facts: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    others = [gamma] if residual is None else [gamma, residual]
+    if _fits(x, k) and all(a.dtype == x.dtype and a.is_contiguous() and a.data_ptr() % 16 == 0 for a in others):
+        with torch.cuda.device(x.device):
+            there, rows, operand, scale, to = _fused(x, weight, n, k, facts, "rms_norm" if residual is None else "add_rms_norm")
+            kept = x.new_empty(0) if residual is None else torch.empty_like(residual)
+            added, sums = (0, 0) if residual is None else (residual.data_ptr(), kept.data_ptr())
+            if there.rms_norm(*rows, added, gamma.data_ptr(), sums, epsilon, *to):
+                return operand, scale, kept
+    return _rms_norm_quantize(x, residual, gamma, epsilon, weight, n, k, facts)
+
+
+def _silu_and_mul_quantize_cuda(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
+    if _fits(x, 2 * k):
+        with torch.cuda.device(x.device):
+            there, rows, operand, scale, to = _fused(x, weight, n, k, facts, "silu_and_mul")
+            if there.silu_and_mul(*rows, *to):
+                return operand, scale
+    return _silu_and_mul_quantize(x, weight, n, k, facts)
+
+
+def _fits(x: Tensor, columns: int) -> bool:
+    """Whether a kernel may take it: whole 16-byte vectors of a 16-bit type, some tokens."""
+    return (
+        x.dim() == 2 and x.shape[1] == columns and len(x) > 0 and x.element_size() == 2
+        and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    )  # fmt: skip
+
+
+def _fused(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str, kind: str) -> tuple[Any, ...]:
+    """The DeviceWeight; x as its methods take it; memory for the operand and scales, and their addresses with the stream's."""
+    there, operand, scale = _operand(x, len(x), weight, n, k, facts)
+    name, pitch = FLOATS[x.dtype][0], x.stride(0) * 2
+    if (name, pitch, kind) not in there.fused:
+        _require_no_capture(f"x: rows of {pitch} bytes were not given to {kind} of this weight")
+    to = operand.data_ptr(), scale.data_ptr(), _stream(x.get_device())
+    return there, (len(x), x.data_ptr(), name, pitch), operand, scale, to
+
+
+def _operand(x: Tensor, m: int, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Any, Tensor, Tensor]:
+    """The DeviceWeight, and memory for m tokens' operand and scales."""
+    there = _known(weight, n, k, facts)
+    operand = torch.empty(there.operand.bytes(m), dtype=torch.uint8, device=x.device)
+    return there, operand, torch.empty(m if there.scaled else 0, dtype=torch.float32, device=x.device)
 
 
 def _rms_norm_quantize(
@@ -372,8 +418,9 @@ for _name in ("linear", "quantize", "product"):
     LIBRARY.impl(_name, globals()[f"_{_name}_cuda"], "CUDA")
     LIBRARY.impl(_name, globals()[f"_{_name}_cpu"], "CPU")
     LIBRARY._register_fake(_name, globals()[f"_{_name}_fake"])
-for _place in ("CUDA", "CPU"):
-    LIBRARY.impl("rms_norm_quantize", _rms_norm_quantize, _place)
-    LIBRARY.impl("silu_and_mul_quantize", _silu_and_mul_quantize, _place)
+LIBRARY.impl("rms_norm_quantize", _rms_norm_quantize_cuda, "CUDA")
+LIBRARY.impl("rms_norm_quantize", _rms_norm_quantize, "CPU")
+LIBRARY.impl("silu_and_mul_quantize", _silu_and_mul_quantize_cuda, "CUDA")
+LIBRARY.impl("silu_and_mul_quantize", _silu_and_mul_quantize, "CPU")
 LIBRARY._register_fake("rms_norm_quantize", _rms_norm_quantize_fake)
 LIBRARY._register_fake("silu_and_mul_quantize", _quantize_fake)

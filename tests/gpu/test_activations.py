@@ -8,6 +8,7 @@ import cupy as cp
 import numpy as np
 import pytest
 from device_cases import SOURCES, awkward_rows, bits, imaged, quantized, same
+from fused_cases import check_fused
 
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
@@ -308,3 +309,15 @@ def test_a_thousand_launches_agree(activations) -> None:
         activations.quantize(x, FLOAT8, pattern=Pattern(6, 8), out=again, scale=scale)
         differ += (again != first).any()
     assert int(differ) == 0
+
+
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
+@pytest.mark.parametrize("kind", ["rms_norm", "add_rms_norm", "silu_and_mul"])
+@pytest.mark.parametrize(
+    ("m", "k", "pattern"), [(1, 3584, "6:8"), (37, 3584, "6:8"), (9, 18944, "6:8"), (300, 8192, "4:6"), (5, 584, "14:16")]
+)
+def test_norms_and_gates(kind, dtype, m, k, pattern) -> None:
+    def launch(plan, m, *given) -> None:
+        plan.kernel((plan.blocks(m),), plan.threads, *given, *plan.integers(m), shared=plan.shared)
+
+    check_fused(kind, BFLOAT16, dtype, m, k, Pattern.of(pattern), launch, cp.asarray, lambda a: a.get())

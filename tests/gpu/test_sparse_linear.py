@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import slidesparse_nb as ss
+from slidesparse_nb.core import reference
 from slidesparse_nb.integrations import operators
 from slidesparse_nb.integrations.torch import SparseLinear
 
@@ -104,6 +105,38 @@ def test_weights_are_forgotten_with_their_layer() -> None:
     del layers, each
     gc.collect()
     assert len(operators._weights) == before
+
+
+@pytest.mark.parametrize("scheme", ["INT8_W8A8", "BF16"])
+@pytest.mark.parametrize("m", [1, 37])
+def test_norms_and_gates_write_operands(scheme: str, m: int) -> None:
+    """The fused operators, then the product, beside the reference and the plain linear: the same bits; captured, too."""
+    there, (x, residual) = layer(scheme), torch.randn(2, m, K).to(torch.bfloat16).cuda()
+    gamma, gate = torch.rand(K, device="cuda").to(torch.bfloat16), torch.randn(m, 2 * K, device="cuda").to(torch.bfloat16)
+    facts, ops = (there._operands(), N, K, there.facts), torch.ops.slidesparse
+
+    def products() -> tuple[torch.Tensor, ...]:
+        q, s, kept = ops.rms_norm_quantize(x, residual, gamma, 1e-6, *facts)
+        g, t = ops.silu_and_mul_quantize(gate, *facts)
+        h, u, none = ops.rms_norm_quantize(x, None, gamma, 1e-6, *facts)
+        assert none.numel() == 0
+        y = [ops.product(a, b, facts[0], there.bias, m, torch.bfloat16, *facts[1:]) for a, b in ((q, s), (g, t), (h, u))]
+        return (*y, kept)
+
+    *got, kept = products()
+    host = [operators.as_numpy(t.cpu()) for t in (x, residual, gamma, gate)]
+    normed, sums = reference.rms_norm(host[0], host[2], 1e-6, host[1])
+    plain = reference.rms_norm(host[0], host[2], 1e-6)[0]
+    assert torch.equal(kept.cpu(), operators.from_numpy(sums))
+    for y, before in zip(got, (normed, reference.silu_and_mul(host[3]), plain), strict=True):
+        assert torch.equal(y, there(operators.from_numpy(before).cuda()))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = products()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, (*got, kept), strict=True))
+    torch.library.opcheck(ops.rms_norm_quantize, (x, residual, gamma, 1e-6, *facts))
+    torch.library.opcheck(ops.silu_and_mul_quantize, (gate, *facts))
 
 
 def test_another_device_and_bad_operands() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...core.reference import EXP_LIMIT, EXP_SERIES, LN2_HIGH, LN2_LOW, LOG2_E
 from ..jit.numba import device_function
 from .ptx import (
     Float,
@@ -19,6 +20,7 @@ from .ptx import (
     low_bytes,
     low_float16,
     low_halves,
+    multiply,
     to_bfloat16x2,
     to_float16x2,
 )
@@ -29,6 +31,12 @@ NAN = np.float32(np.nan)
 
 ROUND = np.float32(12582912)
 """1.5 * 2^23: adding it rounds a small float to a whole number, ties to even, and leaves that in the low bits."""
+
+
+# Of `reference.exponential`, as float32: Python's floats would be float64 in a kernel.
+LIMIT, LOG2, HIGH_LN2, LOW_LN2 = (np.float32(c) for c in (EXP_LIMIT, LOG2_E, -LN2_HIGH, -LN2_LOW))
+C5, C4, C3, C2, C1, C0 = (np.float32(c) for c in EXP_SERIES)
+ONE = np.float32(1)
 
 
 @device_function("f32", "u32")
@@ -87,3 +95,20 @@ def row_scale(absmax: Float, t: Float) -> tuple[Float, Float]:
     if absmax < TINY:
         return np.float32(1), np.float32(0)
     return divide(absmax, t), divide(t, absmax)
+
+
+@device_function("f32", "f32")
+def silu(x: Float) -> Float:
+    """x / (1 + exp(-x)), the exponential as `reference.exponential`."""
+    y = -x
+    if y > LIMIT:
+        y = LIMIT
+    if y < -LIMIT:
+        y = -LIMIT
+    shifted = add(multiply(y, LOG2), ROUND)
+    n = add(shifted, -ROUND)
+    f = add(add(y, multiply(n, HIGH_LN2)), multiply(n, LOW_LN2))
+    p = add(multiply(add(multiply(add(multiply(C5, f), C4), f), C3), f), C2)
+    p = add(multiply(add(multiply(p, f), C1), f), C0)
+    power = np.uint64(as_word(p)) + (np.uint64(as_word(shifted)) << np.uint64(23))
+    return divide(x, add(ONE, as_float(np.uint32(power & np.uint64(0xFFFFFFFF)))))

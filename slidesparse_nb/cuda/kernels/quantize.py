@@ -1,13 +1,18 @@
 """The kernels of cuda/quantize.py: a thread block takes one token, quantizes or rounds it, lifts it, writes rows or tiles.
 
+    x --------------------------------------------------------------------------------------\
+    x, residual --> sum --> mean square --> times 1 / root, rounded; times gamma, rounded ---+--> quantized, lifted, stored
+    gate, up    --> SiLU, rounded; times up, rounded ---------------------------------------/
+
 `row_in_registers` holds a token in registers between its two looks at it, so that each byte of x is read once:
 
     16-byte loads --> largest magnitude (warp, then block) --> scale, inverse --> multiply, round, pack --> rows
                                                              lifted: --> shared memory --> gather --> 16-byte stores
 
 `row_from_memory` reads x element by element, twice, the second time from cache: for rows that are not 16-byte aligned, whose
-elements are not neighbours, or that are too long for registers. Both give the bits of `reference.quantize`: products and
-sums are rounded one by one, never fused; the two divisions a token are correctly rounded.
+elements are not neighbours, or that are too long for registers. `rms_norm` and `silu_and_mul` hold a token in registers, too.
+All give the bits of the reference: products and sums are rounded one by one, never fused; divisions and roots are correctly
+rounded.
 
 The stages are in quantize_stages.py.
 """
@@ -21,14 +26,34 @@ import numpy as np
 
 from ...core.scheme import Scheme
 from ..jit.numba import SIMULATED, Kernel, cuda, device_function
-from .numbers import LOW, row_scale
-from .ptx import LANES, Float, Word, larger, launch_later_grid, wait_for_earlier_grids, warp_max
+from .numbers import HIGH, LOW, ROUND_TWO, row_scale, silu
+from .ptx import (
+    LANES,
+    Float,
+    Word,
+    add,
+    as_float,
+    divide,
+    larger,
+    launch_later_grid,
+    multiply,
+    square_root,
+    store4,
+    wait_for_earlier_grids,
+    warp_max,
+    warp_sum,
+)
 from .quantize_stages import ZERO, Variant, converter, lifter, loader, placer, storer, word_maker
 
 WORD = np.dtype(np.uint32)
 ALIGNMENT = None if SIMULATED else 16
 SLOTS = 1024 // LANES
 ALL = np.uint32(0xFFFFFFFF)
+WARP = np.uint32(32)
+ONE, NOTHING = np.float32(1), np.float32(0)
+
+KINDS = "rms_norm", "add_rms_norm", "silu_and_mul"
+"""What a kernel may do to a row before it quantizes it."""
 
 
 @device_function("u32", "u32")
@@ -49,6 +74,37 @@ def block_max(word: Word) -> Word:
     return warp_max(word)
 
 
+if SIMULATED:
+
+    def block_sum(part: Float) -> Float:
+        """`reference.sum_of_squares`'s sum over the threads of a block, to all of them."""
+        slots = cuda.shared.array(1024, np.float32)
+        slots[cuda.threadIdx.x] = part
+        cuda.syncthreads()
+        sums = [slots[i] for i in range(cuda.blockDim.x)]
+        cuda.syncthreads()
+        warps = [_halved(sums[i : i + 32]) for i in range(0, len(sums), 32)]
+        return _halved(warps + [NOTHING] * (32 - len(warps)))
+
+    def _halved(sums: list[Float]) -> Float:
+        while (half := len(sums) // 2) > 0:
+            sums = [np.float32(a) + np.float32(b) for a, b in zip(sums[:half], sums[half:], strict=True)]
+        return sums[0]
+else:
+
+    @device_function("f32", "f32")
+    def block_sum(part: Float) -> Float:
+        """`reference.sum_of_squares`'s sum over the threads of a block, to all of them."""
+        slots = cuda.shared.array(32, np.float32)
+        thread = np.uint32(cuda.threadIdx.x)
+        lane, warps = np.uint32(thread % WARP), np.uint32(np.uint32(cuda.blockDim.x) // WARP)
+        part = warp_sum(part)
+        if lane == ZERO:
+            slots[np.uint32(thread // WARP)] = part
+        cuda.syncthreads()
+        return warp_sum(slots[lane] if lane < warps else NOTHING)
+
+
 def _scaler(variant: Variant) -> Any:
     """The inverse of a row's scale, which is written, from the largest magnitude that each thread has seen."""
     low: Any = LOW.get(variant.source)
@@ -65,9 +121,16 @@ def _scaler(variant: Variant) -> Any:
 
 
 @functools.cache
-def kernel(variant: Variant) -> Kernel:
-    """The kernel of a variant, compiled where it is first launched."""
+def kernel(variant: Variant, kind: str = "") -> Kernel:
+    """The kernel of a variant, compiled where it is first launched; `kind`: what of KINDS it does to a 16-bit x first."""
     dependent = variant.architecture >= 90
+    if kind == "silu_and_mul":
+        return Kernel(
+            f"{kind}_{variant.name}", silu_and_mul(variant), "u32*", "u32*", "f32*", *["i64"] * 8, programmatic=dependent
+        )
+    if kind:
+        parameters = (*["u32*"] * 5, "f32*", *["i64"] * 10)
+        return Kernel(f"{kind}_{variant.name}", rms_norm(variant, kind == "add_rms_norm"), *parameters, programmatic=dependent)
     if variant.vectors:
         parameters = ("u32*", "u32*", "f32*", *["i64"] * 8)
         registers = 40 if variant.windows and variant.vectors <= 4 else 0  # 12 blocks of 128 threads an SM, not 10
@@ -142,6 +205,114 @@ def finisher(variant: Variant) -> Any:
             lift(line, out, row, pitch, thread, chunks, step, advance)
 
     return finish
+
+
+def _halves(variant: Variant) -> tuple[Any, Any, Any]:
+    """Device functions: the float in each half of a word, and from two floats to a word."""
+    return LOW[variant.source], HIGH[variant.source], ROUND_TWO[variant.source]
+
+
+def rms_norm(variant: Variant, adds: bool) -> Any:
+    """RMSNorm of x, or of x + residual."""
+    (load, _), finish = loader(variant), finisher(variant)
+    low, high, two = _halves(variant)
+    vectors, words, numbers = variant.vectors, 4 * variant.vectors, 8 * variant.vectors
+    dependent = variant.architecture >= 90
+
+    def kernel(
+        x: Any,  # [m, ld] vectors of 16 bytes
+        residual: Any,  # [m, filled] vectors, and so is kept, which gets the sum
+        gamma: Any,  # [filled] vectors
+        kept: Any,
+        out: Any,  # this and all else as of `row_in_registers`
+        scale: Any,
+        epsilon: int,  # bits of a float32, as is the number of columns
+        columns: int,
+        m: Any,
+        ld: int,
+        filled: int,
+        total: int,
+        pitch: int,
+        chunks: int,
+        step: int,
+        advance: int,
+    ) -> None:
+        if dependent:
+            wait_for_earlier_grids()
+            launch_later_grid()
+        held = cuda.local.array(words, np.uint32)
+        more = cuda.local.array(words, np.uint32)
+        s = cuda.local.array(numbers, np.float32)
+        row, thread, threads = np.int64(cuda.blockIdx.x), np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockDim.x)
+        last, read = np.uint32(filled - 1), min(row, m - 1)
+        load(x, read * ld, last, thread, threads, held)
+        if adds:
+            load(residual, read * filled, last, thread, threads, more)
+        squares = NOTHING
+        for v in range(vectors):
+            at = np.uint32(thread + np.uint32(v) * threads)
+            for w in range(4 * v, 4 * v + 4):
+                a, b = low(held[w]), high(held[w])
+                if adds:
+                    a, b = add(a, low(more[w])), add(b, high(more[w]))
+                    more[w] = two(a, b)
+                s[2 * w], s[2 * w + 1] = a, b
+                if at <= last:
+                    squares = add(add(squares, multiply(a, a)), multiply(b, b))
+            if adds and at <= last and row < m:
+                w = 4 * v
+                store4(kept, row * filled + np.int64(at), more[w], more[w + 1], more[w + 2], more[w + 3])
+        mean = divide(block_sum(squares), as_float(np.uint32(columns)))
+        inverse = divide(ONE, square_root(add(mean, as_float(np.uint32(epsilon)))))
+        load(gamma, np.int64(0), last, thread, threads, more)
+        for w in range(words):
+            normed = two(multiply(s[2 * w], inverse), multiply(s[2 * w + 1], inverse))
+            held[w] = two(multiply(low(normed), low(more[w])), multiply(high(normed), high(more[w])))
+        finish(
+            held, out, scale, row, m, thread, threads, last, np.uint32(total), pitch, np.uint32(chunks), np.uint32(step),
+            np.uint64(advance),
+        )  # fmt: skip
+
+    return kernel
+
+
+def silu_and_mul(variant: Variant) -> Any:
+    """SiLU of the first half of a row, times the second."""
+    (load, _), finish = loader(variant), finisher(variant)
+    low, high, two = _halves(variant)
+    words, dependent = 4 * variant.vectors, variant.architecture >= 90
+
+    def kernel(
+        x: Any,  # [m, ld] vectors of 16 bytes: `filled` of the gate, `filled` that it multiplies
+        out: Any,  # this and all else as of `row_in_registers`
+        scale: Any,
+        m: Any,
+        ld: int,
+        filled: int,
+        total: int,
+        pitch: int,
+        chunks: int,
+        step: int,
+        advance: int,
+    ) -> None:
+        if dependent:
+            wait_for_earlier_grids()
+            launch_later_grid()
+        held = cuda.local.array(words, np.uint32)
+        up = cuda.local.array(words, np.uint32)
+        row, thread, threads = np.int64(cuda.blockIdx.x), np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockDim.x)
+        last, start = np.uint32(filled - 1), min(row, m - 1) * ld
+        load(x, start, last, thread, threads, held)
+        load(x, start + filled, last, thread, threads, up)
+        for w in range(words):
+            gate = two(silu(low(held[w])), silu(high(held[w])))
+            held[w] = two(multiply(low(gate), low(up[w])), multiply(high(gate), high(up[w])))
+        finish(
+            held, out, scale, row, m, thread, threads, last, np.uint32(total), pitch, np.uint32(chunks), np.uint32(step),
+            np.uint64(advance),
+        )  # fmt: skip
+
+    return kernel
 
 
 def row_from_memory(variant: Variant) -> Any:
