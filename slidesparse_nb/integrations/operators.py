@@ -135,8 +135,7 @@ LIBRARY.define(
 )
 LIBRARY.define("silu_and_mul_quantize(Tensor x, Tensor[] weight, int n, int k, str facts) -> (Tensor, Tensor)", tags=_TAGS)
 LIBRARY.define(
-    "product(Tensor operand, Tensor scale, Tensor[] weight, Tensor? bias, SymInt m, ScalarType out, int n, int k, str facts)"
-    " -> Tensor",
+    "product(Tensor operand, Tensor scale, Tensor[] weight, Tensor? bias, ScalarType out, int n, int k, str facts) -> Tensor",
     tags=_TAGS,
 )
 _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -252,8 +251,8 @@ def _quantize_cuda(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: s
 def _quantize_cpu(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
     _check(x, weight, None, n, k)
     q = ss.quantize(as_numpy(x), _packed(weight, n, k, facts))
-    scale = np.empty(0, np.float32) if q.scale is None else q.scale[:, 0]
-    return torch.from_numpy(q.values.view(np.uint8).reshape(-1)), torch.from_numpy(scale.copy())
+    values = torch.from_numpy(q.values.view(np.uint8).reshape(-1))
+    return values, _scale(x, len(q.values), False) if q.scale is None else torch.from_numpy(q.scale[:, 0].copy())
 
 
 def _quantize_fake(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
@@ -261,7 +260,7 @@ def _quantize_fake(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: s
     pattern, dtype, _ = facts.split(" ")
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
     size, scaled = ss.operand_bytes(m, k, pattern, dtype, capability)
-    return x.new_empty(size, dtype=torch.uint8), x.new_empty(m if scaled else 0, dtype=torch.float32)
+    return x.new_empty(size, dtype=torch.uint8), _scale(x, m, scaled)
 
 
 def _rms_norm(x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -323,7 +322,12 @@ def _operand(x: Tensor, m: int, weight: Sequence[Tensor], n: int, k: int, facts:
     """The DeviceWeight, and memory for m tokens' operand and scales."""
     there = _known(weight, n, k, facts)
     operand = torch.empty(there.operand.bytes(m), dtype=torch.uint8, device=x.device)
-    return there, operand, torch.empty(m if there.scaled else 0, dtype=torch.float32, device=x.device)
+    return there, operand, _scale(x, m, there.scaled)
+
+
+def _scale(x: Tensor, m: int, scaled: bool) -> Tensor:
+    """Memory for a scale of each of m tokens; without scales it tells m alone."""
+    return x.new_empty((m,) if scaled else (m, 0), dtype=torch.float32)
 
 
 def _rms_norm_quantize(
@@ -349,13 +353,12 @@ def _product_cuda(
     scale: Tensor,
     weight: Sequence[Tensor],
     bias: Tensor | None,
-    m: int,
     out: torch.dtype,
     n: int,
     k: int,
     facts: str,
 ) -> Tensor:
-    device, (name, _, _) = operand.get_device(), FLOATS[out]
+    m, device, (name, _, _) = len(scale), operand.get_device(), FLOATS[out]
     _check_places(operand, weight, bias, n)
     y = torch.empty((m, n), dtype=out, device=operand.device)
     with torch.cuda.device(device):
@@ -385,7 +388,6 @@ def _product_cpu(
     scale: Tensor,
     weight: Sequence[Tensor],
     bias: Tensor | None,
-    m: int,
     out: torch.dtype,
     n: int,
     k: int,
@@ -393,6 +395,7 @@ def _product_cpu(
 ) -> Tensor:
     _check_places(operand, weight, bias, n)
     packed = _packed(weight, n, k, facts)
+    m = len(scale)
     values = as_numpy(operand).view(packed.dtype.numpy).reshape(m, k)
     scales = as_numpy(scale).reshape(m, 1) if packed.scheme.scaled else None
     source = np.dtype(_ml_dtypes("bfloat16") if out == torch.bfloat16 else NUMPY[out])
@@ -405,13 +408,12 @@ def _product_fake(
     scale: Tensor,
     weight: Sequence[Tensor],
     bias: Tensor | None,
-    m: int,
     out: torch.dtype,
     n: int,
     k: int,
     facts: str,
 ) -> Tensor:
-    return operand.new_empty((m, n), dtype=out)
+    return operand.new_empty((scale.shape[0], n), dtype=out)
 
 
 for _name in ("linear", "quantize", "product"):

@@ -222,10 +222,7 @@ class SparseLinear(nn.Module):
                     f"x: was quantized for {pattern} {scheme} of k={k}, this layer is {own[0]} {own[1]} of k={own[2]}; quantize"
                     " x with a layer of the same pattern, scheme and k"
                 )
-            m = 1
-            for size in x.lead:
-                m = m * size
-            y = torch.ops.slidesparse.product(x.operand, x.scale, self._operands(), self.bias, m, x.dtype, *facts)
+            y = torch.ops.slidesparse.product(x.operand, x.scale, self._operands(), self.bias, x.dtype, *facts)
             return y.reshape(*x.lead, self.out_features)
         require_no_grad(x)
         return torch.ops.slidesparse.linear(x, self._operands(), self.bias, *facts)

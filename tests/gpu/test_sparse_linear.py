@@ -120,7 +120,7 @@ def test_norms_and_gates_write_operands(scheme: str, m: int) -> None:
         g, t = ops.silu_and_mul_quantize(gate, *facts)
         h, u, none = ops.rms_norm_quantize(x, None, gamma, 1e-6, *facts)
         assert none.numel() == 0
-        y = [ops.product(a, b, facts[0], there.bias, m, torch.bfloat16, *facts[1:]) for a, b in ((q, s), (g, t), (h, u))]
+        y = [ops.product(a, b, facts[0], there.bias, torch.bfloat16, *facts[1:]) for a, b in ((q, s), (g, t), (h, u))]
         return (*y, kept)
 
     *got, kept = products()
@@ -156,4 +156,4 @@ def test_another_device_and_bad_operands() -> None:
                 use(given)
     q = there.quantize(x)
     with pytest.raises(ss.OperandError, match=r"^operand: .* bytes must be"):
-        torch.ops.slidesparse.product(q.operand, q.scale, there._operands(), None, 50, torch.bfloat16, N, K, there.facts)
+        torch.ops.slidesparse.product(q.operand, q.scale.new_ones(50), there._operands(), None, torch.bfloat16, N, K, there.facts)

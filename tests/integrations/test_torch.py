@@ -90,7 +90,7 @@ def test_operators(scheme: str) -> None:
     ops = torch.ops.slidesparse
     torch.library.opcheck(ops.linear, (x, weight, bias, *facts))
     torch.library.opcheck(ops.quantize, (x, weight, *facts))
-    torch.library.opcheck(ops.product, (q.operand, q.scale, weight, bias, 7, torch.bfloat16, *facts))
+    torch.library.opcheck(ops.product, (q.operand, q.scale, weight, bias, torch.bfloat16, *facts))
 
 
 def test_compiled() -> None:

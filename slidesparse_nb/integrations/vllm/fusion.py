@@ -86,12 +86,10 @@ def _replace(
         operand, scale = (_call(graph, operator.getitem, fused, i) for i in range(2))
         for other, i in others.items():
             other.replace_all_uses_with(_call(graph, operator.getitem, fused, i))
-        m = tensor.shape[0]
-        m = m if isinstance(m, int) else _call(graph, torch.ops.aten.sym_size.int, first[0], 0)
     for linear in linears:
         _, weight, bias, *shape = linear.args
         with graph.inserting_before(linear):
-            linear.replace_all_uses_with(_call(graph, PRODUCT, operand, scale, weight, bias, m, tensor.dtype, *shape))
+            linear.replace_all_uses_with(_call(graph, PRODUCT, operand, scale, weight, bias, tensor.dtype, *shape))
         graph.erase_node(linear)
 
 
