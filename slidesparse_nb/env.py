@@ -5,6 +5,7 @@ XDG_CACHE_HOME          without SLIDESPARSE_CACHE_DIR they are in its subfolder 
 SLIDESPARSE_TUNED       0: what `slidesparse tune` found is not used
 SLIDESPARSE_PORTABLE    1: the kernel for every GPU is used where one for Hopper exists, to compare the two
 SLIDESPARSE_DEBUG       1: the first launch of every product prints problem, configuration, source and launch on standard error
+SLIDESPARSE_MORE_MEMORY 1: in PyTorch and engines, Hopper's weights keep both forms of metadata (`to_device`)
 CUDA_PATH, CUDA_HOME    CUDA toolkit whose compiler is used if no other is found
 
 README has the same table.
@@ -31,6 +32,11 @@ def debug() -> bool:
 def portable() -> bool:
     """Whether kernels made for one architecture are left aside."""
     return os.environ.get("SLIDESPARSE_PORTABLE", "0") not in ("", "0")
+
+
+def more_memory() -> bool:
+    """Whether adapters arrange weights for speed alone."""
+    return os.environ.get("SLIDESPARSE_MORE_MEMORY", "0") not in ("", "0")
 
 
 def tuned() -> bool:

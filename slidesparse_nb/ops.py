@@ -92,7 +92,7 @@ def matmul(
     raise _no_array("x", x)
 
 
-def to_device(packed: PackedWeight, device: int | None = None) -> DeviceWeight:
+def to_device(packed: PackedWeight, device: int | None = None, *, least_memory: bool = False) -> DeviceWeight:
     """The weight arranged for a GPU's kernel, ahead of its first product; `matmul` and `quantize` take it in place of `packed`.
 
     It holds nothing of `packed`, whose tensors may be freed: `packed` remembers it, not the other way round. Its `buffers` are
@@ -101,6 +101,9 @@ def to_device(packed: PackedWeight, device: int | None = None) -> DeviceWeight:
 
     Args:
         device: number of the GPU; by default the current one.
+        least_memory: of the first call for a weight and a GPU. On Hopper metadata are kept in their smaller form alone, and
+            expanded for the products that want them so: at 6:8 8-bit weights take 0.84 of their dense bytes in place of 1.03,
+            and products of 257 to some thousand tokens take 2 to 16 % longer.
 
     Raises:
         OperandError: `packed` is a stack of matrices.
@@ -108,7 +111,7 @@ def to_device(packed: PackedWeight, device: int | None = None) -> DeviceWeight:
         FormatError: the tensors do not fit the shape.
     """
     require_matrix(packed).check_shapes()
-    arranged: DeviceWeight = cuda.module("weight", "to_device").to_device(packed, device)
+    arranged: DeviceWeight = cuda.module("weight", "to_device").to_device(packed, device, least_memory)
     return arranged
 
 

@@ -374,8 +374,8 @@ def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool) -> Iterator[
         weights: Any = importlib.import_module("slidesparse_nb.cuda.weight")
         arrange = weights.DeviceWeight.arrange
 
-        def noted(packed: PackedWeight, ordinal: int) -> Any:
-            made.weights.append((arrange(packed, ordinal), packed))
+        def noted(packed: PackedWeight, ordinal: int, least_memory: bool = False) -> Any:
+            made.weights.append((arrange(packed, ordinal, least_memory), packed))
             return made.weights[-1][0]
 
         weights.DeviceWeight.arrange = noted

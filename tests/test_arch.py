@@ -107,7 +107,7 @@ class Toy:
     def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
         return Operand(False, None, k * scheme.dtype.bits // 8)
 
-    def arrange(self, packed: Any, xp: Any) -> dict[str, Any]:
+    def arrange(self, packed: Any, xp: Any, least_memory: bool = False) -> dict[str, Any]:
         return {"everything": packed.values}
 
     def kernels(self, pattern: Pattern, dtype: Any, out: str, capability: tuple[int, int]) -> Iterator[Whole]:

@@ -246,7 +246,7 @@ def test_three_warpgroups_have_row_tiles_enough_and_consumers_that_load_stages(t
 
 
 def test_metadata_that_candidates_read() -> None:
-    """Compact alone where one tile takes all tokens; else compact, or expanded from it; three warpgroups expanded alone."""
+    """Compact alone where one tile takes all tokens; else expanded if it is kept, or else compact, or expanded from it."""
     compact, derived = {"compact"}, {"derived"}
     cases = [
         (100, 64, 2, FLOAT8, compact),  # small: always
@@ -257,7 +257,8 @@ def test_metadata_that_candidates_read() -> None:
     for m, tokens, warpgroups, dtype, wanted in cases:
         problem = GemmProblem(m, 4608, 3584, Pattern(6, 8), dtype, "bfloat16", DEVICE)
         for of, buffers, metadata in (
-            (problem, None, wanted),
+            (problem, None, {"compact"} if wanted == compact else {"expanded"}),
+            (problem, ("values", "compact", "expanded"), {"compact"} if wanted == compact else {"expanded"}),
             (problem, ("values", "compact", "scale"), wanted),
             (problem, ("values", "expanded"), {"expanded"}),
             (replace(problem, pattern=Pattern(2, 4)), None, {"expanded"}),
@@ -271,7 +272,7 @@ def test_what_follows_an_expansion_is_not_early() -> None:
     """An early launch would load metadata that are not written yet; that of the rest follows a launch that has waited."""
     for m in (96, 300, 4096):
         problem = GemmProblem(m, 37888, 3584, Pattern(6, 8), INT8, "bfloat16", DEVICE)
-        for candidate in sm90.ARCH.candidates(problem):
+        for candidate in sm90.ARCH.candidates(problem, ("values", "compact")):
             for launch in products(candidate):
                 early = launch.order == sm90.REST or (m <= sm90_launch.PDL_TOKENS and not launch.derived)
                 assert launch.early(problem) == early
@@ -283,7 +284,9 @@ def test_what_follows_an_expansion_is_not_early() -> None:
 
 def test_expansion_pays_at_last() -> None:
     def expands(m: int, dtype: DType) -> bool:
-        return isinstance(choose(GemmProblem(m, 37888, 3584, Pattern(6, 8), dtype, "bfloat16", DEVICE))[0], sm90.Expansion)
+        problem = GemmProblem(m, 37888, 3584, Pattern(6, 8), dtype, "bfloat16", DEVICE)
+        assert not isinstance(choose(problem)[0], sm90.Expansion)
+        return isinstance(choose(problem, ("values", "compact"))[0], sm90.Expansion)
 
     assert not any(expands(m, dtype) for m in (1, 64, 128) for dtype in PACKED)
     assert all(expands(16384, dtype) for dtype in PACKED)

@@ -388,7 +388,7 @@ def test_metadata_that_a_plan_expands(dtype: DType, monkeypatch: pytest.MonkeyPa
     packed, x = weight(n, k, dtype), array(np.random.default_rng(2).standard_normal((m, k)).astype(BF16))
     expected = wanted(x, packed)
     with numpy_for_cupy(monkeypatch, False) as gpu:
-        there = gpu.gemm.to_device(packed)
+        there = gpu.gemm.to_device(packed, least_memory=True)
         assert [*there.buffers] == ["values", "compact", "scale"][: 2 + there.scaled]
         held, problem = there.nbytes, there.problem(m, "bfloat16")
         candidates = {"expand" in c[0].source: c for c in there.arch.candidates(problem, tuple(there.buffers))}

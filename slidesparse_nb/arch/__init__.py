@@ -102,8 +102,13 @@ class Arch(Protocol[C]):
     def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
         """The layout of x [m, k]."""
 
-    def arrange(self, packed: PackedWeight, xp: Any) -> dict[str, Any]:
-        """Packed weights as the kernel loads them: buffers by name. `xp` is numpy or cupy, whichever made packed.values."""
+    def arrange(self, packed: PackedWeight, xp: Any, least_memory: bool = False) -> dict[str, Any]:
+        """Packed weights as the kernel loads them: buffers by name.
+
+        Args:
+            xp: numpy or cupy, whichever made packed.values.
+            least_memory: leave out what can be made of the others for a launch, at a cost in time.
+        """
 
     def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[C]:
         """Every kernel, as a launch of it."""

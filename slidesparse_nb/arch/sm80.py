@@ -236,7 +236,7 @@ class Portable:
         loaded, k = seen(pattern, k)
         return Operand(False, pattern if loaded != pattern else None, k * scheme.activations.element.bits // 8)
 
-    def arrange(self, packed: PackedWeight, xp: Any = np) -> dict[str, Any]:
+    def arrange(self, packed: PackedWeight, xp: Any = np, least_memory: bool = False) -> dict[str, Any]:
         pattern, k = seen(packed.pattern, packed.k)
         return {"weights": arrange(replace(packed, pattern=pattern, shape=(packed.n, k)), xp)}
 

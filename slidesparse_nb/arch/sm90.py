@@ -20,6 +20,7 @@ from . import sm90_cost
 from .operand import STAGE, Operand, stages
 from .sm90_launch import (
     BEFORE_REST,
+    BOTH,
     COMPACT,
     DERIVED,
     EXPANDED,
@@ -34,7 +35,7 @@ from .sm90_launch import (
     configured,
     residents,
 )
-from .sm90_layout import arrange, has_compact_metadata
+from .sm90_layout import arrange, expand, has_compact_metadata
 
 FLOAT8_ERROR = 2.0**-10
 """Error of one float8 instruction (64 expanded columns), relative to the sum of magnitudes. Its accumulator has 13 bits of
@@ -56,8 +57,8 @@ def fits_m(tile: Tile, m: int) -> bool:
 
 
 def of_row_tiles(problem: GemmProblem, tile: Tile, split_k: int, resident: int, metadata: str, first: int = 0) -> Config:
-    """The kernel of a tile, for all row tiles from `first` on. Where compact metadata costs no time, it replaces DERIVED."""
-    if metadata == DERIVED and sm90_cost.decoding_is_free(tile, problem.dtype, problem.m):
+    """The kernel of a tile, for all row tiles from `first` on. DERIVED and BOTH are compact where decoding is free."""
+    if metadata in (DERIVED, BOTH) and sm90_cost.decoding_is_free(tile, problem.dtype, problem.m):
         metadata = COMPACT
     config = configured(tile, split_k, problem.pattern, problem.dtype, problem.out, metadata == COMPACT, resident)
     group = NARROW_RASTER_GROUP if tile.tokens == 256 and problem.m <= NARROW_TOKENS else RASTER_GROUP
@@ -142,8 +143,12 @@ class Hopper:
     def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
         return Operand(True, pattern, STAGE * stages(pattern, k, scheme.activations.element))
 
-    def arrange(self, packed: PackedWeight, xp: Any) -> dict[str, Any]:
-        return arrange(packed, xp)
+    def arrange(self, packed: PackedWeight, xp: Any, least_memory: bool = False) -> dict[str, Any]:
+        """With both forms of the metadata, or the smaller alone."""
+        made = arrange(packed, xp)
+        if COMPACT in made and not least_memory:
+            made[EXPANDED] = expand(made[COMPACT], packed.pattern, packed.dtype, xp)
+        return made
 
     def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config | Expansion]:
         """Of every tile, without and with split-K; then the expansion, of patterns that have compact metadata."""
@@ -158,9 +163,11 @@ class Hopper:
     def candidates(
         self, problem: GemmProblem, buffers: Collection[str] | None = None
     ) -> Iterator[tuple[Config | Expansion, ...]]:
-        """Weights with compact metadata have candidates that read it, and candidates that expand it first."""
+        """Weights with compact metadata alone have candidates that read it, and candidates that expand it first."""
         compact = has_compact_metadata(problem.pattern) and (buffers is None or COMPACT in buffers)
-        forms, expansion = (COMPACT, DERIVED) if compact else (EXPANDED,), Expansion(problem.dtype, problem.pattern.windows)
+        both = compact and (buffers is None or EXPANDED in buffers)
+        forms = (BOTH,) if both else (COMPACT, DERIVED) if compact else (EXPANDED,)
+        expansion = Expansion(problem.dtype, problem.pattern.windows)
         for launches in dict.fromkeys(c for tile in TILES for form in forms for c in candidates_of(tile, problem, form)):
             yield (expansion, *launches) if any(launch.derived for launch in launches) else launches
 

@@ -23,8 +23,10 @@ L2_BYTES_PER_NS = 6810
 """Rate at which L2 delivers weights that tiles of other tokens read, too."""
 OVERLAP = 0.29
 """Share of the shorter of computing and reading that adds to the longer."""
-EXPANSION_NS = 2500
-"""Time of an expansion beside its bytes, and of what the launch after it cannot prefetch, in ns."""
+EXPANSION_NS = 3600
+"""Time of an expansion beside its bytes, and of what the launch after it cannot prefetch, in ns; fitted to an H200."""
+EXPANDED_PER_NS = 4100
+"""Rate at which expanded metadata are written, bytes per ns."""
 SMALL_TOKENS = 64
 """Largest small tile, in tokens. Reading the weights takes longer than decoding their metadata there."""
 FREE_TOKENS = {8: 256, 16: 128}
@@ -46,8 +48,8 @@ def decoding_is_free(tile: Tile, dtype: DType, m: int) -> bool:
 
 
 def expansion_nanoseconds(derived: int) -> float:
-    """Writing `derived` bytes of expanded metadata, and reading half as many of compact metadata; 0 bytes take no launch."""
-    return EXPANSION_NS + 1.5 * derived / MEMORY_BYTES_PER_NS if derived else 0.0
+    """Writing `derived` bytes of expanded metadata; 0 bytes take no launch."""
+    return EXPANSION_NS + derived / EXPANDED_PER_NS if derived else 0.0
 
 
 def nanoseconds(launches: Sequence[Config], problem: GemmProblem, stages: int) -> float:

@@ -39,7 +39,7 @@ PDL_TOKENS = 512
 """Largest m whose first launch uses PDL. Above it, blocks launched while the quantization kernel drains land on arbitrary SMs,
 neighbouring tiles lose L2 locality, and the GEMM takes up to 1.5x as long (docs/hopper.md)."""
 
-COMPACT, DERIVED, EXPANDED = "compact", "derived", "expanded"
+COMPACT, DERIVED, EXPANDED, BOTH = "compact", "derived", "expanded", "both"
 """The metadata that a candidate reads: compact; expanded, derived from compact by its first launch; or expanded, of a weight
 that has no compact metadata."""
 

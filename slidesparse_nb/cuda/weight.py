@@ -79,8 +79,8 @@ class DeviceWeight:
         return f"DeviceWeight({self.n} x {self.k}, {self.pattern.described}, {self.scheme}, on GPU {self.ordinal})"
 
     @classmethod
-    def arrange(cls, packed: PackedWeight, ordinal: int) -> DeviceWeight:
-        """Of a packed weight, wherever it is.
+    def arrange(cls, packed: PackedWeight, ordinal: int, least_memory: bool = False) -> DeviceWeight:
+        """Of a packed weight, wherever it is; `least_memory` as of `to_device`.
 
         Raises:
             OperandError: `packed` is a stack of matrices.
@@ -92,7 +92,7 @@ class DeviceWeight:
             made = cls(packed.pattern, packed.scheme, (packed.n, packed.k), {}, ordinal)
             values, meta = (cupy.asarray(a) for a in (packed.values.view(packed.dtype.raw), packed.meta))
             there = PackedWeight(values, meta, None, packed.pattern, packed.shape, packed.scheme)
-            made.buffers = made.arch.arrange(there, cupy)
+            made.buffers = made.arch.arrange(there, cupy, least_memory)
             if packed.scale is not None:
                 made.buffers["scale"] = cupy.asarray(packed.scale).reshape(-1)
             cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
@@ -243,7 +243,7 @@ _arranged: WeakKeyDictionary[PackedWeight, dict[int, DeviceWeight]] = WeakKeyDic
 _lock = threading.Lock()
 
 
-def to_device(packed: PackedWeight | DeviceWeight, ordinal: int | None = None) -> DeviceWeight:
+def to_device(packed: PackedWeight | DeviceWeight, ordinal: int | None = None, least_memory: bool = False) -> DeviceWeight:
     """The packed weight arranged on a device (by default the current one), made on the first call and remembered with it.
 
     Raises:
@@ -266,7 +266,7 @@ def to_device(packed: PackedWeight | DeviceWeight, ordinal: int | None = None) -
             there = _arranged.setdefault(packed, {})
     weight = there.get(ordinal)
     if weight is None:
-        weight = there.setdefault(ordinal, DeviceWeight.arrange(packed, ordinal))
+        weight = there.setdefault(ordinal, DeviceWeight.arrange(packed, ordinal, least_memory))
     return weight
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 import slidesparse_nb as ss
 
+from .. import env
+
 NUMPY = {
     torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8",
     torch.float8_e4m3fn: "float8_e4m3fn", torch.uint8: "uint8", torch.int64: "int64",
@@ -108,7 +110,7 @@ def arrange(packed: ss.PackedWeight, device: torch.device) -> tuple[Tensor, str]
     """A packed weight arranged for a GPU in PyTorch's memory: a uint8 tensor of all its buffers; the operators' `facts`."""
     with torch.cuda.device(device):
         torch.cuda.synchronize(device)  # CuPy's stream is not PyTorch's, which may still write what is read or reused here
-        there = ss.to_device(packed, device.index)
+        there = ss.to_device(packed, device.index, least_memory=not env.more_memory())
         sizes = {name: own.nbytes for name, own in there.buffers.items()}
         weight = torch.empty(sum(-(-size // ALIGNED) * ALIGNED for size in sizes.values()), dtype=torch.uint8, device=device)
         at = 0

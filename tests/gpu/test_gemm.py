@@ -215,7 +215,7 @@ def test_expanded_metadata_give_the_same_bits_as_compact(gemm, family, m, dtype)
     """Two weights by turns in one workspace, so that metadata which are read too early are the other weight's."""
     rng, n, k = np.random.default_rng(24), 2000, 1500
     weights, x = [weight(rng, n, k, "6:8", dtype, full=True) for _ in range(2)], on_gpu(tokens(rng, m, k, BF16))
-    there = [gemm.to_device(packed) for packed in weights]
+    there = [gemm.to_device(packed, least_memory=True) for packed in weights]
 
     def but_metadata(candidate):
         launches = candidate[isinstance(candidate[0], sm90.Expansion) :]

@@ -156,4 +156,6 @@ def test_another_device_and_bad_operands() -> None:
                 use(given)
     q = there.quantize(x)
     with pytest.raises(ss.OperandError, match=r"^operand: .* bytes must be"):
-        torch.ops.slidesparse.product(q.operand, q.scale.new_ones(50), there._operands(), None, torch.bfloat16, N, K, there.facts)
+        torch.ops.slidesparse.product(
+            q.operand, q.scale.new_ones(50), there._operands(), None, torch.bfloat16, N, K, there.facts
+        )
