@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import FLOATS, SHAPES, SMALL, stored_twice, weights
+from cases import FLOATS, SHAPES, SMALL, schemes, stored_twice, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,21 +19,25 @@ from slidesparse_nb import (
     PackedWeight,
     Pattern,
     QuantizedActivations,
+    Scheme,
     matmul,
     pack,
     quantize,
     workspace_bytes,
 )
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb.core.dtypes import FLOAT8, INT8, PACKED, DType
+from slidesparse_nb.core.scheme import SCHEMES
 from slidesparse_nb.cpu import matmul as cpu_matmul
 
 P = Pattern(6, 8)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def check(y: np.ndarray, x: np.ndarray, packed: PackedWeight, bias: np.ndarray | None = None, out_dtype: Any = None) -> None:
-    """y is reference.matmul: int8 to the bit, others to the order of adding; NaN and infinity where they belong."""
+def check(y: np.ndarray, x: np.ndarray, packed: PackedWeight, bias: Any = None, out_dtype: Any = None) -> None:
+    """y is reference.matmul: int8 to the bit; others, as the reference itself, the exact product of what is stored to the error
+    of additions in float32, with NaN and infinity where they belong.
+    """
     out_dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     with np.errstate(all="ignore"):
@@ -46,28 +50,31 @@ def check(y: np.ndarray, x: np.ndarray, packed: PackedWeight, bias: np.ndarray |
     got, wanted = (a.reshape(wanted.shape).astype(np.float32) for a in (y, wanted))
     np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
     np.testing.assert_array_equal(np.where(np.isinf(got), got, 0), np.where(np.isinf(wanted), wanted, 0))
-    finite = np.isfinite(wanted)
-    if finite.any():
-        w = reference.dequantize(reference.unpack(packed), packed.scale)
-        size = np.abs(np.where(np.isfinite(flat), flat.astype(np.float64), 0)) @ np.abs(w).astype(np.float64).T + 1
-        step = {4: 1e-6, 2: 2.0**-8}[out_dtype.itemsize]
-        assert (np.abs(got[finite] - wanted[finite]) <= (step * size)[finite]).all()
+    with np.errstate(all="ignore"):
+        xs, scale_x = reference.lifted(flat, packed.pattern, packed.scheme)
+        left = xs.astype(np.float64) * (1 if scale_x is None else scale_x)
+    ws = reference.decompress(reference.stored_values(packed), packed.meta, packed.pattern.unit).astype(np.float64)
+    left, right = np.where(np.isfinite(left), left, 0), (ws * (1 if packed.scale is None else packed.scale)).T
+    added = np.zeros(packed.n) if bias is None else bias.astype(np.float64)
+    exact, size = left @ right + added, np.abs(left) @ np.abs(right) + np.abs(added)
+    error = (packed.k + 4) * 2.0**-23 * size + {4: 0, 2: 2.0**-8}[out_dtype.itemsize] * np.abs(exact) + 1e-7
+    for a in (got, wanted):
+        assert (np.abs(a - exact) <= error)[np.isfinite(wanted)].all()
 
 
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
-@pytest.mark.parametrize("source", FLOATS, ids=str)
+@schemes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_reference(dtype: DType, source: np.dtype, shape: tuple[int, int]) -> None:
-    for pattern in SMALL:
-        packed = pack(weights(shape), pattern, dtype, prune="magnitude")
-        for m in (0, 1, 5):
+def test_equals_the_reference(bodies: str, scheme: Scheme, shape: tuple[int, int]) -> None:
+    for pattern in SMALL if bodies == "compiled" else SMALL[:2]:
+        packed = pack(weights(shape), scheme.pattern((pattern.nnz, pattern.group)), scheme, prune="magnitude")
+        for m, source in zip((0, 1, 5), FLOATS, strict=True):
             x = weights((m, shape[1]), source, seed=m)
             check(matmul(x, packed), x, packed)
 
 
 @given(
     st.sampled_from(SMALL),
-    st.sampled_from(PACKED),
+    st.sampled_from(list(SCHEMES.values())),
     st.sampled_from(FLOATS),
     st.sampled_from(FLOATS),
     st.tuples(st.integers(0, 6), st.integers(0, 9), st.integers(0, 70)),
@@ -75,10 +82,10 @@ def test_equals_the_reference(dtype: DType, source: np.dtype, shape: tuple[int, 
     st.booleans(),
 )
 def test_any_case(
-    pattern: Pattern, dtype: DType, source: np.dtype, out: np.dtype, size: tuple[int, int, int], seed: int, special: bool
+    pattern: Pattern, scheme: Scheme, source: np.dtype, out: np.dtype, size: tuple[int, int, int], seed: int, special: bool
 ) -> None:
     m, n, k = size
-    packed = pack(weights((n, k), seed=seed), pattern, dtype, prune="magnitude")
+    packed = pack(weights((n, k), seed=seed), scheme.pattern((pattern.nnz, pattern.group)), scheme, prune="magnitude")
     x, bias = weights((m, k), source, seed + 1), weights((1, n), source, seed + 2)[0]
     if special and x.size:
         rng = np.random.default_rng(seed)
@@ -170,13 +177,6 @@ def test_int8_sums_are_exact_past_float32() -> None:
         assert (matmul(lowest, packed)[0] == (-128 * w.astype(np.int64).sum(axis=1)).astype(np.float32)).all()
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-def test_infinity_meets_unused_slots(dtype: DType) -> None:
-    w = np.array([[0, 0, 0, 0], [3, 0, 4, 0], [0, 2, 0, 0]], np.float32)
-    x = np.array([[1, np.inf, 1, 1], [1, 1, 1, 1]], np.float32)
-    np.testing.assert_array_equal(matmul(x, pack(w, "2:4", dtype)), [[np.nan, 7, np.inf], [0, 7, 2]])
-
-
 def test_overflow_of_x_in_a_16_bit_type_is_infinity() -> None:
     packed = pack(np.array([[1, 0, 0, 0], [0, 0, 1, 0]], np.float32), "2:4", "float16")
     np.testing.assert_array_equal(matmul(np.array([[1e6, 1, 1, 1]], np.float32), packed), [[np.inf, np.nan]])
@@ -229,37 +229,25 @@ def test_inputs_of_every_layout() -> None:
 # ---- quantize ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("source", FLOATS, ids=str)
 def test_quantize(dtype: DType, source: np.dtype) -> None:
-    x = weights((2, 3, 21), source)  # type: ignore[arg-type]
-    x[1, 1, 4] = np.nan
-    packed = pack(weights((6, 21)), P, dtype, prune="magnitude")
-    wanted, wanted_scale = reference.quantize(x.reshape(6, 21), dtype)
-    for prepared in (quantize(x, packed), quantize(x, "6:8", dtype), quantize(x, P, str(dtype)), quantize(x, packed, dtype)):
-        assert prepared.values.tobytes() == wanted.tobytes()
-        assert prepared.scale.tobytes() == wanted_scale.tobytes()
-        assert (prepared.lead, prepared.dtype, prepared.source, prepared.k) == ((2, 3), dtype, x.dtype, 21)
-    y = matmul(prepared, packed)
-    assert y.dtype == source
-    assert y.tobytes() == matmul(x, packed).tobytes()
-    assert matmul(prepared, packed, out_dtype=np.float32).dtype == np.float32
-
-
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-@pytest.mark.parametrize("source", FLOATS, ids=str)
-def test_quantize_for_weights_of_16_bits_rounds(dtype: DType, source: np.dtype) -> None:
+    """For weights of 16 bits it rounds."""
     x = weights((2, 3, 21), source)  # type: ignore[arg-type]
     x[1, 1, 4], x[0, 0, 0] = np.nan, 65500
     packed = pack(weights((6, 21)), P, dtype, prune="magnitude")
+    rows = x.reshape(6, 21)
     with np.errstate(over="ignore"):
-        wanted = x.astype(dtype.numpy).reshape(6, 21)
-    for prepared in (quantize(x, packed), quantize(x, "6:8", dtype), quantize(x, P, str(dtype))):
+        wanted, scale = reference.quantize(rows, dtype) if Scheme.of(dtype).scaled else (rows.astype(dtype.numpy), None)
+    for prepared in (quantize(x, packed), quantize(x, "6:8", dtype), quantize(x, P, str(dtype)), quantize(x, packed, dtype)):
         np.testing.assert_array_equal(prepared.values.astype(np.float32), wanted.astype(np.float32))
+        assert prepared.scale is scale is None or prepared.scale.tobytes() == scale.tobytes()
         assert not np.shares_memory(prepared.values, x)
-        assert prepared.scale is None
         assert (prepared.lead, prepared.dtype, prepared.source, prepared.k) == ((2, 3), dtype, x.dtype, 21)
-        check(matmul(prepared, packed), x, packed)
+    y = matmul(prepared, packed)
+    check(y, x, packed)
+    assert y.tobytes() == matmul(x, packed).tobytes()
+    assert matmul(prepared, packed, out_dtype=np.float32).dtype == np.float32
     assert repr(prepared) == f"QuantizedActivations(2 x 3 x 21, {dtype})"
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import Array, drop_two, sparse_rows, weights
-from device_cases import same_weight
+from cases import Array, same, schemes, sparse_rows, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from slidesparse_nb import (
     load,
     matmul,
     pack,
+    quantize,
     save,
     to_device,
     unpack,
@@ -159,10 +159,10 @@ def test_named_tensors(dtype: DType, name: str, tmp_path: Path) -> None:
     packed = pack(weights((3, 20)), "6:8", dtype, prune="magnitude")
     tensors = packed.tensors(name)
     again = PackedWeight.from_tensors({"bias": None, **tensors}, "6:8", name=name)
-    same_weight(again, packed)
+    same(again, packed)
     assert all(getattr(again, part) is getattr(packed, part) for part in ("values", "meta", "scale"))
     raw = replace(packed, values=packed.values.view(dtype.raw))
-    same_weight(PackedWeight.from_tensors(raw.tensors(), (6, 8), Scheme.of(dtype).name), raw)
+    same(PackedWeight.from_tensors(raw.tensors(), (6, 8), Scheme.of(dtype).name), raw)
     save(tmp_path / "f.safetensors", {"fc": packed})
     with (tmp_path / "f.safetensors").open("rb") as file:
         header = file.read(2000).decode("latin-1")
@@ -217,38 +217,42 @@ def test_parts(rows: tuple[Array, Pattern], dtype: DType, seed: int) -> None:
     parts = []
     for a, b in cuts(packed.n, 1, seed):
         part = packed.rows(a, b)
-        same_weight(part, pack(w[a:b], pattern, scale=None if scale is None else scale[a:b]))
+        same(part, pack(w[a:b], pattern, scale=None if scale is None else scale[a:b]))
         parts.append(part)
-    same_weight(PackedWeight.concat(parts).validate(), packed)
+    same(PackedWeight.concat(parts).validate(), packed)
 
     x = np.random.default_rng(seed).integers(-3, 4, (3, packed.k))
     total = np.zeros((3, packed.n), np.float32)
     for a, b in cuts(packed.k, pattern.slice_unit, seed):
         part = packed.columns(a, b)
-        same_weight(part, pack(w[:, a:b], pattern, scale=scale))
+        same(part, pack(w[:, a:b], pattern, scale=scale))
         verify(part, w[:, a:b], scale=scale)
         total += matmul(whole_numbers(x[:, a:b], dtype), part)
     np.testing.assert_array_equal(total, matmul(whole_numbers(x, dtype), packed))
     np.testing.assert_array_equal(total, x @ (w.astype(np.float64) * (1 if scale is None else scale)).T)
 
 
+@schemes
 @pytest.mark.parametrize("pattern", known_patterns(), ids=str)
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
-def test_columns_of_quantized_weights(dtype: DType, pattern: Pattern) -> None:
+def test_columns_of_quantized_weights(scheme: Scheme, pattern: Pattern) -> None:
     """Stored values and scales are those of the whole; so is the product, to the order of addition in float32."""
-    w = drop_two(weights((7, 9 * pattern.group + 3)), pattern)
-    packed = pack(w, pattern, dtype)
+    w = weights((7, 9 * pattern.group + 3))
+    packed = pack(w, pattern, scheme, prune="magnitude")
+    unit, k = packed.slice_unit, packed.k
     total: Any = 0
-    x = np.random.default_rng(1).standard_normal((4, packed.k)).astype(np.float32)
-    q, scale = reference.quantize(x, dtype) if Scheme.of(dtype).scaled else (x.astype(dtype.numpy), None)
-    for a, b in pairwise([0, pattern.slice_unit, 2 * pattern.slice_unit, packed.k]):
+    x = np.random.default_rng(1).standard_normal((4, k)).astype(np.float32)
+    q = x if scheme.lift_first else quantize(x, packed)
+    for a, b in pairwise([0, *(at for at in (unit, 2 * unit) if at < k), k]):
         part = packed.columns(a, b)
         verify(part)
         assert part.scale is packed.scale
         np.testing.assert_array_equal(unpack(part), unpack(packed)[:, a:b])
-        total = total + matmul(QuantizedActivations(q[:, a:b], scale, (4,), dtype, FLOAT32), part)
-    whole = matmul(QuantizedActivations(q, scale, (4,), dtype, FLOAT32), packed)
-    np.testing.assert_allclose(total, whole, rtol=1e-5, atol=1e-4)
+        if isinstance(q, QuantizedActivations):
+            total = total + matmul(replace(q, values=np.ascontiguousarray(q.values[:, a:b])), part)
+    if isinstance(q, QuantizedActivations):
+        np.testing.assert_allclose(total, matmul(q, packed), rtol=1e-5, atol=1e-4)
+    with pytest.raises(OperandError, match=rf"columns: 0 to {unit // 2} must be cut at multiples of {unit}, the slice unit"):
+        packed.columns(0, unit // 2)
 
 
 def test_parts_are_views(packed: PackedWeight) -> None:
@@ -258,20 +262,31 @@ def test_parts_are_views(packed: PackedWeight) -> None:
     assert not np.shares_memory(one.values, packed.values)
 
 
-def test_concat_of_raw_bits(packed: PackedWeight) -> None:
-    mixed = PackedWeight.concat([packed, replace(packed, values=packed.values.view(np.uint8))]).validate()
-    np.testing.assert_array_equal(mixed.values, np.concatenate([packed.values] * 2).view(np.uint8))
+def raw(packed: PackedWeight) -> PackedWeight:
+    """The same as arrays of bits."""
+    blocks = {} if packed.block_scale is None else {"block_scale": packed.block_scale.view(np.uint8)}
+    return replace(packed, values=packed.values.view(packed.dtype.raw), **blocks).validate()
 
 
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
-def test_cut_weights_are_saved(tmp_path: Path, dtype: DType) -> None:
-    packed = pack(weights((6, 50)), "6:8", dtype, prune="magnitude")
-    parts = {"rows": packed.rows(2, 5), "columns": packed.columns(16, 50), "both": packed.rows(1, 6).columns(16, 32)}
+@schemes
+def test_cut_weights_are_saved(tmp_path: Path, scheme: Scheme) -> None:
+    """Parts and what is made of parts; raw bits are written as what they are."""
+    packed = pack(weights((6, 300)), "6:8", scheme, prune="magnitude")
+    unit = packed.slice_unit
+    parts = {"rows": packed.rows(2, 5), "columns": packed.columns(unit, 300), "both": packed.rows(1, 6).columns(0, unit)}
     parts["fused"] = PackedWeight.concat([parts["columns"], parts["columns"].rows(0, 1)])
-    save(tmp_path / "parts.safetensors", parts)
-    loaded = load(tmp_path / "parts.safetensors")
+    path, bits = tmp_path / "parts.safetensors", tmp_path / "bits.safetensors"
+    save(path, parts)
+    save(bits, {name: raw(part) for name, part in parts.items()})
+    assert bits.read_bytes() == path.read_bytes()
+    loaded = load(path)
     for name, part in parts.items():
-        same_weight(loaded[name], part)
+        same(loaded[name], part)  # type: ignore[arg-type]
+        same(PackedWeight.from_tensors(part.tensors("x"), "6:8", scheme, name="x"), part)
+    same(PackedWeight.concat([packed, raw(packed)]).validate(), raw(PackedWeight.concat([packed, packed])))
+    x = weights((2, 300), seed=1)
+    np.testing.assert_array_equal(matmul(x, raw(packed)), matmul(x, packed))
+    verify(raw(packed), weights((6, 300)), prune="magnitude")
 
 
 @pytest.mark.parametrize(

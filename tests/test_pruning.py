@@ -70,21 +70,6 @@ def test_zero_weights_go_first() -> None:
         assert (unpack(pack(w, "6:8", "float16", prune=method)) == w).all()
 
 
-@pytest.mark.parametrize("method", ["magnitude", "random", "scores"])
-@pytest.mark.parametrize("workers", [1, 2, 5])
-def test_blocks_and_workers_do_not_matter(method: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 100)
-    w = weights((23, 37))
-    given = np.random.default_rng(0).random(w.shape)
-    pattern = Pattern(6, 8)
-    score = {"magnitude": np.abs(w), "random": pruning.uniform(3, 0, *w.shape), "scores": given}[method]
-    score = np.where(w == 0, -1, score).astype(np.float32)
-    wanted = reference.prune(w, pattern, score)
-    prune: Any = given if method == "scores" else method
-    got = unpack(pack(w, pattern, "bfloat16", prune=prune, seed=3, max_workers=workers))
-    assert (got == wanted.astype(got.dtype)).all()
-
-
 def test_scores_of_any_real_type() -> None:
     w = np.ones((1, 4), np.float32)
     for dtype in (np.int64, np.uint8, np.float64, np.float16, np.bool_):

@@ -9,51 +9,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import FLOATS, LARGE, SHAPES, SMALL, drop_two, stored, weights
-from hypothesis import given
-from hypothesis import strategies as st
+from cases import SMALL, awkward, drop_two, schemes, weights
 
-from slidesparse_nb import FormatError, OperandError, PackedWeight, Pattern, VerificationError, pack, unpack, verify
+from slidesparse_nb import FormatError, OperandError, PackedWeight, Pattern, Scheme, VerificationError, pack, unpack, verify
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, PACKED, DType
+from slidesparse_nb.core.packed import part_arrays
 from slidesparse_nb.packing import verify_rows
 from slidesparse_nb.packing.proof import lowest_two
 
 P = Pattern(6, 8)
-
-
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
-@pytest.mark.parametrize("source", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accepts_what_pack_makes(dtype: DType, source: np.dtype, shape: tuple[int, int]) -> None:
-    for pattern in [*SMALL, LARGE[1]]:
-        w = weights(shape, source)
-        sparse = drop_two(w, pattern)
-        packed = pack(sparse, pattern, dtype)
-        verify(packed)
-        verify(packed, sparse)
-        for method in ("magnitude", "random", np.random.default_rng(0).random(shape)):
-            packed = pack(w, pattern, dtype, prune=method, seed=5)
-            verify(packed, w, prune=method, seed=5)
-            if isinstance(method, str) and method == "random":
-                verify(packed, w, prune=method, seed=None)
-
-
-@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
-def test_accepts_weights_that_were_quantized(dtype: DType) -> None:
-    for shape in SHAPES:
-        q, scale = stored(shape, Pattern(30, 32), dtype), np.linspace(0, 1, shape[0])
-        packed = pack(q, P, scale=scale, prune="magnitude")
-        verify(packed, q, scale=scale, prune="magnitude")
-
-
-@given(st.integers(0, 2**32 - 1), st.sampled_from(SMALL + LARGE), st.sampled_from(PACKED), st.integers(0, 70), st.booleans())
-def test_accepts_ties_and_wide_ranges(seed: int, pattern: Pattern, dtype: DType, k: int, ties: bool) -> None:
-    rng = np.random.default_rng(seed)
-    w = rng.integers(-3, 4, (3, k)) if ties else rng.standard_normal((3, k)) * 2.0 ** rng.integers(-110, 10, (3, k))
-    w = w.astype(np.float32)
-    for method in ("magnitude", "random"):
-        verify(pack(w, pattern, dtype, prune=method), w, prune=method)
 
 
 def test_rows_below_the_smallest_scale() -> None:
@@ -163,27 +128,18 @@ def w() -> np.ndarray:
     return drop_two(weights((5, 30), seed=3), P)
 
 
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
-def test_one_bit_of_a_value(dtype: DType, w: np.ndarray) -> None:
-    packed = pack(w, P, dtype)
-    raw = packed.values.view(dtype.raw)
-    slots = np.argwhere((raw & dtype.raw.type(dtype.nonzero_mask)) > 1)
-    for row, slot in slots[::7]:
-        values = raw.copy()
-        values[row, slot] ^= 1
-        with pytest.raises(
-            VerificationError, match=rf"(for row {row}, column \d+ is not|scale: .* at row {row} |NaN .* at row {row},)"
-        ):
-            verify(replace(packed, values=values.view(dtype.numpy)), w)
-
-
-@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
-def test_one_bit_of_a_scale(dtype: DType, w: np.ndarray) -> None:
-    packed = pack(w, P, dtype)
-    scale = packed.scale.copy()
-    scale[3] = np.nextafter(scale[3], np.float32(np.inf))
-    with pytest.raises(VerificationError, match=r"packed.scale: .* at row 3 is not .*, the source's"):
-        verify(replace(packed, scale=scale), w)
+@schemes
+def test_one_bit_anywhere(scheme: Scheme) -> None:
+    """Of any part, in any byte: named by its part and row."""
+    w, rng = awkward((3, 100)), np.random.default_rng(0)
+    packed = pack(w, "6:8", scheme, prune="magnitude")
+    for part, array in part_arrays(packed).items():
+        row_bytes = array[0].nbytes
+        for at in rng.permutation(array.nbytes)[:40]:
+            changed = array.copy()
+            changed.reshape(-1).view(np.uint8)[at] ^= 1 << rng.integers(8)
+            with pytest.raises((VerificationError, FormatError), match=rf"^packed\b.* row {at // row_bytes}\b"):
+                verify(replace(packed, **{part: changed}), w, prune="magnitude")
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
