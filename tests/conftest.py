@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -63,3 +63,14 @@ def bodies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
                 monkeypatch.setattr(module, name, value.py_func)
     with np.errstate(over="ignore", invalid="ignore"):  # NumPy's scalars warn where integers wrap around and at NaN
         yield request.param
+
+
+@pytest.fixture
+def unit_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A function that sets the size of the blocks that checkpoints are converted in."""
+
+    def set_it(size: int) -> None:
+        for module in ("run", "rows", "layout", "to_dense", "inspect"):
+            monkeypatch.setattr(f"slidesparse_nb.convert.{module}.UNIT_BYTES", size)
+
+    return set_it

@@ -265,22 +265,16 @@ def test_schemes_side_by_side(tmp_path: Path) -> None:
         ss.save(path, packed)
 
 
-@schemes
+@pytest.mark.parametrize("scheme", BLOCKS, ids=str)
 def test_a_checkpoint(scheme: ss.Scheme, tmp_path: Path) -> None:
+    """Pruning is told by magnitude; there is no dense form."""
     source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
-    w = {f"model.layers.0.mlp.{name}_proj.weight": weights((48, 130), seed=i) for i, name in enumerate(("gate", "up"))}
-    ss.save(source, {**w, "model.norm.weight": np.ones(130, np.float32)})
-    report = ss.pack_checkpoint(source, out, ss.Options(scheme=scheme.name.lower(), prune="magnitude"))
-    assert (report.scheme, report.pattern, report.verified) == (scheme.name, str(scheme.pattern("6:8")), True)
-    loaded = ss.load(out)
-    for name, array in w.items():
-        packed = loaded[name.removesuffix(".weight")]
-        same(packed, ss.pack(array, "6:8", scheme, prune="magnitude"))  # type: ignore[arg-type]
-    proof = ss.verify_checkpoint(out, source)
-    pruned = sum(int(((reference.prune(a, scheme.pattern("6:8")) == 0) & (a != 0)).sum()) for a in w.values())
-    assert (proof.modules, proof.by_magnitude, proof.pruned) == (2, True, pruned)
-    facts = ss.inspect_checkpoint(out).modules[0]
-    assert (facts.stored, facts.packed) == (scheme.name, str(scheme.pattern("6:8")))
+    w = weights((48, 130))
+    ss.save(source, {"fc.weight": w})
+    ss.pack_checkpoint(source, out, ss.Options(scheme=scheme.name, prune="magnitude"))
+    pruned = int(((reference.prune(w, scheme.pattern("6:8")) == 0) & (w != 0)).sum())
+    assert ss.verify_checkpoint(out, source).pruned == pruned
+    assert ss.inspect_checkpoint(out).modules[0].stored == scheme.name
     with pytest.raises(ss.UnsupportedError, match=rf"holds {scheme} .* weights, .* no dense form"):
         ss.unpack_checkpoint(out, tmp_path / "dense.safetensors")
     with pytest.raises(ss.PatternError, match=r"row 0, group \d \(columns .* prune with --prune magnitude"):

@@ -323,17 +323,6 @@ def test_what_stock_loaders_are_told(tmp_path: Path) -> None:
         assert ("quantization_config" in json.loads((tmp_path / str(told) / "config.json").read_text())) == told
 
 
-@pytest.fixture
-def unit_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A function that sets the size of a block."""
-
-    def set_it(size: int) -> None:
-        for module in ("run", "rows", "layout", "to_dense", "inspect"):
-            monkeypatch.setattr(f"slidesparse_nb.convert.{module}.UNIT_BYTES", size)
-
-    return set_it
-
-
 def files(path: Path) -> list[bytes]:
     return [p.read_bytes() for p in sorted(path.glob("*.safetensors"))]
 

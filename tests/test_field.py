@@ -273,6 +273,7 @@ ROTATION = {"config_groups": {"R4": {"type": "hadamard", "apply": [{"targets": [
         (fp8_config(group(input_activations=None)), {}, "weight-only"),
         (fp8_config(group(input_activations={"num_bits": 16})), {}, "input_activations"),
         ({"quantization_config": {"quant_method": "gptq"}}, {}, "'gptq', which is not supported"),
+        (models.quantization({"weights": [1]}), {}, "must be objects"),
         (fp8_config(ignore=["re:("]), {}, r"re:\(.* is no regular expression"),
         ({**fp8_config(), "text_config": fp8_config(ignore=[])}, {}, "say different things"),
     ],
@@ -286,7 +287,12 @@ def test_what_a_source_says_anywhere_is_understood_or_refused(
 
 @pytest.mark.parametrize(
     "config",
-    [{"quantization_config": {}}, {"quantization": {"n_q": 8}}, {"compression_config": None, "quantization_config": None}],
+    [
+        {"quantization_config": {}},
+        {"quantization": {"n_q": 8}},
+        {"compression_config": None, "quantization_config": None},
+        {"a": "\ud800"},
+    ],
 )
 def test_configs_that_say_nothing_are_no_quantization(tmp_path: Path, config: dict[str, Any]) -> None:
     made = pack(tmp_path, {**EMBEDDING, **layer()}, {**LLAMA, **config})
@@ -323,6 +329,10 @@ X = "model.layers.0.mlp.down_proj"
         ({f"{X}.lora_A.default.weight": matrix(8, F), f"{X}.base_layer.weight": matrix(D, F)}, "adapter .* merge"),
         ({f"{X}_lora.down.weight": matrix(8, F)}, "adapter .* merge"),
         ({f"{X}.weight": matrix(D, F), f"{X}.rotation.weight": matrix(F, F)}, r"rotation\.weight.*packing does not know"),
+        *(
+            ({f"{X}.weight": matrix(D, F), f"{X}.{part}": matrix(D, 1)}, rf"down_proj\.{part}")
+            for part in ("weight_scale", "input_scale", "R4_input.weight", "gamma")
+        ),
     ],
 )
 def test_weights_that_another_tool_alone_can_read_are_refused(tmp_path: Path, parts: dict[str, np.ndarray], why: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,8 @@ def test_an_unknown_method_is_refused_by_verify() -> None:
 
 
 @pytest.mark.parametrize("format", ["packed", "dense"])
-def test_statistics_of_a_checkpoint(toy: Toy, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slidesparse_nb.convert.run.UNIT_BYTES", 1024)  # several blocks a module
+def test_statistics_of_a_checkpoint(toy: Toy, tmp_path: Path, format: str, unit_bytes: Callable[[int], None]) -> None:
+    unit_bytes(1024)  # several blocks a module
     source, out = models.folder(tmp_path / "in", parts := models.tensors(prune=None)), tmp_path / "out"
     modules = {name.removesuffix(".weight"): w for name, w in parts.items() if name.endswith(".weight") and w.ndim == 2}
     rng = np.random.default_rng(0)
