@@ -532,7 +532,7 @@ def test_a_packed_folder_that_ignores_what_is_no_expression_is_refused(tmp_path:
     config = config_of(tmp_path / "out")
     config["quantization_config"]["ignore"] = ["re:("]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ss.UnsupportedError, match=r"ignore: 're:\(' is no regular expression"):
+    with pytest.raises(ss.UnsupportedError, match=r"ignore 're:\(' is not a regular expression"):
         ss.unpack_checkpoint(tmp_path / "out", tmp_path / "dense")
     assert not (tmp_path / "dense").exists()
 

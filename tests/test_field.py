@@ -274,7 +274,7 @@ ROTATION = {"config_groups": {"R4": {"type": "hadamard", "apply": [{"targets": [
         (fp8_config(group(input_activations={"num_bits": 16})), {}, "input_activations"),
         ({"quantization_config": {"quant_method": "gptq"}}, {}, "'gptq', which is not supported"),
         (models.quantization({"weights": [1]}), {}, "must be objects"),
-        (fp8_config(ignore=["re:("]), {}, r"re:\(.* is no regular expression"),
+        (fp8_config(ignore=["re:("]), {}, r"re:\(.* is not a regular expression"),
         ({**fp8_config(), "text_config": fp8_config(ignore=[])}, {}, "say different things"),
     ],
 )  # fmt: skip

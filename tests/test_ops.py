@@ -254,6 +254,7 @@ def test_quantize(dtype: DType, source: np.dtype) -> None:
 # ---- refusals ----------------------------------------------------------------------------------------------------
 
 X = np.ones((2, 21), np.float32)
+PACKED_X = pack(weights((6, 21)), P, "int8", prune="magnitude")
 
 
 @pytest.mark.parametrize(
@@ -291,44 +292,8 @@ X = np.ones((2, 21), np.float32)
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_matmul_refuses(x: Any, options: dict[str, Any], message: str) -> None:
-    packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
     with pytest.raises(OperandError, match=f"^{message}"):
-        matmul(x, packed, **options)
-
-
-def test_out_may_not_overlap_x() -> None:
-    packed = pack(weights((21, 21)), P, "bfloat16", prune="magnitude")
-    x = weights((4, 21))
-    for out in (x, x[::-1]):
-        with pytest.raises(OperandError, match="out: shares memory with x; pass an array of its own"):
-            matmul(x, packed, out=out)
-
-
-def test_out_may_overlap_no_other_operand() -> None:
-    packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
-    memory = np.zeros(64, np.float32)
-    out, scale = memory[8:20].reshape(2, 6), memory[:2].reshape(2, 1)
-    x = replace(quantize(X, packed), scale=scale)
-    assert matmul(x, packed, bias=memory[2:8], out=out) is out
-    for name, operands in (
-        ("bias", {"bias": memory[3:9]}),
-        ("bias", {"bias": memory[6:30:4]}),
-        ("bias", {"bias": memory[8:20].view(np.float64)}),
-        ("x.scale", {"out": memory[1:13].reshape(2, 6)}),
-        ("x.scale", {"out": memory[1:61].reshape(2, 30)[:, ::5]}),
-    ):
-        with pytest.raises(OperandError, match=f"^out: shares memory with {name}; pass an array of its own$"):
-            matmul(x, packed, **{"out": out, **operands})
-
-
-def test_overlap_that_is_too_hard_to_tell_counts_as_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shares_memory(a: np.ndarray, b: np.ndarray, max_work: int) -> bool:
-        raise np.exceptions.TooHardError(max_work)
-
-    monkeypatch.setattr(np, "shares_memory", shares_memory)
-    packed = pack(weights((21, 21)), P, "bfloat16", prune="magnitude")
-    with pytest.raises(OperandError, match="out: shares memory with x"):
-        matmul(weights((4, 21)), packed, out=np.zeros((4, 21), np.float32))
+        matmul(x, PACKED_X, **options)
 
 
 def test_weights_are_checked() -> None:
@@ -379,19 +344,49 @@ def test_quantized_activations_are_checked() -> None:
         matmul(replace(quantize(X, wide), scale=x.scale), wide)
 
 
-def test_quantize_refuses() -> None:
-    packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
-    for args, message in (
-        ((X.tolist(), packed), "x: list is not an array"),
-        ((X.astype(np.float64), packed), "x: float64 must be one of"),
-        ((np.ma.array(X), packed), "x: is a masked array"),
-        ((X[:, :20], packed), r"x: shape \(2, 20\) must be \[..., 21\]"),
-        ((X[0, 0], packed), "x: float32 is not an array"),
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((X.tolist(), PACKED_X), "x: list is not an array"),
+        ((X.astype(np.float64), PACKED_X), "x: float64 must be one of"),
+        ((np.ma.array(X), PACKED_X), "x: is a masked array"),
+        ((X[:, :20], PACKED_X), r"x: shape \(2, 20\) must be \[..., 21\]"),
+        ((X[0, 0], PACKED_X), "x: float32 is not an array"),
         ((np.ones((), np.float32), "6:8", "int8"), r"x: shape \(\) must be \[..., k\]$"),
-        ((X, packed, "fp8"), "dtype: float8_e4m3fn is not int8, the type of packed; leave it out"),
+        ((X, PACKED_X, "fp8"), "dtype: float8_e4m3fn is not int8, the type of packed; leave it out"),
         ((X, "6:8"), "dtype: is missing; with a pattern"),
         ((X, "5:8", "int8"), "pattern: 5:8"),
         ((X, X, "int8"), "pattern: "),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_quantize_refuses(args: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(OperandError, match=f"^{message}"):
+        quantize(*args)
+
+
+def test_out_may_overlap_no_operand(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = np.zeros(64, np.float32)
+    out = memory[8:20].reshape(2, 6)
+    x = replace(quantize(X, PACKED_X), scale=memory[:2].reshape(2, 1))
+    assert matmul(x, PACKED_X, bias=memory[2:8], out=out) is out
+    square = pack(weights((21, 21)), P, "bfloat16", prune="magnitude")
+    both = weights((4, 21))
+    for name, call in (
+        ("x", lambda: matmul(both, square, out=both)),
+        ("x", lambda: matmul(both, square, out=both[::-1])),
+        ("bias", lambda: matmul(x, PACKED_X, out=out, bias=memory[3:9])),
+        ("bias", lambda: matmul(x, PACKED_X, out=out, bias=memory[6:30:4])),
+        ("bias", lambda: matmul(x, PACKED_X, out=out, bias=memory[8:20].view(np.float64))),
+        ("x.scale", lambda: matmul(x, PACKED_X, out=memory[1:13].reshape(2, 6))),
+        ("x.scale", lambda: matmul(x, PACKED_X, out=memory[1:61].reshape(2, 30)[:, ::5])),
     ):
-        with pytest.raises(OperandError, match=f"^{message}"):
-            quantize(*args)  # type: ignore[arg-type]
+        with pytest.raises(OperandError, match=f"^out: shares memory with {name}; pass an array of its own$"):
+            call()
+
+    def shares_memory(a: np.ndarray, b: np.ndarray, max_work: int) -> bool:
+        raise np.exceptions.TooHardError(max_work)
+
+    monkeypatch.setattr(np, "shares_memory", shares_memory)  # what is too hard to tell counts as overlap
+    with pytest.raises(OperandError, match="out: shares memory with x"):
+        matmul(both, square, out=np.zeros((4, 21), np.float32))

@@ -13,7 +13,7 @@ from cases import SMALL, awkward, drop_two, schemes, weights
 
 from slidesparse_nb import FormatError, OperandError, PackedWeight, Pattern, Scheme, VerificationError, pack, unpack, verify
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, PACKED, DType
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
 from slidesparse_nb.core.packed import part_arrays
 from slidesparse_nb.packing import verify_rows
 from slidesparse_nb.packing.proof import lowest_two
@@ -72,26 +72,17 @@ def tampered(
         (1, (0, 1), (3, 0), 0),  # column 2 belongs to window 0, which has room
         (1, (1, 2), (3, 4), 0),  # column 3 too
         (4, (2, 3), (3, 4), 4),  # columns past k hold nothing
+        (2, (0, 1), (-0.0, 0.0), 2),  # -0.0 in a slot; of int8 there is none
     ],
 )
 def test_not_canonical(dtype: DType, window: int, positions: tuple[int, int], values: tuple[float, float], named: int) -> None:
     empty = pack(np.zeros((2, 11), np.float32), P, dtype)
     bad = tampered(empty, 1, window, positions, values).validate()
+    if bad.values.tobytes() == empty.values.tobytes() and np.array_equal(bad.meta, empty.meta):
+        assert dtype is INT8
+        return
     with pytest.raises(VerificationError, match=rf"window {named} of row 1 \(group {named // 3}\) is not canonical"):
         verify(bad)
-
-
-def test_a_column_stored_twice_is_not_canonical() -> None:
-    packed = tampered(pack(np.array([[0, 0, 5, 0, 0, 0, 0, 0]], np.float32), P, "float16"), 0, 1, (0, 1), (5, 0))
-    with pytest.raises(VerificationError, match="not canonical"):
-        verify(packed)
-
-
-@pytest.mark.parametrize("dtype", [FLOAT8, BFLOAT16, FLOAT16], ids=str)
-def test_minus_zero_in_a_slot(dtype: DType) -> None:
-    packed = tampered(pack(np.zeros((1, 8), np.float32), P, dtype), 0, 2, (0, 1), (-0.0, 0.0))
-    with pytest.raises(VerificationError, match=r"window 2 of row 0 .* does not hold"):
-        verify(packed)
 
 
 def test_minus_zero_as_a_scale() -> None:
