@@ -67,24 +67,6 @@ def limited(kind: int, value: int) -> Iterator[None]:
         resource.setrlimit(kind, (soft, hard))
 
 
-def assert_packed(out: Path, parts: dict[str, np.ndarray], pattern: str, scheme: str) -> None:
-    """Every module holds what the reference makes of its source; every other tensor is the source's, byte for byte."""
-    wanted: dict[str, Any] = {}
-    for name, w in parts.items():
-        module = name.removesuffix(".weight")
-        if module.endswith(models.MODULES) and name.endswith(".weight"):
-            stored = ss.Scheme.of(scheme)
-            form = stored.pattern(pattern)
-            packed = reference.pack(reference.prune(w, form), form, stored)
-            wanted |= {f"{module}.{part}": array for part, array in packed.tensors().items()}
-        else:
-            wanted[name] = w
-    with Checkpoint.open(out) as found:
-        assert found.tensors.keys() == wanted.keys()
-        for name, array in wanted.items():
-            assert (found.tensors[name][0].shape, found.raw(name).tobytes()) == (array.shape, array.tobytes())
-
-
 # ---- what is made ------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +79,7 @@ def test_every_pattern_and_scheme(tmp_path: Path, dense: Path, pattern: str, sch
     assert (proof.modules, proof.by_magnitude, proof.pruned > 0) == (7, True, True)
     facts = {m.packed for m in ss.inspect_checkpoint(tmp_path / "out").modules if m.packed}
     assert facts == {report.pattern} == {str(ss.Scheme.of(scheme).pattern(pattern))}
-    assert_packed(tmp_path / "out", models.tensors(np.float32, layers=1, prune=None), pattern, scheme)
+    models.assert_made(tmp_path / "out", dense, report)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -130,13 +112,13 @@ def test_a_folder_goes_with_its_companions_and_a_new_config(tmp_path: Path) -> N
 
 
 def test_shards_are_split_where_asked_and_hold_the_same(tmp_path: Path, source: Path) -> None:
-    pack(source, tmp_path / "many", max_shard_size=30_000)
+    report = pack(source, tmp_path / "many", max_shard_size=30_000)
     shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 3
     assert shards == [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == set(shards)
-    assert_packed(tmp_path / "many", models.tensors(), "6:8", "BF16")
+    models.assert_made(tmp_path / "many", source, report)
 
 
 def test_sharded_folder_index_file_and_single_file_give_the_same_weights(tmp_path: Path) -> None:
@@ -145,8 +127,7 @@ def test_sharded_folder_index_file_and_single_file_give_the_same_weights(tmp_pat
     file = written(tmp_path, parts, "file/m.safetensors")
     index = tmp_path / "in" / "model.safetensors.index.json"
     for path, out in ((tmp_path / "in", "a"), (index, "b"), (file, "c.safetensors"), (file, "d")):
-        pack(path, tmp_path / out)
-        assert_packed(tmp_path / out, parts, "6:8", "BF16")
+        models.assert_made(tmp_path / out, file, pack(path, tmp_path / out))
     assert (tmp_path / "d" / "model.safetensors").exists()
 
 
