@@ -159,10 +159,7 @@ def test_quantized_sources_keep_bytes_and_scales(
     source = models.folder(tmp_path / "in", parts, config=config)
     report = pack(source, tmp_path / "out")
     assert report.scheme == ("INT8_W8A8" if kind == "int8" else "FP8_DYNAMIC")
-    for name, packed in ss.load(tmp_path / "out").items():
-        if isinstance(packed, ss.PackedWeight):
-            assert ss.unpack(packed).tobytes() == parts[f"{name}.weight"].tobytes()
-            assert (packed.scale == parts[f"{name}.weight_scale"].astype(np.float32).reshape(-1, 1)).all()
+    models.assert_made(tmp_path / "out", source, report)
     assert ss.verify_checkpoint(tmp_path / "out", source).modules == 14
     ss.unpack_checkpoint(tmp_path / "out", tmp_path / "dense")
     unpacked = ss.load(tmp_path / "dense")

@@ -15,7 +15,6 @@ from slidesparse_nb import OperandError, Pattern
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, DType
 from slidesparse_nb.cpu import kernels as cpu
-from slidesparse_nb.cpu import matmul
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -114,19 +113,6 @@ def test_strided_and_read_only_inputs_compile_nothing_new() -> None:
         for got, wanted in zip(cpu.slide_compress(same, Pattern(6, 8)), expected, strict=True):
             assert np.array_equal(got, wanted)
     assert len(cpu._slide_compress.signatures) == compiled  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("dtype", [FLOAT8, BFLOAT16, FLOAT16], ids=str)
-def test_dot(bodies: str, dtype: DType) -> None:
-    """Integers, so that every order of adding gives the same sum; infinity where slots meet it."""
-    pattern = Pattern(6, 8)
-    w = drop_two(np.random.default_rng(0).integers(-8, 9, (7, 37)).astype(np.float32), pattern)
-    x = np.random.default_rng(1).integers(-8, 9, (5, 37)).astype(np.float32)
-    x[1, 3], x[2, 9], x[2, 30], x[3, 36] = np.inf, -np.inf, np.inf, np.nan
-    values, meta = reference.compress(reference.slide(w.astype(dtype.numpy), pattern))
-    got = matmul.dot(x, values, meta, pattern, dtype)
-    packed = reference.pack(w, pattern, BFLOAT16)
-    np.testing.assert_array_equal(got, reference.matmul(x, packed))
 
 
 def add_one(x: int) -> int:

@@ -144,11 +144,6 @@ def test_empty_weights() -> None:
         assert empty.validate().bits_per_weight >= 0
 
 
-def test_quantized_activations() -> None:
-    x = QuantizedActivations(np.zeros((6, 5), np.int8), np.ones((6, 1), np.float32), (2, 3), INT8, np.dtype(np.float32))
-    assert x.k == 5
-
-
 # ---- named tensors ---------------------------------------------------------------------------------------------------
 
 
