@@ -381,8 +381,8 @@ def test_metadata() -> None:
     assert (metadata["format"], json.loads(metadata["slidesparse"])) == ("pt", header)
     for pattern in known_patterns():
         for dtype in (*PACKED, None):
-            found = parse_metadata(slidesparse_metadata(pattern, dtype, "t"))
-            assert found == packed_format.PackedHeader(pattern, dtype and Scheme.of(dtype), "t")
+            found = parse_metadata(slidesparse_metadata(pattern, dtype))
+            assert found == packed_format.PackedHeader(pattern, dtype and Scheme.of(dtype), packed_format.TOOL)
     assert parse_metadata({"format": "pt"}) is None
 
 
