@@ -8,12 +8,14 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from slidesparse_nb import PackedWeight, Pattern
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import INT8, DType
+from slidesparse_nb.core.scheme import SCHEMES
 
 Array = NDArray[Any]
 
@@ -26,6 +28,20 @@ FLOATS = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat1
 
 SHAPES = [(0, 16), (3, 0), (0, 0), (1, 1), (2, 3), (3, 7), (5, 16), (2, 97), (4, 240)]
 """Rows of nothing, of less than a group, with tails; k prime."""
+
+schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=str)
+"""Of a test that is run for every scheme."""
+
+
+def same(a: PackedWeight, b: PackedWeight) -> None:
+    """Assert that two packed weights are equal byte for byte."""
+    assert (a.pattern, a.shape, a.scheme) == (b.pattern, b.shape, b.scheme)
+    for part in ("values", "meta", "scale", "block_scale"):
+        one, other = getattr(a, part), getattr(b, part)
+        if one is None or other is None:
+            assert one is other, part
+        else:
+            assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes()), part
 
 
 def every_mask(pattern: Pattern) -> Array:
@@ -46,6 +62,15 @@ def drop_two(w: Array, pattern: Pattern, seed: int = 0) -> Array:
     if w.shape[1] % pattern.group == pattern.group - 1:
         groups[:, -1, 0] = 0
     return out[:, : w.shape[1]].copy()
+
+
+def awkward(shape: tuple[int, int], seed: int = 0) -> Array:
+    """float32 with rows of every size, zeros, and columns of very different magnitude."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal(shape) * 2.0 ** rng.integers(-120, 20, (shape[0], 1)) * 2.0 ** rng.integers(-12, 1, shape)
+    w[rng.random(shape) < 0.2] = 0
+    w[rng.random(shape) < 0.05] = -0.0
+    return w.astype(np.float32)
 
 
 def weights(shape: tuple[int, int], dtype: Any = np.float32, seed: int = 0) -> Array:

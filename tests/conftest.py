@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,3 +48,29 @@ def pytest_runtest_makereport(
     if report.skipped and item.config.getoption("--gpu"):
         report.outcome = "failed"
     return report
+
+
+@pytest.fixture(params=["compiled", "python"])
+def bodies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs a test with the CPU's kernels compiled, then with their bodies as the interpreter sees them."""
+    import numpy as np
+
+    from slidesparse_nb.cpu import blocks, kernels, matmul
+
+    for module in (kernels, blocks, matmul) if request.param == "python" else ():
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "py_func"):
+                monkeypatch.setattr(module, name, value.py_func)
+    with np.errstate(over="ignore", invalid="ignore"):  # NumPy's scalars warn where integers wrap around and at NaN
+        yield request.param
+
+
+@pytest.fixture
+def unit_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A function that sets the size of the blocks that checkpoints are converted in."""
+
+    def set_it(size: int) -> None:
+        for module in ("run", "rows", "layout", "to_dense", "inspect"):
+            monkeypatch.setattr(f"slidesparse_nb.convert.{module}.UNIT_BYTES", size)
+
+    return set_it

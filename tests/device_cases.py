@@ -9,6 +9,7 @@ import numpy as np
 from slidesparse_nb.arch.operand import image
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from slidesparse_nb.core.packed import part_arrays
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.core.scheme import Scheme
 
@@ -89,10 +90,8 @@ def same(values: Any, scale: Any, expected: tuple[Any, Any]) -> None:
 
 
 def same_weight(packed: Any, expected: Any) -> None:
-    """Assert that two packed weights of NumPy arrays are one, byte for byte."""
-    np.testing.assert_array_equal(bits(packed.values), bits(expected.values))
-    np.testing.assert_array_equal(packed.meta, expected.meta)
-    assert (packed.scale is None) == (expected.scale is None)
-    if expected.scale is not None:
-        np.testing.assert_array_equal(bits(packed.scale), bits(expected.scale))
+    """Assert that two packed weights of NumPy arrays are one, byte for byte; of values, raw bits count as the type."""
     assert (packed.pattern, packed.shape, packed.dtype) == (expected.pattern, expected.shape, expected.dtype)
+    for part, array in part_arrays(expected).items():
+        np.testing.assert_array_equal(bits(getattr(packed, part)), bits(array), err_msg=part)
+    assert (packed.scale is None) == (expected.scale is None)

@@ -8,7 +8,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from cases import same
 
+import slidesparse_nb as ss
 from slidesparse_nb import Pattern
 from slidesparse_nb.checkpoint import index_bytes
 from slidesparse_nb.checkpoint.safetensors import SafetensorsWriter
@@ -113,3 +115,41 @@ def quantized(kind: str, scales: str = "channel", *, prune: str | None = "6:8") 
         parts[tensor] = q.reshape(w.shape)
         parts[f"{module}.weight_scale"] = (scale if scales == "channel" else scale.reshape(1)).astype(BF16)
     return parts, quantization(group(name, scales), format=f"{name}-quantized")
+
+
+def assert_made(out: Path, source: Path, report: ss.Report) -> None:
+    """Assert that an output holds what the reference makes of its source, whose other tensors are copied, and nothing else.
+
+    Weights that were pruned at random are not looked at.
+    """
+    stored, given = ss.load(out), dict(ss.load(source))
+    for module in report.modules:
+        name, scheme = module.name, ss.Scheme.of(report.scheme)
+        w, scale = given.pop(f"{name}.weight"), given.pop(f"{name}.weight_scale", None)
+        for part in ("weight_zero_point", "input_scale", "input_zero_point"):
+            given.pop(f"{name}.{part}", None)
+        if scale is not None:
+            scale = np.broadcast_to(scale.astype(np.float32).reshape(-1, 1), (w.shape[0], 1))
+        made = stored.pop(name if report.format == "packed" else f"{name}.weight")
+        if report.format == "dense":
+            stored.pop(f"{name}.weight_scale", None)
+            assert not len(reference.violations(made, Pattern.of(report.pattern))), f"{name} breaks the pattern"
+        if report.prune == "random":
+            continue
+        pattern = scheme.pattern(report.pattern)
+        wanted = reference.pack(reference.prune(w, pattern) if report.prune == "magnitude" else w, pattern, scheme, scale)
+        if report.format == "packed":
+            same(made, wanted)
+        else:  # where -0.0 may stand
+            assert (made.dtype, made.shape) == (wanted.dtype.numpy, wanted.shape), name
+            np.testing.assert_array_equal(made.astype(np.float32), reference.unpack(wanted).astype(np.float32), err_msg=name)
+    assert stored.keys() == given.keys()
+    for name, value in given.items():
+        if isinstance(value, ss.PackedWeight):
+            same(stored[name], value)
+        else:
+            assert (stored[name].dtype, stored[name].shape, stored[name].tobytes()) == (
+                value.dtype,
+                value.shape,
+                value.tobytes(),
+            )

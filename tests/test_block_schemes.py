@@ -6,12 +6,11 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import SHAPES, SMALL, Array, drop_two, every_mask, weights
+from cases import SMALL, Array, awkward, drop_two, every_mask, same, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,30 +19,12 @@ from slidesparse_nb.checkpoint import Checkpoint, packed_entries, parse_metadata
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.packed import part_arrays
 from slidesparse_nb.core.scheme import SCHEMES
-from slidesparse_nb.cpu import blocks, kernels
-from slidesparse_nb.cpu import matmul as cpu_matmul
+from slidesparse_nb.cpu import blocks
 
 W4A8, NVFP4 = SCHEMES["W4A8"], SCHEMES["NVFP4"]
 BLOCKS = [W4A8, NVFP4]
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 schemes = pytest.mark.parametrize("scheme", BLOCKS, ids=str)
-
-
-def same(a: ss.PackedWeight, b: ss.PackedWeight) -> None:
-    """Equal byte for byte."""
-    assert (a.pattern, a.shape, a.scheme) == (b.pattern, b.shape, b.scheme)
-    for part, array in part_arrays(a).items():
-        other = getattr(b, part)
-        assert (array.dtype, array.shape, array.tobytes()) == (other.dtype, other.shape, other.tobytes()), part
-
-
-def awkward(shape: tuple[int, int], seed: int = 0) -> Array:
-    """float32 with rows of every size, zeros, and columns of very different magnitude."""
-    rng = np.random.default_rng(seed)
-    w = rng.standard_normal(shape) * 2.0 ** rng.integers(-120, 20, (shape[0], 1)) * 2.0 ** rng.integers(-12, 1, shape)
-    w[rng.random(shape) < 0.2] = 0
-    w[rng.random(shape) < 0.05] = -0.0
-    return w.astype(np.float32)
 
 
 # ---- the reference -----------------------------------------------------------------------------------------------
@@ -157,55 +138,7 @@ def drop_pairs(w: Array, pattern: ss.Pattern) -> Array:
     return drop_two(w, ss.Pattern(pattern.nnz, pattern.group), 0) if pattern.unit == 1 else reference.prune(w, pattern)
 
 
-@given(st.sampled_from(BLOCKS), st.sampled_from(SMALL), st.integers(0, 5), st.integers(1, 150), st.integers(0, 2**32 - 1))
-def test_products_of_any_weights(scheme: ss.Scheme, pattern: ss.Pattern, n: int, k: int, seed: int) -> None:
-    """The plain product of what is stored, each value times its scales, to the error of k additions in float32."""
-    rng = np.random.default_rng(seed)
-    pattern = scheme.pattern((pattern.nnz, pattern.group))
-    packed = ss.pack(weights((n, k), np.dtype(np.float32), seed), pattern, scheme, prune="magnitude")
-    x = rng.standard_normal((3, k)).astype(np.float32)
-    xs, scale_x = reference.lifted(x, pattern, scheme)
-    ws = reference.decompress(reference.stored_values(packed), packed.meta, pattern.unit)
-    assert scale_x is not None
-    left, right = xs.astype(np.float64) * scale_x, ws.astype(np.float64) * packed.scale
-    error = (k + 4) * 2.0**-23 * (np.abs(left) @ np.abs(right).T)
-    for y in (reference.matmul(x, packed), ss.matmul(x, packed)):
-        assert (np.abs(y - left @ right.T) <= error).all()
-    close = (
-        np.linalg.norm(x @ (ss.unpack(packed) * packed.scale).T - left @ right.T) <= 0.3 * np.linalg.norm(left @ right.T) + 1e-6
-    )
-    assert close or scheme is NVFP4  # W4A8 rounds activations to 4 bits of precision at worst
-
-
 # ---- pack, unpack, verify ----------------------------------------------------------------------------------------
-
-
-@schemes
-@pytest.mark.parametrize("shape", [*SHAPES, (7, 300)], ids=str)
-@pytest.mark.parametrize("bodies", ["compiled", "python"])
-def test_pack_equals_the_reference(
-    scheme: ss.Scheme, shape: tuple[int, int], bodies: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if bodies == "python":
-        for module in (kernels, blocks, cpu_matmul):
-            for name, value in list(vars(module).items()):
-                if hasattr(value, "py_func"):
-                    monkeypatch.setattr(module, name, value.py_func)
-    monkeypatch.setattr(kernels, "BLOCK", 128)
-    score = np.random.default_rng(1).random(shape)
-    with np.errstate(over="ignore"):
-        for pattern in SMALL if bodies == "compiled" else SMALL[:2]:
-            form = scheme.pattern((pattern.nnz, pattern.group))
-            for w in (awkward(shape), weights(shape, np.dtype(np.float16)), weights(shape, np.dtype(ml_dtypes.bfloat16))):
-                packed = ss.pack(w, pattern, scheme.name.lower(), prune="magnitude", max_workers=1).validate()
-                same(packed, reference.pack(reference.prune(w, form), form, scheme))
-                np.testing.assert_array_equal(ss.unpack(packed), reference.unpack(packed))
-                ss.verify(packed)
-                ss.verify(packed, w, prune="magnitude")
-            for how in ({"prune": "random", "seed": 3}, {"prune": score}):
-                ss.verify(ss.pack(w, form, scheme, **how, max_workers=1), w, **how)  # type: ignore[arg-type]
-            obeys = reference.prune(w, form)
-            ss.verify(ss.pack(obeys, form, scheme, max_workers=1), obeys)
 
 
 @pytest.mark.parametrize(
@@ -224,31 +157,6 @@ def test_the_same_bytes_as_ever(scheme: ss.Scheme, digest: str) -> None:
         for array in part_arrays(ss.pack(w, text, scheme, prune="magnitude")).values():
             total.update(array.tobytes())
     assert total.hexdigest() == digest
-
-
-@given(st.sampled_from(BLOCKS), st.sampled_from(SMALL), st.integers(0, 4), st.integers(0, 200), st.integers(0, 2**32 - 1))
-def test_any_shape(scheme: ss.Scheme, pattern: ss.Pattern, n: int, k: int, seed: int) -> None:
-    form = scheme.pattern((pattern.nnz, pattern.group))
-    w = reference.prune(awkward((n, k), seed), form)
-    packed = ss.pack(w, form, scheme)
-    same(packed, reference.pack(w, form, scheme))
-    back = ss.unpack(packed)
-    assert (back.dtype, back.shape) == (np.float32, (n, k))
-    assert not back[w == 0].any()
-    assert (np.abs(back * packed.scale) <= 1.26 * np.abs(w).max(axis=1, keepdims=True, initial=0)).all()
-
-
-@schemes
-def test_verify_finds_every_changed_byte(scheme: ss.Scheme) -> None:
-    w = awkward((3, 100))
-    packed = ss.pack(w, "6:8", scheme, prune="magnitude")
-    rng = np.random.default_rng(0)
-    for part, array in part_arrays(packed).items():
-        for at in rng.permutation(array.size * array.itemsize)[:40]:
-            changed = array.copy()
-            changed.reshape(-1).view(np.uint8)[at] ^= 1 << rng.integers(8)
-            with pytest.raises((ss.VerificationError, ss.FormatError), match=r"^packed"):
-                ss.verify(replace(packed, **{part: changed}), w, prune="magnitude")
 
 
 @schemes
@@ -313,45 +221,6 @@ def test_block_scales_are_checked(scheme: ss.Scheme) -> None:
 
 
 @schemes
-@pytest.mark.parametrize("text", ["2:4", "6:8", "8:10"])
-def test_parts(scheme: ss.Scheme, text: str, tmp_path: Path) -> None:
-    """Rows are what rows pack to; columns are cut where all starts anew; files hold them."""
-    w = awkward((6, 300))
-    packed = ss.pack(w, text, scheme, prune="magnitude")
-    rows = [packed.rows(a, b) for a, b in ((0, 2), (2, 2), (2, 6))]
-    for part, (a, b) in zip(rows, ((0, 2), (2, 2), (2, 6)), strict=True):
-        same(part, ss.pack(w[a:b], text, scheme, prune="magnitude"))
-    same(ss.PackedWeight.concat(rows).validate(), packed)
-    raw = replace(packed, block_scale=packed.block_scale.view(np.uint8)).validate()
-    assert ss.PackedWeight.concat([packed, raw]).validate().block_scale.dtype == np.uint8
-    ss.verify(raw, w, prune="magnitude")
-    np.testing.assert_array_equal(ss.matmul(w, raw), ss.matmul(w, packed))
-    unit = packed.slice_unit
-    columns = {f"part{a}": (packed.columns(a, b), a, b) for a, b in ((0, unit), (unit, 2 * unit), (2 * unit, 300)) if a < 300}
-    for part, a, b in columns.values():
-        ss.verify(part)
-        np.testing.assert_array_equal(ss.unpack(part), ss.unpack(packed)[:, a : min(b, 300)])
-    with pytest.raises(ss.OperandError, match=rf"columns: 0 to {unit // 2} must be cut at multiples of {unit}, the slice unit"):
-        packed.columns(0, unit // 2)
-    if scheme is W4A8:
-        x = np.random.default_rng(0).integers(-3, 4, (3, 300)).astype(np.float32)
-        q = ss.quantize(x, packed)
-        total: Any = 0
-        for part, a, b in columns.values():
-            total = total + ss.matmul(replace(q, values=np.ascontiguousarray(q.values[:, a:b])), part)
-        np.testing.assert_allclose(total, ss.matmul(q, packed), rtol=1e-5, atol=1e-30)
-        np.testing.assert_array_equal(ss.matmul(q, packed), ss.matmul(x, packed))
-    path = tmp_path / "f.safetensors"
-    ss.save(path, {"all": packed, **{name: part for name, (part, _, _) in columns.items()}, "bias": w[0]})
-    loaded = ss.load(path)
-    ss.save(tmp_path / "raw.safetensors", {"all": raw, **{name: part for name, (part, _, _) in columns.items()}, "bias": w[0]})
-    assert (tmp_path / "raw.safetensors").read_bytes() == path.read_bytes()
-    for name, part in {"all": packed, **{name: part for name, (part, _, _) in columns.items()}}.items():
-        same(loaded[name], part)  # type: ignore[arg-type]
-        same(ss.PackedWeight.from_tensors(part.tensors("x"), text, scheme, name="x"), part)
-
-
-@schemes
 def test_a_file_of_version_2(scheme: ss.Scheme, tmp_path: Path) -> None:
     packed = ss.pack(weights((4, 70)), "6:8", scheme, prune="magnitude")
     path = tmp_path / "f.safetensors"
@@ -396,22 +265,16 @@ def test_schemes_side_by_side(tmp_path: Path) -> None:
         ss.save(path, packed)
 
 
-@schemes
+@pytest.mark.parametrize("scheme", BLOCKS, ids=str)
 def test_a_checkpoint(scheme: ss.Scheme, tmp_path: Path) -> None:
+    """Pruning is told by magnitude; there is no dense form."""
     source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
-    w = {f"model.layers.0.mlp.{name}_proj.weight": weights((48, 130), seed=i) for i, name in enumerate(("gate", "up"))}
-    ss.save(source, {**w, "model.norm.weight": np.ones(130, np.float32)})
-    report = ss.pack_checkpoint(source, out, ss.Options(scheme=scheme.name.lower(), prune="magnitude"))
-    assert (report.scheme, report.pattern, report.verified) == (scheme.name, str(scheme.pattern("6:8")), True)
-    loaded = ss.load(out)
-    for name, array in w.items():
-        packed = loaded[name.removesuffix(".weight")]
-        same(packed, ss.pack(array, "6:8", scheme, prune="magnitude"))  # type: ignore[arg-type]
-    proof = ss.verify_checkpoint(out, source)
-    pruned = sum(int(((reference.prune(a, scheme.pattern("6:8")) == 0) & (a != 0)).sum()) for a in w.values())
-    assert (proof.modules, proof.by_magnitude, proof.pruned) == (2, True, pruned)
-    facts = ss.inspect_checkpoint(out).modules[0]
-    assert (facts.stored, facts.packed) == (scheme.name, str(scheme.pattern("6:8")))
+    w = weights((48, 130))
+    ss.save(source, {"fc.weight": w})
+    ss.pack_checkpoint(source, out, ss.Options(scheme=scheme.name, prune="magnitude"))
+    pruned = int(((reference.prune(w, scheme.pattern("6:8")) == 0) & (w != 0)).sum())
+    assert ss.verify_checkpoint(out, source).pruned == pruned
+    assert ss.inspect_checkpoint(out).modules[0].stored == scheme.name
     with pytest.raises(ss.UnsupportedError, match=rf"holds {scheme} .* weights, .* no dense form"):
         ss.unpack_checkpoint(out, tmp_path / "dense.safetensors")
     with pytest.raises(ss.PatternError, match=r"row 0, group \d \(columns .* prune with --prune magnitude"):

@@ -15,9 +15,10 @@ import pytest
 import safetensors
 import safetensors.numpy
 from cases import packed_weight
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slidesparse_nb import pack
 from slidesparse_nb.checkpoint import (
     Checkpoint,
     index_bytes,
@@ -33,12 +34,12 @@ from slidesparse_nb.checkpoint import (
     shard_plan,
     slidesparse_metadata,
 )
-from slidesparse_nb.checkpoint.safetensors import SafetensorsFile, SafetensorsWriter
+from slidesparse_nb.checkpoint.safetensors import SafetensorsFile
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8, NUMPY_OF, PACKED, DType
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8, NUMPY_OF, PACKED
 from slidesparse_nb.core.packed import PackedWeight
 from slidesparse_nb.core.pattern import Pattern, known_patterns
-from slidesparse_nb.core.scheme import Scheme
+from slidesparse_nb.core.scheme import SCHEMES, Scheme
 from slidesparse_nb.errors import FormatError, OperandError, UnsupportedError
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.safetensors"
@@ -47,7 +48,8 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny.safetensors"
 def facts(value: Any) -> Any:
     """All of an array or a packed weight, to be compared."""
     if isinstance(value, PackedWeight):
-        return value.pattern, value.shape, value.dtype, *map(facts, (value.values, value.meta, value.scale))
+        parts = (value.values, value.meta, value.scale, value.block_scale)
+        return value.pattern, value.shape, value.scheme, *map(facts, parts)
     return None if value is None else (value.dtype, value.shape, value.tobytes())
 
 
@@ -74,35 +76,23 @@ def shards(root: Path, *files: dict[str, Any]) -> dict[str, str]:
 # ---- save and load -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
-@pytest.mark.parametrize("pattern", known_patterns(), ids=str)
-def test_round_trip(tmp_path: Path, pattern: Pattern, dtype: DType) -> None:
-    tensors: dict[str, Any] = {
-        f"layers.{n}x{k}": packed_weight(n, k, pattern, dtype, seed=n + k)
-        for n, k in [(1, 1), (3, 37), (2, 0), (0, 5), (5, pattern.slice_unit), (1, pattern.group + 1), (7, 130)]
-    }
-    tensors["layers.3x37.bias"] = np.arange(3, dtype=np.float16)
-    save(tmp_path / "f.safetensors", tensors)
-    loaded = load(tmp_path / "f.safetensors")
-    assert same_all(loaded, tensors)
-    for name, packed in tensors.items():
-        if isinstance(packed, PackedWeight):
-            assert np.array_equal(reference.unpack(loaded[name]), reference.unpack(packed))
-
-
+@settings(max_examples=150)
 @given(data=st.data())
 def test_round_trip_of_anything(tmp_path_factory: Any, data: st.DataObject) -> None:
     pattern = data.draw(st.sampled_from(known_patterns()))
+    unit = data.draw(st.sampled_from([1, 1, 2]))
+    schemes = [scheme for scheme in SCHEMES.values() if scheme.unit == unit]
     tensors: dict[str, Any] = {}
     for name in data.draw(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), unique=True, max_size=5)):
         if data.draw(st.booleans()):
-            n, k = data.draw(st.tuples(st.integers(0, 4), st.integers(0, 50)))
-            tensors[f"packed/{name}"] = packed_weight(n, k, pattern, data.draw(st.sampled_from(PACKED)))
-        else:
-            dtype, shape = (
-                NUMPY_OF[data.draw(st.sampled_from(sorted(NUMPY_OF)))],
-                data.draw(st.lists(st.integers(0, 3), max_size=3)),
+            n, k = data.draw(st.tuples(st.integers(0, 4), st.sampled_from([0, 1, pattern.group, pattern.slice_unit, 37, 130])))
+            w = np.random.default_rng(n + k).standard_normal((n, k)).astype(np.float32)
+            tensors[f"packed/{name}"] = pack(
+                w, (pattern.nnz, pattern.group), data.draw(st.sampled_from(schemes)), prune="random"
             )
+        else:
+            dtype = NUMPY_OF[data.draw(st.sampled_from(sorted(NUMPY_OF)))]
+            shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
             tensors[f"array/{name}"] = (np.arange(np.prod(shape)) % 2).astype(dtype).reshape(shape)
     path = tmp_path_factory.mktemp("any") / "f.safetensors"
     save(path, tensors)
@@ -112,17 +102,6 @@ def test_round_trip_of_anything(tmp_path_factory: Any, data: st.DataObject) -> N
     assert path.read_bytes() == once
     assert same_all(loaded, tensors)
     assert os.listdir(path.parent) == [path.name]
-
-
-def test_every_plain_type_both_ways_with_the_oracle(tmp_path: Path) -> None:
-    arrays = {
-        code: np.arange(12).astype(np.int8).view(np.uint8).astype(dtype).reshape(3, 4) for code, dtype in NUMPY_OF.items()
-    }
-    safetensors.numpy.save_file(arrays, tmp_path / "theirs.safetensors")
-    assert same_all(load(tmp_path / "theirs.safetensors"), arrays)
-    save(tmp_path / "ours.safetensors", arrays)
-    theirs = dict(safetensors.deserialize((tmp_path / "ours.safetensors").read_bytes()))
-    assert {name: bytes(tensor["data"]) for name, tensor in theirs.items()} == {n: a.tobytes() for n, a in arrays.items()}
 
 
 def test_loading_copies_nothing_and_keeps_the_file(tmp_path: Path) -> None:
@@ -150,15 +129,6 @@ def test_names(tmp_path: Path) -> None:
     for wrong in ("d", "a.weight_meta"):
         with pytest.raises(OperandError, match=f"'{wrong}' is no packed module and no tensor"):
             load(path, names=["a", wrong])
-
-
-def test_several_types_in_a_file(tmp_path: Path) -> None:
-    tensors = {"a": packed_weight(2, 8, dtype=INT8), "b": packed_weight(2, 8, dtype=BFLOAT16), "c": packed_weight(2, 8)}
-    save(tmp_path / "f.safetensors", tensors)
-    header = parse_metadata(SafetensorsFile(tmp_path / "f.safetensors").metadata)
-    assert header is not None
-    assert (header.pattern, header.scheme) == (Pattern(6, 8), None)
-    assert same_all(load(tmp_path / "f.safetensors"), tensors)
 
 
 def test_arrays_of_a_device_are_copied_to_the_host(tmp_path: Path) -> None:
@@ -232,27 +202,6 @@ def test_what_save_accepts_load_reads_back(tmp_path_factory: Any, data: st.DataO
         assert os.listdir(path.parent) == []
     else:
         assert same_all(load(path), tensors)
-
-
-@pytest.mark.parametrize("shape", [(0, 2**40), (2**31, 0), (-(2**62), 0)], ids=str)
-def test_absurd_shapes(tmp_path: Path, shape: tuple[int, int]) -> None:
-    """Refused at once, by the shape alone: the tensors are as long as it says, and empty."""
-    pattern = Pattern(6, 8)
-    found = packed_entries("fc", pattern, BFLOAT16, shape)
-    entries = [(name, code, tuple(max(0, v) for v in size)) for name, code, size in found]
-    with SafetensorsWriter(tmp_path / "f.safetensors", entries, slidesparse_metadata(pattern, BFLOAT16)) as writer:
-        writer.write("fc.weight_shape", np.array(shape))
-    with pytest.raises(FormatError, match=r"'fc.weight_shape': shape \(.*\) must (be below 2\^31 in both|not be neg)"):
-        load(tmp_path / "f.safetensors")
-
-
-def test_names_of_strangers_are_escaped(tmp_path: Path) -> None:
-    index = {"\x1b": "f\x1b.safetensors", "a": "f\x1b.safetensors"}
-    save(tmp_path / "f\x1b.safetensors", {"a": np.ones(1)})
-    (tmp_path / "model.safetensors.index.json").write_bytes(index_bytes(index, 0))
-    with pytest.raises(FormatError, match=r"is not in 'f\\x1b.safetensors', where the index says it is") as caught:
-        load(tmp_path)
-    assert str(caught.value).isprintable()
 
 
 def test_save_refuses_bad_paths_and_weights(tmp_path: Path) -> None:
@@ -432,8 +381,8 @@ def test_metadata() -> None:
     assert (metadata["format"], json.loads(metadata["slidesparse"])) == ("pt", header)
     for pattern in known_patterns():
         for dtype in (*PACKED, None):
-            found = parse_metadata(slidesparse_metadata(pattern, dtype, "t"))
-            assert found == packed_format.PackedHeader(pattern, dtype and Scheme.of(dtype), "t")
+            found = parse_metadata(slidesparse_metadata(pattern, dtype))
+            assert found == packed_format.PackedHeader(pattern, dtype and Scheme.of(dtype), packed_format.TOOL)
     assert parse_metadata({"format": "pt"}) is None
 
 

@@ -323,17 +323,6 @@ def test_what_stock_loaders_are_told(tmp_path: Path) -> None:
         assert ("quantization_config" in json.loads((tmp_path / str(told) / "config.json").read_text())) == told
 
 
-@pytest.fixture
-def unit_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A function that sets the size of a block."""
-
-    def set_it(size: int) -> None:
-        for module in ("run", "rows", "layout", "to_dense", "inspect"):
-            monkeypatch.setattr(f"slidesparse_nb.convert.{module}.UNIT_BYTES", size)
-
-    return set_it
-
-
 def files(path: Path) -> list[bytes]:
     return [p.read_bytes() for p in sorted(path.glob("*.safetensors"))]
 
@@ -426,26 +415,29 @@ def test_experts_that_are_not_understood_are_refused_by_name(
     assert "experts" in " ".join(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"])
 
 
-def test_other_stacks_that_are_refused(tmp_path: Path) -> None:
-    stored, _ = layer("mixtral")
-    alone = models.write(tmp_path / "m.safetensors", stored)
-    with pytest.raises(ss.UnsupportedError, match=r"without a config\.json that tells the model type"):
-        ss.pack_checkpoint(alone, tmp_path / "out.safetensors", None, FAST)
-    twice = {**stored, f"{LAYERS['mixtral']}.experts.down_proj.weight": np.zeros((D, F), models.BF16)}
-    with pytest.raises(ss.UnsupportedError, match="beside another weight of that name"):
-        ss.pack_checkpoint(folder(tmp_path / "twice", "mixtral", twice), tmp_path / "out", None, FAST)
-    eight = {name: w.astype(FLOAT8.numpy) if "experts" in name else w for name, w in stored.items()}
-    with pytest.raises(ss.UnsupportedError, match="of type F8_E4M3 cannot be packed; convert them to one of F32"):
-        ss.pack_checkpoint(folder(tmp_path / "in", "mixtral", eight), tmp_path / "out", None, FAST)
+MIXTRAL, OSS = layer("mixtral")[0], LAYERS["gpt_oss"]
 
 
-def test_experts_in_mxfp4_are_refused_by_name(tmp_path: Path) -> None:
-    source = folder(tmp_path / "in", "gpt_oss", quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(ss.UnsupportedError, match=r"quantization_config says method 'mxfp4', which is not supported"):
+@pytest.mark.parametrize(
+    ("kind", "parts", "changes", "why"),
+    [
+        ("mixtral", {**MIXTRAL, f"{LAYERS['mixtral']}.experts.down_proj.weight": np.zeros((D, F), models.BF16)}, {},
+         "beside another weight of that name"),
+        ("mixtral", {name: w.astype(FLOAT8.numpy) if "experts" in name else w for name, w in MIXTRAL.items()}, {},
+         "of type F8_E4M3 cannot be packed; convert them to one of F32"),
+        ("gpt_oss", None, {"quantization_config": {"quant_method": "mxfp4"}},
+         r"quantization_config says method 'mxfp4', which is not supported"),
+        ("gpt_oss", {f"{OSS}.experts.down_proj_blocks": np.zeros((E, D, 1, 16), np.uint8)}, {},
+         r"down_proj_blocks': .* is written by a block format such as MXFP4"),
+        (None, MIXTRAL, {}, r"without a config\.json that tells the model type"),
+    ],
+)  # fmt: skip
+def test_other_stacks_that_are_refused(tmp_path: Path, kind: str | None, parts: Any, changes: Any, why: str) -> None:
+    source = (
+        models.write(tmp_path / "m.safetensors", parts) if kind is None else folder(tmp_path / "in", kind, parts, **changes)
+    )
+    with pytest.raises(ss.UnsupportedError, match=why):
         ss.pack_checkpoint(source, tmp_path / "out", None, FAST)
-    blocks = {f"{LAYERS['gpt_oss']}.experts.down_proj_blocks": np.zeros((E, D, 1, 16), np.uint8)}
-    with pytest.raises(ss.UnsupportedError, match=r"down_proj_blocks': .* is written by a block format such as MXFP4"):
-        ss.pack_checkpoint(folder(tmp_path / "blocks", "gpt_oss", blocks), tmp_path / "out", None, FAST)
 
 
 def square(path: Path, kind: str) -> Path:
@@ -518,51 +510,40 @@ def deep(packed: ss.PackedWeight, count: int) -> ss.PackedWeight:
 ENTRY = {"tensor": "X.weight", "axes": "... n k", "dtype": "bfloat16"}
 
 
+MANY = {"X.weight_packed": np.zeros((2**30, 1, 0), models.BF16), "X.weight_meta": np.zeros((2**30, 1, 0), np.uint8)}
+MANY |= {"X.weight_shape": np.array((2**30, 1, 0))}
+
+
 @pytest.mark.parametrize(
-    ("stacked", "why"),
+    ("stacked", "parts", "why"),
     [
-        ([], r"stacked \[\] must be an object"),
-        ({"X": {**ENTRY, "axes": "n k"}}, "must have the keys tensor"),
-        ({"X": {**ENTRY, "dtype": "int8"}}, "must have the keys tensor"),
-        ({"X": {**ENTRY, "tensor": 1}}, "must have the keys tensor"),
-        ({"X": {**ENTRY, "dtype": []}}, "must have the keys tensor"),
-        ({"X": {**ENTRY, "more": 1}}, "must have the keys tensor"),
-        ({"Y": ENTRY}, r"is I64 \(3,\), must be I64 \(2,\): metadata 'slidesparse' says that the module is not stacked"),
+        ([], None, r"stacked \[\] must be an object"),
+        *(
+            ({"X": {**ENTRY, **wrong}}, None, "must have the keys tensor")
+            for wrong in ({"axes": "n k"}, {"dtype": "int8"}, {"tensor": 1}, {"dtype": []}, {"more": 1})
+        ),
+        ({"Y": ENTRY}, None, r"is I64 \(3,\), must be I64 \(2,\): metadata 'slidesparse' says that the module is not stacked"),
+        ({"X": {**ENTRY, "dtype": "bfloat16"}}, MANY, r"shape \(1073741824, 1, 0\) of a stack must not have a dimension of 0"),
+        (
+            {"X": ENTRY, "Y": ENTRY},
+            {**STACK.tensors("X"), **STACK.tensors("Y")},
+            r"X\.weight: is the dense tensor of both X and Y",
+        ),
     ],
 )
-def test_what_a_file_says_of_stacks_is_checked(tmp_path: Path, stacked: Any, why: str) -> None:
-    header = {"version": 2, "pattern": {"nnz": 6, "group": 8}, "scheme": "INT8_W8A8", "tool": "t", "stacked": stacked}
-    path = models.write(tmp_path / "m.safetensors", dict(STACK.tensors("X")), {"slidesparse": json.dumps(header)})
+def test_what_a_file_says_of_stacks_is_checked(tmp_path: Path, stacked: Any, parts: Any, why: str) -> None:
+    """Also, many empty matrices take no bytes, and would take forever."""
+    scheme = "BF16" if parts is MANY else "INT8_W8A8"
+    header = {"version": 2, "pattern": {"nnz": 6, "group": 8}, "scheme": scheme, "tool": "t", "stacked": stacked}
+    path = models.write(tmp_path / "m.safetensors", parts or STACK.tensors("X"), {"slidesparse": json.dumps(header)})
     with pytest.raises(ss.FormatError, match=why):
-        ss.load(path)
+        ss.unpack_checkpoint(path, tmp_path / "d.safetensors", FAST) if "both" in why else ss.load(path)
 
 
-def test_a_stack_of_very_many_empty_matrices_is_refused(tmp_path: Path) -> None:
-    """It takes no bytes, and would take forever."""
-    header = {"version": 2, "pattern": {"nnz": 6, "group": 8}, "scheme": "BF16", "tool": "t", "stacked": {"X": ENTRY}}
-    rows = (2**30, 1, 0)
-    parts = {"X.weight_packed": np.zeros(rows, models.BF16), "X.weight_meta": np.zeros(rows, np.uint8)}
-    parts["X.weight_shape"] = np.array(rows)
-    path = models.write(tmp_path / "m.safetensors", parts, {"slidesparse": json.dumps(header)})
-    with pytest.raises(ss.FormatError, match=r"shape \(1073741824, 1, 0\) of a stack must not have a dimension of 0"):
-        ss.load(path)
+def test_an_empty_stack_is_not_saved(tmp_path: Path) -> None:
     empty = ss.PackedWeight.stack([ss.pack(np.zeros((0, 16), np.float32))])
     with pytest.raises(ss.OperandError, match=r"shape \(1, 0, 16\) of a stack must not have a dimension of 0"):
         ss.save(tmp_path / "n.safetensors", {"X": empty})
-
-
-def test_two_modules_of_one_dense_tensor(tmp_path: Path) -> None:
-    header = {
-        "version": 2,
-        "pattern": {"nnz": 6, "group": 8},
-        "scheme": "INT8_W8A8",
-        "tool": "t",
-        "stacked": {"X": ENTRY, "Y": ENTRY},
-    }
-    parts = {**STACK.tensors("X"), **STACK.tensors("Y")}
-    path = models.write(tmp_path / "m.safetensors", parts, {"slidesparse": json.dumps(header)})
-    with pytest.raises(ss.FormatError, match=r"X\.weight: is the dense tensor of both X and Y"):
-        ss.unpack_checkpoint(path, tmp_path / "d.safetensors", FAST)
 
 
 @pytest.mark.parametrize("format", ["packed", "dense"])

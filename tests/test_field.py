@@ -197,13 +197,6 @@ def test_what_no_config_can_describe_is_refused(tmp_path: Path, form: str) -> No
 def test_a_packed_checkpoint_has_no_other_quantized_layers(tmp_path: Path) -> None:
     path = source(tmp_path / "in", {**EMBEDDING, **scaled(layer(dtype=FP8)), **HEAD}, fp8_config())
     refused(path, "--format dense", ignore=("*down_proj",))
-    eight = scaled({"lm_head.weight": matrix(VOCABULARY, D, dtype=FP8)})
-    refused(source(tmp_path / "b" / "in", {**EMBEDDING, **layer(), **eight}), r"lm_head\.weight.*would stay F8_E4M3")
-    eight = scaled({"adapter.weight": matrix(D, D, dtype=FP8)})
-    refused(source(tmp_path / "c" / "in", {**EMBEDDING, **layer(), **eight}), r"adapter\.weight.*among unquantized")
-    contradiction = fp8_config(ignore=["re:.*down_proj"])
-    path = source(tmp_path / "d" / "in", {**EMBEDDING, **scaled(layer(dtype=FP8))}, contradiction)
-    refused(path, r"down_proj\.weight.*ignores it.*without its scale")
 
 
 def test_a_table_of_small_integers_is_no_quantized_layer(tmp_path: Path) -> None:
@@ -273,7 +266,8 @@ ROTATION = {"config_groups": {"R4": {"type": "hadamard", "apply": [{"targets": [
         (fp8_config(group(input_activations=None)), {}, "weight-only"),
         (fp8_config(group(input_activations={"num_bits": 16})), {}, "input_activations"),
         ({"quantization_config": {"quant_method": "gptq"}}, {}, "'gptq', which is not supported"),
-        (fp8_config(ignore=["re:("]), {}, r"re:\(.* is no regular expression"),
+        (models.quantization({"weights": [1]}), {}, "must be objects"),
+        (fp8_config(ignore=["re:("]), {}, r"re:\(.* is not a regular expression"),
         ({**fp8_config(), "text_config": fp8_config(ignore=[])}, {}, "say different things"),
     ],
 )  # fmt: skip
@@ -286,17 +280,16 @@ def test_what_a_source_says_anywhere_is_understood_or_refused(
 
 @pytest.mark.parametrize(
     "config",
-    [{"quantization_config": {}}, {"quantization": {"n_q": 8}}, {"compression_config": None, "quantization_config": None}],
+    [
+        {"quantization_config": {}},
+        {"quantization": {"n_q": 8}},
+        {"compression_config": None, "quantization_config": None},
+        {"a": "\ud800"},
+    ],
 )
 def test_configs_that_say_nothing_are_no_quantization(tmp_path: Path, config: dict[str, Any]) -> None:
     made = pack(tmp_path, {**EMBEDDING, **layer()}, {**LLAMA, **config})
     assert made["quantization_config"]["quant_method"] == "slidesparse"
-
-
-def test_metadata_that_tells_of_a_quantization_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    models.write(tmp_path / "in" / "model.safetensors", layer(), {"_quantization_metadata": '{"layers": {}}'})
-    refused(tmp_path / "in", r"__metadata__: '_quantization_metadata' is")
 
 
 def test_a_transform_of_weights_alone_is_merged_into_them(tmp_path: Path) -> None:
@@ -304,30 +297,6 @@ def test_a_transform_of_weights_alone_is_merged_into_them(tmp_path: Path) -> Non
     path = source(tmp_path / "in", {**EMBEDDING, **scaled(layer(dtype=FP8))}, fp8_config(transform_config=merged))
     report = ss.pack_checkpoint(path, tmp_path / "out", ss.Options(**MAGNITUDE))
     assert any("transform_config" in note for note in report.notes)
-
-
-X = "model.layers.0.mlp.down_proj"
-
-
-@pytest.mark.parametrize(
-    ("parts", "why"),
-    [
-        ({f"{X}.qweight": np.ones((8, D), np.int32)}, "GPTQ or AWQ"),
-        ({f"{X}.weight": np.ones((D, F), np.int8), f"{X}.SCB": np.ones(D, np.float32)}, "bitsandbytes"),
-        ({f"{X}.weight.absmax": np.ones(8, np.uint8)}, "bitsandbytes"),
-        ({f"{X}.pre_quant_scale": np.ones(F, np.float32)}, "ModelOpt"),
-        ({f"{X}.compressed": np.ones(8, np.float32), f"{X}.bitmask": np.ones((D, 8), np.uint8)}, "sparse format"),
-        ({f"{X}.codes": np.ones((D, 8), np.int16), f"{X}.scales": np.ones((D, 1), np.float16)}, "I16 .* beside 'scales'"),
-        ({f"{X}.W_q": np.ones((D, 8), np.uint8)}, "HQQ"),
-        ({f"{X}._weight_qdata": np.ones((D, F), np.int8)}, "torchao"),
-        ({f"{X}.lora_A.default.weight": matrix(8, F), f"{X}.base_layer.weight": matrix(D, F)}, "adapter .* merge"),
-        ({f"{X}_lora.down.weight": matrix(8, F)}, "adapter .* merge"),
-        ({f"{X}.weight": matrix(D, F), f"{X}.rotation.weight": matrix(F, F)}, r"rotation\.weight.*packing does not know"),
-    ],
-)
-def test_weights_that_another_tool_alone_can_read_are_refused(tmp_path: Path, parts: dict[str, np.ndarray], why: str) -> None:
-    rest = {name: w for name, w in layer().items() if "down" not in name}
-    refused(source(tmp_path / "in", {**EMBEDDING, **rest, **parts}), why)
 
 
 def test_an_adapter_that_the_user_ignores_stays_dense(tmp_path: Path) -> None:
@@ -345,8 +314,6 @@ def test_an_adapter_that_the_user_ignores_stays_dense(tmp_path: Path) -> None:
     assert {m.name.rpartition("layers.0.")[2] for m in report.modules} == {
         "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
     }  # fmt: skip  # q and v stay with k
-    alone = {f"base_model.{name}": w for name, w in parts.items() if "lora" in name}
-    refused(source(tmp_path / "b" / "in", alone), "is an adapter and no model")
 
 
 # ---- what is a linear layer ------------------------------------------------------------------------------------------
@@ -361,20 +328,54 @@ def biases(parts: dict[str, np.ndarray], axis: int) -> dict[str, np.ndarray]:
     return parts | {name.replace(".weight", ".bias"): matrix(w.shape[axis]) for name, w in parts.items()}
 
 
+REST = {**EMBEDDING, **{name: w for name, w in layer().items() if "down" not in name}}
+FOREIGN: list[tuple[dict[str, np.ndarray], str]] = [  # beside the rest of a layer
+    ({f"{DOWN}.qweight": np.ones((8, D), np.int32)}, "GPTQ or AWQ"),
+    ({f"{DOWN}.weight": np.ones((D, F), np.int8), f"{DOWN}.SCB": np.ones(D, np.float32)}, "bitsandbytes"),
+    ({f"{DOWN}.weight.absmax": np.ones(8, np.uint8)}, "bitsandbytes"),
+    ({f"{DOWN}.pre_quant_scale": np.ones(F, np.float32)}, "ModelOpt"),
+    ({f"{DOWN}.compressed": np.ones(8, np.float32), f"{DOWN}.bitmask": np.ones((D, 8), np.uint8)}, "sparse format"),
+    ({f"{DOWN}.codes": np.ones((D, 8), np.int16), f"{DOWN}.scales": np.ones((D, 1), np.float16)}, "I16 .* beside 'scales'"),
+    ({f"{DOWN}.W_q": np.ones((D, 8), np.uint8)}, "HQQ"),
+    ({f"{DOWN}._weight_qdata": np.ones((D, F), np.int8)}, "torchao"),
+    ({f"{DOWN}.lora_A.default.weight": matrix(8, F), f"{DOWN}.base_layer.weight": matrix(D, F)}, "adapter .* merge"),
+    ({f"{DOWN}_lora.down.weight": matrix(8, F)}, "adapter .* merge"),
+    ({f"{DOWN}.weight": matrix(D, F), f"{DOWN}.rotation.weight": matrix(F, F)}, r"rotation\.weight.*packing does not know"),
+    ({f"{DOWN}.weight": matrix(D, F), f"{DOWN}.bias": matrix(D + 1)}, r"down_proj\.bias.*does not fit"),
+    ({f"{DOWN}.weight": np.zeros(0, np.float32)}, r"layers\.0.* is empty .*gather"),
+    (scaled({"lm_head.weight": matrix(VOCABULARY, D, dtype=FP8)}), r"lm_head\.weight.*would stay F8_E4M3"),
+    (scaled({"adapter.weight": matrix(D, D, dtype=FP8)}), r"adapter\.weight.*among unquantized"),
+    *(
+        ({f"{DOWN}.weight": matrix(D, F), f"{DOWN}.{part}": matrix(D, 1)}, rf"down_proj\.{part}")
+        for part in ("weight_scale", "input_scale", "R4_input.weight", "gamma")
+    ),
+]
+CONTRADICTION = fp8_config(ignore=["re:.*down_proj"])
+K_N = r"\[k, n\].*transpose|no shape tells"
+
+
 @pytest.mark.parametrize(
-    ("parts", "config"),
+    ("parts", "config", "why"),
     [
-        (gpt2(), {"model_type": "gpt2"}),
-        (gpt2("decoder.h.0."), {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}),
-        (gpt2("encoder.h.0."), {"model_type": "decision_transformer"}),
-        (gpt2(), None),
-        (biases(gpt2("gpt.h.0."), 1), {"model_type": "xtts"}),
-        ({"h.0.attn.c_proj.weight": matrix(D, D)}, None),
-        (biases({"layers.0.fc.weight": matrix(D, F)}, 1), None),
+        *(({**REST, **parts}, LLAMA, why) for parts, why in FOREIGN),
+        (scaled(layer(dtype=FP8)), CONTRADICTION, r"down_proj\.weight.*ignores it.*without its scale"),
+        ({f"base_model.{DOWN}.lora_A.d.weight": matrix(8, F)}, None, "is an adapter and no model"),
+        (gpt2(), {"model_type": "gpt2"}, K_N),
+        (gpt2("decoder.h.0."), {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}, K_N),
+        (gpt2("encoder.h.0."), {"model_type": "decision_transformer"}, K_N),
+        (gpt2(), None, K_N),
+        (biases(gpt2("gpt.h.0."), 1), {"model_type": "xtts"}, K_N),
+        ({"h.0.attn.c_proj.weight": matrix(D, D)}, None, K_N),
+        (biases({"layers.0.fc.weight": matrix(D, F)}, 1), None, K_N),
     ],
 )
-def test_weights_stored_as_k_n_are_refused(tmp_path: Path, parts: dict[str, np.ndarray], config: dict[str, Any] | None) -> None:
-    refused(source(tmp_path / "in", parts, config), r"\[k, n\].*transpose|no shape tells")
+def test_tensors_that_packing_would_misread_are_refused(tmp_path: Path, parts: Any, config: Any, why: str) -> None:
+    refused(source(tmp_path / "in", parts, config), why)
+
+
+def test_metadata_that_tells_of_a_quantization_is_refused(tmp_path: Path) -> None:
+    models.write(tmp_path / "in" / "model.safetensors", layer(), {"_quantization_metadata": '{"layers": {}}'})
+    refused(tmp_path / "in", r"__metadata__: '_quantization_metadata' is")
 
 
 EXAONE = {"mlp.c_fc_0": (F, D), "mlp.c_fc_1": (F, D), "mlp.c_proj": (D, F), "attn.c_proj": (D, D)}
@@ -393,9 +394,7 @@ def test_linear_layers_with_the_names_of_gpt2_are_packed(tmp_path: Path, parts: 
     assert len([w for w in ss.load(tmp_path / "out").values() if isinstance(w, ss.PackedWeight)]) == 4
 
 
-def test_weights_that_were_not_gathered_and_layers_that_are_missing(tmp_path: Path) -> None:
-    empty = {"model.layers.1.mlp.up_proj.weight": np.zeros(0, np.float32)}
-    refused(source(tmp_path / "in", {**layer(), **empty}, LLAMA), r"layers\.1.* is empty .*gather")
+def test_layers_that_are_missing(tmp_path: Path) -> None:
     path = source(tmp_path / "b" / "in", layer(), {**LLAMA, "num_hidden_layers": 2})
     report = ss.pack_checkpoint(path, tmp_path / "out", ss.Options(**MAGNITUDE))
     assert any("config.json says 2 layers, the weights have 1" in note for note in report.notes)
@@ -404,11 +403,6 @@ def test_weights_that_were_not_gathered_and_layers_that_are_missing(tmp_path: Pa
     assert any("layers 0 to 2, but none of number 1" in note for note in report.notes)
     (path / "model_index.json").write_text("{}")
     refused(path, "pipeline of several models; pack its folders")
-
-
-def test_a_bias_that_fits_no_side_is_refused(tmp_path: Path) -> None:
-    parts = {**layer(), f"{X}.bias": matrix(D + 1)}
-    refused(source(tmp_path / "in", parts, LLAMA), r"down_proj\.bias.*does not fit")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import FLOATS, SHAPES, SMALL, stored_twice, weights
+from cases import FLOATS, SHAPES, SMALL, schemes, stored_twice, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,21 +19,25 @@ from slidesparse_nb import (
     PackedWeight,
     Pattern,
     QuantizedActivations,
+    Scheme,
     matmul,
     pack,
     quantize,
     workspace_bytes,
 )
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
+from slidesparse_nb.core.dtypes import FLOAT8, INT8, PACKED, DType
+from slidesparse_nb.core.scheme import SCHEMES
 from slidesparse_nb.cpu import matmul as cpu_matmul
 
 P = Pattern(6, 8)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def check(y: np.ndarray, x: np.ndarray, packed: PackedWeight, bias: np.ndarray | None = None, out_dtype: Any = None) -> None:
-    """y is reference.matmul: int8 to the bit, others to the order of adding; NaN and infinity where they belong."""
+def check(y: np.ndarray, x: np.ndarray, packed: PackedWeight, bias: Any = None, out_dtype: Any = None) -> None:
+    """y is reference.matmul: int8 to the bit; others, as the reference itself, the exact product of what is stored to the error
+    of additions in float32, with NaN and infinity where they belong.
+    """
     out_dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     with np.errstate(all="ignore"):
@@ -46,28 +50,32 @@ def check(y: np.ndarray, x: np.ndarray, packed: PackedWeight, bias: np.ndarray |
     got, wanted = (a.reshape(wanted.shape).astype(np.float32) for a in (y, wanted))
     np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
     np.testing.assert_array_equal(np.where(np.isinf(got), got, 0), np.where(np.isinf(wanted), wanted, 0))
-    finite = np.isfinite(wanted)
-    if finite.any():
-        w = reference.dequantize(reference.unpack(packed), packed.scale)
-        size = np.abs(np.where(np.isfinite(flat), flat.astype(np.float64), 0)) @ np.abs(w).astype(np.float64).T + 1
-        step = {4: 1e-6, 2: 2.0**-8}[out_dtype.itemsize]
-        assert (np.abs(got[finite] - wanted[finite]) <= (step * size)[finite]).all()
+    with np.errstate(all="ignore"):
+        xs, scale_x = reference.lifted(flat, packed.pattern, packed.scheme)
+        left = xs.astype(np.float64) * (1 if scale_x is None else scale_x)
+    ws = reference.decompress(reference.stored_values(packed), packed.meta, packed.pattern.unit).astype(np.float64)
+    left, right = np.where(np.isfinite(left), left, 0), (ws * (1 if packed.scale is None else packed.scale)).T
+    added = np.zeros(packed.n) if bias is None else bias.astype(np.float64)
+    exact, size = left @ right + added, np.abs(left) @ np.abs(right) + np.abs(added)
+    error = (packed.k + 4) * 2.0**-23 * size + {4: 0, 2: 2.0**-8}[out_dtype.itemsize] * np.abs(exact) + 1e-7
+    for a in (got, wanted):
+        assert (np.abs(a - exact) <= error)[np.isfinite(wanted)].all()
 
 
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
-@pytest.mark.parametrize("source", FLOATS, ids=str)
+@schemes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_reference(dtype: DType, source: np.dtype, shape: tuple[int, int]) -> None:
-    for pattern in SMALL:
-        packed = pack(weights(shape), pattern, dtype, prune="magnitude")
-        for m in (0, 1, 5):
+def test_equals_the_reference(bodies: str, scheme: Scheme, shape: tuple[int, int]) -> None:
+    for pattern in SMALL if bodies == "compiled" else SMALL[:2]:
+        packed = pack(weights(shape), scheme.pattern((pattern.nnz, pattern.group)), scheme, prune="magnitude")
+        for m, source in zip((0, 1, 5), FLOATS, strict=True):
             x = weights((m, shape[1]), source, seed=m)
+            x[3:, :: 1 + m] = [[np.inf]]  # which meets unused slots
             check(matmul(x, packed), x, packed)
 
 
 @given(
     st.sampled_from(SMALL),
-    st.sampled_from(PACKED),
+    st.sampled_from(list(SCHEMES.values())),
     st.sampled_from(FLOATS),
     st.sampled_from(FLOATS),
     st.tuples(st.integers(0, 6), st.integers(0, 9), st.integers(0, 70)),
@@ -75,10 +83,10 @@ def test_equals_the_reference(dtype: DType, source: np.dtype, shape: tuple[int, 
     st.booleans(),
 )
 def test_any_case(
-    pattern: Pattern, dtype: DType, source: np.dtype, out: np.dtype, size: tuple[int, int, int], seed: int, special: bool
+    pattern: Pattern, scheme: Scheme, source: np.dtype, out: np.dtype, size: tuple[int, int, int], seed: int, special: bool
 ) -> None:
     m, n, k = size
-    packed = pack(weights((n, k), seed=seed), pattern, dtype, prune="magnitude")
+    packed = pack(weights((n, k), seed=seed), scheme.pattern((pattern.nnz, pattern.group)), scheme, prune="magnitude")
     x, bias = weights((m, k), source, seed + 1), weights((1, n), source, seed + 2)[0]
     if special and x.size:
         rng = np.random.default_rng(seed)
@@ -170,13 +178,6 @@ def test_int8_sums_are_exact_past_float32() -> None:
         assert (matmul(lowest, packed)[0] == (-128 * w.astype(np.int64).sum(axis=1)).astype(np.float32)).all()
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-def test_infinity_meets_unused_slots(dtype: DType) -> None:
-    w = np.array([[0, 0, 0, 0], [3, 0, 4, 0], [0, 2, 0, 0]], np.float32)
-    x = np.array([[1, np.inf, 1, 1], [1, 1, 1, 1]], np.float32)
-    np.testing.assert_array_equal(matmul(x, pack(w, "2:4", dtype)), [[np.nan, 7, np.inf], [0, 7, 2]])
-
-
 def test_overflow_of_x_in_a_16_bit_type_is_infinity() -> None:
     packed = pack(np.array([[1, 0, 0, 0], [0, 0, 1, 0]], np.float32), "2:4", "float16")
     np.testing.assert_array_equal(matmul(np.array([[1e6, 1, 1, 1]], np.float32), packed), [[np.inf, np.nan]])
@@ -229,43 +230,32 @@ def test_inputs_of_every_layout() -> None:
 # ---- quantize ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("source", FLOATS, ids=str)
 def test_quantize(dtype: DType, source: np.dtype) -> None:
-    x = weights((2, 3, 21), source)  # type: ignore[arg-type]
-    x[1, 1, 4] = np.nan
-    packed = pack(weights((6, 21)), P, dtype, prune="magnitude")
-    wanted, wanted_scale = reference.quantize(x.reshape(6, 21), dtype)
-    for prepared in (quantize(x, packed), quantize(x, "6:8", dtype), quantize(x, P, str(dtype)), quantize(x, packed, dtype)):
-        assert prepared.values.tobytes() == wanted.tobytes()
-        assert prepared.scale.tobytes() == wanted_scale.tobytes()
-        assert (prepared.lead, prepared.dtype, prepared.source, prepared.k) == ((2, 3), dtype, x.dtype, 21)
-    y = matmul(prepared, packed)
-    assert y.dtype == source
-    assert y.tobytes() == matmul(x, packed).tobytes()
-    assert matmul(prepared, packed, out_dtype=np.float32).dtype == np.float32
-
-
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-@pytest.mark.parametrize("source", FLOATS, ids=str)
-def test_quantize_for_weights_of_16_bits_rounds(dtype: DType, source: np.dtype) -> None:
+    """For weights of 16 bits it rounds."""
     x = weights((2, 3, 21), source)  # type: ignore[arg-type]
     x[1, 1, 4], x[0, 0, 0] = np.nan, 65500
     packed = pack(weights((6, 21)), P, dtype, prune="magnitude")
+    rows = x.reshape(6, 21)
     with np.errstate(over="ignore"):
-        wanted = x.astype(dtype.numpy).reshape(6, 21)
-    for prepared in (quantize(x, packed), quantize(x, "6:8", dtype), quantize(x, P, str(dtype))):
+        wanted, scale = reference.quantize(rows, dtype) if Scheme.of(dtype).scaled else (rows.astype(dtype.numpy), None)
+    for prepared in (quantize(x, packed), quantize(x, "6:8", dtype), quantize(x, P, str(dtype)), quantize(x, packed, dtype)):
         np.testing.assert_array_equal(prepared.values.astype(np.float32), wanted.astype(np.float32))
+        assert prepared.scale is scale is None or prepared.scale.tobytes() == scale.tobytes()
         assert not np.shares_memory(prepared.values, x)
-        assert prepared.scale is None
         assert (prepared.lead, prepared.dtype, prepared.source, prepared.k) == ((2, 3), dtype, x.dtype, 21)
-        check(matmul(prepared, packed), x, packed)
+    y = matmul(prepared, packed)
+    check(y, x, packed)
+    assert y.tobytes() == matmul(x, packed).tobytes()
+    assert matmul(prepared, packed, out_dtype=np.float32).dtype == np.float32
     assert repr(prepared) == f"QuantizedActivations(2 x 3 x 21, {dtype})"
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------
 
 X = np.ones((2, 21), np.float32)
+PACKED_X = pack(weights((6, 21)), P, "int8", prune="magnitude")
 
 
 @pytest.mark.parametrize(
@@ -303,44 +293,8 @@ X = np.ones((2, 21), np.float32)
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_matmul_refuses(x: Any, options: dict[str, Any], message: str) -> None:
-    packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
     with pytest.raises(OperandError, match=f"^{message}"):
-        matmul(x, packed, **options)
-
-
-def test_out_may_not_overlap_x() -> None:
-    packed = pack(weights((21, 21)), P, "bfloat16", prune="magnitude")
-    x = weights((4, 21))
-    for out in (x, x[::-1]):
-        with pytest.raises(OperandError, match="out: shares memory with x; pass an array of its own"):
-            matmul(x, packed, out=out)
-
-
-def test_out_may_overlap_no_other_operand() -> None:
-    packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
-    memory = np.zeros(64, np.float32)
-    out, scale = memory[8:20].reshape(2, 6), memory[:2].reshape(2, 1)
-    x = replace(quantize(X, packed), scale=scale)
-    assert matmul(x, packed, bias=memory[2:8], out=out) is out
-    for name, operands in (
-        ("bias", {"bias": memory[3:9]}),
-        ("bias", {"bias": memory[6:30:4]}),
-        ("bias", {"bias": memory[8:20].view(np.float64)}),
-        ("x.scale", {"out": memory[1:13].reshape(2, 6)}),
-        ("x.scale", {"out": memory[1:61].reshape(2, 30)[:, ::5]}),
-    ):
-        with pytest.raises(OperandError, match=f"^out: shares memory with {name}; pass an array of its own$"):
-            matmul(x, packed, **{"out": out, **operands})
-
-
-def test_overlap_that_is_too_hard_to_tell_counts_as_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shares_memory(a: np.ndarray, b: np.ndarray, max_work: int) -> bool:
-        raise np.exceptions.TooHardError(max_work)
-
-    monkeypatch.setattr(np, "shares_memory", shares_memory)
-    packed = pack(weights((21, 21)), P, "bfloat16", prune="magnitude")
-    with pytest.raises(OperandError, match="out: shares memory with x"):
-        matmul(weights((4, 21)), packed, out=np.zeros((4, 21), np.float32))
+        matmul(x, PACKED_X, **options)
 
 
 def test_weights_are_checked() -> None:
@@ -391,19 +345,49 @@ def test_quantized_activations_are_checked() -> None:
         matmul(replace(quantize(X, wide), scale=x.scale), wide)
 
 
-def test_quantize_refuses() -> None:
-    packed = pack(weights((6, 21)), P, "int8", prune="magnitude")
-    for args, message in (
-        ((X.tolist(), packed), "x: list is not an array"),
-        ((X.astype(np.float64), packed), "x: float64 must be one of"),
-        ((np.ma.array(X), packed), "x: is a masked array"),
-        ((X[:, :20], packed), r"x: shape \(2, 20\) must be \[..., 21\]"),
-        ((X[0, 0], packed), "x: float32 is not an array"),
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((X.tolist(), PACKED_X), "x: list is not an array"),
+        ((X.astype(np.float64), PACKED_X), "x: float64 must be one of"),
+        ((np.ma.array(X), PACKED_X), "x: is a masked array"),
+        ((X[:, :20], PACKED_X), r"x: shape \(2, 20\) must be \[..., 21\]"),
+        ((X[0, 0], PACKED_X), "x: float32 is not an array"),
         ((np.ones((), np.float32), "6:8", "int8"), r"x: shape \(\) must be \[..., k\]$"),
-        ((X, packed, "fp8"), "dtype: float8_e4m3fn is not int8, the type of packed; leave it out"),
+        ((X, PACKED_X, "fp8"), "dtype: float8_e4m3fn is not int8, the type of packed; leave it out"),
         ((X, "6:8"), "dtype: is missing; with a pattern"),
         ((X, "5:8", "int8"), "pattern: 5:8"),
         ((X, X, "int8"), "pattern: "),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_quantize_refuses(args: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(OperandError, match=f"^{message}"):
+        quantize(*args)
+
+
+def test_out_may_overlap_no_operand(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = np.zeros(64, np.float32)
+    out = memory[8:20].reshape(2, 6)
+    x = replace(quantize(X, PACKED_X), scale=memory[:2].reshape(2, 1))
+    assert matmul(x, PACKED_X, bias=memory[2:8], out=out) is out
+    square = pack(weights((21, 21)), P, "bfloat16", prune="magnitude")
+    both = weights((4, 21))
+    for name, call in (
+        ("x", lambda: matmul(both, square, out=both)),
+        ("x", lambda: matmul(both, square, out=both[::-1])),
+        ("bias", lambda: matmul(x, PACKED_X, out=out, bias=memory[3:9])),
+        ("bias", lambda: matmul(x, PACKED_X, out=out, bias=memory[6:30:4])),
+        ("bias", lambda: matmul(x, PACKED_X, out=out, bias=memory[8:20].view(np.float64))),
+        ("x.scale", lambda: matmul(x, PACKED_X, out=memory[1:13].reshape(2, 6))),
+        ("x.scale", lambda: matmul(x, PACKED_X, out=memory[1:61].reshape(2, 30)[:, ::5])),
     ):
-        with pytest.raises(OperandError, match=f"^{message}"):
-            quantize(*args)  # type: ignore[arg-type]
+        with pytest.raises(OperandError, match=f"^out: shares memory with {name}; pass an array of its own$"):
+            call()
+
+    def shares_memory(a: np.ndarray, b: np.ndarray, max_work: int) -> bool:
+        raise np.exceptions.TooHardError(max_work)
+
+    monkeypatch.setattr(np, "shares_memory", shares_memory)  # what is too hard to tell counts as overlap
+    with pytest.raises(OperandError, match="out: shares memory with x"):
+        matmul(both, square, out=np.zeros((4, 21), np.float32))

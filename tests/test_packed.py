@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import Array, drop_two, sparse_rows, weights
-from device_cases import same_weight
+from cases import Array, same, schemes, sparse_rows, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from slidesparse_nb import (
     load,
     matmul,
     pack,
+    quantize,
     save,
     to_device,
     unpack,
@@ -144,11 +144,6 @@ def test_empty_weights() -> None:
         assert empty.validate().bits_per_weight >= 0
 
 
-def test_quantized_activations() -> None:
-    x = QuantizedActivations(np.zeros((6, 5), np.int8), np.ones((6, 1), np.float32), (2, 3), INT8, np.dtype(np.float32))
-    assert x.k == 5
-
-
 # ---- named tensors ---------------------------------------------------------------------------------------------------
 
 
@@ -159,10 +154,10 @@ def test_named_tensors(dtype: DType, name: str, tmp_path: Path) -> None:
     packed = pack(weights((3, 20)), "6:8", dtype, prune="magnitude")
     tensors = packed.tensors(name)
     again = PackedWeight.from_tensors({"bias": None, **tensors}, "6:8", name=name)
-    same_weight(again, packed)
+    same(again, packed)
     assert all(getattr(again, part) is getattr(packed, part) for part in ("values", "meta", "scale"))
     raw = replace(packed, values=packed.values.view(dtype.raw))
-    same_weight(PackedWeight.from_tensors(raw.tensors(), (6, 8), Scheme.of(dtype).name), raw)
+    same(PackedWeight.from_tensors(raw.tensors(), (6, 8), Scheme.of(dtype).name), raw)
     save(tmp_path / "f.safetensors", {"fc": packed})
     with (tmp_path / "f.safetensors").open("rb") as file:
         header = file.read(2000).decode("latin-1")
@@ -217,38 +212,42 @@ def test_parts(rows: tuple[Array, Pattern], dtype: DType, seed: int) -> None:
     parts = []
     for a, b in cuts(packed.n, 1, seed):
         part = packed.rows(a, b)
-        same_weight(part, pack(w[a:b], pattern, scale=None if scale is None else scale[a:b]))
+        same(part, pack(w[a:b], pattern, scale=None if scale is None else scale[a:b]))
         parts.append(part)
-    same_weight(PackedWeight.concat(parts).validate(), packed)
+    same(PackedWeight.concat(parts).validate(), packed)
 
     x = np.random.default_rng(seed).integers(-3, 4, (3, packed.k))
     total = np.zeros((3, packed.n), np.float32)
     for a, b in cuts(packed.k, pattern.slice_unit, seed):
         part = packed.columns(a, b)
-        same_weight(part, pack(w[:, a:b], pattern, scale=scale))
+        same(part, pack(w[:, a:b], pattern, scale=scale))
         verify(part, w[:, a:b], scale=scale)
         total += matmul(whole_numbers(x[:, a:b], dtype), part)
     np.testing.assert_array_equal(total, matmul(whole_numbers(x, dtype), packed))
     np.testing.assert_array_equal(total, x @ (w.astype(np.float64) * (1 if scale is None else scale)).T)
 
 
+@schemes
 @pytest.mark.parametrize("pattern", known_patterns(), ids=str)
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
-def test_columns_of_quantized_weights(dtype: DType, pattern: Pattern) -> None:
+def test_columns_of_quantized_weights(scheme: Scheme, pattern: Pattern) -> None:
     """Stored values and scales are those of the whole; so is the product, to the order of addition in float32."""
-    w = drop_two(weights((7, 9 * pattern.group + 3)), pattern)
-    packed = pack(w, pattern, dtype)
+    w = weights((7, 9 * pattern.group + 3))
+    packed = pack(w, pattern, scheme, prune="magnitude")
+    unit, k = packed.slice_unit, packed.k
     total: Any = 0
-    x = np.random.default_rng(1).standard_normal((4, packed.k)).astype(np.float32)
-    q, scale = reference.quantize(x, dtype) if Scheme.of(dtype).scaled else (x.astype(dtype.numpy), None)
-    for a, b in pairwise([0, pattern.slice_unit, 2 * pattern.slice_unit, packed.k]):
+    x = np.random.default_rng(1).standard_normal((4, k)).astype(np.float32)
+    q = x if scheme.lift_first else quantize(x, packed)
+    for a, b in pairwise([0, *(at for at in (unit, 2 * unit) if at < k), k]):
         part = packed.columns(a, b)
         verify(part)
         assert part.scale is packed.scale
         np.testing.assert_array_equal(unpack(part), unpack(packed)[:, a:b])
-        total = total + matmul(QuantizedActivations(q[:, a:b], scale, (4,), dtype, FLOAT32), part)
-    whole = matmul(QuantizedActivations(q, scale, (4,), dtype, FLOAT32), packed)
-    np.testing.assert_allclose(total, whole, rtol=1e-5, atol=1e-4)
+        if isinstance(q, QuantizedActivations):
+            total = total + matmul(replace(q, values=np.ascontiguousarray(q.values[:, a:b])), part)
+    if isinstance(q, QuantizedActivations):
+        np.testing.assert_allclose(total, matmul(q, packed), rtol=1e-5, atol=1e-4)
+    with pytest.raises(OperandError, match=rf"columns: 0 to {unit // 2} must be cut at multiples of {unit}, the slice unit"):
+        packed.columns(0, unit // 2)
 
 
 def test_parts_are_views(packed: PackedWeight) -> None:
@@ -258,69 +257,80 @@ def test_parts_are_views(packed: PackedWeight) -> None:
     assert not np.shares_memory(one.values, packed.values)
 
 
-def test_concat_of_raw_bits(packed: PackedWeight) -> None:
-    mixed = PackedWeight.concat([packed, replace(packed, values=packed.values.view(np.uint8))]).validate()
-    np.testing.assert_array_equal(mixed.values, np.concatenate([packed.values] * 2).view(np.uint8))
+def raw(packed: PackedWeight) -> PackedWeight:
+    """The same as arrays of bits."""
+    blocks = {} if packed.block_scale is None else {"block_scale": packed.block_scale.view(np.uint8)}
+    return replace(packed, values=packed.values.view(packed.dtype.raw), **blocks).validate()
 
 
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
-def test_cut_weights_are_saved(tmp_path: Path, dtype: DType) -> None:
-    packed = pack(weights((6, 50)), "6:8", dtype, prune="magnitude")
-    parts = {"rows": packed.rows(2, 5), "columns": packed.columns(16, 50), "both": packed.rows(1, 6).columns(16, 32)}
+@schemes
+def test_cut_weights_are_saved(tmp_path: Path, scheme: Scheme) -> None:
+    """Parts and what is made of parts; raw bits are written as what they are."""
+    packed = pack(weights((6, 300)), "6:8", scheme, prune="magnitude")
+    unit = packed.slice_unit
+    parts = {"rows": packed.rows(2, 5), "columns": packed.columns(unit, 300), "both": packed.rows(1, 6).columns(0, unit)}
     parts["fused"] = PackedWeight.concat([parts["columns"], parts["columns"].rows(0, 1)])
-    save(tmp_path / "parts.safetensors", parts)
-    loaded = load(tmp_path / "parts.safetensors")
+    path, bits = tmp_path / "parts.safetensors", tmp_path / "bits.safetensors"
+    save(path, parts)
+    save(bits, {name: raw(part) for name, part in parts.items()})
+    assert bits.read_bytes() == path.read_bytes()
+    loaded = load(path)
     for name, part in parts.items():
-        same_weight(loaded[name], part)
+        same(loaded[name], part)  # type: ignore[arg-type]
+        same(PackedWeight.from_tensors(part.tensors("x"), "6:8", scheme, name="x"), part)
+    same(PackedWeight.concat([packed, raw(packed)]).validate(), raw(PackedWeight.concat([packed, packed])))
+    x = weights((2, 300), seed=1)
+    np.testing.assert_array_equal(matmul(x, raw(packed)), matmul(x, packed))
+    verify(raw(packed), weights((6, 300)), prune="magnitude")
+
+
+class Elsewhere:
+    """An array of a GPU, as far as its place is asked for."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.shape, self.dtype, self.device = array.shape, array.dtype, "GPU 1"
+
+
+PACKED_3 = pack(np.random.default_rng(0).standard_normal((3, 20)).astype(np.float32), "6:8", "int8", prune="magnitude")
+BAD = replace(PACKED_3, scale=None)
+THERE = replace(PACKED_3, **{part: Elsewhere(getattr(PACKED_3, part)) for part in ("values", "meta", "scale")})
+TALL = PackedWeight(*(np.zeros((2**30, 0), t) for t in ("f2", "u1")), None, Pattern(6, 8), (2**30, 0), PACKED[3])
+ROW = np.zeros((1, 20), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("cut", "a", "b", "message"),
+    ("call", "message"),
     [
-        ("rows", 2, 4, "rows: 2 to 4 must be a range within 0 to 3, the n of the weight"),
-        ("rows", -1, 2, "rows: -1 to 2 must be a range within 0 to 3"),
-        ("rows", 2, 1, "rows: 2 to 1 must be a range"),
-        ("rows", 0, 1.5, "rows: 0 to 1.5 must be two integers"),
-        ("columns", 0, 32, "columns: 0 to 32 must be a range within 0 to 20, the k of the weight"),
-        ("columns", 0, None, "columns: 0 to None must be two integers"),
+        (lambda: PACKED_3.rows(2, 4), "rows: 2 to 4 must be a range within 0 to 3, the n of the weight"),
+        (lambda: PACKED_3.rows(-1, 2), "rows: -1 to 2 must be a range within 0 to 3"),
+        (lambda: PACKED_3.rows(2, 1), "rows: 2 to 1 must be a range"),
+        (lambda: PACKED_3.rows(0, 1.5), "rows: 0 to 1.5 must be two integers"),  # type: ignore[arg-type]
+        (lambda: PACKED_3.columns(0, 32), "columns: 0 to 32 must be a range within 0 to 20, the k of the weight"),
+        (lambda: PACKED_3.columns(0, None), "columns: 0 to None must be two integers"),  # type: ignore[arg-type]
         (
-            "columns", 8, 20,
+            lambda: PACKED_3.columns(8, 20),
             r"columns: 8 to 20 must be cut at multiples of 16, the slice unit of 6:8 \(2 zeros in 8\), or at k = 20;"
             " nearest to 8 are 0 and 16$",
         ),
-        ("columns", 0, 18, "columns: 0 to 18 must be cut at .*; nearest to 18 are 16 and 20$"),
+        (lambda: PACKED_3.columns(0, 18), "columns: 0 to 18 must be cut at .*; nearest to 18 are 16 and 20$"),
+        *((call, "packed.scale: is missing") for call in (lambda: BAD.rows(0, 1), lambda: BAD.columns(0, 16), BAD.tensors)),
+        *(
+            (lambda weights=weights: PackedWeight.concat(weights), message)
+            for weights, message in (
+                ([], r"weights: \[\] must be a list of PackedWeights, at least one"),
+                (PACKED_3, r"weights: PackedWeight\(3 x 20, .*\) must be a list"),
+                ([PACKED_3, 3], r"weights\[1\]: int must be a PackedWeight"),
+                ([PACKED_3, BAD], r"weights\[1\].scale: is missing"),
+                ([PACKED_3, PACKED_3.columns(0, 16)], r"weights\[1\].k: 16 must be 20, as of weights\[0\]"),
+                ([PACKED_3, pack(ROW, "4:6", "int8")], r"weights\[1\].pattern: 4:6 must be 6:8"),
+                ([PACKED_3, pack(ROW, "6:8", "fp8")], r"weights\[1\].scheme: float8_e4m3fn must be int8"),
+                ([PACKED_3, THERE], r"weights\[1\].place: GPU 1 must be host"),
+                ([TALL, TALL], r"weights: together shape \(2147483648, 0\) must be below 2\^31"),
+            )
+        ),
     ],
-)  # fmt: skip
-def test_bad_cuts(packed: PackedWeight, cut: str, a: Any, b: Any, message: str) -> None:
-    with pytest.raises(OperandError, match=f"^{message}"):
-        getattr(packed, cut)(a, b)
-
-
-def test_parts_of_what_is_inconsistent(packed: PackedWeight) -> None:
-    bad = replace(packed, scale=None)
-    for call in (lambda: bad.rows(0, 1), lambda: bad.columns(0, 16), bad.tensors):
-        with pytest.raises(FormatError, match=r"^packed.scale: is missing"):
-            call()
-    with pytest.raises(FormatError, match=r"^weights\[1\].scale: is missing"):
-        PackedWeight.concat([packed, bad])
-
-
-def test_concat_refuses(packed: PackedWeight) -> None:
-    class Elsewhere:
-        def __init__(self, array: np.ndarray) -> None:
-            self.shape, self.dtype, self.device = array.shape, array.dtype, "GPU 1"
-
-    there = {part: Elsewhere(getattr(packed, part)) for part in ("values", "meta", "scale")}
-    tall = PackedWeight(*(np.zeros((2**30, 0), t) for t in ("f2", "u1")), None, Pattern(6, 8), (2**30, 0), PACKED[3])
-    for weights_, message in (
-        ([], r"weights: \[\] must be a list of PackedWeights, at least one"),
-        (packed, r"weights: PackedWeight\(3 x 20, .*\) must be a list"),
-        ([packed, 3], r"weights\[1\]: int must be a PackedWeight"),
-        ([packed, packed.columns(0, 16)], r"weights\[1\].k: 16 must be 20, as of weights\[0\]"),
-        ([packed, pack(np.zeros((1, 20), np.float32), "4:6", "int8")], r"weights\[1\].pattern: 4:6 must be 6:8"),
-        ([packed, pack(np.zeros((1, 20), np.float32), "6:8", "fp8")], r"weights\[1\].scheme: float8_e4m3fn must be int8"),
-        ([packed, replace(packed, **there)], r"weights\[1\].place: GPU 1 must be host"),
-        ([tall, tall], r"weights: together shape \(2147483648, 0\) must be below 2\^31"),
-    ):
-        with pytest.raises(OperandError, match=f"^{message}"):
-            PackedWeight.concat(weights_)  # type: ignore[arg-type]
+    ids=lambda v: v[:30] if isinstance(v, str) else "",
+)
+def test_parts_that_cannot_be(call: Any, message: str) -> None:
+    with pytest.raises(FormatError if "is missing" in message else OperandError, match=f"^{message}"):
+        call()

@@ -23,9 +23,9 @@ START_OVER = {"overwrite": True}
 
 
 @pytest.fixture
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_units(unit_bytes: Callable[[int], None]) -> None:
     """Cut the work finely, so that there is much to interrupt."""
-    monkeypatch.setattr("slidesparse_nb.convert.run.UNIT_BYTES", 1024)
+    unit_bytes(1024)
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ def test_linear_layers_are_packed_and_the_others_say_why_not(tmp_path: Path) -> 
         (("*.mlp.*_proj",), {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}),
         (("lm_head",), {"lm_head"}),  # named exactly: the user knows
         (("*head", "*o_proj"), {"self_attn.o_proj"}),  # a glob does not reach an output head
+        (("model.embed_tokens", "*o_proj"), {"self_attn.o_proj"}),  # an embedding is never packed
     ],
 )
 def test_targets(tmp_path: Path, targets: tuple[str, ...], wanted: set[str]) -> None:
@@ -63,31 +64,10 @@ def test_fused_parts_are_decided_together(tmp_path: Path) -> None:
     assert names(chosen(tmp_path / "b", targets=("*gate_proj", "*down_proj"))) == {"mlp.down_proj"}
 
 
-@pytest.mark.parametrize(
-    ("option", "text"), [("targets", "q_proj"), ("targets", "Linear"), ("targets", "re:(["), ("ignore", "re:([")]
-)
-def test_a_target_that_matches_nothing_is_an_error(tmp_path: Path, option: str, text: str) -> None:
-    with pytest.raises(ss.OperandError, match=f"{option}: "):
-        chosen(tmp_path, **{option: (text,)})
-
-
 def test_an_ignored_name_that_matches_nothing_is_noted(tmp_path: Path) -> None:
     selection = chosen(tmp_path, ignore=("lm_head", "vision*"))  # recipes name heads that tied models do not have
     assert selection.notes == ["--ignore 'vision*' matches nothing here"]
     assert names(selection) == set(models.MODULES)
-
-
-def test_a_mistyped_name_to_ignore_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ss.OperandError, match=rf"ignore: 'o_prj' is the name of no matrix here, but '{LAYER}.self_attn.o_proj' is"
-    ):
-        chosen(tmp_path, ignore=("o_prj",))
-
-
-def test_an_embedding_is_never_packed(tmp_path: Path) -> None:
-    selection = chosen(tmp_path, targets=("model.embed_tokens", "*o_proj"))
-    assert names(selection) == {"self_attn.o_proj"}
-    assert selection.left_dense["model.embed_tokens"] == "an embedding"
 
 
 def test_matcher_tells_which_pattern_matched() -> None:
@@ -137,11 +117,6 @@ def test_layers_as_wide_as_a_small_vocabulary_are_packed_and_those_narrower_than
     assert len(selection.modules) == 3
 
 
-def test_types_that_cannot_be_packed_are_refused_and_not_passed_over(tmp_path: Path) -> None:
-    (reason,) = chosen(tmp_path, {"a.x.weight": np.zeros((8, 16), np.float64)}).bad.values()
-    assert "F64 weights cannot be packed" in reason
-
-
 def with_scale(shape: tuple[int, ...], dtype: Any = np.float32) -> dict[str, np.ndarray]:
     return {f"{LAYER}.x.weight": np.ones((8, 16), np.int8), f"{LAYER}.x.weight_scale": np.ones(shape, dtype)}
 
@@ -163,12 +138,19 @@ def test_scales_per_tensor_and_per_channel(tmp_path: Path, shape: tuple[int, ...
         ({**with_scale((8, 1)), f"{LAYER}.x.weight_scale_inv": np.ones((1, 1), np.float32)}, "block-wise"),
         ({**with_scale((8, 1)), f"{LAYER}.x.weight_zero_point": np.ones((8, 1), np.int8)}, "zero point"),
         ({f"{LAYER}.mlp.experts.down_proj": np.ones((2, 8, 8), np.float32)}, "stacked experts"),
+        ({f"{LAYER}.x.weight": np.zeros((8, 16), np.float64)}, "F64 weights cannot be packed"),
     ],
 )
 def test_what_cannot_be_packed_is_bad_by_name(tmp_path: Path, parts: dict[str, np.ndarray], why: str) -> None:
     (reason,) = chosen(tmp_path, parts).bad.values()
     assert why in reason
     assert LAYER in reason
+
+
+def test_unquantized_layers_of_a_quantized_checkpoint_stay(tmp_path: Path) -> None:
+    parts, config = models.quantized("int8")
+    selection = chosen(tmp_path, {**parts, "model.layers.0.extra.weight": np.ones((8, 16), models.BF16)}, config)
+    assert selection.left_dense["model.layers.0.extra"] == "not quantized in the source (BF16)"
 
 
 def test_zero_points_that_are_zero_and_static_activation_scales_are_dropped(tmp_path: Path) -> None:
@@ -180,30 +162,35 @@ def test_zero_points_that_are_zero_and_static_activation_scales_are_dropped(tmp_
     assert any("input_scale" in note for note in selection.notes)
 
 
-def test_unquantized_layers_of_a_quantized_checkpoint_stay(tmp_path: Path) -> None:
-    parts, config = models.quantized("int8")
-    parts["model.layers.0.extra.weight"] = np.ones((8, 16), models.BF16)
-    selection = chosen(tmp_path, parts, config)
-    assert selection.left_dense["model.layers.0.extra"] == "not quantized in the source (BF16)"
-
-
-def test_packed_and_foreign_packed_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_checkpoints_that_are_packed_or_hold_nothing(tmp_path: Path) -> None:
     source = models.folder(tmp_path / "in")
     ss.pack_checkpoint(source, tmp_path / "out")
     with pytest.raises(ss.UnsupportedError, match="packed already"):
         ss.pack_checkpoint(tmp_path / "out", tmp_path / "again")
-    with pytest.raises(ss.UnsupportedError, match="another tool"):
-        chosen(tmp_path / "b", {"x.weight_packed": np.ones((4, 4), np.int32)})
     with pytest.raises(ss.UnsupportedError, match="holds no packed weights"):
         ss.unpack_checkpoint(source, tmp_path / "dense")
     with pytest.raises(ss.UnsupportedError, match="nothing to pack"):
         ss.pack_checkpoint(models.write(tmp_path / "n.safetensors", {"a": np.ones(3, np.float32)}))
 
 
-def test_quantized_weights_do_not_change_their_type_and_types_do_not_mix(tmp_path: Path) -> None:
-    with pytest.raises(ss.UnsupportedError, match="already quantized to int8"):
-        chosen(tmp_path, with_scale((8, 1)), scheme="FP8_DYNAMIC")
-    mixed = {"a.x.weight": np.ones((8, 8), np.float16), "a.y.weight": np.ones((8, 8), np.float32)}
-    with pytest.raises(ss.UnsupportedError, match="choose one with --scheme"):
-        chosen(tmp_path / "b", mixed)
-    assert len(chosen(tmp_path / "c", mixed, scheme="BF16").modules) == 2
+MIXED = {"a.x.weight": np.ones((8, 8), np.float16), "a.y.weight": np.ones((8, 8), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("parts", "given", "why"),
+    [
+        *((None, {"targets": (text,)}, "targets: ") for text in ("q_proj", "Linear", "re:([")),
+        (None, {"ignore": ("re:([",)}, "ignore: "),
+        (None, {"ignore": ("o_prj",)}, rf"ignore: 'o_prj' is the name of no matrix here, but '{LAYER}.self_attn.o_proj' is"),
+        ({"x.weight_packed": np.ones((4, 4), np.int32)}, {}, "another tool"),
+        (with_scale((8, 1)), {"scheme": "FP8_DYNAMIC"}, "already quantized to int8"),
+        (MIXED, {}, "choose one with --scheme"),
+    ],
+)
+def test_what_is_refused_as_a_whole(tmp_path: Path, parts: Any, given: dict[str, Any], why: str) -> None:
+    with pytest.raises(ss.OperandError if "targets" in given or "ignore" in given else ss.UnsupportedError, match=why):
+        chosen(tmp_path, parts, **given)
+
+
+def test_one_scheme_is_chosen_for_several_types(tmp_path: Path) -> None:
+    assert len(chosen(tmp_path, MIXED, scheme="BF16").modules) == 2

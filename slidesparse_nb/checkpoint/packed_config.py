@@ -37,7 +37,7 @@ class PackedConfig:
     def of(cls, pattern: Pattern | str | tuple[int, int], scheme: object, ignore: Iterable[str] = ()) -> PackedConfig:
         """From the names of a pattern and a scheme; OperandError if they are none, or `ignore` no list of names."""
         found = Scheme.of(scheme)
-        if problem := _no_names(ignore):
+        if problem := names_problem("ignore", ignore):
             raise OperandError(problem)
         return cls(found.pattern(pattern), found, tuple(ignore))
 
@@ -63,7 +63,7 @@ class PackedConfig:
             raise FormatError(f"{where}: {stored} are unknown here; update slidesparse_nb")
         if not isinstance(pattern, Mapping) or pattern.keys() - {"unit"} != {"nnz", "group"}:
             raise FormatError(f'{where}: pattern {shown(pattern)} must be like {{"nnz": 6, "group": 8}}')
-        if problem := _no_names(ignore):
+        if problem := names_problem("ignore", ignore):
             raise FormatError(f"{where}: {problem}")
         try:
             found = scheme.pattern(Pattern(**pattern))
@@ -112,15 +112,15 @@ class PackedConfig:
         return {name.removeprefix("."): (NUMPY_OF[code].name, shape) for name, code, shape in entries}
 
 
-def _no_names(ignore: object) -> str:
-    """Why it is no list of names and regular expressions; "" if it is."""
-    if isinstance(ignore, str | Mapping) or not isinstance(ignore, Iterable) or not all(isinstance(v, str) for v in ignore):
-        return f"ignore {shown(ignore)} must be a list of names"
-    for name in ignore:
+def names_problem(key: str, names: object) -> str:
+    """Why the value of `key` is no list of names, exact or "re:" and a regular expression: one clause; "" if it is one."""
+    if isinstance(names, str | Mapping) or not isinstance(names, Iterable) or not all(isinstance(v, str) for v in names):
+        return f"{key} {shown(names)} must be a list of names"
+    for name in names:
         try:
             re.compile(name[3:] if name.startswith("re:") else "")
         except re.error as error:
-            return f"ignore {shown(name)} is not a regular expression ({error})"
+            return f"{key} {shown(name)} is not a regular expression ({error})"
     return ""
 
 

@@ -67,7 +67,6 @@ def pattern_facts(pattern: Pattern) -> dict[str, int]:
 def slidesparse_metadata(
     pattern: Pattern,
     scheme: Scheme | DType | None,
-    tool: str | None = None,
     version: int | None = None,
     stacked: Mapping[str, Stacked] | None = None,
 ) -> dict[str, str]:
@@ -75,9 +74,8 @@ def slidesparse_metadata(
     scheme = None if scheme is None else Scheme.of(scheme)
     version = max(version or 1, version_of(scheme, stacked))
     stored = {"dtype": scheme.dtype.name if scheme else None} if version == 1 else {"scheme": scheme.name if scheme else None}
-    tool = TOOL if tool is None else tool
     held = {"stacked": stacked_json(stacked)} if stacked else {}
-    header = {"version": version, "pattern": pattern_facts(pattern), **stored, "tool": tool, **held}
+    header = {"version": version, "pattern": pattern_facts(pattern), **stored, "tool": TOOL, **held}
     return {"format": "pt", "slidesparse": json.dumps(header, separators=(",", ":"))}
 
 

@@ -196,7 +196,7 @@ def dense_item(module: Module, row_bytes: int, rows: Callable[[Module, int, int]
     return Item(module.name, dense_entries(module), module.count, module.n * row_bytes, make_experts)
 
 
-def dequantized_notes(modules: Sequence[Module], model_types: Collection[str]) -> list[str]:
+def dequantized_notes(modules: Collection[Module], model_types: Collection[str]) -> list[str]:
     """Which tensors of experts the dense format holds dequantized, and who will not load them."""
     experts = [m.stacked for m in modules if m.stacked is not None and m.scheme.scaled]
     if not experts:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoint.packed_config import names_problem
 from ..errors import UnsupportedError, shown
 
 NOTHING: tuple[Any, ...] = (None, False, {}, [], "")
@@ -49,20 +49,9 @@ def understood(where: str, quantization: Any) -> dict[str, Any]:
         raise UnsupportedError(f"{where}.config_groups is {shown(groups)}, not an object")
     for label, group in groups.items():
         _refuse_group(f"{where}.config_groups.{label}" if len(label) < 100 else f"{where}.config_groups", group)
-    ignore = quantization.get("ignore") or []
-    if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
-        raise UnsupportedError(f"{where}.ignore is {shown(ignore)}, must be a list of names")
-    for name in ignore:
-        require_regular(f"{where}.ignore", name)
+    if problem := names_problem("ignore", quantization.get("ignore") or []):
+        raise UnsupportedError(f"{where}.{problem}")
     return dict(quantization)
-
-
-def require_regular(where: str, name: str) -> None:
-    """Raise UnsupportedError unless a name is exact, or "re:" and a regular expression."""
-    try:
-        re.compile(name[3:] if name.startswith("re:") else "")
-    except re.error as error:
-        raise UnsupportedError(f"{where}: {shown(name)} is no regular expression ({error})") from None
 
 
 def _known(where: str, value: Mapping[str, Any], known: set[str]) -> None:
@@ -98,10 +87,8 @@ def _refuse_group(where: str, group: Any) -> None:
         raise UnsupportedError(f"{where}: weights and input_activations must be objects")
     _known(where, group, KNOWN_GROUP)
     targets = group.get("targets")
-    if targets is not None and (not isinstance(targets, list) or not all(isinstance(name, str) for name in targets)):
-        raise UnsupportedError(f"{where}: targets is {shown(targets)}, must be a list of names")
-    for name in targets or ():
-        require_regular(f"{where}.targets", name)
+    if problem := names_problem("targets", [] if targets is None else targets):
+        raise UnsupportedError(f"{where}.{problem}")
     if group.get("output_activations"):
         raise UnsupportedError(f"{where}: output_activations are quantized, which packed weights do not; leave them out")
     facts = {"num_bits": (8,), "type": ("int", "float"), "strategy": ("channel", "tensor"), "symmetric": (True,)}

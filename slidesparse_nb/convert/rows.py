@@ -231,7 +231,7 @@ class Maker:
                 groups.setdefault(key, []).append(module)
         for group in groups.values():
             largest = max(m.nbytes for m in group)
-            step = UNIT_BYTES // max(4096, largest)
+            step = max(1, UNIT_BYTES // max(4096, largest))
             yield from (group[at : at + step] for at in range(0, len(group), step))
 
     def proved_together(self, modules: Sequence[Module], packed: Mapping[str, PackedWeight]) -> bool:

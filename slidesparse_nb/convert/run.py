@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from ..core.pattern import Pattern
 from ..core.scheme import Scheme
 from ..core.untrusted_json import uncollected
 from ..errors import FormatError, OperandError, SlideSparseError, UnsupportedError, VerificationError
-from .config_json import is_ours
-from .layout import Item, Layout, Piece
+from .config_json import is_ours, output_config, output_metadata
+from .layout import Item, Layout, Piece, dequantized_notes, output_layout
 from .module import Module
 from .options import UNIT_BYTES, ModuleReport, Report, Run
 from .proof import prove_files
+from .sources import Source
 from .write import Staging, clear_leftovers, write_layout
 
 CONTINUE = "the same command with --resume continues"
@@ -102,138 +104,148 @@ def all_items(checkpoint: Checkpoint, modules: Iterable[Module], make_item: Call
     return items
 
 
-def new_report(
-    source: Path,
-    target: Path,
-    checkpoint: Checkpoint,
-    modules: Iterable[Module],
-    layout: Layout,
-    *,
-    pattern: Pattern,
-    scheme: Scheme | None,
-    format: str,
-    prune: str,
-    left_dense: dict[str, str],
-    skipped: dict[str, str],
-    notes: list[str],
-) -> Report:
-    """The report of a conversion before it runs; `scheme` is None where modules are of several types."""
-    sizes = {item.name: item.nbytes for shard in layout.shards for item in shard.items if not item.copied}
-    rows = []
-    for module in modules:
-        n, k = module.rows, module.k
-        source_bytes = sum(checkpoint.tensors[name][0].nbytes for name in module.replaced)
-        bits = 8 * sizes[module.name] / max(1, n * k)
-        stored = module.scheme.name if module.scheme.blocks else module.scheme.dtype.safetensors
-        rows.append(ModuleReport(module.name, n, k, module.code, stored, source_bytes, sizes[module.name], bits, module.count))
-    return Report(
-        input=str(source),
-        output=str(target),
-        pattern=str(pattern),
-        scheme=scheme.name if scheme else "mixed",
-        format=format,
-        prune=prune,
-        expansion=float(pattern.expansion),
-        ideal_speedup=float(pattern.speedup),
-        modules=rows,
-        left_dense=left_dense,
-        skipped=skipped,
-        notes=notes,
-        files=[shard.name for shard in layout.shards] + [file.name for file in layout.files],
-        weights=sum(row.n * row.k for row in rows),
-        source_bytes=sum(info.nbytes for info, _ in checkpoint.tensors.values()),
-        output_bytes=sum(shard.nbytes for shard in layout.shards),
-    )
+Prove = Callable[[Checkpoint, Callable[[int], None]], None]
+"""Raises VerificationError unless the written checkpoint equals its source; counts the bytes it has proved."""
 
 
-def carry_out(
-    layout: Layout,
-    target: Path,
-    single: bool,
-    checkpoint: Checkpoint,
-    facts: dict[str, Any],
-    run: Run,
-    report: Report,
-    phase: str,
-    prove: Callable[[Checkpoint, Callable[[int], None]], None],
-) -> None:
-    """Write a layout beside `target`, prove it, and put it in its place; fill in the report.
+@dataclass
+class Conversion:
+    """A checkpoint and what is to become of it.
 
-    Args:
-        facts: what besides the headers decides the output's bytes.
-        phase: what progress calls the work.
-        prove: raises VerificationError unless the written checkpoint equals its source; counts the bytes it has proved.
+    Attributes:
+        source, checkpoint: the path, and what is open there. said: what it says of itself.
+        target, single: where the output goes, and whether it is one file.
+        modules: those that are packed or unpacked.
+        pattern, scheme, format: of the output; `scheme` is None where modules are of several.
+        layout: what will be written, once it is planned.
     """
-    if run.resume and not run.overwrite and os.path.lexists(target) and (single or not _is_empty(target)):
-        if not (why := layout.differing_shard(target, single)):
+
+    source: Path
+    checkpoint: Checkpoint
+    said: Source
+    target: Path
+    single: bool
+    modules: Collection[Module]
+    pattern: Pattern
+    scheme: Scheme | None
+    format: str
+    layout: Layout = field(init=False)
+
+    def plan(self, make_item: Callable[[Module], Item], refused: Iterable[str] = (), max_shard_size: int | None = None) -> None:
+        """Decide what will be written; `refused`: names of modules that a real run would not leave as they are.
+
+        Raises:
+            As `all_items` and `output_config`.
+        """
+        of = self.checkpoint, self.said, self.format, self.pattern
+        self.layout = output_layout(
+            all_items(self.checkpoint, self.modules, make_item),
+            self.checkpoint,
+            metadata=output_metadata(self.checkpoint, self.format, self.pattern, self.scheme, self.modules),
+            config=output_config(*of, self.scheme, self.modules, refused) if self.scheme else None,
+            max_shard_size=max_shard_size,
+            single=self.target.name if self.single else None,
+        )
+
+    def report(self, *, prune: str, left_dense: dict[str, str], skipped: dict[str, str], notes: list[str]) -> Report:
+        """The report before the work is done."""
+        shards, held = self.layout.shards, self.checkpoint.tensors
+        sizes = {item.name: item.nbytes for shard in shards for item in shard.items if not item.copied}
+        rows = []
+        for module in self.modules:
+            n, k, size = module.rows, module.k, sizes[module.name]
+            stored = module.scheme.name if module.scheme.blocks else module.scheme.dtype.safetensors
+            source_bytes, bits = sum(held[name][0].nbytes for name in module.replaced), 8 * size / max(1, n * k)
+            rows.append(ModuleReport(module.name, n, k, module.code, stored, source_bytes, size, bits, module.count))
+        dequantized = dequantized_notes(self.modules, self.said.model_types.values()) if self.format == "dense" else []
+        return Report(
+            input=str(self.source),
+            output=str(self.target),
+            pattern=str(self.pattern),
+            scheme=self.scheme.name if self.scheme else "mixed",
+            format=self.format,
+            prune=prune,
+            expansion=float(self.pattern.expansion),
+            ideal_speedup=float(self.pattern.speedup),
+            modules=rows,
+            left_dense=left_dense,
+            skipped=skipped,
+            notes=notes + dequantized,
+            files=[shard.name for shard in shards] + [file.name for file in self.layout.files],
+            weights=sum(row.n * row.k for row in rows),
+            source_bytes=sum(info.nbytes for info, _ in held.values()),
+            output_bytes=sum(shard.nbytes for shard in shards),
+        )
+
+    def carry_out(self, facts: dict[str, Any], run: Run, report: Report, phase: str, prove: Prove) -> None:
+        """Write the layout beside the target, prove it, and put it in its place; fill in the report.
+
+        Args:
+            facts: what besides the headers decides the output's bytes.
+            phase: what progress calls the work.
+        """
+        target, single = self.target, self.single
+        if run.resume and not run.overwrite and os.path.lexists(target) and (single or not _is_empty(target)):
+            self._require_complete(run, prove)
+            clear_leftovers(target)
+            report.already_complete = report.verified = True
+            return
+        refuse_existing(target, single, run.overwrite)
+        identity = [(str(f.path.resolve()), f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in self.checkpoint.files]
+        fingerprint = self.layout.fingerprint({**facts, "source": identity})
+        try:
+            may_replace = partial(_is_ours, target, single) if run.overwrite else None
+            staging = Staging(target, self.layout, fingerprint, single=single, resume=run.resume, may_replace=may_replace)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be written ({error.strerror}); name another place", str(target)) from error
+        report.resumed = bool(staging.done)
+        try:
+            start = time.perf_counter()
+            add = run.counter(phase, report.source_bytes)
+            write_layout(self.layout, staging, workers=run.workers, memory=run.max_memory, unit_bytes=UNIT_BYTES, progress=add)
+            if run.progress is not None:
+                run.progress(phase, report.source_bytes, report.source_bytes)
+            report.seconds = time.perf_counter() - start
+            if run.verify:
+                start = time.perf_counter()
+                with Checkpoint.open(staging.folder / target.name if single else staging.folder) as written:
+                    self._prove_all(written, run, prove)
+                report.verified, report.verify_seconds = True, time.perf_counter() - start
+            _refuse_changed(self.checkpoint)
+            staging.publish()
+        except KeyboardInterrupt:
+            staging.keep()
+            raise KeyboardInterrupt(f"what is done is kept in {staging.folder}: {CONTINUE}") from None
+        except OSError as error:
+            staging.keep()
+            raise OSError(
+                error.errno, f"{error.strerror}; what is done is kept: {CONTINUE}", str(error.filename or target)
+            ) from error
+        except BaseException:
+            staging.discard()
+            raise
+
+    def _require_complete(self, run: Run, prove: Prove) -> None:
+        """Raise OperandError unless what stands at the target is the whole output."""
+        if not (why := self.layout.differing_shard(self.target, self.single)):
             try:  # the same headers may hold other weights: pruned otherwise, or from an earlier state of the source
-                with Checkpoint.open(target) as written:
-                    _prove_all(layout, written, checkpoint, run.counter("verifying", report.source_bytes), prove)
+                with Checkpoint.open(self.target) as written:
+                    self._prove_all(written, run, prove)
             except (VerificationError, FormatError, UnsupportedError) as error:
                 why = str(error)
         if why:
-            way = "--overwrite replaces it" if _is_ours(target, single) else "remove it first"
+            way = "--overwrite replaces it" if _is_ours(self.target, self.single) else "remove it first"
             raise OperandError(
-                f"out: {target} exists and is not what these options make of this source ({why}); {way}, or name another place"
+                f"out: {self.target} exists and is not what these options make of this source ({why}); {way}, or name another"
+                " place"
             )
-        clear_leftovers(target)
-        report.already_complete = report.verified = True
-        return
-    refuse_existing(target, single, run.overwrite)
-    identity = [(str(f.path.resolve()), f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in checkpoint.files]
-    fingerprint = layout.fingerprint({**facts, "source": identity})
-    try:
-        staging = Staging(
-            target,
-            single=single,
-            fingerprint=fingerprint,
-            keep={shard.name for shard in layout.shards},
-            names=layout.names,
-            resume=run.resume,
-            may_replace=partial(_is_ours, target, single) if run.overwrite else None,
-        )
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written ({error.strerror}); name another place", str(target)) from error
-    report.resumed = bool(staging.done)
-    try:
-        start = time.perf_counter()
-        add = run.counter(phase, report.source_bytes)
-        write_layout(layout, staging, workers=run.workers, memory=run.max_memory, unit_bytes=UNIT_BYTES, progress=add)
-        if run.progress is not None:
-            run.progress(phase, report.source_bytes, report.source_bytes)
-        report.seconds = time.perf_counter() - start
-        if run.verify:
-            start = time.perf_counter()
-            with Checkpoint.open(staging.folder / target.name if single else staging.folder) as written:
-                _prove_all(layout, written, checkpoint, run.counter("verifying", report.source_bytes), prove)
-            report.verified, report.verify_seconds = True, time.perf_counter() - start
-        _refuse_changed(checkpoint)
-        staging.publish()
-    except KeyboardInterrupt:
-        staging.keep()
-        raise KeyboardInterrupt(f"what is done is kept in {staging.folder}: {CONTINUE}") from None
-    except OSError as error:
-        staging.keep()
-        raise OSError(
-            error.errno, f"{error.strerror}; what is done is kept: {CONTINUE}", str(error.filename or target)
-        ) from error
-    except BaseException:
-        staging.discard()
-        raise
 
-
-def _prove_all(
-    layout: Layout,
-    written: Checkpoint,
-    source: Checkpoint,
-    add: Callable[[int], None],
-    prove: Callable[[Checkpoint, Callable[[int], None]], None],
-) -> None:
-    """`prove`, and that the small files are those of the layout, and that the source held still. Raises VerificationError."""
-    prove(written, add)
-    if written.root is not None:
-        prove_files(written.root, layout)
-    _refuse_changed(source)
+    def _prove_all(self, written: Checkpoint, run: Run, prove: Prove) -> None:
+        """`prove`, and that the small files are the layout's, and that the source held still. Raises VerificationError."""
+        prove(written, run.counter("verifying", sum(info.nbytes for info, _ in self.checkpoint.tensors.values())))
+        if written.root is not None:
+            prove_files(written.root, self.layout)
+        _refuse_changed(self.checkpoint)
 
 
 def _refuse_changed(source: Checkpoint) -> None:

@@ -20,10 +20,11 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..checkpoint.hf_folder import CONFIG, member, read_json
+from ..checkpoint.packed_config import names_problem
 from ..errors import FormatError, UnsupportedError, shown
 from . import kinds
 from .experts import Experts
-from .quantization import NOTHING, require_regular, understood
+from .quantization import NOTHING, understood
 
 STATEMENTS = (
     "quantization_config", "compression_config", "quantization", "quant_config", "quantize_config", "sparsity_config",
@@ -181,8 +182,8 @@ def read_packed_source(checkpoint: Checkpoint) -> Source:
     quantization = config.get("quantization_config")
     ignore = quantization.get("ignore") if isinstance(quantization, Mapping) else None
     names = tuple(name for name in ignore if isinstance(name, str)) if isinstance(ignore, list) else ()
-    for name in names:
-        require_regular(f"{CONFIG}: quantization_config.ignore", name)
+    if problem := names_problem("ignore", names):
+        raise UnsupportedError(f"{CONFIG}: quantization_config.{problem}")
     return Source(
         model_types=_model_types(config),
         vocabularies=frozenset(_vocabularies(config, shapes)),

@@ -17,12 +17,11 @@ from ..core import reference
 from ..core.packed import PackedWeight
 from ..core.scheme import Scheme
 from ..errors import UnsupportedError, VerificationError
-from .config_json import output_config, output_metadata
-from .layout import Item, dense_entries, dense_item, dequantized_notes, output_layout, row_ranges
+from .layout import Item, dense_entries, dense_item, row_ranges
 from .module import Module
 from .options import UNIT_BYTES, Report, Run
 from .proof import prove_copies, prove_dequantized
-from .run import all_items, carry_out, new_report, output_target
+from .run import Conversion, output_target
 from .sources import read_packed_source
 
 
@@ -50,28 +49,9 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
         ]
         target, single = output_target(source, checkpoint, out, "dense")
         said = read_packed_source(checkpoint)
-        layout = output_layout(
-            all_items(checkpoint, modules, lambda module: _item(checkpoint, module, weights[module.name])),
-            checkpoint,
-            metadata=output_metadata(checkpoint, "dense", pattern, scheme, modules),
-            config=output_config(checkpoint, said, "dense", pattern, scheme, modules) if scheme else None,
-            max_shard_size=None,
-            single=target.name if single else None,
-        )
-        report = new_report(
-            source,
-            target,
-            checkpoint,
-            modules,
-            layout,
-            pattern=pattern,
-            scheme=scheme,
-            format="dense",
-            prune="none",
-            left_dense={name: "not packed" for name in said.ignore},
-            skipped={},
-            notes=dequantized_notes(modules, said.model_types.values()),
-        )
+        conversion = Conversion(source, checkpoint, said, target, single, modules, pattern, scheme, "dense")
+        conversion.plan(lambda module: _item(checkpoint, module, weights[module.name]))
+        report = conversion.report(prune="none", left_dense=dict.fromkeys(said.ignore, "not packed"), skipped={}, notes=[])
 
         def prove(written: Checkpoint, add: Callable[[int], None]) -> None:
             for module in modules:
@@ -85,7 +65,7 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
             made = [entry[0] for m in modules for entry in dense_entries(m)]
             prove_copies(written, checkpoint, replaced, made, add)
 
-        carry_out(layout, target, single, checkpoint, {"unpack": __version__}, run, report, "unpacking", prove)
+        conversion.carry_out({"unpack": __version__}, run, report, "unpacking", prove)
         return report
 
 

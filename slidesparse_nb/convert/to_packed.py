@@ -13,12 +13,11 @@ from ..core import prune as pruning
 from ..core.scheme import Scheme
 from ..core.untrusted_json import frozen, uncollected
 from ..errors import OperandError, PatternError, UnsupportedError, shown
-from .config_json import is_renamed, output_config, output_metadata
+from .config_json import is_renamed
 from .kinds import in_block
-from .layout import dequantized_notes, output_layout
 from .options import Options, Report, Run
 from .rows import SKIP, Broken, Maker
-from .run import all_items, carry_out, new_report, output_target
+from .run import Conversion, output_target
 from .select import APART, Selection, select
 
 
@@ -63,46 +62,16 @@ def pack_checkpoint(
         target, single = output_target(source, checkpoint, out, _label(options, scheme))
         if single and options.max_shard_size is not None:
             raise OperandError(f"max_shard_size: {target} is one file and is not split; name a folder as the output")
+        form = options.pattern, scheme, options.format
+        conversion = Conversion(source, checkpoint, selection.source, target, single, selection.modules, *form)
         with uncollected():
-            layout = output_layout(
-                all_items(checkpoint, selection.modules, maker.item),
-                checkpoint,
-                metadata=output_metadata(checkpoint, options.format, options.pattern, scheme, selection.modules),
-                config=output_config(
-                    checkpoint,
-                    selection.source,
-                    options.format,
-                    options.pattern,
-                    scheme,
-                    selection.modules,
-                    refused,
-                ),
-                max_shard_size=options.max_shard_size,
-                single=target.name if single else None,
-            )
-        report = new_report(
-            source,
-            target,
-            checkpoint,
-            selection.modules,
-            layout,
-            pattern=options.pattern,
-            scheme=scheme,
-            format=options.format,
-            prune=options.prune,
-            left_dense=selection.left_dense,
-            skipped=skipped,
-            notes=[
-                *selection.notes,
-                *([] if single else _companion_notes(checkpoint)),
-                *_config_notes(checkpoint, selection, options, scheme),
-                *(
-                    dequantized_notes(selection.modules, selection.source.model_types.values())
-                    if options.format == "dense"
-                    else []
-                ),
-            ],
-        )
+            conversion.plan(maker.item, refused, options.max_shard_size)
+        notes = [
+            *selection.notes,
+            *([] if single else _companion_notes(checkpoint)),
+            *_config_notes(checkpoint, selection, options, scheme),
+        ]
+        report = conversion.report(prune=options.prune, left_dense=selection.left_dense, skipped=skipped, notes=notes)
         report.dry_run = dry_run
         if dry_run:
             if not options.skip_bad:  # then they are among the skipped
@@ -120,7 +89,7 @@ def pack_checkpoint(
 
             try:
                 with frozen():
-                    carry_out(layout, target, single, checkpoint, facts, run, report, "packing", prove)
+                    conversion.carry_out(facts, run, report, "packing", prove)
             except Broken as error:
                 raise maker.explain(error) from None
             _count_bytes(report, selection, checkpoint, single)

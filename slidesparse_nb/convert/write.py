@@ -55,9 +55,8 @@ class Staging:
 
     Args:
         out: the final path, a folder, or one file if `single`.
-        keep: names in the partial folder that an earlier run may have left for this one.
-        names: every name that the partial folder may hold at its top; beside a journal cut in its first line, others are not
-            ours.
+        layout: what the partial folder will hold. Shards that an earlier run left are kept; beside a journal cut in its first
+            line, files of other names are not ours.
         resume: continue from a journal with the same fingerprint, if there is one.
         may_replace: asked before something at OUT is replaced; None if nothing may be.
 
@@ -68,11 +67,10 @@ class Staging:
     def __init__(
         self,
         out: Path,
+        layout: Layout,
+        fingerprint: str,
         *,
         single: bool,
-        fingerprint: str,
-        keep: set[str],
-        names: set[str],
         resume: bool,
         may_replace: Callable[[], bool] | None,
     ) -> None:
@@ -91,7 +89,7 @@ class Staging:
         self._refuse_strangers(ours)
         self._file = _lock(self.journal, os.O_RDWR | os.O_CREAT, out)
         try:
-            self._take_over(fingerprint, keep, names, resume)
+            self._take_over(fingerprint, layout, resume)
         except BaseException as error:
             if isinstance(error, OSError) and not ours:  # a full disk: what began here leaves nothing
                 self.discard()
@@ -108,11 +106,11 @@ class Staging:
             if os.path.lexists(path):
                 raise _stranger(path)
 
-    def _take_over(self, fingerprint: str, keep: set[str], names: set[str], resume: bool) -> None:
+    def _take_over(self, fingerprint: str, layout: Layout, resume: bool) -> None:
         """Continue what the journal tells of, or start anew."""
         found, self.done, whole = _read_journal(self._file, self.journal)
         if found is None:  # new, or cut in its first line: then it vouches for nothing but what looks like this output
-            self._refuse_unvouched(names)
+            self._refuse_unvouched(layout.names)
         elif os.path.lexists(self.aside) and not os.path.lexists(self.out):
             os.rename(self.aside, self.out)  # killed between two renames: what stood there comes back first
         if resume and found is not None and found != fingerprint and not self.may_replace:
@@ -131,6 +129,7 @@ class Staging:
             with naming(self.journal):
                 os.fsync(self._file.fileno())
         self.folder.mkdir(exist_ok=True)
+        keep = {shard.name for shard in layout.shards}
         for entry in os.scandir(self.folder):  # whatever else is there, this run did not make
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path)

@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,17 +121,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-def group(kind: str, strategy: str = "channel", targets: tuple[str, ...] = ("Linear",), static: bool = False) -> dict[str, Any]:
-    """A config group of 8-bit weights and activations."""
-    element = {"num_bits": 8, "type": kind, "symmetric": True}
-    inputs = {"strategy": "tensor", "dynamic": False} if static else {"strategy": "token", "dynamic": True}
-    weights = {**element, "strategy": strategy, "dynamic": False}
-    if strategy == "block":
-        weights["block_structure"] = [32, 32]
-        inputs = {"strategy": "group", "group_size": 32, "dynamic": True}
-    return {"targets": list(targets), "weights": weights, "input_activations": {**element, **inputs}}
-
-
 def quantized(
     source: Path,
     out: Path,
@@ -171,7 +161,7 @@ def quantized(
         "quant_method": "compressed-tensors",
         "format": f"{kind}-quantized",
         "quantization_status": "compressed",
-        "config_groups": groups or {"group_0": group(kind, static=static)},
+        "config_groups": groups or {"group_0": models.group(kind, dynamic=not static)},
         "ignore": list(ignore),
     }
     (out / "config.json").write_text(json.dumps(config))
@@ -271,234 +261,185 @@ def judge(kind: str, source: Path, out: Path, packed: str | None = None, *, fini
         assert kept.mean() > 5, name
 
 
-def judge_or_refused(kind: str, source: Path, out: Path, way: str, name: str, packed: str | None, **options: Any) -> None:
-    """Right, or refused in a sentence that has the culprit's name, with nothing left behind."""
-    refusal = None
-    try:
-        convert(source, out, way, **options)
-    except UnsupportedError as error:
-        refusal = str(error)
-    if refusal is not None:
-        assert name in refusal
-        assert list(out.parent.glob(f"{out.name}*")) == []
-        return
-    judge(kind, source, out, packed)
+# ---- cases
 
-
-def judge_kept(kind: str, source: Path, out: Path, way: str, name: str, packed: str | None, **options: Any) -> None:
-    """Right in dense format; refused by the layer's name in packed format, whose config describes no other quantized layers."""
-    if way == "unpacked":
-        with pytest.raises(UnsupportedError, match=name):
-            convert(source, out, way, **options)
-        assert list(out.parent.glob("packed*")) == []
-    else:
-        judge(kind, source, convert(source, out, way, **options), packed)
-
-
-ways = pytest.mark.parametrize("way", ["dense", "unpacked"])
-schemes = pytest.mark.parametrize("scheme", list(SCHEMES))
-
-
-# ---- unquantized sources
-
-
-@schemes
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3_moe"])
-def test_a_whole_model(kind: str, scheme: str, source: Any, tmp_path: Path) -> None:
-    way = "dense" if scheme == "INT8_W8A8" else "unpacked"
-    judge(kind, source(kind), convert(source(kind), tmp_path / "out", way, scheme=scheme, prune="magnitude"))
-
-
-@pytest.mark.parametrize(
-    ("kind", "ignore"), [("llava", "*vision_tower*"), ("qwen2_vl", "*visual*"), ("llama, tied, base", "*down_proj")]
-)
-def test_unquantized_layers_by_the_names_of_the_file(kind: str, ignore: str, source: Any, tmp_path: Path) -> None:
-    out = convert(source(kind), tmp_path / "out", "dense", scheme="INT8_W8A8", prune="magnitude", ignore=(ignore,))
-    judge(kind, source(kind), out)
-
-
-@ways
-@schemes
-@pytest.mark.parametrize("kind", ["llama", "llama, tied"])
-@pytest.mark.parametrize(
-    ("options", "packed"),
-    [
-        ({"ignore": ("*down_proj",)}, r"(q|k|v|o|gate|up)_proj$"),
-        ({"ignore": (r"re:.*layers\.1\.self_attn\.k_proj",)}, r"layers\.0\..*_proj$|layers\.1\.(self_attn\.o|mlp\..*)_proj$"),
-        ({"targets": (r"re:.*mlp.*",)}, r"mlp.*_proj$"),
-    ],
-    ids=["one kind ignored", "one of q, k, v ignored", "one kind targeted"],
-)
-def test_a_part_of_a_model(
-    kind: str, scheme: str, way: str, options: dict[str, Any], packed: str, source: Any, tmp_path: Path
-) -> None:
-    out = convert(source(kind), tmp_path / "out", way, scheme=scheme, prune="magnitude", **options)
-    judge(kind, source(kind), out, packed)
-
-
-@ways
-@schemes
-def test_a_head_among_the_targets(scheme: str, way: str, source: Any, tmp_path: Path) -> None:
-    out = convert(source("llama"), tmp_path / "out", way, scheme=scheme, prune="magnitude", targets=("*_proj", "lm_head"))
-    judge("llama", source("llama"), out, r"_proj$|^lm_head$")
-
-
-@ways
-@schemes
-@pytest.mark.parametrize("kind", ["llama", "llama, tied"])
-def test_a_layer_that_breaks_the_pattern_is_skipped(kind: str, scheme: str, way: str, source: Any, tmp_path: Path) -> None:
-    """q_proj is left dense, and k_proj and v_proj with it."""
-    bad = obeying(source(kind), tmp_path / "source", "model.layers.1.self_attn.q_proj")
-    out = convert(bad, tmp_path / "out", way, scheme=scheme, skip_bad=True)
-    judge(kind, bad, out, r"layers\.0\..*_proj$|layers\.1\.(self_attn\.o|mlp\..*)_proj$")
-
-
-@ways
-def test_a_layer_with_nan_is_skipped(way: str, source: Any, tmp_path: Path) -> None:
-    bad = obeying(source("llama"), tmp_path / "source", DOWN, np.nan)
-    out = convert(bad, tmp_path / "out", way, scheme="INT8_W8A8", prune="magnitude", skip_bad=True)
-    judge("llama", bad, out, r"layers\.1\..*_proj$|layers\.0\.(self_attn\..*|mlp\.(gate|up))_proj$", finite=False)
-
-
-# ---- mixtures of experts: transformers makes one tensor of a layer's experts, vLLM one scheme; INT8 experts it cannot load
-
-EXPERTS = r"self_attn\.._proj$|experts\.\d+\..*_proj$"
-
-
-@ways
-def test_experts(way: str, source: Any, tmp_path: Path) -> None:
-    out = convert(source("qwen3_moe"), tmp_path / "out", way, scheme="FP8_DYNAMIC", prune="magnitude")
-    judge("qwen3_moe", source("qwen3_moe"), out, EXPERTS)
-
-
-@ways
-@pytest.mark.parametrize("option", ["ignore", "skip_bad"])
-def test_experts_of_a_layer_stay_together(option: str, way: str, source: Any, tmp_path: Path) -> None:
-    """One expert that is left dense beside packed ones would give all of them wrong scales: all are dense, or it is refused."""
-    name = "model.layers.0.mlp.experts.1.down_proj"
-    given = obeying(source("qwen3_moe"), tmp_path / "source", name)
-    options: dict[str, Any] = {"skip_bad": True} if option == "skip_bad" else {"ignore": (name,), "prune": "magnitude"}
-    together = r"self_attn\.._proj$|layers\.1\.mlp\.experts\.\d+\..*_proj$"
-    judge_or_refused("qwen3_moe", given, tmp_path / "out", way, name, together, scheme="FP8_DYNAMIC", **options)
-
-
-# ---- sources in 8 bits
-
+SKIPPED = r"layers\.1\..*_proj$|layers\.0\.(self_attn\..*|mlp\.(gate|up))_proj$"
+"""The modules that are packed where DOWN is not."""
+NO_KEY = r"layers\.0\..*_proj$|layers\.1\.(self_attn\.o|mlp\..*)_proj$"
+"""Those where one of q, k and v of layer 1 is not, and the other two with it."""
+NO_DOWN = r"(q|k|v|o|gate|up)_proj$"
 LAYERS = r"layers\.\d+\.(self_attn|mlp)\..*_proj$"
-KEPT_DOWN = r"(q|k|v|o|gate|up)_proj$"
+EXPERTS = r"self_attn\.._proj$|experts\.\d+\..*_proj$"
+ONE_EXPERT = "model.layers.0.mlp.experts.1.down_proj"
+TOGETHER = r"self_attn\.._proj$|layers\.1\.mlp\.experts\.\d+\..*_proj$"
+"""Those where an expert of layer 0 is not packed: transformers makes one tensor of a layer's experts."""
 
 
-def eight_bits(source: Any, tmp_path: Path, what: str) -> tuple[str, Path]:
-    """Kind of model, and a folder that stock loaders read rightly."""
-    kind, scheme, facts = SOURCES[what]
-    return kind, quantized(source(kind), tmp_path / "source", scheme, **copy.deepcopy(facts))
+@dataclass(frozen=True)
+class Case:
+    """What is converted, and what must come of it.
+
+    Attributes:
+        kind: of KINDS.
+        options: of packing, beside `prune` by magnitude.
+        packed: see `judge`.
+        made: (folder of the kind, new folder) -> the source; None for that folder itself.
+        kept: a module that stays quantized: in dense format it is right; in packed format, whose config describes no other
+            quantized layers, it is refused by this name.
+        refused: who may be refused by this name instead.
+        finite: see `judge`.
+        ways: of making a dense output.
+    """
+
+    kind: str
+    options: dict[str, Any]
+    packed: str | None = None
+    made: Callable[[Path, Path], Path] | None = None
+    kept: str = ""
+    refused: str = ""
+    finite: bool = True
+    ways: tuple[str, ...] = ("dense", "unpacked")
 
 
-TWO_GROUPS = {"group_0": group("float", "tensor", ("re:.*down_proj$",)), "group_1": group("float")}
-SOURCES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "FP8": ("llama", "FP8_DYNAMIC", {}),
-    "INT8": ("llama", "INT8_W8A8", {}),
-    "FP8 tied": ("llama, tied", "FP8_DYNAMIC", {}),
-    "INT8 tied": ("llama, tied", "INT8_W8A8", {"ignore": ("re:.*lm_head",)}),
-    "FP8 biases": ("qwen2, biases", "FP8_DYNAMIC", {}),
-    "FP8 with head": ("llama", "FP8_DYNAMIC", {"strategies": {LAYERS: "channel", "lm_head": "channel"}, "ignore": ()}),
-    "FP8 with a tensor's head": (
-        "llama",
-        "FP8_DYNAMIC",
-        {
-            "strategies": {LAYERS: "channel", "lm_head": "tensor"},
-            "groups": {"group_0": group("float"), "head": group("float", "tensor", ("lm_head",))},
-            "ignore": (),
-        },
-    ),
-    "FP8 per tensor": (
-        "llama",
-        "FP8_DYNAMIC",
-        {"strategies": {LAYERS: "tensor"}, "groups": {"group_0": group("float", "tensor")}},
-    ),
-    "FP8 in two groups": (
-        "llama",
-        "FP8_DYNAMIC",
-        {"strategies": {"down_proj": "tensor", LAYERS: "channel"}, "groups": TWO_GROUPS},
-    ),
-    "FP8 static": ("llama", "FP8_DYNAMIC", {"static": True}),
-    "FP8 with a layer ignored": (
-        "llama",
-        "FP8_DYNAMIC",
-        {"strategies": {r"layers\.0\..*_proj$": "channel"}, "ignore": ("lm_head", r"re:.*layers\.1\.")},
-    ),
+def eight_bits(**facts: Any) -> Callable[[Path, Path], Path]:
+    return lambda source, out: quantized(source, out, **copy.deepcopy(facts))
+
+
+def all_but(module: str, value: float | None = None) -> Callable[[Path, Path], Path]:
+    return lambda source, out: obeying(source, out, module, value)
+
+
+def groups(*found: dict[str, Any]) -> dict[str, Any]:
+    return {f"group_{i}": group for i, group in enumerate(found)}
+
+
+CHANNEL, TENSOR = models.group(), models.group(strategy="tensor")
+HEAD = {"strategies": {LAYERS: "channel", "lm_head": "channel"}, "ignore": ()}
+TENSORS_HEAD = {
+    "strategies": {LAYERS: "channel", "lm_head": "tensor"}, "ignore": (),
+    "groups": groups(CHANNEL, {**TENSOR, "targets": ["lm_head"]}),
+}  # fmt: skip
+TWO_GROUPS = {
+    "strategies": {"down_proj": "tensor", LAYERS: "channel"},
+    "groups": groups({**TENSOR, "targets": ["re:.*down_proj$"]}, CHANNEL),
 }
-"""Name -> kind of model, scheme, arguments of `quantized`."""
+LAYER_IGNORED = {"strategies": {r"layers\.0\..*_proj$": "channel"}, "ignore": ("lm_head", r"re:.*layers\.1\.")}
+SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "FP8": ("llama", {}),
+    "INT8": ("llama", {"scheme": "INT8_W8A8"}),
+    "FP8 tied": ("llama, tied", {}),
+    "INT8 tied": ("llama, tied", {"scheme": "INT8_W8A8", "ignore": ("re:.*lm_head",)}),
+    "FP8 biases": ("qwen2, biases", {}),
+    "FP8 with head": ("llama", HEAD),
+    "FP8 with a tensor's head": ("llama", TENSORS_HEAD),
+    "FP8 per tensor": ("llama", {"strategies": {LAYERS: "tensor"}, "groups": groups(TENSOR)}),
+    "FP8 in two groups": ("llama", TWO_GROUPS),
+    "FP8 static": ("llama", {"static": True}),
+    "FP8 with a layer ignored": ("llama", LAYER_IGNORED),
+}
+"""Name -> kind of model, arguments of `quantized`: folders in 8 bits that stock loaders read rightly."""
+
+INT8_ONLY, FP8_ONLY = {"scheme": "INT8_W8A8"}, {"scheme": "FP8_DYNAMIC"}
+PARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "one kind ignored": ({"ignore": ("*down_proj",)}, NO_DOWN),
+    "one of q, k, v ignored": ({"ignore": (r"re:.*layers\.1\.self_attn\.k_proj",)}, NO_KEY),
+    "one kind targeted": ({"targets": (r"re:.*mlp.*",)}, r"mlp.*_proj$"),
+}
+BLOCK = models.group(
+    "float", "block", targets=[DOWN], weights={"block_structure": [32, 32]},
+    input_activations={"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "dynamic": True},
+)  # fmt: skip
+IN_BLOCKS = {"strategies": {DOWN: "block", LAYERS: "channel"}}
+HEAD_ONLY = eight_bits(strategies={"lm_head": "channel"}, groups={"head": models.group(targets=["lm_head"])}, ignore=())
+MOE = {"strategies": {EXPERTS: "channel"}, "ignore": ("lm_head", r"re:.*mlp\.gate$")}
+
+CASES: dict[str, Case] = {
+    **{
+        f"{kind}, {way}": Case(kind, options, ways=(way,))
+        for kind in KINDS if kind != "qwen3_moe"
+        for way, options in (("dense", INT8_ONLY), ("unpacked", FP8_ONLY))
+    },
+    **{  # by the names of the file, which are not those of the loaded model
+        f"{kind} without {name}": Case(kind, {**INT8_ONLY, "ignore": (name,)}, ways=("dense",))
+        for kind, name in (("llava", "*vision_tower*"), ("qwen2_vl", "*visual*"), ("llama, tied, base", "*down_proj"))
+    },
+    **{
+        f"{kind}, {scheme}, {what}": Case(kind, {"scheme": scheme, **options}, packed)
+        for kind in ("llama", "llama, tied") for scheme in SCHEMES for what, (options, packed) in PARTS.items()
+    },
+    **{
+        f"{scheme}, a head targeted": Case("llama", {"scheme": scheme, "targets": ("*_proj", "lm_head")}, r"_proj$|^lm_head$")
+        for scheme in SCHEMES
+    },
+    **{
+        f"{kind}, {scheme}, a layer breaks the pattern": Case(
+            kind, {"scheme": scheme, "skip_bad": True, "prune": "none"}, NO_KEY, all_but("model.layers.1.self_attn.q_proj")
+        )
+        for kind in ("llama", "llama, tied") for scheme in SCHEMES
+    },
+    "a layer with NaN": Case("llama", {**INT8_ONLY, "skip_bad": True}, SKIPPED, all_but(DOWN, np.nan), finite=False),
+    # mixtures of experts: vLLM has one scheme for those of a layer, and INT8 ones it cannot load
+    "experts": Case("qwen3_moe", FP8_ONLY, EXPERTS),
+    "experts, one ignored": Case("qwen3_moe", {**FP8_ONLY, "ignore": (ONE_EXPERT,)}, TOGETHER, refused=ONE_EXPERT),
+    "experts, one skipped": Case(
+        "qwen3_moe", {**FP8_ONLY, "skip_bad": True, "prune": "none"}, TOGETHER, all_but(ONE_EXPERT), refused=ONE_EXPERT
+    ),
+    **{
+        what: Case(
+            kind, {}, r"layers\.0\..*_proj$" if "ignored" in what else LAYERS, eight_bits(**facts),
+            kept="lm_head" * ("head" in what),
+        )
+        for what, (kind, facts) in SOURCES.items()
+    },
+    **{
+        f"{what}, a kind ignored": Case(
+            kind, {"ignore": ("*down_proj",)}, NO_DOWN, eight_bits(**facts), kept="lm_head" if "head" in what else DOWN
+        )
+        for what, (kind, facts) in SOURCES.items() if "ignored" not in what
+    },
+    "FP8, a layer skipped": Case(
+        "llama", {"skip_bad": True, "prune": "none"}, SKIPPED, kept=DOWN,
+        made=lambda source, out: quantized(obeying(source, out.with_name("obeying"), DOWN), out),
+    ),
+    "FP8, a layer with scales a block": Case(
+        "llama", {"skip_bad": True}, SKIPPED, eight_bits(**IN_BLOCKS, groups=groups(BLOCK, CHANNEL)), refused="group_0"
+    ),
+    "FP8, a layer with scales a block, not declared": Case(
+        "llama", {"skip_bad": True}, SKIPPED, eight_bits(**IN_BLOCKS), refused=DOWN
+    ),
+    **{
+        f"FP8 head alone, {scheme}": Case("llama", {"scheme": scheme}, packed, HEAD_ONLY, refused="lm_head")
+        for scheme, packed in {**dict.fromkeys(SCHEMES, LAYERS), "BF16": None}.items()
+    },
+    "FP8 experts": Case("qwen3_moe", {}, EXPERTS, eight_bits(**MOE)),
+    "FP8 experts, one ignored": Case("qwen3_moe", {"ignore": (ONE_EXPERT,)}, TOGETHER, eight_bits(**MOE), kept="experts"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", SOURCES)
 def test_the_sources_are_right(what: str, source: Any, tmp_path: Path) -> None:
     """Their logits are near those of the unquantized model."""
-    kind, given = eight_bits(source, tmp_path, what)
-    auto = KINDS[kind][0]
+    kind, facts = SOURCES[what]
+    auto, given = KINDS[kind][0], eight_bits(**facts)(source(kind), tmp_path / "source")
     if what != "FP8 static":  # its activation scale is made up
         got, want = loaded(auto, given)[1].flatten(), loaded(auto, source(kind))[1].flatten()
         assert torch.nn.functional.cosine_similarity(got, want, 0) > 0.98
 
 
-@ways
-@pytest.mark.parametrize("what", SOURCES)
-def test_a_quantized_source(what: str, way: str, source: Any, tmp_path: Path) -> None:
-    kind, given = eight_bits(source, tmp_path, what)
-    packed = r"layers\.0\..*_proj$" if "ignored" in what else LAYERS
-    if "head" in what:
-        judge_kept(kind, given, tmp_path / "out", way, "lm_head", packed, prune="magnitude")
+@pytest.mark.parametrize(("name", "way"), [(name, way) for name, case in CASES.items() for way in case.ways])
+def test_an_output(name: str, way: str, source: Any, tmp_path: Path) -> None:
+    """It is right; or it is refused in a sentence that has the culprit's name, with nothing left behind."""
+    case, out = CASES[name], tmp_path / "out"
+    given = source(case.kind) if case.made is None else case.made(source(case.kind), tmp_path / "source")
+    refusal = None
+    try:
+        convert(given, out, way, **{"prune": "magnitude", **case.options})
+    except UnsupportedError as error:
+        refusal = str(error)
+    culprit = case.kept if case.kept and way == "unpacked" else case.refused
+    assert (refusal is not None) == bool(culprit) or (culprit == case.refused != "")
+    if refusal is not None:
+        assert culprit in refusal
+        assert {path.name for path in tmp_path.iterdir()} <= {"source", "obeying"}
     else:
-        judge(kind, given, convert(given, tmp_path / "out", way, prune="magnitude"), packed)
-
-
-@ways
-@pytest.mark.parametrize("what", [what for what in SOURCES if "ignored" not in what])
-def test_a_quantized_layer_that_stays(what: str, way: str, source: Any, tmp_path: Path) -> None:
-    """It stays in 8 bits with its own scales, and is described as such; in packed form that is refused."""
-    kind, given = eight_bits(source, tmp_path, what)
-    name = "lm_head" if "head" in what else DOWN
-    judge_kept(kind, given, tmp_path / "out", way, name, KEPT_DOWN, prune="magnitude", ignore=("*down_proj",))
-
-
-@ways
-def test_a_quantized_layer_that_is_skipped(way: str, source: Any, tmp_path: Path) -> None:
-    bad = quantized(obeying(source("llama"), tmp_path / "obeying", DOWN), tmp_path / "source")
-    packed = r"layers\.1\..*_proj$|layers\.0\.(self_attn\..*|mlp\.(gate|up))_proj$"
-    judge_kept("llama", bad, tmp_path / "out", way, DOWN, packed, skip_bad=True)
-
-
-@ways
-@pytest.mark.parametrize("declared", [True, False])
-def test_a_layer_with_scales_a_block(declared: bool, way: str, source: Any, tmp_path: Path) -> None:
-    """It cannot be packed; skipped, it gets a group of its own, or it is refused."""
-    groups = {"group_0": group("float", "block", (DOWN,)), "group_1": group("float")}
-    given = quantized(
-        source("llama"),
-        tmp_path / "source",
-        strategies={DOWN: "block", LAYERS: "channel"},
-        groups=groups if declared else None,
-    )
-    packed = r"layers\.1\..*_proj$|layers\.0\.(self_attn\..*|mlp\.(gate|up))_proj$"
-    culprit = "group_0" if declared else DOWN
-    judge_or_refused("llama", given, tmp_path / "out", way, culprit, packed, prune="magnitude", skip_bad=True)
-
-
-@ways
-@pytest.mark.parametrize("scheme", ["INT8_W8A8", "FP8_DYNAMIC", "BF16"])
-def test_only_the_head_is_quantized(scheme: str, way: str, source: Any, tmp_path: Path) -> None:
-    groups = {"head": group("float", targets=("lm_head",))}
-    given = quantized(source("llama"), tmp_path / "source", strategies={"lm_head": "channel"}, groups=groups, ignore=())
-    judge_or_refused(
-        "llama", given, tmp_path / "out", way, "lm_head", LAYERS if scheme != "BF16" else None, scheme=scheme, prune="magnitude"
-    )
-
-
-@ways
-def test_quantized_experts(way: str, source: Any, tmp_path: Path) -> None:
-    """One that stays keeps all of its layer, as loaders make one tensor of them."""
-    experts = {"strategies": {EXPERTS: "channel"}, "ignore": ("lm_head", r"re:.*mlp\.gate$")}
-    given = quantized(source("qwen3_moe"), tmp_path / "source", **experts)
-    judge("qwen3_moe", given, convert(given, tmp_path / "out", way, prune="magnitude"), EXPERTS)
-    one, packed = "model.layers.0.mlp.experts.1.down_proj", r"self_attn\.._proj$|layers\.1\.mlp\.experts\."
-    judge_kept("qwen3_moe", given, tmp_path / "b" / "out", way, "experts", packed, prune="magnitude", ignore=(one,))
+        judge(case.kind, given, out, case.packed, finite=case.finite)
