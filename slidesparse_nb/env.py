@@ -6,6 +6,7 @@ SLIDESPARSE_TUNED       0: what `slidesparse tune` found is not used
 SLIDESPARSE_PORTABLE    1: the kernel for every GPU is used where one for Hopper exists, to compare the two
 SLIDESPARSE_DEBUG       1: the first launch of every product prints problem, configuration, source and launch on standard error
 SLIDESPARSE_MORE_MEMORY 1: in PyTorch and engines, Hopper's weights keep both forms of metadata (`to_device`)
+SLIDESPARSE_FUSE        1: in vLLM, norms and activations are fused with the quantization that follows them
 CUDA_PATH, CUDA_HOME    CUDA toolkit whose compiler is used if no other is found
 
 README has the same table.
@@ -37,6 +38,11 @@ def portable() -> bool:
 def more_memory() -> bool:
     """Whether adapters arrange weights for speed alone."""
     return os.environ.get("SLIDESPARSE_MORE_MEMORY", "0") not in ("", "0")
+
+
+def fuse() -> bool:
+    """Whether vLLM's graphs are rewritten (integrations/vllm/fusion.py)."""
+    return os.environ.get("SLIDESPARSE_FUSE", "0") not in ("", "0")
 
 
 def tuned() -> bool:

@@ -26,6 +26,7 @@ from slidesparse_nb.cuda.kernels import pack as weight_kernels
 from slidesparse_nb.cuda.kernels import unpack
 from slidesparse_nb.cuda.kernels.pack_stages import LARGEST_HELD
 from slidesparse_nb.cuda.kernels.pack_stages import Variant as Packing
+from slidesparse_nb.cuda.kernels.quantize import KINDS
 from slidesparse_nb.cuda.kernels.quantize_stages import Variant
 
 COMPILERS = "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink"
@@ -84,6 +85,22 @@ def test_activations(source: str, stored: str, vectors: int) -> None:
     assert not NOTHING_FUSED.search(ptx)
     assert has(ptx, "div.rn.f32", 2)
     assert "redux.sync.max.u32" in ptx
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "stored"),
+    sampled(
+        itertools.product(KINDS, ["bfloat16", "float16"], ["int8", "float8_e4m3fn", "bfloat16"]),
+        lambda kind, source, stored: (source, stored) == ("bfloat16", "int8"),
+    ),
+)
+def test_norms_and_gates(kind: str, source: str, stored: str) -> None:
+    ptx = text(quantize.kernel(Variant(source, stored, 4, 3, True, 90), kind), (9, 0))
+    assert ".local" not in ptx
+    assert has(ptx, "ld.global.v4", {"rms_norm": 8, "add_rms_norm": 12, "silu_and_mul": 8}[kind])
+    assert len(re.findall(r"ld\.global(?!\.v4)", ptx)) == 0
+    assert not NOTHING_FUSED.search(ptx)
+    assert ("sqrt.rn.f32" in ptx) == ("norm" in kind)
 
 
 SAMPLED_TILES = {("bfloat16", "int8"), ("float32", "float8_e4m3fn"), ("same", "bfloat16"), ("float16", "int8")}

@@ -10,6 +10,7 @@ operators, never addresses or counters in a graph, so that compiled graphs may b
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -258,7 +259,7 @@ def _quantize_cpu(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: st
 
 
 def _quantize_fake(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
-    m = x.shape[:-1].numel()
+    m = math.prod(x.shape[:-1])  # Size.numel would fix a symbolic number of tokens
     pattern, dtype, _ = facts.split(" ")
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
     size, scaled = ss.operand_bytes(m, k, pattern, dtype, capability)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
 import slidesparse_nb as ss
 from slidesparse_nb.integrations import operators
@@ -188,7 +189,7 @@ def engine() -> Any:
     compiled._destroy()
 
 
-def test_norms_and_activations_write_operands(plugin: Any, engine: Any) -> None:
+def test_norms_and_activations_write_operands(plugin: Any, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block as vLLM compiles it, traced for any number of tokens: the same bits before and after the pass."""
     torch.manual_seed(0)
     gate_up, down, qkv = (SparseLinear.from_linear(torch.nn.Linear(k, n, bias=b).to(torch.bfloat16), "6:8", "INT8_W8A8")
@@ -213,8 +214,11 @@ def test_norms_and_activations_write_operands(plugin: Any, engine: Any) -> None:
     x, residual = torch.randn(2, 5, 32).to(torch.bfloat16)
     wanted = block(x, residual, layers, gammas)
     graph = make_fx(block, tracing_mode="symbolic")(x, residual, layers, gammas)
-    plugin.method.install(plugin.config)
-    plugin.config.compilation_config.inductor_compile_config["post_grad_custom_post_pass"](graph.graph)
+    monkeypatch.setenv("SLIDESPARSE_FUSE", "1")
+    hook = plugin.config.compilation_config.inductor_compile_config
+    loaded(plugin, "INT8_W8A8")
+    hook["post_grad_custom_post_pass"](graph.graph)
+    assert plugin.config.compilation_config.custom_ops == ["+silu_and_mul"]
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
     graph.recompile()
@@ -222,6 +226,8 @@ def test_norms_and_activations_write_operands(plugin: Any, engine: Any) -> None:
     counted = [names.count(f"slidesparse.{name}.default") for name in ("linear", "product", *FUSED)]
     assert counted == [1, 3, 2, 1]
     assert all("val" in node.meta for node in graph.graph.nodes if node.op == "call_function")
+    products = [node.meta["val"] for node in graph.graph.nodes if str(node.target) == "slidesparse.product.default"]
+    assert all(free_symbols(value.shape[0]) for value in products)  # of any number of tokens
     for got, want in zip(graph(x, residual, layers, gammas), wanted, strict=True):
         assert torch.equal(got, want)
     assert [len(y) for y in graph(*torch.randn(2, 9, 32).to(torch.bfloat16), layers, gammas)] == [9] * 4

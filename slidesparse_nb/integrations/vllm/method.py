@@ -25,6 +25,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 
 import slidesparse_nb as ss
 
+from ... import env
 from ..operators import TORCH, arrange, as_cupy, as_numpy
 
 try:
@@ -79,7 +80,8 @@ class SlideSparseConfig(QuantizationConfig):
         if isinstance(layer, LinearBase) and ignored:
             return UnquantizedLinearMethod()
         if isinstance(layer, LinearBase) or (isinstance(layer, ParallelLMHead) and not ignored):
-            install(get_current_vllm_config())
+            if env.fuse():
+                install(get_current_vllm_config())
             return SlideSparseMethod(self.packed, prefix)
         experts = "Experts" in type(layer).__name__ or "MoE" in type(layer).__name__
         if experts and not (ignored or self._experts_ignored(prefix)):
