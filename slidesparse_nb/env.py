@@ -5,8 +5,8 @@ XDG_CACHE_HOME          without SLIDESPARSE_CACHE_DIR they are in its subfolder 
 SLIDESPARSE_TUNED       0: what `slidesparse tune` found is not used
 SLIDESPARSE_PORTABLE    1: the kernel for every GPU is used where one for Hopper exists, to compare the two
 SLIDESPARSE_DEBUG       1: the first launch of every product prints problem, configuration, source and launch on standard error
-SLIDESPARSE_MORE_MEMORY 1: in PyTorch and engines, Hopper's weights keep both forms of metadata (`to_device`)
-SLIDESPARSE_FUSE        1: in vLLM, norms and activations are fused with the quantization that follows them
+SLIDESPARSE_BOTH_FORMS  1: weights in PyTorch and engines keep both forms of metadata (docs/hopper.md): more memory, less time
+SLIDESPARSE_FUSE        1: vLLM fuses norms and activations with the quantization that follows; not tried in vLLM yet
 CUDA_PATH, CUDA_HOME    CUDA toolkit whose compiler is used if no other is found
 
 README has the same table.
@@ -35,9 +35,9 @@ def portable() -> bool:
     return os.environ.get("SLIDESPARSE_PORTABLE", "0") not in ("", "0")
 
 
-def more_memory() -> bool:
+def both_forms() -> bool:
     """Whether adapters arrange weights for speed alone."""
-    return os.environ.get("SLIDESPARSE_MORE_MEMORY", "0") not in ("", "0")
+    return os.environ.get("SLIDESPARSE_BOTH_FORMS", "0") not in ("", "0")
 
 
 def fuse() -> bool:

@@ -96,14 +96,12 @@ def to_device(packed: PackedWeight, device: int | None = None, *, least_memory: 
     """The weight arranged for a GPU's kernel, ahead of its first product; `matmul` and `quantize` take it in place of `packed`.
 
     It holds nothing of `packed`, whose tensors may be freed: `packed` remembers it, not the other way round. Its `buffers` are
-    CuPy arrays by name; `device_weight` takes copies of them in the caller's memory.
-    Adapters of other libraries call its `linear`, which takes addresses and a stream.
+    CuPy arrays by name; `device_weight` takes copies in the caller's memory. Adapters call its `linear`, which takes addresses.
 
     Args:
         device: number of the GPU; by default the current one.
-        least_memory: of the first call for a weight and a GPU. On Hopper metadata are kept in their smaller form alone, and
-            expanded for the products that want them so: at 6:8 8-bit weights take 0.84 of their dense bytes in place of 1.03,
-            and products of 257 to some thousand tokens take 2 to 16 % longer.
+        least_memory: decided by the first call. On Hopper metadata keep their smaller form alone: at 6:8 8-bit weights take
+            0.84 of their dense bytes, not 1.03, and products of 257 to some thousand tokens take 2 to 16 % longer.
 
     Raises:
         OperandError: `packed` is a stack of matrices.

@@ -111,7 +111,7 @@ def arrange(packed: ss.PackedWeight, device: torch.device) -> tuple[Tensor, str]
     """A packed weight arranged for a GPU in PyTorch's memory: a uint8 tensor of all its buffers; the operators' `facts`."""
     with torch.cuda.device(device):
         torch.cuda.synchronize(device)  # CuPy's stream is not PyTorch's, which may still write what is read or reused here
-        there = ss.to_device(packed, device.index, least_memory=not env.more_memory())
+        there = ss.to_device(packed, device.index, least_memory=not env.both_forms())
         sizes = {name: own.nbytes for name, own in there.buffers.items()}
         weight = torch.empty(sum(-(-size // ALIGNED) * ALIGNED for size in sizes.values()), dtype=torch.uint8, device=device)
         at = 0
