@@ -86,7 +86,7 @@ def matmul(
             raise OperandError(f"workspace: {type(workspace).__name__} must be None for NumPy arrays")
         return _matmul_numpy(x, require_packed(packed), bias, out, out_dtype, stream)
     if _on_gpu(given):
-        if type(x).__module__ == "torch":
+        if _is_tensor(x):
             out, stream = _in_pytorch(x, packed.n, out, out_dtype, stream)
         return _gemm("matmul").matmul(x, packed, bias, out, out_dtype, stream, workspace)
     raise _no_array("x", x)
@@ -212,6 +212,8 @@ def quantize(
         return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, stored, x.dtype)
     if _on_gpu(x):
         require_kernel(scheme)
+        if stream is None and _is_tensor(x):
+            stream = sys.modules["torch"].cuda.current_stream(x.device)
         quantized: QuantizedActivations = _gemm("quantize").quantize(x, pattern, scheme.dtype, weights, stream)
         return quantized
     raise _no_array("x", x)
@@ -234,13 +236,17 @@ def _on_gpu(a: Any) -> bool:
     return type(a).__module__ == "cupy" or on_gpu(a)
 
 
+def _is_tensor(x: object) -> bool:
+    return "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor)
+
+
 def _in_pytorch(x: Any, n: int, out: Any, out_dtype: Any, stream: Any) -> tuple[Any, Any]:
     """`out` and `stream` of a tensor x: by default a new tensor, and PyTorch's current stream."""
     torch = sys.modules["torch"]
     stream = torch.cuda.current_stream(x.device) if stream is None else stream
     if out is None:
         dtype = x.dtype if out_dtype is None else getattr(torch, float_dtype("out_dtype", out_dtype).name)
-        address = getattr(stream, "cuda_stream", getattr(stream, "ptr", stream))
+        address = cuda.module("arrays", "matmul").ForeignStream(stream).address
         with torch.cuda.stream(torch.cuda.ExternalStream(address, x.device)):  # whose memory it is
             out = x.new_empty((*x.shape[:-1], n), dtype=dtype)
     return out, stream

@@ -95,7 +95,7 @@ def test_activations(source: str, stored: str, vectors: int) -> None:
     ),
 )
 def test_norms_and_gates(kind: str, source: str, stored: str) -> None:
-    ptx = text(quantize.kernel(Variant(source, stored, 4, 3, True, 90), kind), (9, 0))
+    ptx = text(quantize.kernel(Variant(source, stored, 4, 3, True, 90), kind, 128), (9, 0))
     assert ".local" not in ptx
     assert has(ptx, "ld.global.v4", {"rms_norm": 8, "add_rms_norm": 12, "silu_and_mul": 8}[kind])
     assert len(re.findall(r"ld\.global(?!\.v4)", ptx)) == 0

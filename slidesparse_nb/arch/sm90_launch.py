@@ -40,8 +40,8 @@ PDL_TOKENS = 512
 neighbouring tiles lose L2 locality, and the GEMM takes up to 1.5x as long (docs/hopper.md)."""
 
 COMPACT, DERIVED, EXPANDED, BOTH = "compact", "derived", "expanded", "both"
-"""The metadata that a candidate reads: compact; expanded, derived from compact by its first launch; or expanded, of a weight
-that has no compact metadata."""
+"""The metadata that a candidate reads: compact; expanded, derived from compact by its first launch; expanded, of a weight that
+has no compact metadata; or, of a weight that keeps both, compact where that costs no time and else expanded."""
 
 ALONE, BEFORE_REST, REST = 0, 1, 2
 """Orders of a launch, as cuda_src/sm90/scheduler.cuh numbers them."""

@@ -252,8 +252,9 @@ def plan(
         first = (window + window // windows) // (2 // variant.stored_bytes)
         total = -(-(first + 4) // words)
     neighbours = strides[1] == size or k == 1
-    if aligned and neighbours and k > 0 and k % columns == 0 and strides[0] % 16 == 0 and total <= max(VECTORS.values()):
-        normed = norm_threads(k) if kind.endswith("rms_norm") else 0  # who adds what decides the sum
+    normed = norm_threads(k) if kind.endswith("rms_norm") else 0  # who adds what decides the sum
+    whole = aligned and neighbours and k % columns == 0 and strides[0] % 16 == 0  # 16-byte vectors
+    if whole and k > 0 and total <= max(VECTORS.values()) and normed <= 1024:
         if vectors is None:
             vectors = next(v for v, most in VECTORS.items() if total <= (normed * v or most))
         threads = normed or -(-total // (32 * vectors)) * 32
@@ -265,7 +266,8 @@ def plan(
         shared = 4 * words * total if windows else 0
         if kind and (source not in ROUND_TWO or (variant.stored_bytes == 2 and not windows)):
             raise UnsupportedError(f"kind: {kind} of {source} to rows of {stored} has no kernel; quantize what it makes")
-        return Launch(variant, kernel(variant, kind), threads, before, pitch, after, shared)
+        made = kernel(variant, kind, threads) if normed else kernel(variant, kind)
+        return Launch(variant, made, threads, before, pitch, after, shared)
     if kind:
         raise UnsupportedError(f"kind: {kind} of k={k}, strides {strides} has no kernel; quantize what it makes")
     variant = replace(variant, vectors=0)

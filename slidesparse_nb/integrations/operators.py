@@ -75,57 +75,77 @@ def as_cupy(tensor: Tensor) -> Any:
 # ---- weights by their operands ---------------------------------------------------------------------------------------
 
 ALIGNED = 256
-"""Bytes that the buffers of an arranged weight are aligned to, in the one tensor that holds them."""
+"""Bytes that the buffers of an arranged weight are aligned to, in the one tensor that holds them, and bytes of its head."""
 
-_weights: dict[int, Any] = {}
-"""Address of an arranged weight -> DeviceWeight. An entry lives as long as the weight's tensor."""
+_weights: dict[tuple[int, int, int, str], Any] = {}
+"""Address, n, k and facts of an arranged weight -> DeviceWeight. An entry lives as long as the weight's memory."""
 
 
-def _device_weight(weight: Tensor, n: int, k: int, facts: str) -> Any:
+def _device_weight(weight: Sequence[Tensor], n: int, k: int, facts: str) -> Any:
     """The DeviceWeight in this tensor, made where it is not known: after a copy, or in another process."""
-    pattern, dtype, parts = facts.split(" ")
-    buffers, at = {}, 0
-    for name, size in (part.split(":") for part in parts.split(",")):
-        buffers[name] = as_cupy(weight[at : at + int(size)])
+    pattern, scheme = facts.split(" ")
+    head = bytes(weight[0][:ALIGNED].cpu().numpy()).rstrip() if len(weight) == 1 else b""
+    if not head.startswith(f"{facts} {n} {k} ".encode()):
+        raise ss.OperandError(f"weight: is not arranged for a GPU as {facts} [{n}, {k}]; call settle() of its layer")
+    buffers, at = {}, ALIGNED
+    for name, size in (part.split(":") for part in head.decode().split(" ")[-1].split(",")):
+        buffers[name] = as_cupy(weight[0][at : at + int(size)])
         at += -(-int(size) // ALIGNED) * ALIGNED
-    address = weight.data_ptr()
-    made = _weights[address] = ss.device_weight(buffers, pattern, dtype, (n, k), weight.get_device())
-    weakref.finalize(weight, _forget, address, made)
+    key = weight[0].data_ptr(), n, k, facts
+    made = _weights[key] = ss.device_weight(buffers, pattern, scheme, (n, k), weight[0].get_device())
+    weakref.finalize(weight[0].untyped_storage(), _forget, key, made)
     return made
 
 
-def _forget(address: int, made: Any) -> None:
-    if _weights.get(address) is made:
-        del _weights[address]
+def _forget(key: tuple[int, int, int, str], made: Any) -> None:
+    if _weights.get(key) is made:
+        del _weights[key]
 
 
 def _packed(weight: Sequence[Tensor], n: int, k: int, facts: str) -> ss.PackedWeight:
     """The PackedWeight of operands on the CPU."""
-    pattern, dtype, _ = facts.split(" ")
+    pattern, scheme = facts.split(" ")
+    if len(weight) == 1:
+        raise ss.OperandError("weight: is arranged for a GPU, but on the CPU; call settle() of its layer")
     values, meta, *scale = map(as_numpy, weight)
     tensors = dict(zip(PACKED, (values, meta, scale[0] if scale else None, np.array([n, k])), strict=True))
-    return ss.PackedWeight.from_tensors(tensors, pattern, dtype)
+    return ss.PackedWeight.from_tensors(tensors, pattern, scheme)
 
 
-def arrange(packed: ss.PackedWeight, device: torch.device) -> tuple[Tensor, str]:
-    """A packed weight arranged for a GPU in PyTorch's memory: a uint8 tensor of all its buffers; the operators' `facts`."""
+def arrange(packed: ss.PackedWeight, device: torch.device) -> Tensor:
+    """A packed weight arranged for a GPU in PyTorch's memory: a uint8 tensor of a head and all buffers.
+
+    The head tells what the tensor holds, so that no compiled graph has to: "6:8 int8 4096 4096 values:12582912,compact:...".
+    """
+    import cupy
+
     with torch.cuda.device(device):
         torch.cuda.synchronize(device)  # CuPy's stream is not PyTorch's, which may still write what is read or reused here
         there = ss.to_device(packed, device.index, least_memory=not env.both_forms())
         sizes = {name: own.nbytes for name, own in there.buffers.items()}
-        weight = torch.empty(sum(-(-size // ALIGNED) * ALIGNED for size in sizes.values()), dtype=torch.uint8, device=device)
-        at = 0
+        parts = ",".join(f"{name}:{size}" for name, size in sizes.items())
+        head = f"{facts_of(packed)} {packed.n} {packed.k} {parts}".encode().ljust(ALIGNED)
+        at, end = ALIGNED, ALIGNED + sum(-(-size // ALIGNED) * ALIGNED for size in sizes.values())
+        weight = torch.empty(end, dtype=torch.uint8, device=device)
+        weight[:ALIGNED] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        torch.cuda.synchronize(device)
         for name, size in sizes.items():
             as_cupy(weight[at : at + size])[...] = there.buffers[name].reshape(-1).view(np.uint8)
             at += -(-size // ALIGNED) * ALIGNED
         torch.cuda.synchronize(device)
-    return weight, f"{packed.pattern} {packed.scheme} {','.join(f'{name}:{size}' for name, size in sizes.items())}"
+        del there
+        cupy.get_default_memory_pool().free_all_blocks()  # an engine counts what is left
+    return weight
+
+
+def facts_of(packed: Any) -> str:
+    """The operators' `facts` of a packed weight, or of whatever has a pattern and a scheme."""
+    return f"{packed.pattern} {packed.scheme}"
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 #
-# weight: one tensor with the buffers of a DeviceWeight, or weight_packed, weight_meta, weight_scale on the CPU.
-# facts: pattern, scheme and the buffers with their bytes, separated by spaces: "6:8 INT8_W8A8 values:4096,compact:512,scale:4".
+# weight: what `arrange` made, or weight_packed, weight_meta, weight_scale on the CPU. facts: pattern and scheme, "6:8 int8".
 
 LIBRARY = torch.library.Library("slidesparse", "DEF")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
@@ -150,10 +170,10 @@ _give: Any = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_delete", None)
 
 def _known(weight: Sequence[Tensor], n: int, k: int, facts: str) -> Any:
     """The DeviceWeight, on the device of x, which is made the current one by the caller."""
-    found = _weights.get(weight[0].data_ptr())
-    if found is None or found.shape != (n, k):
+    found = _weights.get((weight[0].data_ptr(), n, k, facts))
+    if found is None:
         _require_no_capture("x: this weight was not multiplied by anything")
-        found = _device_weight(weight[0], n, k, facts)
+        found = _device_weight(weight, n, k, facts)
     return found
 
 
@@ -189,13 +209,18 @@ def require_no_grad(x: Tensor) -> None:
 
 def _check_places(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int) -> None:
     """OperandError unless the weight is where x is, and the bias fits."""
-    if weight[0].get_device() != x.get_device():
-        raise ss.OperandError(f"x: is on {x.device}, the weight on {weight[0].device}; move one of them")
+    _require_place(x, weight)
     if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,) or bias.device != x.device):
         raise ss.OperandError(
             f"bias: {bias.dtype} {tuple(bias.shape)} on {bias.device} must be float32, float16 or bfloat16, [{n}], on"
             f" {x.device}"
         )
+
+
+def _require_place(x: Tensor, weight: Sequence[Tensor]) -> None:
+    """OperandError unless they are on one device; fake operators ask, too, which a weight on the meta device calls."""
+    if weight[0].device != x.device:
+        raise ss.OperandError(f"x: is on {x.device}, the weight on {weight[0].device}; move one of them")
 
 
 def _rows(x: Tensor, m: int, k: int, size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -236,6 +261,7 @@ def _linear_cpu(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int
 
 
 def _linear_fake(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str) -> Tensor:
+    _require_place(x, weight)
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -260,7 +286,8 @@ def _quantize_cpu(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: st
 
 def _quantize_fake(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
     m = math.prod(x.shape[:-1])  # Size.numel would fix a symbolic number of tokens
-    pattern, dtype, _ = facts.split(" ")
+    _require_place(x, weight)
+    pattern, dtype = facts.split(" ")
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
     size, scaled = ss.operand_bytes(m, k, pattern, dtype, capability)
     return x.new_empty(size, dtype=torch.uint8), _scale(x, m, scaled)
@@ -351,6 +378,11 @@ def _silu_and_mul_quantize(x: Tensor, weight: Sequence[Tensor], n: int, k: int, 
     return operand, scale
 
 
+def _check_out(out: torch.dtype) -> None:
+    if out not in FLOATS:
+        raise ss.OperandError(f"out: {out} must be float32, float16 or bfloat16")
+
+
 def _product_cuda(
     operand: Tensor,
     scale: Tensor,
@@ -361,6 +393,7 @@ def _product_cuda(
     k: int,
     facts: str,
 ) -> Tensor:
+    _check_out(out)
     m, device, (name, _, _) = len(scale), operand.get_device(), FLOATS[out]
     _check_places(operand, weight, bias, n)
     y = torch.empty((m, n), dtype=out, device=operand.device)
@@ -396,6 +429,7 @@ def _product_cpu(
     k: int,
     facts: str,
 ) -> Tensor:
+    _check_out(out)
     _check_places(operand, weight, bias, n)
     packed = _packed(weight, n, k, facts)
     m = len(scale)
@@ -416,6 +450,7 @@ def _product_fake(
     k: int,
     facts: str,
 ) -> Tensor:
+    _require_place(operand, weight)
     return operand.new_empty((scale.shape[0], n), dtype=out)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import slidesparse_nb as ss
 
-from .operators import FLOATS, PACKED, TORCH, arrange, as_cupy, as_numpy, from_numpy, require_no_grad
+from .operators import FLOATS, PACKED, TORCH, arrange, as_cupy, as_numpy, facts_of, from_numpy, require_no_grad
 
 
 class Quantized(NamedTuple):
@@ -69,7 +69,7 @@ class SparseLinear(nn.Module):
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), False) if bias else None
         )
         self.arranged: list[Tensor] = []
-        self.facts = f"{self.pattern} {self.scheme} packed"
+        self.facts = facts_of(self)
 
     # ---- where weights come from
 
@@ -116,10 +116,9 @@ class SparseLinear(nn.Module):
         if target.type == "cuda":
             if target.index is None:
                 target = torch.device("cuda", torch.cuda.current_device())
-            weight, self.facts = arrange(self.packed(), target)
-            self.arranged = [weight]
+            self.arranged = [arrange(self.packed(), target)]
         else:
-            self.arranged, self.facts = [], f"{self.pattern} {self.scheme} packed"
+            self.arranged = []
         if target.type != "meta":
             for name in PACKED:
                 if self._buffers[name] is not None:
@@ -171,7 +170,7 @@ class SparseLinear(nn.Module):
                 for name, tensor in self._buffers.items():
                     if tensor is not None:
                         self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
-                self.arranged, self.facts = [], f"{self.pattern} {self.scheme} packed"
+                self.arranged = []
             else:
                 self.settle(probe.device)
         return self

@@ -31,6 +31,10 @@ COMMAND = (sys.executable, "-m", f"{__package__}.serve")
 """What measures a task; it is told the task, the folder of the model, and the file to which it writes findings, a line each."""
 
 
+FAIR_S = 240.0
+"""Seconds that a process may take, whatever the budget leaves to the others."""
+
+
 def measure_engines(results: Results, selection: Selection, json_path: Path | None, tell: Tell) -> None:
     """Fill `results` and, as they come, their file; errors are those of `measure`, and UnsupportedError without the engine."""
     began = time.perf_counter()
@@ -43,8 +47,10 @@ def measure_engines(results: Results, selection: Selection, json_path: Path | No
     spent = f"{UNMEASURED}: the budget of {selection.budget:.0f} s was spent"
     with terminated_by_exception(), tempfile.TemporaryDirectory(prefix="slidesparse-bench-") as folder:
         try:
-            for i, task in itertools.product(range(selection.rounds), seen):
+            coming = list(itertools.product(range(selection.rounds), seen))
+            for number, (i, task) in enumerate(coming):
                 left = selection.budget - (time.perf_counter() - began)
+                left = min(left, max(FAIR_S, left / (len(coming) - number)))  # one that hangs costs no other its turn
                 blank = "" if task.provider == OURS else ENGINES[task.engine].own[task.type]
                 if not blank and left > 0:
                     blank = _run(task, Path(folder), left, seen[task], results)

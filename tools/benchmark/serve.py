@@ -147,7 +147,10 @@ def timed(run: Callable[[int], None], load: Load) -> list[float]:
     run(2)  # compiles, allocates
     if load.phase == "prefill":
         return [once(1) for _ in range(PREFILLS)]
-    return [max(1e-6, (once(STEPS + 1) - once(1)) / STEPS) for _ in range(DECODES)]
+    found = [(once(STEPS + 1) - once(1)) / STEPS for _ in range(DECODES)]
+    if min(found) <= 0:
+        raise RuntimeError(f"{STEPS} more steps took no longer than none: the host is too busy to be timed")
+    return found
 
 
 def busy(run: Callable[[int], None], load: Load) -> list[float]:

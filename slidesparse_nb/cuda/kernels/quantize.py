@@ -121,8 +121,13 @@ def _scaler(variant: Variant) -> Any:
 
 
 @functools.cache
-def kernel(variant: Variant, kind: str = "") -> Kernel:
-    """The kernel of a variant, compiled where it is first launched; `kind`: what of KINDS it does to a 16-bit x first."""
+def kernel(variant: Variant, kind: str = "", threads: int = 1024) -> Kernel:
+    """The kernel of a variant, compiled where it is first launched.
+
+    Args:
+        kind: what of KINDS it does to a 16-bit x first.
+        threads: most of a block of a norm, which holds more in registers.
+    """
     dependent = variant.architecture >= 90
     if kind == "silu_and_mul":
         return Kernel(
@@ -130,7 +135,8 @@ def kernel(variant: Variant, kind: str = "") -> Kernel:
         )
     if kind:
         parameters = (*["u32*"] * 5, "f32*", *["i64"] * 10)
-        return Kernel(f"{kind}_{variant.name}", rms_norm(variant, kind == "add_rms_norm"), *parameters, programmatic=dependent)
+        name, made = f"{kind}{threads}_{variant.name}", rms_norm(variant, kind == "add_rms_norm")
+        return Kernel(name, made, *parameters, max_threads=threads, programmatic=dependent)
     if variant.vectors:
         parameters = ("u32*", "u32*", "f32*", *["i64"] * 8)
         registers = 40 if variant.windows and variant.vectors <= 4 else 0  # 12 blocks of 128 threads an SM, not 10

@@ -10,7 +10,9 @@ is: two launches more, and the same result.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch._guards import detect_fake_mode
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from vllm.compilation.passes.inductor_pass import InductorPass
 
-from .. import operators as _operators  # noqa: F401  registers them
+from .. import operators
 
 HOOK = "post_grad_custom_post_pass"
 SLIDESPARSE = torch.ops.slidesparse
@@ -39,10 +41,10 @@ def install(config: Any) -> None:
 
 
 class FuseOperands(InductorPass):
-    """The pass. vLLM hashes the sources that `uuid` names into the keys of its compile cache."""
+    """The pass. vLLM hashes what `uuid` names into the keys of its compile cache."""
 
     def uuid(self) -> str:
-        return str(self.hash_source(self, _match, _replace, _call))
+        return str(self.hash_source(inspect.getsource(sys.modules[__name__]), inspect.getsource(operators)))
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in list(graph.nodes):
@@ -77,8 +79,7 @@ def _replace(
     linears, tensor = list(value.users), value.meta["val"]
     if not linears or any(user.target is not LINEAR or user.args[0] is not value for user in linears) or tensor.dim() != 2:
         return
-    kinds = {(k, *facts.split(" ")[:2]) for _, _, _, _, k, facts in (user.args for user in linears)}
-    if len(kinds) != 1:
+    if len({user.args[4:] for user in linears}) != 1:  # k and facts
         return
     _, weight, _, *shape = linears[0].args
     with graph.inserting_before(node):

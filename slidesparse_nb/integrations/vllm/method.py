@@ -26,7 +26,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 import slidesparse_nb as ss
 
 from ... import env
-from ..operators import TORCH, arrange, as_cupy, as_numpy
+from ..operators import TORCH, arrange, as_cupy, as_numpy, facts_of
 
 try:
     from .fusion import install
@@ -160,17 +160,15 @@ class SlideSparseMethod(LinearMethodBase):
         tensors = {name: view(tensor) for name, tensor in held.items() if name != "weight_shape"}
         packed = ss.PackedWeight.from_tensors({**tensors, "weight_shape": [n, k]}, pattern, scheme)
         if on_gpu:
-            arranged, facts = arrange(packed, held["weight_packed"].device)
-            buffers = {"arranged": arranged}
+            buffers = {"arranged": arrange(packed, held["weight_packed"].device)}
         else:
             buffers = {name: tensor for name, tensor in held.items() if name != "weight_shape"}
-            facts = f"{pattern} {scheme} packed"
         for name in held:
             delattr(layer, name)
         for name, tensor in buffers.items():
             layer.register_parameter(f"slidesparse_{name}", Parameter(tensor, requires_grad=False))
         layer.slidesparse_names = tuple(f"slidesparse_{name}" for name in buffers)
-        layer.slidesparse_facts = facts
+        layer.slidesparse_facts = facts_of(self.packed)
 
     def _check(self, shape: torch.Tensor, meta: torch.Tensor, k: int) -> None:
         """FormatError unless the loaded tensors are of a packed weight of k columns."""
