@@ -398,7 +398,7 @@ def matmul(x: Array, packed: PackedWeight, bias: Array | None = None, out_dtype:
         return y.astype(out_dtype)
 
 
-# ---- what stands before a linear layer ---------------------------------------------------------------------------
+# ---- what comes before a linear layer --------------------------------------------------------------------------------
 #
 # A GPU kernel does one of these and quantizes its result, which is why every step and the order of the sum are fixed.
 

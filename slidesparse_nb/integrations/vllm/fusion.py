@@ -53,7 +53,7 @@ class FuseOperands(InductorPass):
 
 
 def _match(node: fx.Node) -> tuple[Any, tuple[Any, ...], fx.Node, dict[fx.Node, int]] | None:
-    """What stands for `node` and a quantization, if anything: an operator, its first arguments, the node whose value it
+    """What replaces `node` and a quantization, if anything: an operator, its first arguments, the node whose value it
     quantizes, and of other nodes which of its results they are."""
     name = str(node.target)
     parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
