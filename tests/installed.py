@@ -15,8 +15,8 @@ from pathlib import Path
 from slidesparse_nb.tools.cli import COMMANDS
 
 import slidesparse_nb
-from slidesparse_nb.core.dtypes import INT8
 from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.cuda import ahead_of_time
 from slidesparse_nb.cuda.jit import cache
 
@@ -36,7 +36,7 @@ def kernels() -> None:
     jobs = {}
     for capability in ahead_of_time.CAPABILITIES:
         jobs["common/rows.cu", capability] = ("common/rows.cu", {}, cache.architecture(capability))
-        for job, _ in ahead_of_time._jobs([capability], [Pattern(6, 8)], [INT8], "bfloat16"):
+        for job, _ in ahead_of_time._jobs([capability], [Pattern(6, 8)], [Scheme.of("int8")], "bfloat16"):
             jobs.setdefault((job[0], capability), job)
     sources = {path.relative_to(folder).as_posix() for path in folder.rglob("*.cu")}
     assert sources == {source for source, _ in jobs}, f"{sources} are installed, and not all are compiled here"
