@@ -101,7 +101,7 @@ def to_device(packed: PackedWeight, device: int | None = None, *, least_memory: 
     Args:
         device: number of the GPU; by default the current one.
         least_memory: decided by the first call. On Hopper metadata keep their smaller form alone: at 6:8 8-bit weights take
-            0.84 of their dense bytes, not 1.03, and products of 257 to some thousand tokens take 2 to 16 % longer.
+            0.84 of their dense bytes, not 1.03, and products of 257 to some thousand tokens take 3 to 16 % longer.
 
     Raises:
         OperandError: `packed` is a stack of matrices.

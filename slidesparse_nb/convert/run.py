@@ -226,7 +226,7 @@ class Conversion:
             raise
 
     def _require_complete(self, run: Run, prove: Prove) -> None:
-        """Raise OperandError unless what stands at the target is the whole output."""
+        """Raise OperandError unless the target holds the whole output."""
         if not (why := self.layout.differing_shard(self.target, self.single)):
             try:  # the same headers may hold other weights: pruned otherwise, or from an earlier state of the source
                 with Checkpoint.open(self.target) as written:
