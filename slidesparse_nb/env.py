@@ -6,7 +6,7 @@ SLIDESPARSE_TUNED       0: what `slidesparse tune` found is not used
 SLIDESPARSE_PORTABLE    1: the kernel for every GPU is used where one for Hopper exists, to compare the two
 SLIDESPARSE_DEBUG       1: the first launch of every product prints problem, configuration, source and launch on standard error
 SLIDESPARSE_BOTH_FORMS  1: weights in PyTorch and engines keep both forms of metadata (docs/hopper.md): more memory, less time
-SLIDESPARSE_FUSE        1: vLLM fuses norms and activations with the quantization that follows; not tried in vLLM yet
+SLIDESPARSE_FUSE        0: vLLM runs norms, activations and the quantization that follows in launches of their own
 CUDA_PATH, CUDA_HOME    CUDA toolkit whose compiler is used if no other is found
 
 README has the same table.
@@ -42,7 +42,7 @@ def both_forms() -> bool:
 
 def fuse() -> bool:
     """Whether vLLM's graphs are rewritten (integrations/vllm/fusion.py)."""
-    return os.environ.get("SLIDESPARSE_FUSE", "0") not in ("", "0")
+    return os.environ.get("SLIDESPARSE_FUSE", "1") != "0"
 
 
 def tuned() -> bool:

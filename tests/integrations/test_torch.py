@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,3 +165,13 @@ def test_a_weight_on_meta_multiplies_nothing() -> None:
         layer(torch.zeros(2, 32))
     with pytest.raises(ss.OperandError, match=r"^x: is on cpu, the weight on meta; move one of them"):
         layer.quantize(torch.zeros(2, 32))
+
+
+def test_two_processes_share_an_mlp() -> None:
+    """examples/two_gpus.py without GPUs."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "examples/two_gpus.py"]
+    told = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True)
+    found = re.search(r"2 processes on (cpu|cuda): relative difference from one (\S+)", told.stdout)
+    assert found, told.stderr
+    assert 0 < float(found[2]) < 0.03  # quantization of x alone

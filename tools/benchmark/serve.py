@@ -92,7 +92,7 @@ def _fill_packed_layers() -> None:
             w = torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) / k**0.5
             torch.cuda.synchronize()  # CuPy's stream is another
             packed = ss.pack(as_cupy(w), self.packed.pattern, self.packed.scheme, prune="magnitude")
-            layer.weight_shape.data.copy_(torch.tensor([n, k]))
+            layer.weight_shape.data.copy_(torch.tensor([n, layer.slidesparse_whole_k]))
             for name, array in packed.tensors().items():
                 if name != "weight_shape":
                     as_cupy(getattr(layer, name).data.view(torch.uint8))[...] = array.view("u1")

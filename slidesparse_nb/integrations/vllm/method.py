@@ -129,9 +129,11 @@ class SlideSparseMethod(LinearMethodBase):
             raise ss.UnsupportedError(f"{self.name}: {scheme} weights have no kernel in vLLM; pack as int8 or fp8")
         k, unit = input_size_per_partition, scheme.slice_unit(pattern)
         if k != input_size and k % unit:
+            gpus = input_size // k
+            fit = ", ".join(str(fewer) for fewer in range(1, gpus) if input_size % (fewer * unit) == 0 or fewer == 1)
             raise ss.UnsupportedError(
-                f"{self.name}: k={input_size} over {input_size // k} GPUs gives {k} columns each, which must be a multiple of"
-                f" {unit}, the slice unit of {pattern.described}; use fewer GPUs"
+                f"{self.name}: k={input_size} over {gpus} GPUs gives {k} columns each, which must be a multiple of {unit}, the"
+                f" slice unit of {pattern.described}; the layer fits on {fit} GPU{'s'[: gpus > 2]}"
             )
         shape, load = (sum(output_partition_sizes), k), extra["weight_loader"]
         for name, (kind, size) in self.packed.tensors(*shape).items():
