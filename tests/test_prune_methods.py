@@ -203,6 +203,7 @@ def test_refused_operands() -> None:
         (lambda: sparsegpt(w, np.diag(nan), "6:8"), "hessian: holds NaN"),
         (lambda: sparsegpt(w, -np.eye(8), "6:8"), "hessian: has a negative number on its diagonal"),
         (lambda: sparsegpt(w, np.eye(8), "6:8", damping=-1), "damping: -1 must be a share"),
+        (lambda: sparsegpt(w, np.eye(8), "6:8", keep=w), r"keep: float32 \(2, 8\) must be bool"),
     ):
         with pytest.raises(OperandError, match=f"^{message}"):
             call()

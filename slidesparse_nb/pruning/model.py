@@ -11,14 +11,15 @@ other and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .. import cuda
 from ..errors import OperandError, UnsupportedError, shown
 from .statistics import Moments, Statistics
 
@@ -66,8 +67,8 @@ class BlockwiseModel:
         astray: wanted modules that are no Linear layer of a block.
     """
 
-    def __init__(self, folder: Path, wanted: set[str], device: str) -> None:
-        """Load a model.
+    def __init__(self, folder: Path, wanted: set[str], device: str, xp: Any) -> None:
+        """Load a model; `xp`: the library of statistics, CuPy or NumPy.
 
         Raises:
             UnsupportedError: transformers does not know it, or no block is found in it. OperandError: no such device.
@@ -75,7 +76,7 @@ class BlockwiseModel:
         self.torch, transformers = libraries()
         if device == "cuda" and not self.torch.cuda.is_available():
             raise OperandError("device: PyTorch finds no GPU; use cpu, or install PyTorch for CUDA")
-        self.device, self.xp = device, _namespace(device)
+        self.device, self.xp = device, xp
         self.model = _loaded(folder, self.torch, transformers)
         self.most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         name, self.blocks = _blocks(self.model, self.torch)
@@ -234,15 +235,10 @@ def _loaded(folder: Path, torch: Any, transformers: Any) -> Any:
     return model
 
 
-def _namespace(device: str) -> Any:
+def namespace_of(device: str) -> Any:
     """CuPy on a GPU, where it is installed and finds it; NumPy otherwise."""
-    if device == "cuda":
-        try:
-            cupy: Any = importlib.import_module("cupy")
-            if cupy.cuda.runtime.getDeviceCount():
-                return cupy
-        except Exception:  # CuPy's, of a kind that depends on what is missing
-            sys.modules.pop("cupy", None)
+    with contextlib.suppress(UnsupportedError):
+        return cuda.cupy("device", "NumPy") if device == "cuda" else np
     return np
 
 

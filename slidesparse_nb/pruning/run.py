@@ -41,7 +41,7 @@ from ..core.dtypes import NUMPY_OF
 from ..core.untrusted_json import frozen, uncollected
 from ..cpu import kernels
 from ..errors import OperandError, PatternError, SlideSparseError, UnsupportedError, VerificationError, shown
-from .model import BlockwiseModel, _namespace, read_windows
+from .model import BlockwiseModel, namespace_of, read_windows
 from .options import CALIBRATED, PruneOptions, PruneReport
 from .parts import Parts, clear_parts
 from .sparsegpt import InverseFactor, inverse_factor, sparsegpt
@@ -71,7 +71,9 @@ def prune_checkpoint(
     options, run, source = options or PruneOptions(method="magnitude"), run or Run(), checked_path(source, "source")
     with Checkpoint.open(source) as checkpoint:
         work = _Work(checkpoint, options, run, *_selected(checkpoint, options))
-        target, single = output_target(source, checkpoint, out, f"{str(options.pattern).replace(':', 'of')}-{options.label}")
+        target, single = output_target(
+            source, checkpoint, out, f"{options.pattern.nnz}of{options.pattern.group}-{options.label}"
+        )
         conversion = work.conversion(source, target, single)
         plan = conversion.report(prune=options.label, left_dense=work.left_dense, skipped={}, notes=work.notes)
         report = PruneReport(**vars(plan))
@@ -265,7 +267,7 @@ class _Work:
     def by_statistics(self) -> dict[str, float]:
         """Prune every layer by statistics of the dense model; returns the errors."""
         assert self.options.statistics is not None
-        found, xp = Statistics.load(self.options.statistics), _namespace(self.options.device)
+        found, xp = Statistics.load(self.options.statistics), self.namespace()
         groups: dict[int, list[str]] = {}
         for module in self.modules:
             if len(found.of(module.name).squares) != module.k:
@@ -280,6 +282,13 @@ class _Work:
             done(sum(self.by_name[name].nbytes for name in names))
         return errors
 
+    def namespace(self) -> Any:
+        """The library of the mathematics, with a note if it is not that of the device."""
+        xp = namespace_of(self.options.device)
+        if xp is np and self.options.device == "cuda":
+            self.notes.append("CuPy is missing or finds no GPU (`slidesparse doctor` says why): the mathematics ran on the CPU")
+        return xp
+
     def model(self) -> tuple[BlockwiseModel, list[Any]]:
         """The model and the windows of the text; modules that no block holds are left dense."""
         options, root = self.options, self.checkpoint.root
@@ -287,7 +296,7 @@ class _Work:
             raise OperandError("calibration: needs a model's folder with config.json and tokenizer; give that, or statistics")
         assert options.calibration is not None
         windows = read_windows(root, checked_path(options.calibration, "calibration"), options.tokens, options.window)
-        model = BlockwiseModel(root, set(self.by_name), options.device)
+        model = BlockwiseModel(root, set(self.by_name), options.device, self.namespace())
         for linears in model.linears:
             for name, linear in linears.items():
                 if not np.array_equal(linear.weight.detach().numpy(), self.weight(name)):
