@@ -12,6 +12,7 @@ from .exit_codes import EXIT_CODES
 
 COMMANDS = {
     "pack": "Pack a checkpoint.",
+    "eval": "Perplexity of a dense, pruned or packed model on a text.",
     "show": "Show, verify or unpack a checkpoint.",
     "build": "Compile the GPU kernels ahead, on any machine.",
     "tune": "Choose tiles by timing them on your GPU and shapes.",
