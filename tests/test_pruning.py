@@ -120,9 +120,9 @@ def test_seeds_that_are_none(seed: Any, shape: tuple[int, int]) -> None:
         ("toy", np.full(8, -2.0), "prune: score -2.0 at row 0, column 0 must be finite and not negative$"),
         ("magnitude", np.ones(8), "statistics: ndarray is given, but prune='magnitude' takes none; leave it out$"),
         (np.ones((1, 8)), np.ones(8), "statistics: ndarray is given, but scores takes none; leave it out$"),
-        ("wanda", None, "prune: 'wanda' is not a method; it must be one of none, magnitude, random, toy, or an array"),
+        ("sgd", None, "prune: 'sgd' is not a method; it must be one of none, magnitude, random, wanda, toy, or an array"),
         (None, None, "prune: NoneType must be one of"),
-        ([[1.0] * 8], None, "prune: list must be one of none, magnitude, random, toy, or a NumPy array"),
+        ([[1.0] * 8], None, "prune: list must be one of none, magnitude, random, wanda, toy, or a NumPy array"),
         (np.ones((8, 1)), None, r"prune: scores of shape \(8, 1\) must have one score a weight, \(1, 8\)"),
         (np.full((1, 8), -1.0), None, "prune: score -1.0 at row 0, column 0 must be finite and not negative"),
         *(
@@ -199,7 +199,7 @@ def test_a_new_method_on_the_command_line(toy: Toy, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Toy, "statistics", "none")
     monkeypatch.setattr(Toy, "scores", lambda self, w, *_: 1 / (1 + np.abs(w)))
     source = models.folder(tmp_path / "in", models.tensors(prune=None))
-    for method, code in {"toy": 0, "wanda": 2}.items():
+    for method, code in {"toy": 0, "sgd": 2}.items():
         result = CliRunner().invoke(main, ["pack", str(source), "-o", str(tmp_path / method), "--prune", method])
         assert result.exit_code == code, result.output
-    assert "prune: 'wanda' must be one of none, magnitude, random, toy" in result.stderr
+    assert "prune: 'sgd' must be one of none, magnitude, random, wanda, toy" in result.stderr

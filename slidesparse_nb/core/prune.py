@@ -67,6 +67,17 @@ class _Random:
         return uniform(seed, first_row, *w.shape)
 
 
+class _Wanda:
+    """|w| times the norm of its column of inputs; see `pruning.wanda`."""
+
+    kernel, seeded, statistics = "scores", False, "column"
+
+    def scores(self, w: Array, seed: int, first_row: int, statistics: Array | None) -> Array:
+        assert statistics is not None
+        with np.errstate(over="ignore", under="ignore"):
+            return np.asarray(np.abs(w) * statistics.astype(np.float32))
+
+
 class _Given:
     """Scores that the caller has: a statistic of every weight."""
 
@@ -78,8 +89,9 @@ class _Given:
 
 
 GIVEN: Pruner = _Given()
-PRUNERS: dict[str, Pruner | None] = {"none": None, "magnitude": _Magnitude(), "random": _Random()}
-"""none: the weights obey the pattern already. magnitude: the smallest |w| go. random: for tests and speed measurements."""
+PRUNERS: dict[str, Pruner | None] = {"none": None, "magnitude": _Magnitude(), "random": _Random(), "wanda": _Wanda()}
+"""none: the weights obey the pattern already. magnitude: the smallest |w| go. random: for tests and speed measurements.
+wanda: the smallest |w| * norm of the input column go; statistics are those norms, [k]."""
 
 
 def takes_statistics(method: str) -> bool:
@@ -150,7 +162,7 @@ def bind(method: object, shape: tuple[int, ...], seed: int | None = 0, statistic
 
     Args:
         method: a name in PRUNERS; or scores of any method of your own, [n, k] >= 0 of any real type: of two weights in a group
-            the one with the higher score stays. (Wanda: |w| times the norm of the activations of its column.)
+            the one with the higher score stays.
         shape: (n, k).
         statistics: as the method of that name asks for; None if it takes none.
 

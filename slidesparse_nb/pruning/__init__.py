@@ -1,0 +1,9 @@
+"""Prune a dense checkpoint to a (2N-2):2N pattern, with what is known of the activations: a stage of its own, before packing.
+
+groups       which weights of a group stay, by their scores
+wanda        |w| times the norm of its input column
+sparsegpt    second-order: the weights that stay make up for those that go, and for their own quantization
+statistics   column norms and Hessians of calibration data, and their file
+
+The mathematics take NumPy or CuPy arrays and import neither PyTorch nor CuPy.
+"""
