@@ -137,6 +137,7 @@ def measure(
     prefix: Sequence[int] = (),
     against: Any = None,
     progress: Callable[[str, int, int], None] | None = None,
+    at_once: int = LOGITS,
 ) -> Measured:
     """Perplexity of `model` on a text, and its distance from the model `against`.
 
@@ -145,6 +146,7 @@ def measure(
         prefix: tokens before every window, which are not predicted and not counted.
         against: a model of the same tokens, the dense one as a rule.
         progress: called with ("eval", windows done, windows in all).
+        at_once: logits that are computed at once; they take some 16 bytes each.
 
     Raises:
         OperandError: as `windows`; a token that the model does not know; more tokens in a window than the model has positions.
@@ -154,7 +156,7 @@ def measure(
     models = [model] if against is None else [model, against]
     for each in models:
         _require_room(each, tokens, window + len(prefix))
-    batch = max(1, LOGITS // (window * model.config.get_text_config().vocab_size))
+    batch = max(1, at_once // (window * model.config.get_text_config().vocab_size))
     totals = torch.zeros(4, dtype=torch.float64)
     queue, done, predicted = iter(cuts), 0, 0
     while group := list(islice(queue, batch)):

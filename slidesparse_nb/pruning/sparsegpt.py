@@ -188,7 +188,7 @@ def _rounding(columns: Any, scheme: Scheme) -> Rounding:
     xp, element = namespace(columns), scheme.dtype
     if not scheme.scaled:
         return lambda fixed, j: to_grid(fixed, element.name, element.largest)
-    largest, t = xp.abs(columns).max(axis=0, initial=0), np.float32(element.largest)
+    largest, t = xp.abs(columns).max(axis=0) if len(columns) else columns.sum(axis=0), np.float32(element.largest)
     pinned = xp.abs(columns).argmax(axis=0) if len(columns) else largest
     sign = xp.sign(xp.take_along_axis(columns, pinned[None], axis=0)[0]) if len(columns) else largest
     live = largest >= TINY

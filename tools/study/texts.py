@@ -76,7 +76,9 @@ def pieces(ids: Any, count: int, length: int = PIECE) -> Any:
     return found.astype(np.uint16 if found.max() < 1 << 16 else np.uint32)
 
 
-def prepare(tokenize: Callable[[str], Any], brown_file: Path, addresses_file: Path, out: Path, count: int, calibrate: int) -> Any:
+def prepare(
+    tokenize: Callable[[str], Any], brown_file: Path, addresses_file: Path, out: Path, count: int, calibrate: int
+) -> Any:
     """Write calibration.npy, brown.npy and addresses.npy to `out`; returns what they hold, for the JSON."""
     documents = brown(brown_file)
     texts = {
