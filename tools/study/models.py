@@ -68,6 +68,26 @@ def sparse_copy(model: Any, weights: Mapping[str, Tensor], patterns: Patterns, s
     return made
 
 
+def rounded(x: Tensor, scheme: ss.Scheme) -> Tensor:
+    """[..., k] -> float32, the nearest values of a scheme with a scale a row."""
+    largest, x = scheme.dtype.largest, x.float()
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
+    q = (x / scale).clamp(-largest, largest)
+    return scale * (q.round() if scheme.dtype.name == "int8" else q.to(torch.float8_e4m3fn).float())
+
+
+def simulated_copy(model: Any, scheme: ss.Scheme) -> Any:
+    """A copy of the dense model, not pruned, whose linear layers multiply rounded weights and activations in float32."""
+    made = copy.deepcopy(model)
+    for layer in linears(made).values():
+        dtype = layer.weight.dtype
+        layer.float()
+        layer.weight.data = rounded(layer.weight.data, scheme)
+        layer.register_forward_pre_hook(lambda _, given: (rounded(given[0], scheme),))
+        layer.register_forward_hook(lambda _, given, y, dtype=dtype: y.to(dtype))
+    return made
+
+
 class Inputs:
     """Second moments of the inputs of linear layers, added up while the model runs; layers that read one tensor share them.
 

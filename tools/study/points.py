@@ -14,7 +14,7 @@ import transformers
 import slidesparse_nb as ss
 from slidesparse_nb.integrations.perplexity import LOGITS, measure
 
-from .models import Patterns, linears, prune_layers, sparse_copy
+from .models import Patterns, linears, prune_layers, simulated_copy, sparse_copy
 from .store import Store
 
 PATTERNS = ("6:8", "2:4", "4:6", "8:10", "14:16")
@@ -90,6 +90,9 @@ def run(study: Study, patterns: Sequence[str], methods: Sequence[str], schemes: 
     store, took = study.store, {"prune": 0.0, "point": 0.0}
     if not store.has("points", "dense"):
         study.point("dense", study.dense)
+    for scheme in filter(lambda each: ss.Scheme.of(each).scaled, schemes):
+        if not store.has("points", f"dense {scheme}") and store.room():
+            study.point(f"dense {scheme}", simulated_copy(study.dense, ss.Scheme.of(scheme)), method="dense", scheme=scheme)
     for pattern, method, shared in todo(patterns, methods, schemes):
         missing = [scheme for scheme in shared if not store.has("points", f"{pattern} {method} {scheme}")]
         needed = took["prune"] * (method in ("sparsegpt", "joint")) + took["point"] * len(missing)
