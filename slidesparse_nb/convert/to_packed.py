@@ -29,11 +29,11 @@ def pack_checkpoint(
     *,
     dry_run: bool = False,
 ) -> Report:
-    """Pack a checkpoint: a .safetensors file, a Hugging Face folder, or an index file.
+    """Pack a checkpoint: a .safetensors file, a Hugging Face folder, an index file, or a .gguf file.
 
     Args:
         source: what to read; nothing there is changed.
-        out: a folder, or one .safetensors file if `source` is one; by default beside the source, named after pattern and type.
+        out: a folder, or one .safetensors file if `source` is one (of a .gguf file, a folder); by default beside the source, named after pattern and type.
         options: what to make. run: how to work.
         dry_run: return the plan and write nothing.
 
