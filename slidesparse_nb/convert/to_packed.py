@@ -33,7 +33,7 @@ def pack_checkpoint(
 
     Args:
         source: what to read; nothing there is changed.
-        out: a folder, or one .safetensors file if `source` is one (of a .gguf file, a folder); by default beside the source, named after pattern and type.
+        out: a folder, or one .safetensors file if `source` is one; by default beside the source, named after pattern and type.
         options: what to make. run: how to work.
         dry_run: return the plan and write nothing.
 
