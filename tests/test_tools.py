@@ -158,6 +158,15 @@ def test_names_are_printed_as_they_are_but_for_control_characters(tmp_path: Path
     assert "z\\x1b]0;owned" in shown
 
 
+def test_eval_without_pytorch(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "slidesparse_nb.integrations.perplexity", raising=False)
+    (tmp_path / "text").write_text("a text")
+    result = call("eval", source, "--text", tmp_path / "text")
+    assert result.exit_code == 5
+    assert "pip install 'slidesparse_nb[transformers]'" in result.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_scripts_run_from_any_folder_of_a_checkout(name: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, ROOT / "tools" / f"{name}.py", "-h"], cwd=tmp_path, capture_output=True, text=True)

@@ -13,6 +13,7 @@ from .exit_codes import EXIT_CODES
 COMMANDS = {
     "prune": "Prune a checkpoint, by a text that it is run on.",
     "pack": "Pack a checkpoint.",
+    "eval": "Perplexity of a dense, pruned or packed model on a text.",
     "show": "Show, verify or unpack a checkpoint.",
     "build": "Compile the GPU kernels ahead, on any machine.",
     "tune": "Choose tiles by timing them on your GPU and shapes.",

@@ -83,8 +83,8 @@ def pack(
 ) -> None:
     """Pack the linear layers of a checkpoint into (2N-2):2N sparse form.
 
-    INPUT is a .safetensors file, a Hugging Face folder, or an index file. Embeddings, heads, norms, routers and biases pass
-    through unchanged.
+    INPUT is a .safetensors file, a Hugging Face folder, an index file, or a .gguf file (llama, qwen2, qwen3). Embeddings,
+    heads, norms, routers and biases pass through unchanged.
     """
     options = ss.Options(
         pattern=_pattern(given["pattern"], given["zeros"], given["group"]),

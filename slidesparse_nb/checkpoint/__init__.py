@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..core.dtypes import CODE_OF
 from ..core.packed import PARTS, PackedWeight, size_problem
 from ..core.untrusted_json import uncollected
 from ..errors import FormatError, OperandError, UnsupportedError, shown
+from .gguf_file import GgufFile
 from .hf_folder import CONFIG, INDEX_SUFFIX, OTHER_WEIGHTS, choose_weights, companions, member, path_kind, read_index, read_json
 from .hf_folder import index_bytes as index_bytes
 from .hf_folder import shard_name as shard_name
@@ -29,7 +30,7 @@ from .packed_format import packed_entries as packed_entries
 from .packed_format import packed_names as packed_names
 from .packed_format import parse_metadata as parse_metadata
 from .packed_format import slidesparse_metadata as slidesparse_metadata
-from .safetensors import SafetensorsFile, SafetensorsWriter, TensorInfo, checked_path, file_state
+from .safetensors import SafetensorsFile, SafetensorsWriter, TensorFile, TensorInfo, checked_path, file_state
 from .stacked import MOST_DIMENSIONS, Stacked, stack_problem
 
 
@@ -38,20 +39,23 @@ class Checkpoint:
 
     Attributes:
         root: the folder, or None for a single file.
-        is_single_file: whether the path named one .safetensors file, and no folder or index.
+        is_single_file: whether the path named one .safetensors file, and no folder, index or GGUF file.
         files: the files, by name.
         tensors: name -> (TensorInfo, file), file by file, in the order of their bytes.
-        config: config.json of the folder, parsed; None where there is none.
+        config: config.json of the folder, parsed, or made of a GGUF file's metadata; None where there is none.
+        notes: what a user should know of the source.
     """
 
-    def __init__(self, files: list[SafetensorsFile], root: Path | None = None, index: str | None = None) -> None:
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, files: Sequence[TensorFile], root: Path | None = None, index: str | None = None) -> None:
         """Join open files. Raises FormatError where two hold a tensor of the same name."""
-        self.files, self.root, self.is_single_file = files, root, root is None
+        self.files, self.root, self.is_single_file = list(files), root, root is None
         self._index = index
         self._states = {file.path: file.state for file in files}
         if root is not None:
             self._states |= {root / name: file_state(root / name) for name in (CONFIG, index) if name}
-        self.tensors: dict[str, tuple[TensorInfo, SafetensorsFile]] = {}
+        self.tensors: dict[str, tuple[TensorInfo, TensorFile]] = {}
         for file in files:
             for name, info in file.tensors.items():
                 if name in self.tensors:
@@ -66,7 +70,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Open a .safetensors file, a Hugging Face folder, or a *.safetensors.index.json file.
+        """Open a .safetensors file, a Hugging Face folder, a *.safetensors.index.json file, or a .gguf file (see `gguf_file`).
 
         Raises:
             OperandError: `path` is none.
@@ -79,6 +83,8 @@ class Checkpoint:
             first = member(root, name)
         elif path.name.endswith(".json"):
             root, name, first = path.parent, path.name, path  # a link that the user names is followed
+        elif path.name.lower().endswith(".gguf"):
+            return cls.of_gguf(GgufFile(path))
         elif path.name.lower().endswith(OTHER_WEIGHTS):
             raise UnsupportedError(f"{path}: is no .safetensors file; convert it first")
         else:
@@ -108,6 +114,13 @@ class Checkpoint:
                     f"{first}: tensor {shown(tensor)} {what}; download both again, or load the model where it was made and save"
                     " it anew"
                 )
+        return checkpoint
+
+    @classmethod
+    def of_gguf(cls, file: GgufFile) -> Checkpoint:
+        """The checkpoint that a GGUF file was made of."""
+        checkpoint = cls([file])
+        checkpoint.config, checkpoint.notes, checkpoint.is_single_file = file.config, file.notes, False
         return checkpoint
 
     def __enter__(self) -> Checkpoint:
@@ -161,7 +174,7 @@ class Checkpoint:
             return self._index.removesuffix(INDEX_SUFFIX)
         return self.files[0].path.name.removesuffix(".safetensors")
 
-    def file_of(self, name: str) -> SafetensorsFile:
+    def file_of(self, name: str) -> TensorFile:
         """The file that holds a tensor.
 
         Raises:
@@ -172,15 +185,19 @@ class Checkpoint:
         return self.tensors[name][1]
 
     def array(self, name: str) -> NDArray[Any]:
-        """See `SafetensorsFile.array`."""
+        """See `TensorFile.array`."""
         return self.file_of(name).array(name)
 
-    def raw(self, name: str) -> NDArray[np.uint8]:
-        """See `SafetensorsFile.raw`."""
-        return self.file_of(name).raw(name)
+    def rows(self, name: str, first: int, last: int) -> NDArray[Any]:
+        """See `TensorFile.rows`."""
+        return self.file_of(name).rows(name, first, last)
+
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """See `TensorFile.raw`."""
+        return self.file_of(name).raw(name, start, stop)
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """See `SafetensorsFile.release`."""
+        """See `TensorFile.release`."""
         self.file_of(name).release(name, start, stop)
 
 

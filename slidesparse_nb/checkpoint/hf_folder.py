@@ -162,7 +162,8 @@ def _chosen(root: Path, names: list[str], indexes: list[str], files: list[str]) 
         if choices:
             raise FormatError(f"{root}: holds {', '.join(choices[:4])} and no model{INDEX_SUFFIX}; name one of the files")
     if other := [name for name in names if name.lower().endswith(OTHER_WEIGHTS)]:
-        raise UnsupportedError(f"{root}: holds weights only as {other[0]}; convert them to .safetensors first")
+        way = "name that file" if other[0].lower().endswith(".gguf") else "convert them to .safetensors first"
+        raise UnsupportedError(f"{root}: holds weights only as {other[0]}; {way}")
     raise FormatError(f"{root}: holds no .safetensors file")
 
 

@@ -182,11 +182,11 @@ def _no_header(head: bytes, length: int, size: int) -> str:
     return f"header starts with {head[8 : min(16, 8 + length)]!r}, must start with '{{'; is this a .safetensors file?"
 
 
-class SafetensorsFile:
-    """A .safetensors file, memory-mapped and read-only; a context manager.
+class TensorFile:
+    """A file of tensors, memory-mapped and read-only; a context manager.
 
-    The arrays it gives keep the map alive, so they stay valid even after `close()`, and after the file is replaced by a rename
-    or unlinked (but a file cut short while it is mapped takes the process with it). Threads may share it.
+    The arrays that are views of it keep the map alive, so they stay valid even after `close()`, and after the file is replaced
+    by a rename or unlinked (but a file cut short while it is mapped takes the process with it). Threads may share it.
 
     Attributes:
         path: the file.
@@ -196,34 +196,32 @@ class SafetensorsFile:
 
     Raises:
         OperandError: `path` is none.
-        FormatError: the file cannot be opened or its header breaks a rule of the format.
+        FormatError: the file cannot be opened, or `head_problem` finds one.
     """
 
-    @uncollected()
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = path = checked_path(path, "path")
         descriptor = open_regular(path)
         try:
             status = os.fstat(descriptor)
-            size, self.state = status.st_size, _state(status)
-            head = os.pread(descriptor, LOOKED_AT, 0)
-            length = int.from_bytes(head[:8], "little")
-            if size < 8 or length > size - 8 or length > LARGEST_HEADER or head[8 : 9 if length else 8] != b"{":
-                raise FormatError(f"{path}: {mistaken(head, '.safetensors file') or _no_header(head, length, size)}")
-            mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+            self.state = _state(status)
+            if problem := self.head_problem(os.pread(descriptor, LOOKED_AT, 0), status.st_size):
+                raise FormatError(f"{path}: {problem}")
+            self._map: mmap.mmap | None = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
         finally:
             os.close(descriptor)
-        header = parse_json(mapped[8 : 8 + length], f"{path}: header")
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        if not isinstance(self.metadata, dict) or not all(isinstance(value, str) for value in self.metadata.values()):
-            raise FormatError(f"{path}: __metadata__ is {shown(self.metadata)}, must map strings to strings")
-        self.tensors = _parse_header(header, 8 + length, size, path)
-        self._map: mmap.mmap | None = mapped
-        self._bytes: NDArray[np.uint8] | None = np.frombuffer(mapped, np.uint8)
+        self._bytes: NDArray[np.uint8] | None = np.frombuffer(self._map, np.uint8)
 
-    def __enter__(self) -> SafetensorsFile:
+    def head_problem(self, head: bytes, size: int) -> str:
+        """Why a file of `size` bytes that begins with `head` is of another format: a clause with the way out, or ""."""
+        raise NotImplementedError
+
+    def __enter__(self) -> TensorFile:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -234,7 +232,7 @@ class SafetensorsFile:
         self._bytes = self._map = None
 
     def __repr__(self) -> str:
-        return f"SafetensorsFile({str(self.path)!r}, {len(self.tensors)} tensors)"
+        return f"{type(self).__name__}({str(self.path)!r}, {len(self.tensors)} tensors)"
 
     def info(self, name: str) -> TensorInfo:
         """The tensor's entry.
@@ -246,12 +244,26 @@ class SafetensorsFile:
             raise OperandError(f"name: {shown(name)} is no tensor of {self.path}")
         return self.tensors[name]
 
-    def raw(self, name: str) -> NDArray[np.uint8]:
-        """The stored bytes of a tensor: read-only uint8 [nbytes], a view of the map."""
-        info = self.info(name)
+    @property
+    def mapped(self) -> NDArray[np.uint8]:
+        """All bytes of the file: read-only uint8, a view of the map.
+
+        Raises:
+            OperandError: the file is closed.
+        """
         if self._bytes is None:
             raise OperandError(f"{self.path}: is closed; read its tensors before that")
-        return self._bytes[info.start : info.stop]
+        return self._bytes
+
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """Bytes [start, stop) of a tensor, all by default: read-only uint8, a view of the map."""
+        info = self.info(name)
+        return self.mapped[info.start : info.stop][start:stop]
+
+    def rows(self, name: str, first: int, last: int) -> NDArray[Any]:
+        """Rows first to last - 1 of a tensor; see `array`."""
+        rows: NDArray[Any] = self.array(name)[first:last]
+        return rows
 
     def array(self, name: str) -> NDArray[Any]:
         """A tensor as a read-only array of `dtypes.NUMPY_OF[code]`: a view of the map, or a copy if its bytes are unaligned.
@@ -280,9 +292,41 @@ class SafetensorsFile:
         info = self.info(name)
         first = info.start + start
         last = info.stop if stop is None else min(info.stop, info.start + stop)
+        self._forget(first, last)
+
+    def _forget(self, first: int, last: int) -> None:
+        """Let go of the memory behind bytes [first, last) of the file."""
         page = first - first % mmap.PAGESIZE  # a neighbour's part of a page goes, too, and comes back like the rest
         if self._map is not None and first < last:
             self._map.madvise(mmap.MADV_DONTNEED, page, last - page)
+
+
+class SafetensorsFile(TensorFile):
+    """A .safetensors file.
+
+    Raises:
+        As `TensorFile`, and FormatError where its header breaks a rule of the format.
+    """
+
+    @uncollected()
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        length = _header_length(self.mapped[:8].tobytes())
+        header = parse_json(self.mapped[8 : 8 + length].tobytes(), f"{self.path}: header")
+        self.metadata = header.pop("__metadata__", {})
+        if not isinstance(self.metadata, dict) or not all(isinstance(value, str) for value in self.metadata.values()):
+            raise FormatError(f"{self.path}: __metadata__ is {shown(self.metadata)}, must map strings to strings")
+        self.tensors = _parse_header(header, 8 + length, self.mapped.size, self.path)
+
+    def head_problem(self, head: bytes, size: int) -> str:
+        length = _header_length(head)
+        if size < 8 or length > size - 8 or length > LARGEST_HEADER or head[8 : 9 if length else 8] != b"{":
+            return mistaken(head, ".safetensors file") or _no_header(head, length, size)
+        return ""
+
+
+def _header_length(head: bytes) -> int:
+    return int.from_bytes(head[:8], "little")
 
 
 @contextlib.contextmanager

@@ -226,7 +226,7 @@ def _against(
         module, matrices = modules[name], modules[name].matrices()
 
         def check(i: int, block: PackedWeight, first: int, last: int) -> None:
-            w = matrices[i].dense_array(dense)[first:last]  # noqa: B023 (called before the loop goes on)
+            w = matrices[i].dense_rows(dense, first, last)  # noqa: B023 (called before the loop goes on)
             scale = matrices[i].scales(dense, first, last)  # noqa: B023
             if result.by_magnitude:
                 try:

@@ -96,6 +96,12 @@ class Module:
         matrix: NDArray[Any] = self.stacked.matrices(array, self.whole.shape)[self.expert]
         return matrix
 
+    def dense_rows(self, checkpoint: Checkpoint, first: int, last: int) -> NDArray[Any]:
+        """Rows first to last - 1 of the dense weight of one matrix."""
+        if self.stacked is None or self.whole is None:
+            return checkpoint.rows(self.weight, first, last)
+        return self.dense_array(checkpoint)[first:last]
+
     def packed_matrix(self, packed: PackedWeight) -> PackedWeight:
         """The one matrix of a packed weight of the whole module."""
         for i in np.unravel_index(self.expert, packed.lead) if packed.lead else ():

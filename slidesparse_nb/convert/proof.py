@@ -38,7 +38,7 @@ def prove_copies(
                 f"{name}: is {info.code} {list(info.shape)} in the source, {other.code} {list(other.shape)} in the output"
             )
         for first, last in row_ranges(info.nbytes, 1, UNIT_BYTES):
-            if not np.array_equal(source.raw(name)[first:last], written.raw(name)[first:last]):
+            if not np.array_equal(source.raw(name, first, last), written.raw(name, first, last)):
                 raise VerificationError(f"{name}: differs from the source between bytes {first} and {last - 1}")
             source.release(name, first, last)
             written.release(name, first, last)

@@ -73,7 +73,7 @@ class Maker:
         """Rows pruned and quantized, and their scales; not yet checked against the pattern."""
         try:
             return packing.store_rows(
-                module.dense_array(self.checkpoint)[first:last],
+                module.dense_rows(self.checkpoint, first, last),
                 self.options.pattern,
                 module.scheme,
                 scale=module.scales(self.checkpoint, first, last),
@@ -289,7 +289,7 @@ class Maker:
         """Rows of a matrix as they were written, in packed form whatever the format."""
         if self.options.format == "packed":
             return module.packed_matrix(packed[module.name]).rows(first, last)
-        q, scale = np.ascontiguousarray(module.dense_array(written)[first:last]), None
+        q, scale = np.ascontiguousarray(module.dense_rows(written, first, last)), None
         if module.scheme.scaled:
             if module.stacked is None:
                 scale = written.array(f"{module.name}.weight_scale")[first:last]
@@ -305,7 +305,7 @@ class Maker:
         try:
             packing.verify_rows(
                 block,
-                module.dense_array(self.checkpoint)[first:last],
+                module.dense_rows(self.checkpoint, first, last),
                 scale=module.scales(self.checkpoint, first, last),
                 prune=self.pruning(module).rows(slice(first, last)),
                 first_row=first,

@@ -35,13 +35,15 @@ def output_target(source: Path, checkpoint: Checkpoint, out: str | os.PathLike[s
         OperandError: a file name for a folder, or a place inside the source or around it.
     """
     origin = source.resolve()
-    root = origin if origin.is_dir() else origin.parent
+    root = origin if origin.is_dir() or checkpoint.root is None else origin.parent
     if out is None:
         if checkpoint.is_single_file:
             return source.with_name(f"{source.name.removesuffix('.safetensors')}-{label}.safetensors"), True
-        if root.parent.name == "snapshots" and root.parents[1].name.startswith("models--"):  # a hub cache keeps nothing of ours
-            return Path(f"{root.parents[1].name.rpartition('--')[2]}-{label}"), False
-        return root.with_name(f"{root.name}-{label}"), False
+        folder, name = (root, root.name) if checkpoint.root is not None else (source.absolute().parent, source.stem)
+        hub = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+        if hub.startswith("models--"):  # a hub cache keeps nothing of ours
+            return Path(f"{hub.rpartition('--')[2] if folder == root else name}-{label}"), False
+        return (source if folder != root else root).with_name(f"{name}-{label}"), False
     if str(out) == "":
         raise OperandError("out: is empty; name a folder or a .safetensors file")
     target = checked_path(out, "out").absolute()
@@ -50,7 +52,7 @@ def output_target(source: Path, checkpoint: Checkpoint, out: str | os.PathLike[s
         target = Path(os.path.realpath(target)) if whole else Path(os.path.realpath(target.parent), target.name)
     single = target.suffix == ".safetensors"
     if single and not checkpoint.is_single_file:
-        raise OperandError(f"out: {target} is one file, but {source} is a folder; name a folder")
+        raise OperandError(f"out: {target} is one file, but the output of {source} is a folder; name a folder")
     place, here = target.resolve(), Path.cwd()
     if place == here or place in here.parents:
         raise OperandError(f"out: {target} is the current folder or around it, and would be replaced as a whole; name another")
@@ -63,7 +65,7 @@ def copied_item(checkpoint: Checkpoint, info: TensorInfo) -> Item:
     """A tensor that goes through byte for byte."""
 
     def make(first: int, last: int) -> Iterator[Piece]:
-        yield info.name, first, checkpoint.raw(info.name)[first:last]
+        yield info.name, first, checkpoint.raw(info.name, first, last)
         checkpoint.release(info.name, first, last)
 
     return Item(info.name, ((info.name, info.code, info.shape),), info.nbytes, 1, make, copied=True)

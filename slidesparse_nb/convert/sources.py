@@ -161,7 +161,7 @@ def read_source(checkpoint: Checkpoint) -> Source:
     if (why := kinds.transposed(shapes)) is not None:
         raise UnsupportedError(f"{why}: weights stored as [k, n] cannot be packed along k; transpose them to [n, k] first")
     quantization = accepted[0][1] if accepted else {}
-    notes = [*_missing_layers(config, shapes), *_pruned_elsewhere(checkpoint, config)]
+    notes = [*checkpoint.notes, *_missing_layers(config, shapes), *_pruned_elsewhere(checkpoint, config)]
     if (quantization.get("transform_config") or {}).get("config_groups"):
         notes.append("transform_config of the source's config.json is not carried over: it is merged into the weights")
     return Source(

@@ -102,7 +102,7 @@ def _item(checkpoint: Checkpoint, module: Module, packed: PackedWeight) -> Item:
 
 def _prove_rows(matrix: Module, written: Checkpoint, block: PackedWeight, first: int, last: int) -> None:
     """The dense rows, packed again, are the packed rows; dequantized ones are the packed values times their scales."""
-    dense = np.ascontiguousarray(matrix.dense_array(written)[first:last])
+    dense = np.ascontiguousarray(matrix.dense_rows(written, first, last))
     try:
         if matrix.stacked is None or not matrix.scheme.scaled:
             scale = None if block.scale is None else written.array(f"{matrix.name}.weight_scale")[first:last]

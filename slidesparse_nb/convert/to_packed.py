@@ -29,7 +29,7 @@ def pack_checkpoint(
     *,
     dry_run: bool = False,
 ) -> Report:
-    """Pack a checkpoint: a .safetensors file, a Hugging Face folder, or an index file.
+    """Pack a checkpoint: a .safetensors file, a Hugging Face folder, an index file, or a .gguf file.
 
     Args:
         source: what to read; nothing there is changed.

@@ -15,7 +15,7 @@ _MAGIC = (
     (b"\x80\x02}", "a Python pickle", "load it where it was made and save its tensors with safetensors"),
     (b"\x80\x04\x95", "a Python pickle", "load it where it was made and save its tensors with safetensors"),
     (b"\x80\x05\x95", "a Python pickle", "load it where it was made and save its tensors with safetensors"),
-    (b"GGUF", "a GGUF file", "start from the model's .safetensors files"),
+    (b"GGUF", "a GGUF file", "give it a name that ends in .gguf"),
     (b"\x89HDF", "an HDF5 file", "load it with Keras and save its tensors with safetensors"),
     (b"\x93NUMPY", "a NumPy array", "save it with slidesparse_nb.save or safetensors"),
     (b"\x1f\x8b", "a gzip archive", "unpack it first"),

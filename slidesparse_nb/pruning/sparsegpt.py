@@ -189,7 +189,7 @@ class _Sweep:
 def _rounding(columns: Any, scheme: Scheme) -> Rounding:
     """How a scheme rounds a column, where `columns` [k, n] are about the weights that will be stored."""
     xp, element = namespace(columns), scheme.dtype
-    if not scheme.scaled:
+    if not scheme.scaled or not len(columns):
         return lambda fixed, j: to_grid(fixed, element.name, element.largest)
     largest, t = xp.abs(columns).max(axis=0), np.float32(element.largest)
     pinned = xp.abs(columns).argmax(axis=0)

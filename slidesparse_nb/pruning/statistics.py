@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.safetensors import SafetensorsFile, SafetensorsWriter, checked_path
+from ..checkpoint.safetensors import SafetensorsFile, SafetensorsWriter, TensorFile, checked_path
 from ..core.dtypes import CODE_OF
 from ..core.untrusted_json import parse_json
 from ..errors import FormatError, OperandError, shown
@@ -161,7 +161,7 @@ class Statistics:
         return cls(inputs, moments, told)
 
 
-def _read(file: SafetensorsFile, name: str) -> Moments:
+def _read(file: TensorFile, name: str) -> Moments:
     """The moments of that name. Raises FormatError."""
     names = [f"{name}.{part}" for part in ("column_squares", "gram", "tokens")]
     squares, gram, tokens = (np.array(file.array(each)) if each in file.tensors else None for each in names)

@@ -1,0 +1,239 @@
+"""Perplexity of a language model on a text, and its distance from another, through transformers.
+
+    model, tokens = load("model-6of8-int8", "cuda"), tokens_of("model-6of8-int8", text)
+    measure(model, tokens, window=512, stride=512, against=load("model", "cuda")).perplexity
+
+A text is cut into windows of `window` tokens, one every `stride` tokens; the last may be shorter. In each window the tokens
+that no earlier window has predicted are predicted, from those before them in the window:
+
+    window 4, stride 4    0 [1 2 3]  4 [5 6 7]  8 [9]           predicted tokens are in brackets
+    window 4, stride 2    0 [1 2 3]    2 3 [4 5]    4 5 [6 7]   more context, twice the work
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import slidesparse_nb as ss
+
+from . import transformers as _registered  # noqa: F401  (packed folders load)
+
+LOGITS = 1 << 27
+"""Logits that are computed at once: as many windows, at least one; 512 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model makes of a text.
+
+    Attributes:
+        tokens: of the text, as many as were asked for.
+        predicted: tokens whose probability counts; every mean is over these.
+        windows: of `window` tokens, one every `stride`; the last may be shorter.
+        loss: mean negative log-likelihood, in nats.
+        perplexity: e to the power of it.
+        dense_perplexity: of the model compared with; this and what follows is None without one.
+        divergence: mean Kullback-Leibler divergence D(that model || this one) of the distributions of the next token, in nats.
+        agreement: share of tokens where both models have the same first choice.
+    """
+
+    tokens: int
+    predicted: int
+    windows: int
+    window: int
+    stride: int
+    loss: float
+    perplexity: float
+    dense_perplexity: float | None = None
+    divergence: float | None = None
+    agreement: float | None = None
+
+
+def load(folder: Path | str, device: str = "cpu") -> Any:
+    """The causal language model of a folder, dense or packed, in its own dtype.
+
+    Raises:
+        FormatError: there is no config.json, or it or the weights are broken.
+        UnsupportedError: transformers has no such model, or needs another package for it.
+        OperandError: the device is not there.
+    """
+    if not Path(folder, "config.json").is_file():
+        raise ss.FormatError(f"{folder}: has no config.json; give a folder as transformers saves it")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ss.OperandError(f"device: PyTorch {torch.__version__} sees no GPU; use cpu")
+    place = None if device == "cpu" else device
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map=place, local_files_only=True)
+    except (ValueError, ImportError, KeyError) as error:
+        if isinstance(error, ss.SlideSparseError):
+            raise
+        raise ss.UnsupportedError(f"{folder}: transformers cannot load it as a causal language model: {error}") from error
+    except OSError as error:
+        raise ss.FormatError(f"{folder}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def tokenizer_of(folder: Path | str) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        UnsupportedError: there is none, or transformers cannot read it.
+    """
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any(Path(folder, name).is_file() for name in names):
+        raise ss.UnsupportedError(f"{folder}: holds no tokenizer; copy that of its model (tokenizer.json) into the folder")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a file of the folder makes transformers or tokenizers raise
+        raise ss.UnsupportedError(f"{folder}: transformers cannot read its tokenizer: {error}") from error
+
+
+def tokens_of(folder: Path | str, text: str) -> tuple[list[int], list[int]]:
+    """A text in tokens, and the tokens that this tokenizer puts before every text: none, or the one for its beginning."""
+    tokenizer = tokenizer_of(folder)
+    plain = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    marked, bare = (list(tokenizer("a", add_special_tokens=special).input_ids) for special in (True, False))
+    start = next((i for i in range(len(marked)) if marked[i : i + len(bare)] == bare), 0)
+    return plain, marked[:start]
+
+
+def windows(count: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(first token, one past the last, first predicted token) of each window of a text of `count` tokens.
+
+    Raises:
+        OperandError: the text is shorter than one window, or window and stride are not possible.
+    """
+    if window < 2 or not 1 <= stride <= window:
+        raise ss.OperandError(f"stride: {stride} must be 1 to {window}, the window, and the window 2 or more")
+    if count < window:
+        raise ss.OperandError(f"text: has {count} tokens, fewer than one window of {window}; give a longer text or --window")
+
+    def each() -> Iterator[tuple[int, int, int]]:
+        done = 0
+        for first in range(0, count - 1, stride):
+            last = min(first + window, count)
+            yield first, last, max(done, first + 1)
+            done = last
+            if last == count:
+                return
+
+    return each()
+
+
+def measure(
+    model: Any,
+    tokens: Sequence[int],
+    window: int = 512,
+    stride: int = 512,
+    prefix: Sequence[int] = (),
+    against: Any = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    at_once: int = LOGITS,
+) -> Measured:
+    """Perplexity of `model` on a text, and its distance from the model `against`.
+
+    Args:
+        tokens: the text.
+        prefix: tokens before every window, which are not predicted and not counted.
+        against: a model of the same tokens, the dense one as a rule.
+        progress: called with ("eval", windows done, windows in all).
+        at_once: logits that are computed at once; they take some 16 bytes each.
+
+    Raises:
+        OperandError: as `windows`; a token that the model does not know; more tokens in a window than the model has positions.
+        SlideSparseError: a model's logits are not finite.
+    """
+    cuts = list(windows(len(tokens), window, stride))
+    models = [model] if against is None else [model, against]
+    for each in models:
+        _require_room(each, tokens, window + len(prefix))
+    batch = max(1, at_once // (window * model.config.get_text_config().vocab_size))
+    totals = torch.zeros(4, dtype=torch.float64)
+    queue, done, predicted = iter(cuts), 0, 0
+    while group := list(islice(queue, batch)):
+        for same in _of_one_length(group):  # the last window may be shorter
+            ids = torch.tensor([[*prefix, *tokens[first:last]] for first, last, _ in same], device=model.device)
+            targets = ids[:, len(prefix) + 1 :]
+            counts = torch.tensor([[first + 1 + i >= start for i in range(targets.shape[1])] for first, _, start in same])
+            logs = [_log_probabilities(each, ids, len(prefix), done) for each in models]
+            totals += _sums(logs, targets, counts.to(model.device)).cpu()
+            predicted += int(counts.sum())
+        done += len(group)
+        if progress is not None:
+            progress("eval", done, len(cuts))
+    loss, dense, divergence, agreement = (totals / predicted).tolist()
+    facts = len(tokens), predicted, len(cuts), window, stride, loss, math.exp(min(loss, 700.0))
+    return Measured(*facts) if against is None else Measured(*facts, math.exp(min(dense, 700.0)), divergence, agreement)
+
+
+def _of_one_length(group: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    lengths = dict.fromkeys(last - first for first, last, _ in group)
+    return [[cut for cut in group if cut[1] - cut[0] == length] for length in lengths]
+
+
+def _log_probabilities(model: Any, ids: torch.Tensor, skipped: int, done: int) -> torch.Tensor:
+    """ids [windows, tokens] -> float32 [windows, predicted tokens, vocabulary], `skipped` tokens of a prefix left out."""
+    with torch.no_grad():
+        logits = model(ids.to(model.device), use_cache=False).logits[:, skipped:-1].float()
+    if not bool(torch.isfinite(logits).all()):
+        raise ss.SlideSparseError(
+            f"model: logits of {type(model).__name__} are not finite in window {done}; are its weights whole, and is"
+            f" {model.dtype} wide enough for it?"
+        )
+    return torch.log_softmax(logits, -1).to(ids.device)
+
+
+def _sums(logs: list[torch.Tensor], targets: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """float64 [4]: the loss of the model, that of the other, their divergence, and how often their first choices agree."""
+    losses = [-each.gather(-1, targets[..., None])[..., 0] for each in logs]
+    columns = [*losses, *(torch.zeros_like(losses[0]),) * (4 - len(losses))]
+    if len(logs) == 2:
+        own, other = logs
+        columns[2] = (other.exp() * (other - own)).sum(-1)
+        columns[3] = (own.argmax(-1) == other.argmax(-1)).float()
+    return torch.stack([column[counts].double().sum() for column in columns])
+
+
+def _require_room(model: Any, tokens: Sequence[int], length: int) -> None:
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions:
+        raise ss.OperandError(f"window: {length} tokens must be at most {positions}, the positions of {type(model).__name__}")
+    if (top := max(tokens)) >= config.vocab_size:
+        raise ss.OperandError(f"tokens: {top} must be below {config.vocab_size}, the vocabulary of {type(model).__name__}")
+
+
+def evaluate(
+    folder: Path | str,
+    text: str,
+    window: int = 512,
+    stride: int = 512,
+    limit: int | None = None,
+    device: str = "cpu",
+    against: Path | str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Measured:
+    """`measure` of the first `limit` tokens of a text by the model of a folder, and by that of the folder `against`.
+
+    Raises:
+        OperandError: the two folders cut the text into different tokens; and as `load`, `tokens_of` and `measure`.
+    """
+    tokens, prefix = tokens_of(folder, text)
+    if against is not None and tokens_of(against, text) != (tokens, prefix):
+        raise ss.OperandError(
+            f"{against}: its tokenizer cuts the text into other tokens than that of {folder}; compare models of one tokenizer"
+        )
+    list(windows(len(tokens[:limit]), window, stride))  # before minutes of loading
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        models = [load(each, device) for each in (folder, against) if each is not None]
+    return measure(models[0], tokens[:limit], window, stride, prefix, models[1] if against is not None else None, progress)
