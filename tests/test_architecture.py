@@ -30,6 +30,7 @@ APART = {("cuda", "cpu"), ("ops", "checkpoint"), ("ops", "packing"), ("checkpoin
 """Neighbours that know nothing of each other."""
 
 THIRD_PARTY = {  # and NumPy, everywhere
+    "checkpoint": {"gguf"},
     "core": {"ml_dtypes"},
     "cpu": {"numba"},
     "cuda": {"numba", "cupy", "llvmlite", "cuda", "numba_cuda"},

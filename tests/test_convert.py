@@ -517,7 +517,7 @@ def test_a_packed_folder_that_ignores_what_is_no_expression_is_refused(tmp_path:
 
 @pytest.mark.parametrize(
     "given",
-    [{"scheme": "INT4"}, {"prune": "wanda"}, {"statistics": {"a": np.ones(3)}}, {"format": "zip"}, {"max_shard_size": 0},
+    [{"scheme": "INT4"}, {"prune": "sparsegpt"}, {"statistics": {"a": np.ones(3)}}, {"format": "zip"}, {"max_shard_size": 0},
      {"pattern": "2:8"}, {"run": {"max_workers": 0}}, {"run": {"max_memory": 1 << 20}}],
     ids=str,
 )  # fmt: skip
