@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
+from ..checkpoint.safetensors import checked_path, open_regular
 from ..convert import Report
 from ..convert.options import DEFAULT_PATTERN
 from ..core.pattern import Pattern
@@ -87,12 +88,15 @@ class PruneOptions:
         return self.method or "scores"
 
     def facts(self) -> dict[str, Any]:
-        """All options in plain types, files by their size and time, to tell runs apart."""
+        """All options in plain types, files by a hash of their bytes, to tell runs apart."""
         facts = asdict(self)
         for name in ("calibration", "statistics", "scores"):
             if (path := facts[name]) is not None:
-                status = Path(path).stat()
-                facts[name] = [str(Path(path).resolve()), status.st_size, status.st_mtime_ns]
+                digest = hashlib.sha256()
+                with open(open_regular(checked_path(path, name)), "rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+                facts[name] = digest.hexdigest()
         return {**facts, "pattern": str(self.pattern)}
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from .. import __version__
 from ..checkpoint import Checkpoint
 from ..checkpoint.packed_format import TOOL, pattern_facts
-from ..checkpoint.safetensors import SafetensorsFile, checked_path
+from ..checkpoint.safetensors import checked_path
 from ..convert import Run
 from ..convert.config_json import output_metadata
 from ..convert.layout import Item, Piece, dense_item, output_layout, row_ranges
@@ -35,21 +35,18 @@ from ..convert.options import UNIT_BYTES
 from ..convert.proof import prove_copies
 from ..convert.run import CONTINUE, Conversion, all_items, output_target, refuse_existing
 from ..convert.select import Selection, select
-from ..core import prune as pruning
-from ..core.checks import infinite, real_numbers, require_finite
+from ..core.checks import infinite, require_finite
 from ..core.dtypes import NUMPY_OF
 from ..core.untrusted_json import frozen, uncollected
 from ..cpu import kernels
-from ..errors import OperandError, PatternError, SlideSparseError, UnsupportedError, VerificationError, shown
+from ..errors import OperandError, SlideSparseError, UnsupportedError, VerificationError, shown
 from .model import BlockwiseModel, namespace_of, read_windows
 from .options import CALIBRATED, PruneOptions, PruneReport
 from .parts import Parts, clear_parts
+from .scores import Given, Rows, Scored
 from .sparsegpt import InverseFactor, inverse_factor, sparsegpt
 from .statistics import Moments, Statistics
 from .wanda import wanda
-
-Rows = Callable[[Module, int, int], Any]
-"""(matrix, first, last) -> these rows of it, pruned, in the source's type."""
 
 
 def prune_checkpoint(
@@ -86,7 +83,7 @@ def prune_checkpoint(
         try:
             with frozen():
                 conversion.carry_out(work.facts, work.run, report, "writing", work.prove)
-        except SlideSparseError:
+        except VerificationError:
             if work.parts is not None:
                 work.parts.discard()
             raise
@@ -117,10 +114,8 @@ def collect_statistics(
     with Checkpoint.open(source) as checkpoint:
         work = _Work(checkpoint, options, run, *_selected(checkpoint, options))
         model, windows = work.model()
-        hidden, found = (
-            model.embedded(windows),
-            Statistics(facts={"tokens": len(windows) * options.window, "window": options.window}),
-        )
+        hidden = model.embedded(windows)
+        found = Statistics(facts={"tokens": len(windows) * options.window, "window": options.window})
         add = run.counter("calibrating", sum(m.nbytes for m in work.modules))
         for i in range(len(model.blocks)):
             model.load(i)
@@ -224,10 +219,10 @@ class _Work:
         """Make `rows`, after all that is slow; fill in the report."""
         start = time.perf_counter()
         if self.options.method == "magnitude":
-            self.rows = self.scored(lambda matrix: pruning.bind("magnitude", matrix.shape))
+            self.rows = Scored(self.checkpoint, self.options.pattern).rows
             return
         if self.options.scores is not None:
-            self.rows = _Given(self.options.scores, self).rows
+            self.rows = Given(self.checkpoint, self.options.pattern, self.options.scores, self.by_name).rows
             return
         files = [(str(f.path.resolve()), f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in self.checkpoint.files]
         fingerprint = hashlib.sha256(json.dumps([self.facts, files], sort_keys=True, default=str).encode()).hexdigest()
@@ -248,37 +243,21 @@ class _Work:
         self.run = replace(self.run, resume=self.run.resume or resumed)
         self.seconds = time.perf_counter() - start
 
-    def scored(self, method: Callable[[Module], pruning.Pruning]) -> Rows:
-        """Rows whose weights of lowest score are set to zero."""
-
-        def rows(matrix: Module, first: int, last: int) -> Any:
-            w = np.array(matrix.dense_array(self.checkpoint)[first:last], order="C")
-            try:
-                require_finite(w, first)
-            except OperandError as error:
-                raise UnsupportedError(f"{matrix.label}: {error}") from None
-            bound = method(matrix).rows(slice(first, last))
-            score = None if bound.kernel == "magnitude" else bound.scores(kernels.to_float32(w), first)
-            kernels.prune(w, self.options.pattern, score)
-            return w
-
-        return rows
-
     def by_statistics(self) -> dict[str, float]:
         """Prune every layer by statistics of the dense model; returns the errors."""
         assert self.options.statistics is not None
         found, xp = Statistics.load(self.options.statistics), self.namespace()
-        groups: dict[int, list[str]] = {}
+        groups: dict[str, list[str]] = {}
         for module in self.modules:
             if len(found.of(module.name).squares) != module.k:
                 raise OperandError(
                     f"statistics: those of {shown(module.name)} are of another number of columns than its {module.k}"
                 )
-            groups.setdefault(id(found.of(module.name)), []).append(module.name)
+            groups.setdefault(found.inputs[module.name], []).append(module.name)
         done = self.run.counter("pruning", sum(m.nbytes for m in self.modules))
         errors: dict[str, float] = {}
         for part, names in enumerate(groups.values()):
-            errors |= self.part(part, names, lambda of: found.of(of).on(xp), xp)
+            errors |= self.part(part, names, found.of, xp)
             done(sum(self.by_name[name].nbytes for name in names))
         return errors
 
@@ -290,7 +269,11 @@ class _Work:
         return xp
 
     def model(self) -> tuple[BlockwiseModel, list[Any]]:
-        """The model and the windows of the text; modules that no block holds are left dense."""
+        """The model and the windows of the text.
+
+        Raises:
+            OperandError: there is no folder. UnsupportedError: a module is in no block, or has other weights there.
+        """
         options, root = self.options, self.checkpoint.root
         if root is None or self.checkpoint.config is None:
             raise OperandError("calibration: needs a model's folder with config.json and tokenizer; give that, or statistics")
@@ -339,12 +322,14 @@ class _Work:
         """Prune some modules and store them as one part, if it is not there yet; returns the errors."""
         assert self.parts is not None
         if part not in self.parts:
-            arrays, errors, factors = dict[str, Any](), dict[str, float](), dict[int, InverseFactor]()
+            arrays, errors = dict[str, Any](), dict[str, float]()
+            of, factor = Moments("", None), None
             for name in names:
-                of, w = moments(name), xp.asarray(self.weight(name))
-                if self.options.method == "sparsegpt" and id(of) not in factors:
-                    factors = {id(of): inverse_factor(of.hessian, self.options.damping)}
-                arrays[self.by_name[name].weight] = stored = self.pruned(name, w, of, factors.get(id(of)))
+                if (given := moments(name)).name != of.name:  # layers that read the same follow each other
+                    of = given.on(xp)
+                    factor = inverse_factor(of.hessian, self.options.damping) if self.options.method == "sparsegpt" else None
+                w = xp.asarray(self.weight(name))
+                arrays[self.by_name[name].weight] = stored = self.pruned(name, w, of, factor)
                 if of.gram is not None:
                     errors[name] = relative_error(w, xp.asarray(stored.astype(np.float32)), of.gram)
             self.parts.write(part, arrays, errors)
@@ -379,44 +364,3 @@ def relative_error(w: Any, pruned: Any, gram: Any) -> float:
     """||X (W - W')^T||^2 / ||X W^T||^2 by X^T X; 0 where both are."""
     lost, whole = ((float(((a @ gram) * a).sum(dtype=np.float64))) for a in (w - pruned, w))
     return lost / whole if whole else 0.0
-
-
-class _Given:
-    """Scores and masks of a file."""
-
-    def __init__(self, path: str | os.PathLike[str], work: _Work) -> None:
-        """Raises OperandError where a module has none, or a name is no module's."""
-        self.file, self.work = SafetensorsFile(checked_path(path, "scores")), work
-        homes = {name.removesuffix(".weight"): name for name in self.file.tensors}
-        if missing := next((m.name for m in work.modules if m.name not in homes), None):
-            raise OperandError(f"scores: have none for {shown(missing)}; add it, or leave it dense with --ignore")
-        if stray := next((name for name in homes if name not in work.by_name), None):
-            raise OperandError(f"scores: {shown(stray)} is no module that is pruned; take it out")
-        self.arrays = {name: real_numbers("scores", self.file.array(homes[name])) for name in work.by_name}
-        self.masks = {name for name, a in self.arrays.items() if ((a == 0) | (a == 1)).all()}
-        self.scored = work.scored(self.bound)
-        for name in self.arrays:
-            for matrix in work.by_name[name].matrices():
-                self.bound(matrix)
-
-    def bound(self, matrix: Module) -> pruning.Pruning:
-        """Scores of one matrix. Raises OperandError: of another shape, negative or not finite."""
-        given = self.arrays[matrix.name]
-        given = given[matrix.expert] if matrix.whole is not None and given.ndim == 3 else given
-        try:
-            return pruning.bind(given, matrix.shape)
-        except OperandError as error:
-            raise OperandError(f"{matrix.label}: {error}") from None
-
-    def rows(self, matrix: Module, first: int, last: int) -> Any:
-        if matrix.name not in self.masks:
-            return self.scored(matrix, first, last)
-        w = np.array(matrix.dense_array(self.work.checkpoint)[first:last], order="C")
-        w[self.bound(matrix).rows(slice(first, last)).statistics == 0] = 0  # type: ignore[operator]
-        if len(broken := kernels.violations(w, self.work.options.pattern)):
-            pattern = self.work.options.pattern
-            raise PatternError(
-                f"{matrix.label}: its mask leaves more than {pattern.nnz} non-zeros in group {broken[0][1]} of row"
-                f" {first + broken[0][0]}, but {pattern.described} allows {pattern.nnz}; give another --pattern, or scores"
-            )
-        return w
