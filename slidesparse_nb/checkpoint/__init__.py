@@ -123,6 +123,12 @@ class Checkpoint:
         checkpoint.config, checkpoint.notes, checkpoint.is_single_file = file.config, file.notes, False
         return checkpoint
 
+    def read_as(self, files: Sequence[TensorFile], config: dict[str, Any], notes: tuple[str, ...]) -> Checkpoint:
+        """The same checkpoint by other readers of its files, which take them over, with what its config.json then is."""
+        checkpoint = Checkpoint(files, self.root, self._index)
+        checkpoint.config, checkpoint.notes = config, (*self.notes, *notes)
+        return checkpoint
+
     def __enter__(self) -> Checkpoint:
         return self
 

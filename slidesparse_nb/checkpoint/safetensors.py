@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,9 @@ LARGEST_HEADER = 100_000_000
 
 _COUNT_LIMIT = 1 << 63  # sizes beyond it fit in no signed 64-bit integer
 _KEYS = {"dtype", "shape", "data_offsets"}
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ class TensorFile:
         """Why a file of `size` bytes that begins with `head` is of another format: a clause with the way out, or ""."""
         raise NotImplementedError
 
-    def __enter__(self) -> TensorFile:
+    def __enter__(self: T) -> T:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -25,6 +25,7 @@ from .module import Module
 from .options import UNIT_BYTES, Progress, Run, Sized
 from .proof import prove_copies
 from .select import QUANTIZED_PARTS, SOURCE_CODES, Selection, named, select, tensor_of
+from .sources import open_source
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def verify_checkpoint(
                 result.weights += math.prod(weight.shape)
                 add(weight.nbytes)
         else:
-            with Checkpoint.open(source) as dense:
+            with open_source(source) as dense:
                 _against(written, packed, dense, result, add)
         result.modules = len(packed)
     return result

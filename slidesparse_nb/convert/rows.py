@@ -154,6 +154,18 @@ class Maker:
         refused |= {name: str(self.explain(error, alone=False)) for name, error in broken.items() if name not in refused}
         return refused
 
+    def over(self, modules: list[Module], run: Run) -> tuple[int, int]:
+        """How many groups of the source have too many non-zeros, before any pruning; and how many there are."""
+        pattern = self.options.pattern
+        add = run.counter("counting", sum(m.nbytes for m in modules))
+        over = groups = 0
+        count = lambda rows: len(violations(rows[0].dense_rows(self.checkpoint, *rows[1:]), pattern))  # noqa: E731
+        for (module, first, last), found in self._each(modules, count, run):
+            over, groups = over + found, groups + (last - first) * -(-module.k // pattern.columns)
+            module.release(self.checkpoint, first, last)
+            add((last - first) * module.row_bytes)
+        return over, groups
+
     def _each(self, modules: list[Module], work: Callable[[_Rows], T], run: Run) -> Iterator[tuple[_Rows, T]]:
         """Call `work` on ranges of rows of the modules, several at a time; the ranges and results in order.
 

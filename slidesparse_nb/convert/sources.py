@@ -24,6 +24,7 @@ from ..checkpoint.packed_config import names_problem
 from ..checkpoint.safetensors import open_regular
 from ..errors import FormatError, UnsupportedError, shown
 from . import kinds
+from .bitnet import read_bitnet
 from .experts import Experts
 from .quantization import NOTHING, understood
 
@@ -174,6 +175,17 @@ def read_source(checkpoint: Checkpoint) -> Source:
         kv_cache_scheme=quantization.get("kv_cache_scheme"),
         notes=tuple(notes),
     )
+
+
+def open_source(path: Any) -> Checkpoint:
+    """A checkpoint that is to be packed, of any format that is read: safetensors, GGUF, BitNet.
+
+    Raises:
+        As `Checkpoint.open` and `bitnet.read_bitnet`.
+    """
+    checkpoint = Checkpoint.open(path)
+    shapes = {name: info.shape for name, (info, _) in checkpoint.tensors.items()}
+    return read_bitnet(checkpoint, frozenset(_vocabularies(checkpoint.config or {}, shapes)))
 
 
 def read_packed_source(checkpoint: Checkpoint) -> Source:

@@ -13,12 +13,15 @@ from ..core import prune as pruning
 from ..core.scheme import Scheme
 from ..core.untrusted_json import frozen, uncollected
 from ..errors import OperandError, PatternError, UnsupportedError, shown
+from .bitnet import BitnetFile
 from .config_json import is_renamed
 from .kinds import in_block
+from .module import Module
 from .options import Options, Report, Run
 from .rows import SKIP, Broken, Maker
 from .run import Conversion, output_target
 from .select import APART, Selection, select
+from .sources import open_source
 
 
 def pack_checkpoint(
@@ -45,7 +48,7 @@ def pack_checkpoint(
         OSError: reading or writing failed; what is done is kept for `resume`. In every other case nothing is left behind.
     """
     options, run, source = options or Options(), run or Run(), checked_path(source, "source")
-    with Checkpoint.open(source) as checkpoint:
+    with open_source(source) as checkpoint:
         with uncollected():
             selection = select(
                 checkpoint, pattern=options.pattern, scheme=options.scheme, targets=options.targets, ignore=options.ignore
@@ -70,6 +73,7 @@ def pack_checkpoint(
             *selection.notes,
             *([] if single else _companion_notes(checkpoint)),
             *_config_notes(checkpoint, selection, options, scheme),
+            *_ternary_notes(maker, selection.modules, run),
         ]
         report = conversion.report(prune=options.prune, left_dense=selection.left_dense, skipped=skipped, notes=notes)
         report.dry_run = dry_run
@@ -141,6 +145,16 @@ def _config_notes(checkpoint: Checkpoint, selection: Selection, options: Options
         f"{shown(layers[0])} and {len(layers) - 1} other layers of blocks stay dense; loaders know them by name (`ignore` of"
         " config.json) and may rename this model's modules: compare its logits once"
     ]
+
+
+def _ternary_notes(maker: Maker, modules: list[Module], run: Run) -> list[str]:
+    """Of a BitNet model: in what share of groups weights that are not zero must go."""
+    if not any(isinstance(file, BitnetFile) for file in maker.checkpoint.files):
+        return []
+    over, groups = maker.over(modules, run)
+    pattern = maker.options.pattern
+    lost = "weights go there, the others stay as they are" if over else "nothing is lost"
+    return [f"{over:,} of {groups:,} groups ({over / max(1, groups):.1%}) have more than {pattern.nnz} non-zeros: {lost}"]
 
 
 def _holds_weights(checkpoint: Checkpoint, name: str) -> bool:
