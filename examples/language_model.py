@@ -6,7 +6,7 @@ Letters: b windows of s tokens, h heads of d values, g key-value heads that r = 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,14 +147,19 @@ def softmax(x: Array) -> Array:
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
 
-def perplexity(model: LanguageModel, windows: NDArray[np.integer[Any]]) -> float:
-    """exp of the mean negative log-likelihood of every token of windows [b, s] but each window's first."""
-    total = 0.0
-    for window in windows:
-        logits = model(window[None])[0, :-1].astype(np.float64)
-        top = logits.max(axis=1)
-        total += float((top + np.log(np.exp(logits - top[:, None]).sum(axis=1)) - logits[range(len(top)), window[1:]]).sum())
-    return math.exp(total / windows[:, 1:].size)
+def perplexity(model: LanguageModel, windows: NDArray[np.integer[Any]], run: Callable[..., Iterable[float]] = map) -> float:
+    """exp of the mean negative log-likelihood of every token of windows [b, s] but each window's first.
+
+    run: calls a function on every window; the `map` of a thread pool takes several at once.
+    """
+
+    def loss(window: NDArray[np.integer[Any]]) -> float:
+        logits = model(window[None])[0, :-1]
+        logits -= logits.max(axis=1, keepdims=True)
+        found = logits[range(len(logits)), window[1:]].astype(np.float64)
+        return float((np.log(np.exp(logits).sum(axis=1, dtype=np.float64)) - found).sum())
+
+    return math.exp(sum(run(loss, windows)) / windows[:, 1:].size)
 
 
 def continuation(model: LanguageModel, tokens: Sequence[int], count: int) -> list[int]:
