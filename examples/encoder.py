@@ -30,7 +30,7 @@ class Encoder:
 
     Args:
         folder: a Hugging Face folder of a BERT model with config.json and tokenizer.json.
-        weights: float32 tensors by name; a linear layer X may be a `PackedWeight` or `Int8Weight` under X itself.
+        weights: float32 tensors by name; a linear layer X may be a `PackedWeight` under X itself.
 
     Raises:
         UnsupportedError: the folder holds another kind of model.
@@ -80,32 +80,13 @@ class Encoder:
         w, bias = self.weights.get(name), self.weights[f"{name}.bias"]
         if isinstance(w, ss.PackedWeight):
             return np.asarray(ss.matmul(x, w, bias=bias))
-        return np.asarray((w.matmul(x) if isinstance(w, Int8Weight) else x @ self.weights[f"{name}.weight"].T) + bias)
+        return np.asarray(x @ self.weights[f"{name}.weight"].T + bias)
 
     def norm(self, name: str, x: Array) -> Array:
         """Layer normalization of every row."""
         centred = x - x.mean(axis=1, keepdims=True)
         unit: Array = centred / np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + self.epsilon)
         return np.asarray(unit * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"])
-
-
-class Int8Weight:
-    """w [n, k] in int8 with one scale a row and nothing pruned: what quantization alone costs."""
-
-    def __init__(self, w: Array) -> None:
-        self.values, self.scale = int8_rows(w)
-        self.nbytes = w.size + self.scale.nbytes  # `values` are int8, held as float32 because BLAS multiplies that fast
-
-    def matmul(self, x: Array) -> Array:
-        """x [m, k] @ w.T -> [m, n]; every token in int8 as well. float32 holds these integer sums exactly up to 2^24."""
-        values, scale = int8_rows(x)
-        return np.asarray((values @ self.values.T) * scale * self.scale.T)
-
-
-def int8_rows(x: Array) -> tuple[Array, Array]:
-    """x [m, k] -> whole numbers from -127 to 127 [m, k] and a scale a row [m, 1], so that x ~= values * scale."""
-    scale = np.maximum(np.abs(x).max(axis=1, keepdims=True) / np.float32(127), np.finfo(np.float32).tiny)
-    return np.rint(x / scale), scale
 
 
 def attention(q: Array, k: Array, v: Array, heads: int) -> Array:

