@@ -47,7 +47,7 @@ THIRD_PARTY = {  # and NumPy, everywhere
         "language_model",
         "slidesparse_nb",
         "torch",
-    },  # fmt: skip
+    },
     "integrations": {"slidesparse_nb", "torch", "vllm", "transformers", "safetensors", "cupy", "ml_dtypes"},
 }
 """What each part may import that is neither its own package nor the standard library."""
