@@ -69,6 +69,8 @@ def prune(
     The output is dense, of the types and names of MODEL. wanda and sparsegpt need a text (and PyTorch and transformers) or
     statistics made of one.
     """
+    if save_statistics is not None and (output is not None or report is not None or resume):
+        raise click.UsageError("--save-statistics prunes nothing: leave out --output, --report and --resume")
     options = ss.PruneOptions(**{**given, "method": given["method"] or ""})
     if report is not None:
         check_report(report, model, overwrite)

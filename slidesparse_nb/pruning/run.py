@@ -100,7 +100,8 @@ def collect_statistics(
 ) -> None:
     """Run the dense model on the calibration text of `options`, and write the statistics of all its layers to one file.
 
-    They serve every pattern. Method "wanda" asks for column norms alone, "sparsegpt" for Hessians, too.
+    They serve every pattern. Method "wanda" asks for column norms alone, "sparsegpt" for Hessians, too; all of them are in the
+    host's memory until the end, 4 k^2 bytes each.
 
     Raises:
         As `prune_checkpoint`.

@@ -151,20 +151,19 @@ class Statistics:
         Raises:
             FormatError: it is none, or broken.
         """
-        with SafetensorsFile(path) as file:
+        with SafetensorsFile(path) as file:  # the arrays are views of it
             told = parse_json(file.metadata.get(METADATA, "{}").encode(), path, strict=True)
             inputs = told.pop("inputs", None)
             well = isinstance(inputs, dict) and all(isinstance(name, str) for name in inputs.values())
             if told.pop("version", None) != 1 or not isinstance(inputs, dict) or not well:
                 raise FormatError(f"{path}: is no file of statistics of version 1; make one with --save-statistics")
-            moments = {name: _read(file, name) for name in dict.fromkeys(inputs.values())}
-        return cls(inputs, moments, told)
+            return cls(inputs, {name: _read(file, name) for name in dict.fromkeys(inputs.values())}, told)
 
 
 def _read(file: TensorFile, name: str) -> Moments:
     """The moments of that name. Raises FormatError."""
     names = [f"{name}.{part}" for part in ("column_squares", "gram", "tokens")]
-    squares, gram, tokens = (np.array(file.array(each)) if each in file.tensors else None for each in names)
+    squares, gram, tokens = (file.array(each) if each in file.tensors else None for each in names)
     if squares is None or tokens is None or squares.dtype != np.float64 or squares.ndim != 1 or tokens.shape != (1,):
         raise FormatError(f"{file.path}: lacks column_squares, F64 [k], or tokens, I64 [1], of {shown(name)}; make it anew")
     if gram is not None and (gram.dtype != np.float32 or gram.shape != 2 * squares.shape):
