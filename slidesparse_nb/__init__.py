@@ -9,6 +9,7 @@ Functions are below; `help(ss.PackedWeight)` and so on describe the classes:
     PackedWeight, QuantizedActivations           packed weights, and activations quantized once for several of them
     Pattern, Scheme, PackedConfig                which weights stay; how they are stored; both as config.json says them
     Options, Run, Report, Facts, Verification    of the functions on checkpoints
+    PruneOptions, PruneReport                    of pruning
     SlideSparseError                             and its kinds: Operand-, Pattern-, Format-, Verification-, UnsupportedError
     reference                                    the whole method in NumPy, to be read
     device_weight, operand_bytes                 functions for adapters of other libraries
@@ -49,8 +50,12 @@ _HOME = {
     "unpack_checkpoint": "convert",
     "verify_checkpoint": "convert",
     "inspect_checkpoint": "convert",
+    "prune_checkpoint": "pruning.run",
+    "collect_statistics": "pruning.run",
     "PackedConfig": "checkpoint.packed_config",
     "Options": "convert",
+    "PruneOptions": "pruning.options",
+    "PruneReport": "pruning.options",
     "Run": "convert",
     "Report": "convert",
     "Facts": "convert",
@@ -105,6 +110,10 @@ if TYPE_CHECKING:
     from .packing import pack as pack
     from .packing import unpack as unpack
     from .packing import verify as verify
+    from .pruning.options import PruneOptions as PruneOptions
+    from .pruning.options import PruneReport as PruneReport
+    from .pruning.run import collect_statistics as collect_statistics
+    from .pruning.run import prune_checkpoint as prune_checkpoint
     from .tuning.search import forget_tuned as forget_tuned
     from .tuning.search import tune_products as tune_products
 

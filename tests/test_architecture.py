@@ -123,7 +123,7 @@ def test_help_fits_a_reader() -> None:
     """help(slidesparse_nb) prints functions, each whole, and the names of the classes, on a few screens."""
     assert "CLASSES" not in pydoc.plain(pydoc.render_doc(slidesparse_nb))
     texts = [slidesparse_nb.__doc__, *(getattr(slidesparse_nb, name).__doc__ for name in slidesparse_nb.__all__)]
-    assert sum(2 + len(text.strip().splitlines()) for text in texts) < 270
+    assert sum(2 + len(text.strip().splitlines()) for text in texts) < 300
 
 
 def test_import_loads_no_part_of_the_package() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import weights
-from models import write
+from cases import drop_two, weights
+from faults import killed
+from models import MODULES, folder, tensors, write
 
 import slidesparse_nb as ss
 from slidesparse_nb import FormatError, OperandError, Pattern, UnsupportedError
@@ -202,6 +203,7 @@ def test_refused_operands() -> None:
         (lambda: sparsegpt(w, np.diag(nan), "6:8"), "hessian: holds NaN"),
         (lambda: sparsegpt(w, -np.eye(8), "6:8"), "hessian: has a negative number on its diagonal"),
         (lambda: sparsegpt(w, np.eye(8), "6:8", damping=-1), "damping: -1 must be a share"),
+        (lambda: sparsegpt(w, np.eye(8), "6:8", keep=w), r"keep: float32 \(2, 8\) must be bool"),
     ):
         with pytest.raises(OperandError, match=f"^{message}"):
             call()
@@ -271,3 +273,164 @@ def test_files_that_are_no_statistics(tmp_path: Path) -> None:
         path = write(tmp_path / "s.safetensors", parts, metadata)
         with pytest.raises(FormatError, match=message):
             Statistics.load(path)
+
+
+# ---- checkpoints, without a text ---------------------------------------------------------------------------------
+
+
+def made_up_statistics(path: Path, parts: dict[str, Any], *, hessians: bool) -> Statistics:
+    """Statistics of a random text for every layer of a made-up decoder; q/k/v share theirs."""
+    found = Statistics()
+    for name, w in parts.items():
+        module = name.removesuffix(".weight")
+        if not module.endswith(MODULES):
+            continue
+        first = module.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+        found.inputs[module] = first
+        if first not in found.moments:
+            found.moments[first] = Moments.empty(first, w.shape[1], gram=hessians)
+            found.moments[first].add(inputs(300, w.shape[1], seed=len(found.moments)))
+    found.save(path)
+    return found
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_pruned_checkpoint(dtype: Any, method: str, tmp_path: Path) -> None:
+    parts = tensors(dtype, prune=None)
+    source, out, file = folder(tmp_path / "in", parts, shards=2), tmp_path / "out", tmp_path / "s.safetensors"
+    found = made_up_statistics(file, parts, hessians=method == "sparsegpt")
+    options = ss.PruneOptions(method=method, statistics=None if method == "magnitude" else file)
+    report = ss.prune_checkpoint(source, out, options)
+    assert report.verified
+    assert {m.name for m in report.modules} == found.inputs.keys()
+    made = ss.load(out)
+    assert made.keys() == parts.keys()
+    for name, w in parts.items():
+        got, module = made[name], name.removesuffix(".weight")
+        assert isinstance(got, np.ndarray)
+        assert (got.dtype, got.shape) == (w.dtype, w.shape)
+        if module not in found.inputs:
+            assert got.tobytes() == w.tobytes()
+        elif method == "sparsegpt":
+            wanted = sparsegpt(w, found.of(module).hessian, "6:8").astype(dtype)
+            np.testing.assert_array_equal(got.astype(np.float32), wanted.astype(np.float32))
+            x_squared = found.of(module).hessian
+            lost = got.astype(np.float64) - w.astype(np.float64)
+            whole = np.sum(w.astype(np.float64) @ x_squared * w.astype(np.float64))
+            assert report.errors[module] == pytest.approx(np.sum(lost @ x_squared * lost) / whole, rel=1e-3)
+        else:
+            wanted = reference.prune(w, Pattern(6, 8)) if method == "magnitude" else wanda(w, found.of(module).norms, "6:8")
+            np.testing.assert_array_equal(got.astype(np.float32), wanted.astype(np.float32))
+    ss.pack_checkpoint(out, tmp_path / "packed")  # which prunes nothing, and refuses what breaks the pattern
+    assert ss.prune_checkpoint(source, out, options, ss.Run(resume=True)).already_complete
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "packed", "s.safetensors"]
+
+
+def test_killed_anywhere_it_goes_on(tmp_path: Path) -> None:
+    parts = tensors(prune=None)
+    source, file = folder(tmp_path / "in", parts), tmp_path / "s.safetensors"
+    made_up_statistics(file, parts, hessians=True)
+    options = ss.PruneOptions(method="sparsegpt", statistics=file)
+    ss.prune_checkpoint(source, whole := tmp_path / "whole", options)
+    kills = 0
+    for at in (1, 2, 3, 5, 8, 13, 21, 34, 55, 200):
+        out = tmp_path / f"out{at}"
+        if killed(lambda out=out: ss.prune_checkpoint(source, out, options), at):
+            kills += 1
+        ss.prune_checkpoint(source, out, options, ss.Run(resume=True))
+        assert contents(out) == contents(whole)
+    assert kills > 7
+    assert not list(tmp_path.glob("out*.*"))
+
+
+def test_scores_and_masks_made_elsewhere(tmp_path: Path) -> None:
+    parts = {f"layers.0.{name}.weight": weights((12, 16), seed=i) for i, name in enumerate(("a_proj", "b_proj", "up_proj"))}
+    source, file, out = write(tmp_path / "m.safetensors", parts), tmp_path / "scores.safetensors", tmp_path / "out.safetensors"
+    names, rng = [*parts], np.random.default_rng(0)
+    mask = drop_two(np.ones((12, 16), np.int8), Pattern(6, 8)).astype(np.bool_)
+    mask[:, 0] = False
+    given = {names[0]: rng.random((12, 16)), "layers.0.b_proj": mask, names[2]: mask.astype(np.float32)}
+    report = ss.prune_checkpoint(source, out, ss.PruneOptions(scores=write(file, given)))
+    made = ss.load(out)
+    first, score = parts[names[0]], given[names[0]]
+    wanted = reference.prune(first, Pattern(6, 8), np.where(first == 0, -1, score))
+    np.testing.assert_array_equal(made[names[0]], wanted)
+    for name in names[1:]:
+        np.testing.assert_array_equal(made[name], parts[name] * mask)
+    assert report.prune == "scores"
+    out.unlink()
+    for change, error, message in (
+        ({names[0]: np.ones((12, 16), np.bool_)}, ss.PatternError, r"layers\.0\.a_proj\.weight: its mask leaves more than 6"),
+        ({names[0]: np.full((12, 16), -1.0)}, OperandError, r"layers\.0\.a_proj\.weight: prune: score -1\.0 at row 0"),
+        ({names[0]: np.ones((12, 15))}, OperandError, r"layers\.0\.a_proj\.weight: prune: scores of shape \(12, 15\)"),
+        ({"layers.0.d_proj": mask}, OperandError, r"scores: 'layers\.0\.d_proj' is no module that is pruned"),
+        ({names[0]: None}, OperandError, r"scores: have none for 'layers\.0\.a_proj'"),
+    ):
+        write(file, {name: a for name, a in {**given, **change}.items() if a is not None})
+        with pytest.raises(error, match=f"^{message}"):
+            ss.prune_checkpoint(source, out, ss.PruneOptions(scores=file))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors", "scores.safetensors"]
+
+
+def test_options_that_do_not_go_together(tmp_path: Path) -> None:
+    for given, message in (
+        ({}, "method: '' must be one of magnitude, wanda, sparsegpt"),
+        ({"method": "random"}, "method: 'random' must be one of"),
+        ({"method": "wanda"}, "method: wanda needs a calibration text, or statistics"),
+        ({"method": "wanda", "calibration": "a", "statistics": "b"}, "method: wanda needs"),
+        ({"method": "magnitude", "calibration": "a"}, "calibration: is of methods wanda and sparsegpt; leave it out"),
+        ({"method": "magnitude", "scores": "a"}, "scores: take the place of method 'magnitude'"),
+        ({"method": "wanda", "calibration": "a", "scheme": "int8"}, "scheme: is of method sparsegpt"),
+        ({"method": "sparsegpt", "calibration": "a", "scheme": "int9"}, "dtype: 'int9' is not a packed type"),
+        ({"method": "sparsegpt", "calibration": "a", "device": "tpu"}, "device: 'tpu' must be one of cpu, cuda"),
+        ({"method": "sparsegpt", "calibration": "a", "window": 0}, "tokens: 65536 must be at least one window of 0"),
+        ({"method": "magnitude", "pattern": "2:8"}, "pattern: 2:8 is not of the form.*6:8 here"),
+    ):
+        with pytest.raises(OperandError, match=f"^{message}"):
+            ss.PruneOptions(**given)  # type: ignore[arg-type]
+    source = write(tmp_path / "m.safetensors", {"a.weight": np.ones((4, 16), np.float32)})
+    file = tmp_path / "s.safetensors"
+    Statistics({"a": "a"}, {"a": Moments.empty("a", 16, gram=True)}).save(file)
+    with pytest.raises(OperandError, match=r"^'a': no token of the calibration text reaches it"):
+        ss.prune_checkpoint(source, tmp_path / "out.safetensors", ss.PruneOptions(method="sparsegpt", statistics=file))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors", "s.safetensors"]
+
+
+def test_what_is_not_pruned(tmp_path: Path) -> None:
+    eight = {"a.weight": np.ones((4, 16), np.int8), "a.weight_scale": np.ones((4, 1), np.float32)}
+    bad = {"a.weight": np.full((4, 16), np.inf, np.float32)}
+    for parts, message in (
+        (eight, "already quantized to int8|is I8 with a scale"),
+        (bad, r"a\.weight: w: inf at row 0, column 0"),
+    ):
+        source = write(tmp_path / "m.safetensors", parts)
+        with pytest.raises(UnsupportedError, match=message):
+            ss.prune_checkpoint(source, tmp_path / "out.safetensors", ss.PruneOptions(method="magnitude"))
+        assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_patterns_in_another_tools_words(tmp_path: Path) -> None:
+    source = folder(
+        tmp_path / "in",
+        config={
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "sparsity_config": {"format": "dense", "sparsity_structure": "2:8"},
+            }
+        },
+    )
+    (source / "recipe.yaml").write_text(
+        'sparsity_stage:\n  SparseGPTModifier:\n    mask_structure: "2:10"\n  other:\n    mask_structure: 2:4\n'
+    )
+    for report in (
+        ss.prune_checkpoint(source, tmp_path / "out", ss.PruneOptions(method="magnitude")),
+        ss.pack_checkpoint(source, tmp_path / "packed"),
+    ):
+        told = [note for note in report.notes if "counts zeros" in note]
+        assert [note.rpartition(", ")[2] for note in told] == ["6:8 here", "8:10 here"]
+        assert "sparsity_structure '2:8' counts zeros, as llm-compressor does: 2 in 8" in told[0]

@@ -11,6 +11,7 @@ from . import __name__ as package
 from .exit_codes import EXIT_CODES
 
 COMMANDS = {
+    "prune": "Prune a checkpoint, by a text that it is run on.",
     "pack": "Pack a checkpoint.",
     "eval": "Perplexity of a dense, pruned or packed model on a text.",
     "show": "Show, verify or unpack a checkpoint.",

@@ -98,7 +98,7 @@ def pack(
         skip_bad=not given["strict"],
     )
     if report is not None:
-        _check_report(report, input, given["overwrite"])
+        check_report(report, input, given["overwrite"])
     with progress_bar(not quiet) as progress:
         keys = ("max_workers", "max_memory", "resume", "overwrite", "verify")
         run = ss.Run(**{key: given[key] for key in keys}, progress=progress)
@@ -117,7 +117,7 @@ def pack(
         raise kind(f"{len(done.refused)} of {count(total, 'module')} would be refused, the first: {first}{way}")
 
 
-def _check_report(report: Path, source: Path, overwrite: bool) -> None:
+def check_report(report: Path, source: Path, overwrite: bool) -> None:
     """Refuse a place for the report before the work begins, not after it."""
     where, origin = report.absolute(), source.resolve()
     if not where.parent.is_dir() or not os.access(where.parent, os.W_OK):

@@ -21,6 +21,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..checkpoint.hf_folder import CONFIG, member, read_json
 from ..checkpoint.packed_config import names_problem
+from ..checkpoint.safetensors import open_regular
 from ..errors import FormatError, UnsupportedError, shown
 from . import kinds
 from .bitnet import read_bitnet
@@ -40,6 +41,10 @@ SIGNATURES = {
 SIDE_FILES = re.compile(r".*quant.*\.json|params\.json", re.IGNORECASE)
 KNOWN_SIDE_FILES = re.compile(r"(hf_)?quant(ization|ize)?_config\.json", re.IGNORECASE)
 ADAPTER_FILE = "adapter_config.json"
+RECIPE = "recipe.yaml"
+"""Where llm-compressor writes what it did."""
+MASKS = {"mask_structure", "sparsity_structure"}
+"""Keys of a pattern, zeros:total."""
 
 TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 """Model types whose layers (Conv1D) store w as [k, n]: packing would group the wrong axis."""
@@ -157,7 +162,7 @@ def read_source(checkpoint: Checkpoint) -> Source:
     if (why := kinds.transposed(shapes)) is not None:
         raise UnsupportedError(f"{why}: weights stored as [k, n] cannot be packed along k; transpose them to [n, k] first")
     quantization = accepted[0][1] if accepted else {}
-    notes = [*checkpoint.notes, *_missing_layers(config, shapes)]
+    notes = [*checkpoint.notes, *_missing_layers(config, shapes), *_pruned_elsewhere(checkpoint, config)]
     if (quantization.get("transform_config") or {}).get("config_groups"):
         notes.append("transform_config of the source's config.json is not carried over: it is merged into the weights")
     return Source(
@@ -221,6 +226,21 @@ def _missing_layers(config: Mapping[str, Any], shapes: kinds.Shapes) -> Iterator
         yield f"the weights have layers {min(layers)} to {max(layers)}, but none of number {gap}: is the checkpoint whole?"
     if told and max(told) > len(layers):
         yield f"{CONFIG} says {max(told)} layers, the weights have {len(layers)}: is the checkpoint whole?"
+
+
+def _pruned_elsewhere(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[str]:
+    """A note on every pattern that llm-compressor states, since it counts zeros: its 2:8 is 6:8 here, its 2:4 the same."""
+    found = [(f"{CONFIG}: {_path(at, key)}", str(value[key])) for at, value in _objects(config) for key in MASKS & value.keys()]
+    if checkpoint.root is not None and (checkpoint.root / RECIPE).is_file():
+        with open(open_regular(member(checkpoint.root, RECIPE)), encoding="utf-8", errors="replace") as file:
+            found += [
+                (f"{RECIPE}: mask_structure", text) for text in re.findall(r"mask_structure\W+(\d+:\d+)", file.read(1 << 20))
+            ]
+    for where, text in dict.fromkeys(found):
+        match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
+        if match and 0 < int(match[1]) < int(match[2]) != 2 * int(match[1]):
+            zeros, group = int(match[1]), int(match[2])
+            yield f"{where} {text!r} counts zeros, as llm-compressor does: {zeros} in {group}, {group - zeros}:{group} here"
 
 
 def without_statements(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,8 +75,7 @@ def inverse_factor(hessian: Any, damping: float = DAMPING) -> InverseFactor:
     dead = diagonal == 0
     live = int((~dead).sum())
     mean = float(diagonal.sum()) / live if live else 1.0
-    h[dead] = 0
-    h[:, dead] = 0
+    h = xp.where(dead[:, None] | dead, 0, h)
     index = xp.arange(len(h))
     h[index, index] = xp.where(dead, mean, diagonal + damping * mean)
     try:  # H = R R^T with R upper: the Cholesky factor of H in reverse order, in reverse order
@@ -124,13 +123,17 @@ def sparsegpt(
     factor = hessian if isinstance(hessian, InverseFactor) else inverse_factor(hessian, damping)
     if factor.dead.shape != w.shape[1:]:
         raise OperandError(f"hessian: is of {len(factor.dead)} columns, w of {w.shape[1]}; give that of this layer's inputs")
-    w[:, factor.dead] = 0
-    transposed = namespace(w).ascontiguousarray(w.T)  # a column's weights lie side by side
-    mask = None if keep is None else namespace(w).ascontiguousarray(keep.T)
+    if keep is not None and (keep.shape != w.shape or keep.dtype != bool):
+        raise OperandError(f"keep: {keep.dtype} {keep.shape} must be bool {w.shape}, as w")
+    if not w.size:
+        return w
+    xp = namespace(w)
+    transposed = xp.ascontiguousarray(xp.where(factor.dead, np.float32(0), w).T)  # a column's weights lie side by side
+    mask = None if keep is None else xp.array(keep.T, order="C")
     columns, mask = _Sweep(factor.upper, pattern).run(transposed.copy() if scheme else transposed, mask)
     if scheme is not None:
         columns, _ = _Sweep(factor.upper, pattern, _rounding(columns, scheme)).run(transposed, mask)
-    return namespace(w).ascontiguousarray(columns.T)
+    return xp.ascontiguousarray(columns.T)
 
 
 Rounding = Callable[[Any, int], Any]
@@ -188,9 +191,9 @@ def _rounding(columns: Any, scheme: Scheme) -> Rounding:
     xp, element = namespace(columns), scheme.dtype
     if not scheme.scaled:
         return lambda fixed, j: to_grid(fixed, element.name, element.largest)
-    largest, t = xp.abs(columns).max(axis=0) if len(columns) else columns.sum(axis=0), np.float32(element.largest)
-    pinned = xp.abs(columns).argmax(axis=0) if len(columns) else largest
-    sign = xp.sign(xp.take_along_axis(columns, pinned[None], axis=0)[0]) if len(columns) else largest
+    largest, t = xp.abs(columns).max(axis=0), np.float32(element.largest)
+    pinned = xp.abs(columns).argmax(axis=0)
+    sign = xp.sign(xp.take_along_axis(columns, pinned[None], axis=0)[0])
     live = largest >= TINY
     a = xp.where(live, to_grid(largest, "bfloat16", np.inf), np.float32(1))
 

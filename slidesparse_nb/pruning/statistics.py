@@ -63,13 +63,20 @@ class Moments:
         """
         if x.ndim != 2 or x.shape[1] != len(self.squares):
             raise OperandError(f"{shown(self.name)}: inputs of shape {x.shape} must be [tokens, {len(self.squares)}]")
-        squares = namespace(x).einsum("ij,ij->j", x, x, dtype=np.float64)
+        squares = namespace(x).square(x, dtype=np.float64).sum(axis=0)
         if not bool(namespace(x).isfinite(squares).all()):
             raise OperandError(f"{shown(self.name)}: its inputs hold NaN or infinity on the calibration text; check the model")
         self.squares += squares
         self.tokens += len(x)
         if self.gram is not None:
             self.gram += x.T @ x
+
+    def on(self, xp: Any) -> Moments:
+        """The same with arrays of `xp`, NumPy or CuPy."""
+        if namespace(self.squares) is xp:
+            return self
+        squares, gram = (a if a is None else a.get() if xp is np else xp.asarray(a) for a in (self.squares, self.gram))
+        return Moments(self.name, squares, gram, self.tokens)
 
     @property
     def norms(self) -> Any:
@@ -131,9 +138,9 @@ class Statistics:
         """
         arrays = {}
         for name, moments in self.moments.items():
-            arrays[f"{name}.column_squares"] = _host(moments.squares)
+            arrays[f"{name}.column_squares"] = moments.on(np).squares
             if moments.gram is not None:
-                arrays[f"{name}.gram"] = _host(moments.gram)
+                arrays[f"{name}.gram"] = moments.on(np).gram
             arrays[f"{name}.tokens"] = np.array([moments.tokens], np.int64)
         write_whole(path, arrays, {METADATA: json.dumps({"version": 1, "inputs": self.inputs, **self.facts})})
 
@@ -181,7 +188,3 @@ def write_whole(path: str | os.PathLike[str], arrays: Mapping[str, Any], metadat
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _host(a: Any) -> Any:
-    return a if isinstance(a, np.ndarray) else a.get()

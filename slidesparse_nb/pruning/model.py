@@ -1,0 +1,272 @@
+"""A model of transformers, block by block: what goes into its linear layers while a text runs through it.
+
+    hidden states of every window --block i--> statistics of its linear layers; pruned weights --block i--> hidden states
+
+Blocks are the items of the longest ModuleList whose items hold Linear layers, and that is itself in no such list. Arguments of
+a block that are no hidden states (masks, position embeddings) come from the model's own forward pass: blocks before it hand on
+what they are given, and the block itself ends the pass. So a device holds the weights and Hessians of one block and the hidden
+states between two blocks (tokens * hidden size * 4 bytes), and any architecture works whose blocks hand hidden states to each
+other and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import cuda
+from ..errors import OperandError, UnsupportedError, shown
+from .statistics import Moments, Statistics
+
+
+class _Reached(Exception):
+    """Ends a forward pass at a block, whose arguments it carries."""
+
+
+def libraries() -> tuple[Any, Any]:
+    """PyTorch and transformers. Raises UnsupportedError where they cannot be imported."""
+    try:
+        return importlib.import_module("torch"), importlib.import_module("transformers")
+    except ImportError as error:
+        raise UnsupportedError(
+            f"calibration: needs torch and transformers ({error}): pip install slidesparse_nb[transformers]; or give statistics"
+        ) from None
+
+
+def read_windows(folder: Path, text: Path, tokens: int, window: int) -> list[Any]:
+    """The first tokens of a text by the model's own tokenizer: windows [1, window] without overlap, no special tokens added.
+
+    Raises:
+        OperandError: the text is no UTF-8, or shorter than a window.
+    """
+    torch, transformers = libraries()
+    try:
+        words = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise OperandError(f"calibration: {text} is no text in UTF-8 ({error}); convert it first") from None
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+    if len(ids) < window:
+        raise OperandError(
+            f"calibration: {text} has {len(ids)} tokens, less than one window of {window}; give more text, or a shorter window"
+        )
+    return [torch.tensor(ids[at : at + window])[None] for at in range(0, len(ids) - window + 1, window)]
+
+
+class BlockwiseModel:
+    """A model in float32 on the host, of which one block at a time runs on a device.
+
+    Attributes:
+        blocks: the decoder (or encoder) blocks, in order.
+        linears: for each block, checkpoint name of a module -> Linear layer, of those wanted.
+        astray: wanted modules that are no Linear layer of a block.
+    """
+
+    def __init__(self, folder: Path, wanted: set[str], device: str, xp: Any) -> None:
+        """Load a model; `xp`: the library of statistics, CuPy or NumPy.
+
+        Raises:
+            UnsupportedError: transformers does not know it, or no block is found in it. OperandError: no such device.
+        """
+        self.torch, transformers = libraries()
+        if device == "cuda" and not self.torch.cuda.is_available():
+            raise OperandError("device: PyTorch finds no GPU; use cpu, or install PyTorch for CUDA")
+        self.device, self.xp = device, xp
+        self.model = _loaded(folder, self.torch, transformers)
+        self.most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        name, self.blocks = _blocks(self.model, self.torch)
+        self.linears: list[dict[str, Any]] = [{} for _ in self.blocks]
+        for at, module in self.model.named_modules():
+            linear = isinstance(module, self.torch.nn.Linear) and at.startswith(f"{name}.")
+            if linear and (known := _known(at, wanted)) is not None:
+                self.linears[int(at[len(name) + 1 :].split(".")[0])][known] = module
+        self.astray = wanted - {name for linears in self.linears for name in linears}
+        self.at: int | None = None
+        self.passed: Any = None
+        self.form = 0
+        for i, block in enumerate(self.blocks):
+            block.forward = self._interrupted(i, block.forward)
+
+    # ---- blocks
+
+    def _interrupted(self, i: int, real: Any) -> Any:
+        """The forward of block i; during `_arguments` it hands on what it is given, or ends the pass."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.at is None:
+                return real(*args, **kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if i and hidden is not self.passed:
+                raise UnsupportedError(
+                    f"calibration: the model changes hidden states between blocks {i - 1} and {i}; give statistics"
+                )
+            if i == self.at:
+                raise _Reached(hidden, args[1:], kwargs)
+            self.passed = hidden
+            return (hidden, *[None] * (self.form - 1)) if self.form else hidden
+
+        return forward
+
+    def _arguments(self, i: int, ids: Any) -> Any:
+        """Hidden states of the embedding, and the other arguments of block i, for one window."""
+        self.at = i
+        try:
+            self.model(input_ids=ids)
+        except _Reached as reached:
+            return reached.args
+        finally:
+            self.at, self.passed = None, None
+        raise UnsupportedError(f"calibration: the model does not run its block {i}; give statistics")
+
+    def embedded(self, windows: list[Any]) -> list[Any]:
+        """Hidden states that go into block 0, of every window."""
+        if self.most is not None and windows[0].shape[1] > self.most:
+            raise OperandError(
+                f"window: {windows[0].shape[1]} tokens are more than the {self.most} positions of the model; shorten it"
+            )
+        with self.torch.no_grad():
+            return [self._moved(self._arguments(0, ids)[0]) for ids in windows]
+
+    def run(self, i: int, hidden: Any, ids: Any) -> Any:
+        """Block i on hidden states of one window."""
+        with self.torch.no_grad():
+            _, args, kwargs = self._arguments(i, ids)
+            out = self.blocks[i](hidden, *self._moved(args), **self._moved(kwargs))
+        self.form = len(out) if isinstance(out, tuple) else 0
+        return out[0] if self.form else out
+
+    def _moved(self, value: Any) -> Any:
+        """`value` with all tensors in it on the device."""
+        if isinstance(value, self.torch.Tensor):
+            return value.to(self.device)
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._moved(each) for each in value)
+        return {key: self._moved(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+    def load(self, i: int) -> None:
+        """Bring block i to the device."""
+        self.blocks[i].to(self.device)
+
+    def unload(self, i: int) -> None:
+        """Take it back, and let go of the device's memory."""
+        self.blocks[i].to("cpu")
+        if self.device == "cuda":
+            self.torch.cuda.empty_cache()
+            if self.xp is not np:
+                self.xp.get_default_memory_pool().free_all_blocks()
+
+    # ---- linear layers
+
+    def watched(self, i: int, hidden: list[Any], windows: list[Any], *, gram: bool, advance: bool = False) -> Statistics:
+        """Statistics of the inputs of block i's linear layers; `advance`: and let the hidden states go on to the next block."""
+        found, last = Statistics(), _Last()
+
+        def see(name: str, linear: Any, x: Any) -> None:
+            shares = x is last.x
+            if name not in found.inputs:
+                found.inputs[name] = last.owner if shares else name
+                if not shares:
+                    found.moments[name] = Moments.empty(name, linear.in_features, gram=gram, xp=self.xp)
+            owner = found.inputs[name]
+            if shares != (owner != name):
+                raise UnsupportedError(
+                    f"calibration: {shown(name)} does not always read what {shown(owner)} reads; give statistics"
+                )
+            if not shares:
+                found.moments[name].add(self.array(x.reshape(-1, linear.in_features)))
+            last.x, last.owner = x, owner
+
+        hooks = [
+            linear.register_forward_pre_hook(lambda _, args, name=name, linear=linear: see(name, linear, args[0]))
+            for name, linear in self.linears[i].items()
+        ]
+        try:
+            for at, ids in enumerate(windows):
+                out = self.run(i, hidden[at], ids)
+                hidden[at] = out if advance else hidden[at]
+                last.x = None
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name in self.linears[i].keys() - found.inputs.keys():
+            found.inputs[name] = name
+            found.moments[name] = Moments.empty(name, self.linears[i][name].in_features, gram=gram)
+        return found
+
+    def array(self, tensor: Any) -> Any:
+        """A tensor as an array of `xp`, without a copy where they share a device."""
+        tensor = tensor.detach().contiguous()
+        return tensor.cpu().numpy() if self.xp is np else self.xp.from_dlpack(tensor)
+
+    def set(self, linear: Any, w: Any) -> None:
+        """Give a linear layer other weights: float32 [n, k], of NumPy."""
+        with self.torch.no_grad():
+            linear.weight.copy_(self.torch.from_numpy(w))
+
+
+class _Last:
+    """The last tensor that a linear layer read, and whose moments it is in."""
+
+    x: Any = None
+    owner = ""
+
+
+def _loaded(folder: Path, torch: Any, transformers: Any) -> Any:
+    """The model of a folder, in float32 on the host, by the class that its config names."""
+    bars = transformers.utils.logging
+    enable = bars.enable_progress_bar if bars.is_progress_bar_enabled() else bars.disable_progress_bar
+    bars.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            kind = transformers.AutoModel
+        model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise UnsupportedError(f"{folder}: transformers cannot load it ({error}); give statistics made elsewhere") from None
+    finally:
+        enable()
+    model.config.use_cache = False
+    return model
+
+
+def namespace_of(device: str) -> Any:
+    """CuPy on a GPU, where it is installed and finds it; NumPy otherwise."""
+    with contextlib.suppress(UnsupportedError):
+        return cuda.cupy("device", "NumPy") if device == "cuda" else np
+    return np
+
+
+def _blocks(model: Any, torch: Any) -> tuple[str, list[Any]]:
+    """The name of the ModuleList that holds the blocks, and the blocks. Raises UnsupportedError if there is none."""
+
+    def lists(module: Any, at: str) -> Iterator[tuple[str, Any]]:
+        for name, child in module.named_children():
+            where = f"{at}.{name}" if at else name
+            if isinstance(child, torch.nn.ModuleList) and all(map(has_linear, child)):
+                yield where, child
+            else:
+                yield from lists(child, where)
+
+    def has_linear(module: Any) -> bool:
+        return any(isinstance(each, torch.nn.Linear) for each in module.modules())
+
+    found = max(lists(model, ""), key=lambda pair: len(pair[1]), default=("", ()))
+    if not found[1]:
+        raise UnsupportedError(
+            "calibration: the model has no list of blocks with linear layers; give statistics made elsewhere"
+        )
+    return found[0], list(found[1])
+
+
+def _known(at: str, wanted: set[str]) -> str | None:
+    """The checkpoint's name of a module: the same, or with other first parts on one side (model., transformer.)."""
+    if at in wanted:
+        return at
+    found = [name for name in wanted if at.endswith(f".{name}") or name.endswith(f".{at}")]
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,366 @@
+"""prune_checkpoint: a dense checkpoint -> a dense checkpoint that obeys the pattern; collect_statistics: what that needs, once.
+
+    magnitude, scores      rows are pruned while the output is written
+    a text                 block by block: inputs of its layers, pruned weights -> OUT.blocks/, their outputs, the next block
+    statistics             layer by layer: pruned weights -> OUT.blocks/
+    then                   OUT.blocks/ + source -> OUT, as `convert` writes it; proved to obey the pattern before it appears
+
+Wanda and SparseGPT see a block as its authors do: all layers of a block are pruned by the activations of the block as it was,
+whose inputs come from blocks that are pruned already, in the type that is written. A run that was killed goes on after the last
+finished block, from hidden states that it computes anew; the bytes are those of a run that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..checkpoint import Checkpoint
+from ..checkpoint.packed_format import TOOL, pattern_facts
+from ..checkpoint.safetensors import checked_path
+from ..convert import Run
+from ..convert.config_json import output_metadata
+from ..convert.layout import Item, Piece, dense_item, output_layout, row_ranges
+from ..convert.module import Module
+from ..convert.options import UNIT_BYTES
+from ..convert.proof import prove_copies
+from ..convert.run import CONTINUE, Conversion, all_items, output_target, refuse_existing
+from ..convert.select import Selection, select
+from ..core.checks import infinite, require_finite
+from ..core.dtypes import NUMPY_OF
+from ..core.untrusted_json import frozen, uncollected
+from ..cpu import kernels
+from ..errors import OperandError, SlideSparseError, UnsupportedError, VerificationError, shown
+from .model import BlockwiseModel, namespace_of, read_windows
+from .options import CALIBRATED, PruneOptions, PruneReport
+from .parts import Parts, clear_parts
+from .scores import Given, Rows, Scored
+from .sparsegpt import InverseFactor, inverse_factor, sparsegpt
+from .statistics import Moments, Statistics
+from .wanda import wanda
+
+
+def prune_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    options: PruneOptions | None = None,
+    run: Run | None = None,
+) -> PruneReport:
+    """Prune a checkpoint: write a dense one, of the source's types and names, whose linear layers obey the pattern.
+
+    Args:
+        source: a .safetensors file, a Hugging Face folder, or an index file; a folder where a text is given.
+        out: as for `pack_checkpoint`. options: how to prune. run: how to work.
+
+    Raises:
+        As `pack_checkpoint`; OperandError also for a text, statistics or scores that do not fit, or activations that are not
+        finite; PatternError for a mask that breaks the pattern; UnsupportedError for a model that transformers cannot run.
+    """
+    options, run, source = options or PruneOptions(method="magnitude"), run or Run(), checked_path(source, "source")
+    with Checkpoint.open(source) as checkpoint:
+        work = _Work(checkpoint, options, run, *_selected(checkpoint, options))
+        target, single = output_target(
+            source, checkpoint, out, f"{options.pattern.nnz}of{options.pattern.group}-{options.label}"
+        )
+        conversion = work.conversion(source, target, single)
+        plan = conversion.report(prune=options.label, left_dense=work.left_dense, skipped={}, notes=work.notes)
+        report = PruneReport(**vars(plan))
+        report.modules = [replace(row, stored=row.source) for row in plan.modules]
+        report.scheme = options.scheme or "none"
+        complete = run.resume and not run.overwrite and os.path.lexists(target) and (single or any(target.iterdir()))
+        if not complete:
+            refuse_existing(target, single, run.overwrite)
+            work.begin(target, report)
+        try:
+            with frozen():
+                conversion.carry_out(work.facts, work.run, report, "writing", work.prove)
+        except VerificationError:
+            if work.parts is not None:
+                work.parts.discard()
+            raise
+        finally:
+            if work.parts is not None:
+                work.parts.close()
+        report.seconds += work.seconds
+        clear_parts(target)
+    return report
+
+
+def collect_statistics(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], options: PruneOptions, run: Run | None = None
+) -> None:
+    """Run the dense model on the calibration text of `options`, and write the statistics of all its layers to one file.
+
+    They serve every pattern. Method "wanda" asks for column norms alone, "sparsegpt" for Hessians, too.
+
+    Raises:
+        As `prune_checkpoint`.
+    """
+    run, source = run or Run(), checked_path(source, "source")
+    out = checked_path(out, "out")
+    if os.path.lexists(out) and not run.overwrite:
+        raise OperandError(f"out: {out} exists; --overwrite replaces it, or name another place")
+    if options.calibration is None:
+        raise OperandError("calibration: is missing; statistics are made of a text")
+    with Checkpoint.open(source) as checkpoint:
+        work = _Work(checkpoint, options, run, *_selected(checkpoint, options))
+        model, windows = work.model()
+        hidden = model.embedded(windows)
+        found = Statistics(facts={"tokens": len(windows) * options.window, "window": options.window})
+        add = run.counter("calibrating", sum(m.nbytes for m in work.modules))
+        for i in range(len(model.blocks)):
+            model.load(i)
+            made = model.watched(i, hidden, windows, gram=options.method == "sparsegpt", advance=True)
+            found.inputs |= made.inputs
+            found.moments |= {name: moments.on(np) for name, moments in made.moments.items()}
+            model.unload(i)
+            add(sum(work.by_name[name].nbytes for name in model.linears[i]))
+        found.save(out)
+
+
+def _selected(checkpoint: Checkpoint, options: PruneOptions) -> tuple[Selection, list[Module]]:
+    """What to prune, by the rules of packing. Raises UnsupportedError where nothing can be, or a layer is of another kind."""
+    with uncollected():  # the scheme decides nothing here; FP16 is one that every source can have
+        selection = select(checkpoint, pattern=options.pattern, scheme="FP16", targets=options.targets, ignore=options.ignore)
+    if selection.bad:
+        raise UnsupportedError(f"{next(iter(selection.bad.values()))}, or leave it dense with --ignore")
+    stacked = next((m for m in selection.modules if m.stacked is not None), None)
+    if stacked is not None and options.method in CALIBRATED:
+        raise UnsupportedError(
+            f"{stacked.name}: holds the experts of a layer in one tensor, whose inputs are not known one by one; prune by"
+            f" magnitude, or leave it dense with --ignore {shown(stacked.name)}"
+        )
+    if not selection.modules:
+        raise UnsupportedError("nothing to prune: no two-dimensional .weight tensor qualifies")
+    return selection, selection.modules
+
+
+@dataclass
+class _Work:
+    """One run."""
+
+    checkpoint: Checkpoint
+    options: PruneOptions
+    run: Run
+    selection: Selection
+    modules: list[Module]
+    rows: Rows | None = None
+    parts: Parts | None = None
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.by_name = {module.name: module for module in self.modules}
+        self.left_dense, self.notes = self.selection.left_dense, self.selection.notes
+        self.facts = {"options": self.options.facts(), "version": __version__}
+
+    # ---- what will be written
+
+    def conversion(self, source: Path, target: Path, single: bool) -> Conversion:
+        """The output, planned."""
+        options, checkpoint = self.options, self.checkpoint
+        made = {"pattern": pattern_facts(options.pattern), "method": options.label, "scheme": options.scheme, "tool": TOOL}
+        told = hashlib.sha256(json.dumps(self.facts, sort_keys=True, default=str).encode()).hexdigest()
+        metadata = {**output_metadata(checkpoint, "dense", options.pattern, None, self.modules), "slidesparse_pruned": told}
+        config = None if checkpoint.config is None else {**checkpoint.config, "slidesparse": made}
+        conversion = Conversion(
+            source, checkpoint, self.selection.source, target, single, self.modules, options.pattern, None, "dense"
+        )
+        with uncollected():
+            conversion.layout = output_layout(
+                all_items(checkpoint, self.modules, self.item),
+                checkpoint,
+                metadata=metadata,
+                config=config,
+                max_shard_size=options.max_shard_size,
+                single=target.name if single else None,
+            )
+        return conversion
+
+    def item(self, module: Module) -> Item:
+        def rows(matrix: Module, first: int, last: int) -> Any:
+            assert self.rows is not None
+            return self.rows(matrix, first, last)
+
+        def make(first: int, last: int) -> Iterator[Piece]:
+            yield module.weight, first * module.row_bytes, rows(module, first, last)
+            module.release(self.checkpoint, first, last)
+
+        if module.stacked is not None:
+            return dense_item(module, module.row_bytes, lambda *of: (rows(*of), None))
+        return Item(module.name, ((module.weight, module.code, module.shape),), module.n, module.row_bytes, make)
+
+    def prove(self, written: Checkpoint, add: Callable[[int], None]) -> None:
+        """That every module obeys the pattern and is what was made, and that every other tensor is the source's."""
+        for matrix in (matrix for module in self.modules for matrix in module.matrices()):
+            for first, last in row_ranges(matrix.n, matrix.row_bytes, UNIT_BYTES):
+                block = np.ascontiguousarray(matrix.dense_array(written)[first:last])
+                if len(broken := kernels.violations(block, self.options.pattern)):
+                    raise VerificationError(
+                        f"{matrix.label}: row {first + broken[0][0]} of the output breaks {self.options.pattern}"
+                    )
+                if self.rows is not None and self.rows(matrix, first, last).tobytes() != block.tobytes():
+                    raise VerificationError(f"{matrix.label}: rows {first} to {last - 1} of the output are not what was made")
+            add(matrix.n * matrix.row_bytes)
+        weights = [module.weight for module in self.modules]
+        prove_copies(written, self.checkpoint, weights, weights, add)
+
+    # ---- pruning
+
+    def begin(self, target: Path, report: PruneReport) -> None:
+        """Make `rows`, after all that is slow; fill in the report."""
+        start = time.perf_counter()
+        if self.options.method == "magnitude":
+            self.rows = Scored(self.checkpoint, self.options.pattern).rows
+            return
+        if self.options.scores is not None:
+            self.rows = Given(self.checkpoint, self.options.pattern, self.options.scores, self.by_name).rows
+            return
+        files = [(str(f.path.resolve()), f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in self.checkpoint.files]
+        fingerprint = hashlib.sha256(json.dumps([self.facts, files], sort_keys=True, default=str).encode()).hexdigest()
+        self.parts = Parts(target, fingerprint, resume=self.run.resume, overwrite=self.run.overwrite)
+        try:
+            errors = self.by_statistics() if self.options.statistics is not None else self.by_blocks(report)
+        except SlideSparseError:
+            self.parts.discard()
+            raise
+        except BaseException as error:
+            self.parts.close()
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"what is done is kept in {self.parts.folder}: {CONTINUE}") from None
+            raise
+        report.errors = {module.name: errors[module.name] for module in self.modules if module.name in errors}
+        resumed, parts = self.parts.resumed, self.parts
+        self.rows = lambda matrix, first, last: parts.array(matrix.weight)[first:last]
+        self.run = replace(self.run, resume=self.run.resume or resumed)
+        self.seconds = time.perf_counter() - start
+
+    def by_statistics(self) -> dict[str, float]:
+        """Prune every layer by statistics of the dense model; returns the errors."""
+        assert self.options.statistics is not None
+        found, xp = Statistics.load(self.options.statistics), self.namespace()
+        groups: dict[str, list[str]] = {}
+        for module in self.modules:
+            if len(found.of(module.name).squares) != module.k:
+                raise OperandError(
+                    f"statistics: those of {shown(module.name)} are of another number of columns than its {module.k}"
+                )
+            groups.setdefault(found.inputs[module.name], []).append(module.name)
+        done = self.run.counter("pruning", sum(m.nbytes for m in self.modules))
+        errors: dict[str, float] = {}
+        for part, names in enumerate(groups.values()):
+            errors |= self.part(part, names, found.of, xp)
+            done(sum(self.by_name[name].nbytes for name in names))
+        return errors
+
+    def namespace(self) -> Any:
+        """The library of the mathematics, with a note if it is not that of the device."""
+        xp = namespace_of(self.options.device)
+        if xp is np and self.options.device == "cuda":
+            self.notes.append("CuPy is missing or finds no GPU (`slidesparse doctor` says why): the mathematics ran on the CPU")
+        return xp
+
+    def model(self) -> tuple[BlockwiseModel, list[Any]]:
+        """The model and the windows of the text.
+
+        Raises:
+            OperandError: there is no folder. UnsupportedError: a module is in no block, or has other weights there.
+        """
+        options, root = self.options, self.checkpoint.root
+        if root is None or self.checkpoint.config is None:
+            raise OperandError("calibration: needs a model's folder with config.json and tokenizer; give that, or statistics")
+        assert options.calibration is not None
+        windows = read_windows(root, checked_path(options.calibration, "calibration"), options.tokens, options.window)
+        model = BlockwiseModel(root, set(self.by_name), options.device, self.namespace())
+        for linears in model.linears:
+            for name, linear in linears.items():
+                if not np.array_equal(linear.weight.detach().numpy(), self.weight(name)):
+                    raise UnsupportedError(
+                        f"{name}: holds other weights in transformers than in the file; leave it dense with --ignore"
+                    )
+        if model.astray:
+            name = min(model.astray)
+            raise UnsupportedError(
+                f"{name}: is no linear layer of a block that transformers runs, so its inputs are not known; leave it dense"
+                f" with --ignore {shown(name)}"
+            )
+        return model, windows
+
+    def by_blocks(self, report: PruneReport) -> dict[str, float]:
+        """Prune block after block, each by what the pruned ones before it make of the text; returns the errors."""
+        assert self.parts is not None
+        model, windows = self.model()
+        report.calibration = {
+            "tokens": len(windows) * self.options.window,
+            "window": self.options.window,
+            "windows": len(windows),
+        }
+        hidden, errors = model.embedded(windows), dict[str, float]()
+        done = self.run.counter("pruning", sum(m.nbytes for m in self.modules))
+        for i in range(len(model.blocks)):
+            linears = model.linears[i]
+            model.load(i)
+            found = model.watched(i, hidden, windows, gram=True) if i not in self.parts else Statistics()
+            errors |= self.part(i, list(linears), found.of, model.xp)
+            for name, linear in linears.items():
+                model.set(linear, self.parts.array(self.by_name[name].weight).astype(np.float32))
+            for at, ids in enumerate(windows if i + 1 < len(model.blocks) else ()):
+                hidden[at] = model.run(i, hidden[at], ids)
+            model.unload(i)
+            done(sum(self.by_name[name].nbytes for name in linears))
+        return errors
+
+    def part(self, part: int, names: list[str], moments: Callable[[str], Moments], xp: Any) -> dict[str, float]:
+        """Prune some modules and store them as one part, if it is not there yet; returns the errors."""
+        assert self.parts is not None
+        if part not in self.parts:
+            arrays, errors = dict[str, Any](), dict[str, float]()
+            of, factor = Moments("", None), None
+            for name in names:
+                if (given := moments(name)).name != of.name:  # layers that read the same follow each other
+                    of = given.on(xp)
+                    factor = inverse_factor(of.hessian, self.options.damping) if self.options.method == "sparsegpt" else None
+                w = xp.asarray(self.weight(name))
+                arrays[self.by_name[name].weight] = stored = self.pruned(name, w, of, factor)
+                if of.gram is not None:
+                    errors[name] = relative_error(w, xp.asarray(stored.astype(np.float32)), of.gram)
+            self.parts.write(part, arrays, errors)
+        return self.parts.read(part)
+
+    def pruned(self, name: str, w: Any, moments: Moments, factor: InverseFactor | None) -> Any:
+        """Pruned weights of a module in its type, on the host."""
+        try:
+            if factor is None:
+                made = wanda(w, moments.norms, self.options.pattern)
+            else:
+                made = sparsegpt(w, factor, self.options.pattern, self.options.scheme)
+        except OperandError as error:
+            raise OperandError(f"{name}: {error}") from None
+        with np.errstate(over="ignore"):
+            stored = (made if isinstance(made, np.ndarray) else made.get()).astype(NUMPY_OF[self.by_name[name].code])
+        if infinite(stored) is not None:
+            raise OperandError(f"{name}: a weight that makes up for others overflows {stored.dtype}; raise the damping")
+        return stored
+
+    def weight(self, name: str) -> Any:
+        """A dense weight, float32 [n, k]. Raises UnsupportedError for NaN and infinity."""
+        w = np.ascontiguousarray(self.by_name[name].dense_array(self.checkpoint))
+        try:
+            require_finite(w)
+        except OperandError as error:
+            raise UnsupportedError(f"{name}.weight: {error}") from None
+        return kernels.to_float32(w)
+
+
+def relative_error(w: Any, pruned: Any, gram: Any) -> float:
+    """||X (W - W')^T||^2 / ||X W^T||^2 by X^T X; 0 where both are."""
+    lost, whole = ((float(((a @ gram) * a).sum(dtype=np.float64))) for a in (w - pruned, w))
+    return lost / whole if whole else 0.0
