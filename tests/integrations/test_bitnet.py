@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import BitNetConfig, BitNetForCausalLM
-from transformers.integrations.bitnet import WeightQuant, pack_weights, unpack_weights
+from transformers.integrations.bitnet import AutoBitLinear, BitLinear, WeightQuant, pack_weights, unpack_weights
 
 import slidesparse_nb as ss
 from slidesparse_nb.convert.sources import open_source
+from slidesparse_nb.integrations.torch import SparseLinear
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -172,3 +173,23 @@ def test_modules_that_are_not_ternary(tmp_path: Path) -> None:
     report = ss.pack_checkpoint(source, tmp_path / "out", ss.Options("6:8", prune="magnitude"))
     assert len(report.modules) == 12
     assert "model.layers.0.mlp.down_proj" in report.left_dense
+
+
+@pytest.mark.parametrize("linear_class", ["bitlinear", "autobitlinear"])
+def test_a_packed_layer_computes_what_bitnets_does(linear_class: str) -> None:
+    """Activations are rounded a token to INT8 by both; sums of integers are exact here, and rounded to bfloat16 there."""
+    torch.manual_seed(1)
+    q = torch.randint(-1, 2, (48, 64), dtype=torch.int8)
+    q[:, 0::8] = q[:, 5::8] = 0  # two of eight
+    x, scale = torch.randn(7, 64, dtype=torch.bfloat16), torch.tensor([0.75], dtype=torch.bfloat16)
+    made: Any = (BitLinear if linear_class == "bitlinear" else AutoBitLinear)(64, 48, False, dtype=torch.bfloat16)
+    made.weight_scale.copy_(scale)
+    if linear_class == "bitlinear":
+        made.weight.copy_(pack_weights(q.clone()))
+    else:
+        made.weight.data = q.to(torch.bfloat16)
+    factor = float(1 / scale if linear_class == "bitlinear" else scale)
+    packed = ss.pack(q.numpy(), "6:8", "int8", scale=np.float32(factor))
+    with torch.no_grad():
+        want, got = made(x).float(), SparseLinear.from_packed(packed)(x).float()
+    assert torch.allclose(got, want, rtol=2**-6, atol=2**-6 * float(want.abs().max()))
