@@ -20,6 +20,8 @@ rounding moves a value by less than half a step, and a is exact in it. (In float
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,12 +80,14 @@ def inverse_factor(hessian: Any, damping: float = DAMPING) -> InverseFactor:
     h = xp.where(dead[:, None] | dead, 0, h)
     index = xp.arange(len(h))
     h[index, index] = xp.where(dead, mean, diagonal + damping * mean)
+    strict = contextlib.nullcontext() if xp is np else importlib.import_module("cupyx").errstate(linalg="raise")
     try:  # H = R R^T with R upper: the Cholesky factor of H in reverse order, in reverse order
-        r = xp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-        upper = xp.triu(xp.linalg.inv(r)).astype(np.float32)
+        with strict:
+            r = xp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+            upper = xp.triu(xp.linalg.inv(r)).astype(np.float32)
     except np.linalg.LinAlgError:
         upper = xp.full(h.shape, np.nan, np.float32)
-    if not bool((xp.diagonal(upper) > 0).all()):  # CuPy returns NaN where NumPy raises
+    if not bool((xp.diagonal(upper) > 0).all()):
         raise OperandError(f"hessian: is not positive definite with damping {damping}; raise the damping, or calibrate on more")
     return InverseFactor(xp.ascontiguousarray(upper), dead)
 
