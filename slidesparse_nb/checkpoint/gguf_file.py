@@ -220,8 +220,8 @@ class GgufFile(TensorFile):
         told = ", ".join(f"{kind} ({count} tensors)" if count > 1 else kind for kind, count in counts.most_common())
         self.notes = (
             *([f"dequantized from {told} to float32, in which sizes of the source are given"] if told else []),
-            "the tokenizer is not written: in transformers, AutoTokenizer.from_pretrained(FOLDER, gguf_file="
-            f"{shown(self.path.name)}).save_pretrained(OUT)",
+            "the tokenizer is not written: take the model's own, or transformers' AutoTokenizer.from_pretrained(FOLDER,"
+            f" gguf_file={shown(self.path.name)})",
         )
 
     def head_problem(self, head: bytes, size: int) -> str:
