@@ -42,14 +42,17 @@ def read_windows(folder: Path, text: Path, tokens: int, window: int) -> list[Any
     """The first tokens of a text by the model's own tokenizer: windows [1, window] without overlap, no special tokens added.
 
     Raises:
-        OperandError: the text is no UTF-8, or shorter than a window.
+        OperandError: the text is no UTF-8, or shorter than a window. UnsupportedError: the folder has no tokenizer.
     """
     torch, transformers = libraries()
     try:
         words = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise OperandError(f"calibration: {text} is no text in UTF-8 ({error}); convert it first") from None
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise UnsupportedError(f"{folder}: its tokenizer cannot be loaded ({error}); give statistics made elsewhere") from None
     ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
     if len(ids) < window:
         raise OperandError(
@@ -129,12 +132,12 @@ class BlockwiseModel:
             raise OperandError(
                 f"window: {windows[0].shape[1]} tokens are more than the {self.most} positions of the model; shorten it"
             )
-        with self.torch.no_grad():
+        with self.torch.no_grad(), self._memory():
             return [self._moved(self._arguments(0, ids)[0]) for ids in windows]
 
     def run(self, i: int, hidden: Any, ids: Any) -> Any:
         """Block i on hidden states of one window."""
-        with self.torch.no_grad():
+        with self.torch.no_grad(), self._memory():
             _, args, kwargs = self._arguments(i, ids)
             out = self.blocks[i](hidden, *self._moved(args), **self._moved(kwargs))
         self.form = len(out) if isinstance(out, tuple) else 0
@@ -150,7 +153,18 @@ class BlockwiseModel:
 
     def load(self, i: int) -> None:
         """Bring block i to the device."""
-        self.blocks[i].to(self.device)
+        with self._memory():
+            self.blocks[i].to(self.device)
+
+    @contextlib.contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Raise MemoryError, which says what takes the memory, where PyTorch runs out of a device's."""
+        try:
+            yield
+        except self.torch.OutOfMemoryError:
+            raise MemoryError(
+                "device: has too little memory for a block and its hidden states; give fewer tokens, or a shorter window"
+            ) from None
 
     def unload(self, i: int) -> None:
         """Take it back, and let go of the device's memory."""
@@ -227,7 +241,7 @@ def _loaded(folder: Path, torch: Any, transformers: Any) -> Any:
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             kind = transformers.AutoModel
         model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    except (ValueError, OSError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
         raise UnsupportedError(f"{folder}: transformers cannot load it ({error}); give statistics made elsewhere") from None
     finally:
         enable()

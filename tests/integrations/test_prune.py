@@ -230,6 +230,8 @@ def test_what_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     sick = folder(tmp_path / "sick", broken)
     sizes = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 12}
     moe = folder(tmp_path / "moe", Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)))
+    bare = tmp_path / "bare"
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(bare)
     for source, given, code, message in (
         (model, ["--calibration", short, "--window", 32], 2, "has 9 tokens, less than one window of 32; give more text"),
         (model, ["--calibration", latin, "--window", 1], 2, "is no text in UTF-8"),
@@ -241,6 +243,7 @@ def test_what_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
             "'model.layers.1.self_attn.q_proj': its inputs hold NaN or infinity",
         ),
         (moe, ["--calibration", text, "--window", 32], 5, "is no linear layer of a block that transformers runs"),
+        (bare, ["--calibration", text, "--window", 32], 5, "its tokenizer cannot be loaded"),
         (model / "model.safetensors", ["--calibration", text, "--window", 32], 2, "calibration: needs a model's folder"),
         (model, ["--calibration", text, "--window", 32, "--device", "cuda"], 2, "device: PyTorch finds no GPU"),
     ):
