@@ -90,9 +90,6 @@ def run(study: Study, patterns: Sequence[str], methods: Sequence[str], schemes: 
     store, took = study.store, {"prune": 0.0, "point": 0.0}
     if not store.has("points", "dense"):
         study.point("dense", study.dense)
-    for scheme in filter(lambda each: ss.Scheme.of(each).scaled, schemes):
-        if not store.has("points", f"dense {scheme}") and store.room():
-            study.point(f"dense {scheme}", simulated_copy(study.dense, ss.Scheme.of(scheme)), method="dense", scheme=scheme)
     for pattern, method, shared in todo(patterns, methods, schemes):
         missing = [scheme for scheme in shared if not store.has("points", f"{pattern} {method} {scheme}")]
         needed = took["prune"] * (method in ("sparsegpt", "joint")) + took["point"] * len(missing)
@@ -113,6 +110,9 @@ def run(study: Study, patterns: Sequence[str], methods: Sequence[str], schemes: 
             model = sparse_copy(study.dense, weights, plan, scheme, "none" if weights else "magnitude")
             study.point(f"{pattern} {method} {scheme}", model, pattern=pattern, method=method, scheme=scheme)
             took["point"] = time.monotonic() - start
+    for scheme in filter(lambda each: ss.Scheme.of(each).scaled, schemes):
+        if not store.has("points", f"dense {scheme}") and store.room():
+            study.point(f"dense {scheme}", simulated_copy(study.dense, ss.Scheme.of(scheme)), method="dense", scheme=scheme)
 
 
 def windows(ids: Any, length: int) -> Any:
