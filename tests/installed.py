@@ -1,7 +1,7 @@
 """What a wheel holds, run by the Python that it is installed in, away from the checkout: make wheel.
 
 python installed.py commands   without any extra: every command tells its help, and doctor finds nothing broken
-python installed.py kernels    with CuPy and matplotlib: imports modules (but integrations), compiles every kernel source
+python installed.py kernels    with CuPy and matplotlib: imports modules (but those that need PyTorch), compiles every kernel source
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ ROOT = Path(sys.prefix).resolve()
 
 def kernels() -> None:
     names = [found.name for found in pkgutil.walk_packages(slidesparse_nb.__path__, "slidesparse_nb.")]
-    names = [name for name in names if not name.startswith("slidesparse_nb.integrations.")]  # need PyTorch: test-integrations
+    apart = ("slidesparse_nb.integrations.", "slidesparse_nb.tools.study.")  # need PyTorch: test-integrations
+    names = [name for name in names if not name.startswith(apart)]
     for name in names:
         file = importlib.import_module(name).__file__
         assert file is None or ROOT in Path(file).resolve().parents, f"{file} is not of the installed package"
