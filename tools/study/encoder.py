@@ -17,34 +17,29 @@ from .store import Store
 from .texts import brown
 
 PASSAGES = 512
-WORDS = (10, 60)
-"""Words of a passage, at least and at most."""
-BATCH = 64
+LENGTH = 32
+"""Tokens of a passage, with those that the tokenizer adds; longer paragraphs are cut, shorter ones are not taken."""
+BATCH = 128
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
 
-def passages(documents: Sequence[str], count: int) -> list[str]:
-    """Paragraphs of ordinary length, at equal distances through the documents."""
-    found = [line for text in documents for line in text.split("\n") if WORDS[0] <= len(line.split()) <= WORDS[1]]
-    return found[:: max(1, len(found) // count)][:count]
+def passages(documents: Sequence[str], tokenizer: Any) -> Tensor:
+    """The beginnings of paragraphs at equal distances through the documents: int64 [PASSAGES, LENGTH] at most."""
+    lines = [line for text in documents for line in text.split("\n") if len(line.split()) >= LENGTH]
+    ids = tokenizer(lines[:: max(1, len(lines) // PASSAGES)][:PASSAGES], truncation=True, max_length=LENGTH).input_ids
+    return torch.tensor([each for each in ids if len(each) == LENGTH])
 
 
-def embed(model: Any, tokenizer: Any, texts: Sequence[str], inputs: Inputs | None = None) -> Tensor:
-    """Unit vectors [texts, hidden]: the mean of each text's token vectors, normalized. Texts of one length go together."""
-    ids = tokenizer(list(texts), truncation=True, max_length=256).input_ids
-    vectors = torch.zeros(len(texts), model.config.hidden_size)
-    by_length: dict[int, list[int]] = {}
-    for i, each in enumerate(ids):
-        by_length.setdefault(len(each), []).append(i)
-    for same in by_length.values():
-        for start in range(0, len(same), BATCH):
-            chosen = same[start : start + BATCH]
-            with torch.no_grad():
-                hidden = model(torch.tensor([ids[i] for i in chosen], device=model.device)).last_hidden_state
-            vectors[chosen] = torch.nn.functional.normalize(hidden.float().mean(1), dim=-1).cpu()
-            if inputs is not None:
-                inputs.end_batch(hidden.shape[0] * hidden.shape[1])
-    return vectors
+def embed(model: Any, ids: Tensor, inputs: Inputs | None = None) -> Tensor:
+    """Unit vectors [passages, hidden]: the mean of each passage's token vectors, normalized."""
+    vectors = []
+    for batch in ids.split(BATCH):
+        with torch.no_grad():
+            hidden = model(batch.to(model.device)).last_hidden_state
+        vectors.append(torch.nn.functional.normalize(hidden.float().mean(1), dim=-1).cpu())
+        if inputs is not None:
+            inputs.end_batch(batch.numel())
+    return torch.cat(vectors)
 
 
 def run(
@@ -54,13 +49,13 @@ def run(
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     dense = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).to(device).eval()
     documents = brown(brown_file)
-    texts, calibration = passages(documents[1::2], PASSAGES), passages(documents[0::2], PASSAGES)
+    texts, calibration = passages(documents[1::2], tokenizer), passages(documents[0::2], tokenizer)
     layers = linears(dense)
     inputs = Inputs(layers, gram=True)
-    embed(dense, tokenizer, calibration, inputs)
+    embed(dense, calibration, inputs)
     inputs.close()
-    want = embed(dense, tokenizer, texts)
-    store.add("setup", "encoder", {"passages": len(texts), "calibration_tokens": inputs.tokens, "linears": len(layers)})
+    want = embed(dense, texts)
+    store.add("setup", "encoder", {"passages": len(texts), "length": LENGTH, "calibration_tokens": inputs.tokens})
     for method in METHODS:
         for pattern in patterns:
             name = f"{pattern} {method} {scheme}"
@@ -72,7 +67,7 @@ def run(
                 weights |= pruned(given, inputs, ss.Pattern.of(pattern), method, None)
             plan = dict.fromkeys(layers, ss.Pattern.of(pattern))
             model = sparse_copy(dense, weights, plan, scheme, "none" if weights else "magnitude")
-            found = compared(embed(model, tokenizer, texts), want)
+            found = compared(embed(model, texts), want)
             store.add("encoder", name, {"pattern": pattern, "method": method, "scheme": scheme, **found})
             say(f"encoder {name}: mean cosine {found['cosine']:.3f}, nearest neighbour kept {found['nearest']:.0%}")
 
