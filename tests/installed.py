@@ -1,7 +1,7 @@
 """What a wheel holds, run by the Python that it is installed in, away from the checkout: make wheel.
 
 python installed.py commands   without any extra: every command tells its help, and doctor finds nothing broken
-python installed.py kernels    with CuPy and matplotlib: imports modules (but those that need PyTorch), compiles every kernel source
+python installed.py kernels    with CuPy and matplotlib: imports modules (but of PyTorch), compiles every kernel source
 """
 
 from __future__ import annotations

@@ -134,9 +134,9 @@ def _encoder(found: Mapping[str, Any]) -> Iterator[str]:
     if points:
         facts = found["setup"]["encoder"]
         yield (
-            f"**all-MiniLM-L6-v2**, a sentence encoder: mean cosine with the dense float32 model's embeddings of {facts['passages']}"
-            f" passages of {facts['length']} tokens of Brown's odd documents, and how many keep their nearest neighbour; statistics"
-            f" of the dense model on {facts['calibration_tokens']:,} tokens of even ones:"
+            "**all-MiniLM-L6-v2**, a sentence encoder: mean cosine with the dense float32 model's embeddings of"
+            f" {facts['passages']} passages of {facts['length']} tokens of Brown's odd documents, and how many keep their nearest"
+            f" neighbour; statistics of the dense model on {facts['calibration_tokens']:,} tokens of even ones:"
         )
         rows = _rows(points, lambda point: f"{point['cosine']:.3f}, {point['nearest']:.0%}")
         yield table(["method", "scheme", *patterns_of(points)], rows)
