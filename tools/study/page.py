@@ -135,8 +135,8 @@ def _encoder(found: Mapping[str, Any]) -> Iterator[str]:
         facts = found["setup"]["encoder"]
         yield (
             "**all-MiniLM-L6-v2**, a sentence encoder: mean cosine with the dense float32 model's embeddings of"
-            f" {facts['passages']} passages of {facts['length']} tokens of Brown's odd documents, and how many keep their nearest"
-            f" neighbour; statistics of the dense model on {facts['calibration_tokens']:,} tokens of even ones:"
+            f" {facts['passages']} passages of {facts['length']} tokens of Brown's odd documents, and how many keep their"
+            f" nearest neighbour; statistics of the dense model on {facts['calibration_tokens']:,} tokens of even ones:"
         )
         rows = _rows(points, lambda point: f"{point['cosine']:.3f}, {point['nearest']:.0%}")
         yield table(["method", "scheme", *patterns_of(points)], rows)
