@@ -144,8 +144,8 @@ class Subject:
                 linears: dict[str, Linear] = {}
                 size = 0
                 for name, w in self.layers.items():
-                    prune = "magnitude" if method == "magnitude" else np.abs(w) * self.norms[name]
-                    packed = ss.pack(w, pattern, "INT8_W8A8", prune=prune)
+                    norms = self.norms[name] if method == "Wanda" else None
+                    packed = ss.pack(w, pattern, "INT8_W8A8", prune=method.lower(), statistics=norms)
                     size += packed.nbytes
                     linears[name] = Int8Linear.of_packed(packed)
                 require_same(packed, linears[name])

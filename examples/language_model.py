@@ -177,7 +177,7 @@ def bpe_tokenizer(tokens: Sequence[str], merges: Sequence[str], special: Sequenc
 
     Args:
         tokens: in the order of their numbers. merges: pairs of tokens, a space between them.
-        special: tokens that stand for no text.
+        special: tokens that are no text.
     """
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(

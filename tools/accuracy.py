@@ -29,6 +29,7 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 MODEL = click.Path(exists=True, path_type=Path)
 F = TypeVar("F", bound=Callable[..., Any])
 PATTERNS, METHODS = "6:8,2:4,4:6,8:10,14:16", "magnitude,wanda,sparsegpt,joint"
+"""joint: SparseGPT that makes up for the quantization of the scheme, too; there is none of BF16."""
 SCHEMES, PARTS = "INT8_W8A8,BF16,FP8_DYNAMIC", "table,sensitivity,mixed"
 json_option = click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), required=True)
 

@@ -10,8 +10,9 @@ if __name__ == "__main__" and not __package__:
     __package__ = "tools"
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -21,6 +22,19 @@ from .exit_codes import EXIT_CODES, exits
 from .terminal import Size, command, count, print_json, print_table, progress_bar, say, size_text, write_json
 
 SCHEMES = ("auto", *ss.Scheme.names(), "int8", "fp8")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def reported(function: F) -> F:
+    """The options of a command that converts a checkpoint and reports on every module."""
+    for option in (
+        click.option("-v", "--verbose", count=True, help="List every module; -vv also where an error came from."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress, no table."),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table."),
+        click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the whole report as JSON."),
+    ):
+        function = option(function)
+    return function
 
 
 @command(epilog=EXIT_CODES)
@@ -73,10 +87,7 @@ SCHEMES = ("auto", *ss.Scheme.names(), "int8", "fp8")
 @click.option(
     "--strict/--skip-bad", default=True, show_default=True, help="Fail on modules that cannot be packed, or leave them dense."
 )
-@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the whole report as JSON.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
-@click.option("-v", "--verbose", count=True, help="List every module; -vv also where an error came from.")
+@reported
 @exits
 def pack(
     input: Path, output: Path | None, quiet: bool, verbose: int, as_json: bool, report: Path | None, dry_run: bool, **given: Any

@@ -17,7 +17,7 @@ import click
 import slidesparse_nb as ss
 
 from .exit_codes import EXIT_CODES, exits
-from .pack import check_report
+from .pack import check_report, reported
 from .terminal import Size, command, count, print_json, print_table, progress_bar, say, size_text, write_json
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -47,10 +47,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--max-shard-size", type=Size(), help="Bytes of one output file in a folder.  [default: 5GB]")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if this tool wrote it; start over an unfinished run.")
-@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the whole report as JSON.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no table.")
-@click.option("-v", "--verbose", count=True, help="List every module; -vv also where an error came from.")
+@reported
 @exits
 def prune(
     model: Path,

@@ -126,4 +126,4 @@ def _fingerprint(folder: Path) -> str | None:
             return str(told["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise OperandError(f"out: {folder} stands in the way and is not an unfinished run of this tool; move it first")
+    raise OperandError(f"out: {folder} exists and is no unfinished run of this tool; move it first")

@@ -189,7 +189,7 @@ def engine() -> Any:
     compiled._destroy()
 
 
-def test_norms_and_activations_write_operands(plugin: Any, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_and_activations_write_operands(plugin: Any, engine: Any) -> None:
     """A block as vLLM compiles it, traced for any number of tokens: the same bits before and after the pass."""
     torch.manual_seed(0)
     gate_up, down, qkv = (SparseLinear.from_linear(torch.nn.Linear(k, n, bias=b).to(torch.bfloat16), "6:8", "INT8_W8A8")
@@ -214,7 +214,6 @@ def test_norms_and_activations_write_operands(plugin: Any, engine: Any, monkeypa
     x, residual = torch.randn(2, 5, 32).to(torch.bfloat16)
     wanted = block(x, residual, layers, gammas)
     graph = make_fx(block, tracing_mode="symbolic")(x, residual, layers, gammas)
-    monkeypatch.setenv("SLIDESPARSE_FUSE", "1")
     hook = plugin.config.compilation_config.inductor_compile_config
     loaded(plugin, "INT8_W8A8")
     hook["post_grad_custom_post_pass"](graph.graph)

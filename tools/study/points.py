@@ -17,11 +17,6 @@ from slidesparse_nb.integrations.perplexity import LOGITS, measure
 from .models import Patterns, linears, prune_layers, simulated_copy, sparse_copy
 from .store import Store
 
-PATTERNS = ("6:8", "2:4", "4:6", "8:10", "14:16")
-METHODS = ("magnitude", "wanda", "sparsegpt", "joint")
-"""joint: SparseGPT that makes up for the quantization of the scheme, too; there is none of BF16."""
-SCHEMES = ("INT8_W8A8", "BF16", "FP8_DYNAMIC")
-
 
 @dataclass
 class Study:

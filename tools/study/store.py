@@ -23,7 +23,7 @@ class Store:
     """
 
     def __init__(self, path: Path, budget: float = float("inf")) -> None:
-        self.path, self.start, self.budget, self.longest = path, time.monotonic(), budget, 0.0
+        self.path, self.start, self.budget = path, time.monotonic(), budget
 
     def read(self) -> dict[str, Any]:
         """Everything so far. Raises FormatError if the file is no JSON object."""

@@ -133,7 +133,7 @@ class SlideSparseMethod(LinearMethodBase):
             fit = ", ".join(str(fewer) for fewer in range(1, gpus) if input_size % (fewer * unit) == 0 or fewer == 1)
             raise ss.UnsupportedError(
                 f"{self.name}: k={input_size} over {gpus} GPUs gives {k} columns each, which must be a multiple of {unit}, the"
-                f" slice unit of {pattern.described}; the layer fits on {fit} GPU{'s'[: gpus > 2]}"
+                f" slice unit of {pattern.described}; numbers of GPUs that fit: {fit}"
             )
         shape, load = (sum(output_partition_sizes), k), extra["weight_loader"]
         for name, (kind, size) in self.packed.tensors(*shape).items():
