@@ -12,6 +12,7 @@ Functions are below; `help(ss.PackedWeight)` and so on describe the classes:
     PruneOptions, PruneReport                    of pruning
     SlideSparseError                             and its kinds: Operand-, Pattern-, Format-, Verification-, UnsupportedError
     reference                                    the whole method in NumPy, to be read
+    rms_norm, silu_and_mul, gelu_and_mul         quantize what they make of x, on a GPU in one launch
     device_weight, operand_bytes                 functions for adapters of other libraries
 
 `slidesparse_nb.integrations` has modules for torch, transformers and vLLM. Importing this package imports NumPy and nothing
@@ -35,6 +36,9 @@ _HOME = {
     "verify": "packing",
     "matmul": "ops",
     "quantize": "ops",
+    "rms_norm": "ops",
+    "silu_and_mul": "ops",
+    "gelu_and_mul": "ops",
     "to_device": "ops",
     "device_weight": "ops",
     "operand_bytes": "ops",
@@ -72,7 +76,8 @@ _HOME = {
 PUBLIC = (*_HOME, "reference")
 """Every public name."""
 
-__all__ = [name for name in _HOME if name.islower() and name not in ("device_weight", "operand_bytes")]  # what help() prints
+_BRIEF = "device_weight", "operand_bytes", "rms_norm", "silu_and_mul", "gelu_and_mul"
+__all__ = [name for name in _HOME if name.islower() and name not in _BRIEF]  # what help() prints
 
 if TYPE_CHECKING:
     from .checkpoint import load as load
@@ -102,9 +107,12 @@ if TYPE_CHECKING:
     from .errors import UnsupportedError as UnsupportedError
     from .errors import VerificationError as VerificationError
     from .ops import device_weight as device_weight
+    from .ops import gelu_and_mul as gelu_and_mul
     from .ops import matmul as matmul
     from .ops import operand_bytes as operand_bytes
     from .ops import quantize as quantize
+    from .ops import rms_norm as rms_norm
+    from .ops import silu_and_mul as silu_and_mul
     from .ops import to_device as to_device
     from .ops import workspace_bytes as workspace_bytes
     from .packing import pack as pack

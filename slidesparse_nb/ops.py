@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from . import cuda
 from .arch import for_capability
-from .core.activations import QuantizedActivations
+from .core.activations import Before, QuantizedActivations
 from .core.checks import (
     check_activations,
     check_bias,
@@ -185,6 +185,56 @@ def quantize(
         FormatError: the tensors of `packed` do not fit its shape.
         UnsupportedError: as for `matmul`.
     """
+    return _operand(x, packed, dtype, stream)[0]
+
+
+def rms_norm(
+    x: Any,
+    gamma: Any,
+    epsilon: float,
+    packed: PackedWeight | DeviceWeight | Pattern | str | tuple[int, int],
+    dtype: Any = None,
+    *,
+    residual: Any = None,
+    stream: Any = None,
+) -> QuantizedActivations | tuple[QuantizedActivations, Any]:
+    """`quantize` of RMSNorm(x + residual) * gamma, with the numbers of `reference.rms_norm`.
+
+    On a GPU it is one launch for bfloat16 and float16, where rows are whole 16-byte vectors (k a multiple of 8); else several.
+
+    Args:
+        x: [..., k] float32, float16 or bfloat16.
+        gamma: [k] of x's type.
+        epsilon: added to the mean of squares.
+        packed, dtype, stream: as for `quantize`.
+        residual: array like x.
+
+    Returns:
+        As `quantize`; with a residual, a pair: that, and x + residual, rounded to x's type.
+
+    Raises:
+        As `quantize`.
+    """
+    quantized, kept = _operand(x, packed, dtype, stream, Before("rms_norm", gamma, epsilon, residual))
+    return quantized if residual is None else (quantized, kept)
+
+
+def silu_and_mul(
+    x: Any, packed: PackedWeight | DeviceWeight | Pattern | str | tuple[int, int], dtype: Any = None, *, stream: Any = None
+) -> QuantizedActivations:
+    """`quantize` of silu(gate) * up, x [..., 2k] being gate beside up; as `rms_norm`, with the numbers of `reference`."""
+    return _operand(x, packed, dtype, stream, Before("silu_and_mul"))[0]
+
+
+def gelu_and_mul(
+    x: Any, packed: PackedWeight | DeviceWeight | Pattern | str | tuple[int, int], dtype: Any = None, *, stream: Any = None
+) -> QuantizedActivations:
+    """`silu_and_mul` with GELU in its tanh form."""
+    return _operand(x, packed, dtype, stream, Before("gelu_and_mul"))[0]
+
+
+def _operand(x: Any, packed: Any, dtype: Any, stream: Any, before: Before | None = None) -> tuple[QuantizedActivations, Any]:
+    """x, or what is made of it before, quantized; and what is kept of that, the sum with a residual."""
     require_unmasked("x", x)
     weights = packed if _is_weight(packed) else None
     if weights is not None:
@@ -198,24 +248,34 @@ def quantize(
         if dtype is None:
             raise OperandError("dtype: is missing; with a pattern instead of packed weights, pass their type, such as 'int8'")
         scheme = Scheme.of(dtype)
-        pattern = scheme.pattern(packed)  # type: ignore[arg-type]
+        pattern = scheme.pattern(packed)
     if scheme.lift_first:
         raise UnsupportedError(f"dtype: {scheme} activations are quantized in their windows, by matmul; pass x itself to it")
     if isinstance(x, np.ndarray):
         if weights is not None:
             require_packed(weights).check_shapes()
         _require_no_stream(stream)
-        check_activations(x, None if weights is None else weights.k)
+        k, kept = None if weights is None else weights.k, None
+        if before is None:
+            check_activations(x, k)
+        else:
+            _require_numpy(gamma=before.gamma, residual=before.residual)
+            before.check(x, k)
         lead, flat = _flat(x)
+        if before is not None:
+            flat, kept = before(flat)
+            kept = None if kept is None else kept.reshape(x.shape)
         values, scale = _quantized(flat, scheme)
         stored = scheme.activations.element
-        return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, stored, x.dtype)
+        return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, stored, x.dtype), kept
     if _on_gpu(x):
         require_kernel(scheme)
         if stream is None and _is_tensor(x):
             stream = sys.modules["torch"].cuda.current_stream(x.device)
-        quantized: QuantizedActivations = _gemm("quantize").quantize(x, pattern, scheme.dtype, weights, stream)
-        return quantized
+        quantized, kept = _gemm("quantize").quantize(x, pattern, scheme.dtype, weights, stream, before)
+        if kept is not None and _is_tensor(x):
+            kept = sys.modules["torch"].from_dlpack(kept)
+        return quantized, kept
     raise _no_array("x", x)
 
 
@@ -264,10 +324,7 @@ def _matmul_numpy(
 ) -> Array:
     _require_no_stream(stream)
     packed.check_shapes()
-    for name, array in (("packed.values", packed.values), ("bias", bias), ("out", out)):
-        if array is not None and not isinstance(array, np.ndarray):
-            raise OperandError(f"{name}: {type(array).__name__} must be a NumPy array, as x is")
-        require_unmasked(name, array)
+    _require_numpy(**{"packed.values": packed.values, "bias": bias, "out": out})
     if isinstance(x, QuantizedActivations):
         if not isinstance(x.scale, np.ndarray | None):
             raise OperandError(f"x.scale: {type(x.scale).__name__} must be a NumPy array, as x.values is")
@@ -296,6 +353,13 @@ def _matmul_numpy(
     if flat_result is None:
         result[...] = y.reshape(result.shape)
     return result
+
+
+def _require_numpy(**operands: Any) -> None:
+    for name, array in operands.items():
+        if array is not None and not isinstance(array, np.ndarray):
+            raise OperandError(f"{name}: {type(array).__name__} must be a NumPy array, as x is")
+        require_unmasked(name, array)
 
 
 def _require_no_stream(stream: object) -> None:

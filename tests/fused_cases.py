@@ -16,6 +16,7 @@ from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.cuda import quantize
 
 EPSILON = 1e-5
+GATES = {"silu_and_mul": reference.silu_and_mul, "gelu_and_mul": reference.gelu_and_mul}
 
 
 def word(value: float) -> int:
@@ -33,22 +34,24 @@ def check_fused(
         launch: (plan, m, arrays and integers in the kernel's order); move, back: to and from where it runs.
     """
     rng = np.random.default_rng(k)
-    rows = rng.standard_normal((m, 2 * k if kind == "silu_and_mul" else k)) * np.resize([1.0, 1e-3, 50.0], (m, 1))
+    gate = GATES.get(kind)
+    rows = rng.standard_normal((m, 2 * k if gate else k)) * np.resize([1.0, 1e-3, 50.0], (m, 1))
     x, residual, gamma = (a.astype(source.numpy) for a in (rows, rng.standard_normal((m, k)), rng.standard_normal(k)))
     if m > 2:
         x[m - 1], x[m - 2, 5] = 0, np.nan
     x[0, 3] = np.inf if m > 4 else 1
+    x[0, 4], x[0, 6] = -100, -3e4
     plan = quantize.plan(source.name, dtype.name, k, x.strides, True, 90, pattern, kind=kind)
     scaled = Scheme.of(dtype).scaled
     with np.errstate(all="ignore"):
-        if kind == "silu_and_mul":
-            wanted, kept = reference.silu_and_mul(x), None
+        if gate:
+            wanted, kept = gate(x), None
         else:
             wanted, kept = reference.rms_norm(x, gamma, EPSILON, residual if kind == "add_rms_norm" else None)
         values, scale = reference.quantize(wanted, dtype) if scaled else (wanted, None)
     made = image(values, pattern)
     out, got = move(np.full(made.shape, 7, np.uint8)), move(np.full((m, 1), 7, np.float32))
-    if kind == "silu_and_mul":
+    if gate:
         launch(plan, m, move(bits(x)), out, got)
     else:
         sums = move(np.zeros((m, k), np.uint16))

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -194,10 +195,13 @@ class Activations:
     """The kernel of a variant of cuda/kernels/quantize.py."""
 
     def __init__(self, gpu: Gpu, kernel: Any) -> None:
-        self.gpu, self.kernel = gpu, kernel
-        words = kernel.name.split("_")
-        self.any = words[1] == "any"
-        rest = kernel.name.split("_", 2)[2]
+        from slidesparse_nb.cuda.kernels.quantize import GATES, KINDS
+
+        self.gpu, self.kernel, self.gates = gpu, kernel, GATES
+        self.kind = next((kind for kind in KINDS if kernel.name.startswith(kind)), "")
+        name = re.sub(rf"^{self.kind}[0-9]*_", "", kernel.name)
+        self.any = name.split("_")[1] == "any"
+        rest = name.split("_", 2)[2]
         names = [*FLOATS, "int8", "float8_e4m3fn"]
         self.source = next(n for n in names if rest.startswith(n))
         rest = rest[len(self.source) + 1 :]
@@ -208,7 +212,12 @@ class Activations:
     def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
         assert programmatic
         assert stream == self.gpu.streams[-1]
-        x, out, scale, m, ld, *rest = arguments
+        x, *arguments = arguments
+        normed = "norm" in self.kind
+        (residual, gamma, kept), arguments = (arguments[:3], arguments[3:]) if normed else ((0, 0, 0), arguments)
+        out, scale, *arguments = arguments
+        (epsilon, columns), arguments = (arguments[:2], arguments[2:]) if normed else ((0, 0), arguments)
+        m, ld, *rest = arguments
         assert grid == ((m + 7) // 8 * 8 if self.tiled else m, 1, 1)
         held = FLOATS.get(self.source, self.stored.numpy)
         if self.any:
@@ -218,8 +227,16 @@ class Activations:
             filled, _, pitch, *_ = rest
             k, strides = filled * 16 // held.itemsize, (16 * ld, held.itemsize)
             row_bytes = pitch * 16 * self.stored.bits // 8 // held.itemsize
-        values = at(x, (m, k), held, strides)
+        values = at(x, (m, 2 * k if self.kind in self.gates else k), held, strides)
         made = None
+        if self.kind in self.gates:
+            values = getattr(reference, self.kind)(values)
+        elif self.kind:
+            assert np.array(columns, np.uint32).view(F32) == k
+            added = at(residual, (m, k), held) if residual else None
+            values, total = reference.rms_norm(values, at(gamma, (k,), held), np.array(epsilon, np.uint32).view(F32), added)
+            if kept:
+                at(kept, (m, k), held)[...] = total
         with np.errstate(invalid="ignore", over="ignore"):
             if self.source != self.stored.name:
                 if not Scheme.of(self.stored).scaled:
@@ -236,7 +253,7 @@ class Activations:
             rows = at(out, (m, row_bytes), np.uint8)
             rows[...] = 0
             rows[:, :k] = values.view(np.uint8)
-        self.gpu.launched.append(f"{'image' if self.tiled else 'rows'} {self.source} {self.stored}")
+        self.gpu.launched.append(f"{self.kind or ('image' if self.tiled else 'rows')} {self.source} {self.stored}")
 
 
 def named(parameters: Any, arguments: tuple[int, ...]) -> Any:

@@ -86,6 +86,59 @@ def test_quantized_once(gpu: Any, dtype: DType, k: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("source", [BF16, F32], ids=str)
+@pytest.mark.parametrize("k", [64, 61])
+def test_quantized_after_a_norm_or_a_gate(gpu: Any, dtype: DType, source: Any, k: int) -> None:
+    packed, rng = weight(24, k, dtype), np.random.default_rng(2)
+    x, residual, gamma, gates = (
+        rng.standard_normal(shape).astype(source) for shape in ((2, 5, k), (2, 5, k), (k,), (2, 5, 2 * k))
+    )
+    operations = {
+        "rms_norm": lambda on, to: ops().rms_norm(on(x), on(gamma), 1e-5, *to),
+        "add_rms_norm": lambda on, to: ops().rms_norm(on(x), on(gamma), 1e-5, *to, residual=on(residual)),
+        "silu_and_mul": lambda on, to: ops().silu_and_mul(on(gates), *to),
+        "gelu_and_mul": lambda on, to: ops().gelu_and_mul(on(gates), *to),
+    }
+    for kind, operation in operations.items():
+        here, there, by_pattern = (
+            operation(np.asarray, (packed,)),
+            operation(array, (packed,)),
+            operation(array, ("6:8", dtype)),
+        )
+        gpu.launched.clear()
+        operation(array, (packed,))
+        assert len(gpu.launched) == 1
+        fused = source == BF16 and k == 64 and (gpu.own or Scheme.of(dtype).scaled)
+        assert (gpu.launched[0].split()[0] == kind) == fused
+        if kind == "add_rms_norm":
+            (here, want), (there, got), (by_pattern, _) = here, there, by_pattern
+            assert got.shape == x.shape
+            assert got.dtype == source
+            np.testing.assert_array_equal(np.asarray(got), want)
+        for made in (there, by_pattern):
+            assert (made.k, made.lead, made.source) == (k, (2, 5), source)
+            np.testing.assert_array_equal(np.asarray(made.values).view(dtype.raw), here.values.view(dtype.raw))
+            close(ops().matmul(made, packed), ops().matmul(here, packed))
+
+
+def test_operands_of_norms_and_gates_that_do_not_fit() -> None:
+    x, ones = np.zeros((3, 16), np.float32), np.ones(16, np.float32)
+    for call, message in (
+        (lambda: ops().rms_norm(x, ones[1:], 0, "6:8", "int8"), r"gamma: float32 \(15,\) must be float32 \(16,\), as x is"),
+        (lambda: ops().rms_norm(x, ones.astype(F16), 0, "6:8", "int8"), r"gamma: float16 \(16,\) must be float32"),
+        (lambda: ops().rms_norm(x, None, 0, "6:8", "int8"), r"gamma: NoneType \(\) must be"),
+        (lambda: ops().rms_norm(x, ones, 0, "6:8", "int8", residual=x[:2]), r"residual: float32 \(2, 16\) must be"),
+        (lambda: ops().rms_norm(x, ones, -1, "6:8", "int8"), "epsilon: -1 must be a finite number, 0 or more"),
+        (lambda: ops().rms_norm(x, ones, "tiny", "6:8", "int8"), "epsilon: 'tiny' must be"),
+        (lambda: ops().rms_norm(x, ones.tolist(), 0, "6:8", "int8"), "gamma: list must be a NumPy array, as x is"),
+        (lambda: ops().silu_and_mul(x[:, :15], "6:8", "int8"), r"x: shape \(3, 15\) must be \[..., 2k\]"),
+        (lambda: ops().gelu_and_mul(x, weight(8, 16, INT8)), "32"),
+    ):
+        with pytest.raises(OperandError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
 def test_quantized_for_another_pattern(gpu: Any, dtype: DType) -> None:
     packed = weight(16, 64, dtype)
     x = array(np.random.default_rng(3).standard_normal((9, 64)).astype(F32))

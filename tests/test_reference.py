@@ -268,6 +268,21 @@ def test_infinity_meets_unused_slots() -> None:
     np.testing.assert_array_equal(y, [[np.nan, 7, np.inf]])
 
 
+def test_norms_and_gates_are_their_formulas() -> None:
+    rng = np.random.default_rng(0)
+    x, residual, gamma = (rng.standard_normal(shape).astype(np.float32) * 9 for shape in ((3, 500), (3, 500), (500,)))
+    y, kept = reference.rms_norm(x, gamma, 1e-3, residual)
+    s = x.astype(np.float64) + residual
+    np.testing.assert_allclose(y, s / np.sqrt((s * s).mean(1, keepdims=True) + 1e-3) * gamma, rtol=1e-5)
+    np.testing.assert_allclose(kept, s, rtol=1e-6, atol=1e-6)
+    gates = np.concatenate([np.linspace(-30, 30, 999), [-1e38, 1e38, -100, 0]]).astype(np.float32)
+    g, both = gates.astype(np.float64), np.concatenate([gates, np.full_like(gates, 0.5)])[None]
+    with np.errstate(over="ignore"):
+        silu, gelu = g / (1 + np.exp(-g)), g / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
+    np.testing.assert_allclose(reference.silu_and_mul(both)[0], silu / 2, rtol=1e-6, atol=1e-35)
+    np.testing.assert_allclose(reference.gelu_and_mul(both)[0], gelu / 2, rtol=3e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
 def test_a_product_without_columns_is_the_bias(dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where einsum makes something of nothing, as NumPy's makes NaN where memory behind an empty array holds it."""

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import OperandError
-from .dtypes import FLOAT32, DType
+from ..errors import OperandError, shown
+from . import reference
+from .checks import check_activations
+from .dtypes import FLOAT32, FLOATS, DType
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,3 +76,47 @@ class QuantizedActivations:
             raise OperandError(f"x.scale: must be a contiguous float32 array [{m}, 1], where x.values are")
         if self.k != packed.k:
             raise OperandError(f"x: k={self.k} must be {packed.k}, the k of packed (not padded: matmul does that)")
+
+
+@dataclass(frozen=True, eq=False)
+class Before:
+    """What is done to x before it is quantized: `reference`'s function of that name.
+
+    Attributes:
+        kind: "rms_norm", "silu_and_mul" or "gelu_and_mul".
+        gamma, epsilon, residual: operands of "rms_norm"; a residual, like x, is added to it first.
+    """
+
+    kind: str
+    gamma: Any = None
+    epsilon: float = 0.0
+    residual: Any = None
+
+    def check(self, x: Any, k: int | None) -> int:
+        """The columns of the result; `k`: what they must be, None if they may be any. OperandError if operands do not fit."""
+        if self.kind != "rms_norm":
+            check_activations(x, None if k is None else 2 * k)
+            if x.shape[-1] % 2:
+                raise OperandError(f"x: shape {x.shape} must be [..., 2k], the gate's columns before those that it multiplies")
+            return int(x.shape[-1]) // 2
+        check_activations(x, k)
+        epsilon: object = self.epsilon
+        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float | np.floating) or not 0 <= epsilon < math.inf:
+            raise OperandError(f"epsilon: {shown(epsilon)} must be a finite number, 0 or more")
+        k = int(x.shape[-1])
+        others = ("gamma", self.gamma, (k,)), ("residual", self.residual, x.shape)
+        for name, array, shape in others:
+            if array is None and name == "residual":
+                continue
+            found = getattr(array, "dtype", type(array).__name__), tuple(getattr(array, "shape", ()))
+            if found != (x.dtype, tuple(shape)) or x.dtype not in FLOATS:
+                raise OperandError(f"{name}: {found[0]} {found[1]} must be {x.dtype} {tuple(shape)}, as x is")
+        return k
+
+    def __call__(self, x: Any) -> tuple[Any, Any]:
+        """x [m, k or 2k] -> [m, k], and the sum [m, k] of x and the residual, None without one."""
+        if self.kind != "rms_norm":
+            return getattr(reference, self.kind)(x), None
+        residual = None if self.residual is None else self.residual.reshape(x.shape)
+        y, kept = reference.rms_norm(x, self.gamma, self.epsilon, residual)
+        return y, None if residual is None else kept

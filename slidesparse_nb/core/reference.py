@@ -17,6 +17,7 @@ Of patterns over pairs (unit = 2), read "pair of columns" for "column"; a pair i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -407,16 +408,17 @@ def rms_norm(x: Array, gamma: Array, epsilon: float, residual: Array | None = No
     """RMSNorm of s = x + residual: s / sqrt(mean(s^2) + epsilon), rounded, times gamma, rounded; as vLLM defines it.
 
     Args:
-        x, residual: [m, k], gamma: [k], of one 16-bit float type; sums and squares are float32.
+        x, residual: [m, k], gamma: [k], of one float type; sums and squares are float32.
 
     Returns:
         [m, k] of that type; and s rounded to it, x itself without a residual.
     """
-    s = x.astype(np.float32) if residual is None else x.astype(np.float32) + residual.astype(np.float32)
-    mean = sum_of_squares(s) / np.float32(s.shape[1])
-    inverse = np.float32(1) / np.sqrt(mean + np.float32(epsilon))
-    normed = (s * inverse[:, None]).astype(x.dtype)
-    return (normed.astype(np.float32) * gamma.astype(np.float32)).astype(x.dtype), s.astype(x.dtype)
+    with np.errstate(all="ignore"):
+        s = x.astype(np.float32) if residual is None else x.astype(np.float32) + residual.astype(np.float32)
+        mean = sum_of_squares(s) / np.float32(s.shape[1])
+        inverse = np.float32(1) / np.sqrt(mean + np.float32(epsilon))
+        normed = (s * inverse[:, None]).astype(x.dtype)
+        return (normed.astype(np.float32) * gamma.astype(np.float32)).astype(x.dtype), s.astype(x.dtype)
 
 
 def norm_threads(k: int) -> int:
@@ -435,27 +437,45 @@ def sum_of_squares(s: Array) -> Array:
     """
     m, k = s.shape
     threads = norm_threads(k)
-    squares = np.pad(s * s, ((0, 0), (0, -k % (8 * threads)))).reshape(m, -1, threads, 8)
-    sums = np.zeros((m, threads), np.float32)
+    squares = np.pad(s * s, ((0, 0), (0, -k % (8 * threads)))).reshape(m, -(-k // (8 * threads)), threads, 8)
+    sums = np.zeros_like(s, shape=(m, threads))
     for part in range(squares.shape[1]):
         for column in range(8):
             sums = sums + squares[:, part, :, column]
-    sums = _halved(sums.reshape(m, -1, 32))
+    sums = _halved(sums.reshape(m, threads // 32, 32))
     return _halved(np.pad(sums, ((0, 0), (0, 32 - sums.shape[1]))))
 
 
 def _halved(sums: Array) -> Array:
     while (half := sums.shape[-1] // 2) > 0:
         sums = sums[..., :half] + sums[..., half:]
-    return np.asarray(sums[..., 0])
+    halved: Array = sums[..., 0]
+    return halved
 
 
 def silu_and_mul(x: Array) -> Array:
-    """SiLU of the first half of the columns, rounded, times the second half, rounded: [m, 2k] -> [m, k] of a 16-bit type."""
-    gate, up = (half.astype(np.float32) for half in np.split(x, 2, axis=1))
-    with np.errstate(invalid="ignore", over="ignore"):
-        silu = (gate / (np.float32(1) + exponential(-gate))).astype(x.dtype)
-        return (silu.astype(np.float32) * up).astype(x.dtype)
+    """SiLU of the first half of the columns, rounded, times the second half, rounded: [m, 2k] -> [m, k] of x's type.
+
+    silu(g) = g / (1 + e^-g).
+    """
+    return _gate_and_mul(x, lambda gate: gate)
+
+
+GELU, GELU_CUBE = np.float32(1.5957691216057308), np.float32(0.07135481282930404)
+"""2 sqrt(2 / pi), and 0.044715 times that."""
+
+
+def gelu_and_mul(x: Array) -> Array:
+    """`silu_and_mul` with GELU in its tanh form: g / (1 + e^-h), h = (2 sqrt(2 / pi) (1 + 0.044715 g^2)) g."""
+    return _gate_and_mul(x, lambda gate: (gate * gate * GELU_CUBE + GELU) * gate)
+
+
+def _gate_and_mul(x: Array, inner: Callable[[Array], Array]) -> Array:
+    half = x.shape[1] // 2
+    gate, up = x[:, :half].astype(np.float32), x[:, half:].astype(np.float32)
+    with np.errstate(all="ignore"):
+        act = (gate / (np.float32(1) + exponential(-inner(gate)))).astype(x.dtype)
+        return (act.astype(np.float32) * up).astype(x.dtype)
 
 
 EXP_LIMIT = 87.0
@@ -476,12 +496,13 @@ ROUND = np.float32(12582912)
 
 
 def exponential(x: Array) -> Array:
-    """exp(x) of float32 by a polynomial and a power of two, each step rounded; x is clipped to +-87."""
-    x = np.clip(x, np.float32(-EXP_LIMIT), np.float32(EXP_LIMIT))
+    """exp(x) of float32 by a polynomial and a power of two, each step rounded; e^-87 below -87, infinity above 87."""
+    above, x = x > np.float32(EXP_LIMIT), np.clip(x, np.float32(-EXP_LIMIT), np.float32(EXP_LIMIT))
     shifted = x * np.float32(LOG2_E) + ROUND
     n = shifted - ROUND
     f = (x - n * np.float32(LN2_HIGH)) - n * np.float32(LN2_LOW)
-    p = np.full_like(f, EXP_SERIES[0])
+    p: Any = np.float32(EXP_SERIES[0])
     for c in EXP_SERIES[1:]:
         p = p * f + np.float32(c)
-    return np.asarray((p.view(np.uint32) + (shifted.view(np.uint32) << np.uint32(23))).view(np.float32))
+    power = (p.view(np.uint32) + (shifted.view(np.uint32) << np.uint32(23))).view(np.float32)
+    return np.where(above, np.float32(np.inf), power)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import cupy
 import numpy as np
 
 from ..arch import for_capability
-from ..arch.operand import image_rows
-from ..core.activations import QuantizedActivations
+from ..arch.operand import STAGE, Operand, image_rows, stages
+from ..core.activations import Before, QuantizedActivations
 from ..core.checks import check_activations, check_bias, float_dtype, result_dtype
 from ..core.dtypes import CUDA_CODES, FLOATS, INT8, DType
 from ..core.packed import PackedWeight
@@ -25,7 +26,7 @@ from ..core.scheme import Scheme
 from ..errors import OperandError
 from . import quantize as kernels
 from .arrays import as_cupy, as_stream, device_of, require_own_memory
-from .plan import Plan, device_facts, rows_writer
+from .plan import Plan, device_facts, fused_writer, norm_numbers, rows_writer
 from .weight import DeviceWeight, to_device
 
 
@@ -164,41 +165,100 @@ def matmul(
 
 
 def quantize(
-    x: Any, pattern: Pattern, dtype: DType, packed: PackedWeight | DeviceWeight | None = None, stream: Any = None
-) -> QuantizedActivations:
-    """x [..., k] on a GPU, quantized once for several products; `slidesparse_nb.quantize`.
+    x: Any,
+    pattern: Pattern,
+    dtype: DType,
+    packed: PackedWeight | DeviceWeight | None = None,
+    stream: Any = None,
+    before: Before | None = None,
+) -> tuple[QuantizedActivations, Any]:
+    """x [..., k] on a GPU, or what is made of it before, quantized once for several products; `slidesparse_nb.quantize`.
 
     Args:
         packed: weights that it will be multiplied by, if they are known.
+
+    Returns:
+        That, and the sum of x and `before`'s residual, None without one.
     """
     ordinal = device_of(x)
     if ordinal != cupy.cuda.runtime.getDevice():
         with cupy.cuda.Device(ordinal):
-            return quantize(x, pattern, dtype, packed, stream)
+            return quantize(x, pattern, dtype, packed, stream, before)
     if stream is not None:
         with as_stream(stream):
-            return quantize(x, pattern, dtype, packed)
-    x = as_cupy("x", x)
-    check_activations(x, None if packed is None else packed.k)
-    lead, source, k = x.shape[:-1], x.dtype, x.shape[-1]
-    m = math.prod(lead)
-    flat = x if x.ndim == 2 else x.reshape(m, k)
-    if packed is not None:
-        tiled = to_device(packed, ordinal).operand.tiled
+            return quantize(x, pattern, dtype, packed, None, before)
+    x, known, kept = as_cupy("x", x), None if packed is None else packed.k, None
+    if before is None:
+        check_activations(x, known)
+        k = x.shape[-1]
     else:
-        tiled = for_capability(device_facts(ordinal)[0]).operand(pattern, k, Scheme.of(dtype)).tiled
-    if tiled:
+        before = _on(ordinal, before)
+        k = before.check(x, known)
+    lead, source = x.shape[:-1], x.dtype
+    m = math.prod(lead)
+    flat = x if x.ndim == 2 else x.reshape(m, x.shape[-1])
+    if packed is not None:
+        form = to_device(packed, ordinal).operand
+    else:
+        form = for_capability(device_facts(ordinal)[0]).operand(pattern, k, Scheme.of(dtype))
+    if before is not None:
+        made = _fused(flat, before, form, ordinal, k, pattern, dtype)
+        if made is not None:
+            values, scale, kept = made
+        else:
+            flat, kept = before(flat)
+        kept = None if kept is None else kept.reshape(x.shape)
+        if made is not None and form.tiled:
+            return TiledActivations(values, pattern, k, scale, lead, dtype, source), kept
+        if made is not None:
+            return QuantizedActivations(values[:, :k], scale, lead, dtype, source), kept
+    if form.tiled:
         tiles, scale = kernels.tiles(flat, dtype, pattern)
-        return TiledActivations(tiles, pattern, k, scale, lead, dtype, source)
+        return TiledActivations(tiles, pattern, k, scale, lead, dtype, source), kept
     if Scheme.of(dtype).scaled:
         values, scale = kernels.quantize(flat, dtype)
-        return QuantizedActivations(values[:, :k], scale, lead, dtype, source)
+        return QuantizedActivations(values[:, :k], scale, lead, dtype, source), kept
     pitch = -(-2 * k // 16) * 16
     values = cupy.empty((m, pitch // 2), dtype.raw)
     if m and k:
         write = rows_writer(ordinal, k, FLOATS[source], dtype, flat.strides, pitch, 0)
         write(m, cupy.cuda.get_current_stream().ptr, flat.data.ptr, values.data.ptr, 0)
-    return QuantizedActivations(values[:, :k], None, lead, dtype, source)
+    return QuantizedActivations(values[:, :k], None, lead, dtype, source), kept
+
+
+def _on(ordinal: int, before: Before) -> Before:
+    """With operands that are CuPy arrays on that GPU."""
+    views = {name: as_cupy(name, a) for name in ("gamma", "residual") if (a := getattr(before, name)) is not None}
+    for name, view in views.items():
+        if view.data.device_id != ordinal:
+            raise OperandError(f"{name}: is on GPU {view.data.device_id}, but x is on GPU {ordinal}; move it there")
+    return replace(before, **views)
+
+
+def _fused(x: Any, before: Before, form: Operand, ordinal: int, k: int, pattern: Pattern, dtype: DType) -> Any:
+    """(values or tiles, scale, sum) in one launch of x [m, k or 2k]; None where no kernel does it."""
+    m, (pitch, step) = len(x), x.strides
+    others = [a for a in (before.residual, before.gamma) if a is not None]
+    whole = (
+        x.dtype.itemsize == 2 and m and step == 2 and x.data.ptr % 16 == pitch % 16 == 0 and (form.tiled or form.lift is None)
+    )
+    if not whole or not all(a.flags.c_contiguous and a.data.ptr % 16 == 0 for a in others):
+        return None
+    kind = "add_rms_norm" if before.residual is not None else before.kind
+    write = fused_writer(ordinal, form, k, dtype, FLOATS[x.dtype], pitch, kind)
+    if write is None:
+        return None
+    scaled, normed = Scheme.of(dtype).scaled, before.kind == "rms_norm"
+    shape = (stages(pattern, k, dtype), -(-m // 8), 8, STAGE) if form.tiled else (m, form.pitch)
+    made = cupy.empty(shape, np.uint8 if form.tiled else dtype.raw)
+    scale = cupy.empty((m, 1), np.float32) if scaled else None
+    kept = None if before.residual is None else cupy.empty((m, k), x.dtype)
+    given = (x, before.residual, before.gamma, kept) if normed else (x,)
+    write(
+        m, cupy.cuda.get_current_stream().ptr, tuple(0 if a is None else a.data.ptr for a in given), made.data.ptr,
+        0 if scale is None else scale.data.ptr, norm_numbers(before.epsilon, k) if normed else (),
+    )  # fmt: skip
+    return made, scale, kept
 
 
 # ---- operands --------------------------------------------------------------------------------------------------------

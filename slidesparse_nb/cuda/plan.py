@@ -8,6 +8,7 @@ Everything here is addresses, integers and streams; no array is seen.
 from __future__ import annotations
 
 import functools
+import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -252,6 +253,12 @@ def fused_writer(ordinal: int, form: Operand, k: int, dtype: DType, source: str,
         run((blocks(m), 1, 1), block, shared, stream, programmatic, *given, operand, scale, *numbers, *integers(m))
 
     return write
+
+
+def norm_numbers(epsilon: float, k: int) -> tuple[int, int]:
+    """What a norm's writer takes: the bits of both as float32."""
+    first, second = struct.unpack("II", struct.pack("ff", epsilon, k))
+    return first, second
 
 
 def rows_writer(ordinal: int, k: int, source: str, dtype: DType, strides: tuple[int, int], pitch: int, lift: int) -> Writer:

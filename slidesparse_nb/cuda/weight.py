@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,19 @@ from ..errors import OperandError
 from . import tuned_store
 from .arrays import as_cupy
 from .driver import unusable
-from .plan import FusedWriter, Launch, Plan, Writer, counters, device_facts, fused_writer, plan_of, rows_writer, writer
+from .plan import (
+    FusedWriter,
+    Launch,
+    Plan,
+    Writer,
+    counters,
+    device_facts,
+    fused_writer,
+    norm_numbers,
+    plan_of,
+    rows_writer,
+    writer,
+)
 
 MOST_BOUND = 1024
 """Numbers of tokens, and kinds of x, that a weight remembers: a server may see any number of them."""
@@ -199,13 +210,12 @@ class DeviceWeight:
         """
         write = self._fused(source, pitch, "add_rms_norm" if residual else "rms_norm")
         if write is not None:
-            epsilon_bits, columns = (struct.unpack("I", struct.pack("f", value))[0] for value in (epsilon, self.k))
-            write(m, stream, (x, residual, gamma, kept), operand, scale, (epsilon_bits, columns))
+            write(m, stream, (x, residual, gamma, kept), operand, scale, norm_numbers(epsilon, self.k))
         return write is not None
 
-    def silu_and_mul(self, m: int, x: int, source: str, pitch: int, operand: int, scale: int, stream: int) -> bool:
-        """The operand of `reference.silu_and_mul` of x [m, 2k]; arguments and result as of `rms_norm`."""
-        write = self._fused(source, pitch, "silu_and_mul")
+    def gate_and_mul(self, kind: str, m: int, x: int, source: str, pitch: int, operand: int, scale: int, stream: int) -> bool:
+        """The operand of `reference`'s "silu_and_mul" or "gelu_and_mul" of x [m, 2k]; arguments and result as of `rms_norm`."""
+        write = self._fused(source, pitch, kind)
         if write is not None:
             write(m, stream, (x,), operand, scale, ())
         return write is not None

@@ -10,6 +10,7 @@ operators, never addresses or counters in a graph, so that compiled graphs may b
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Sequence
@@ -156,7 +157,12 @@ LIBRARY.define(
     " -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
-LIBRARY.define("silu_and_mul_quantize(Tensor x, Tensor[] weight, int n, int k, str facts) -> (Tensor, Tensor)", tags=_TAGS)
+GATES = {
+    "silu_and_mul": torch.nn.functional.silu,
+    "gelu_and_mul": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+}
+for _name in GATES:
+    LIBRARY.define(f"{_name}_quantize(Tensor x, Tensor[] weight, int n, int k, str facts) -> (Tensor, Tensor)", tags=_TAGS)
 LIBRARY.define(
     "product(Tensor operand, Tensor scale, Tensor[] weight, Tensor? bias, ScalarType out, int n, int k, str facts) -> Tensor",
     tags=_TAGS,
@@ -301,10 +307,11 @@ def _rms_norm(x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float)
     return (h.to(gamma.dtype) * gamma).to(x.dtype), kept
 
 
-def _silu_and_mul(x: Tensor) -> Tensor:
-    """SiLU of the first half of x's columns, times the second."""
+def _gate_and_mul(kind: str, x: Tensor) -> Tensor:
+    """SiLU or GELU of the first half of x's columns, times the second."""
     gate, up = x.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * up
+    made: Tensor = GATES[kind](gate) * up
+    return made
 
 
 def _rms_norm_quantize_cuda(
@@ -321,13 +328,15 @@ def _rms_norm_quantize_cuda(
     return _rms_norm_quantize(x, residual, gamma, epsilon, weight, n, k, facts)
 
 
-def _silu_and_mul_quantize_cuda(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
+def _gate_and_mul_quantize_cuda(
+    kind: str, x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str
+) -> tuple[Tensor, Tensor]:
     if _fits(x, 2 * k):
         with torch.cuda.device(x.device):
-            there, rows, operand, scale, to = _fused(x, weight, n, k, facts, "silu_and_mul")
-            if there.silu_and_mul(*rows, *to):
+            there, rows, operand, scale, to = _fused(x, weight, n, k, facts, kind)
+            if there.gate_and_mul(kind, *rows, *to):
                 return operand, scale
-    return _silu_and_mul_quantize(x, weight, n, k, facts)
+    return _gate_and_mul_quantize(kind, x, weight, n, k, facts)
 
 
 def _fits(x: Tensor, columns: int) -> bool:
@@ -373,8 +382,8 @@ def _rms_norm_quantize_fake(
     return (*_quantize_fake(x, weight, n, k, facts), x.new_empty(0) if residual is None else torch.empty_like(x))
 
 
-def _silu_and_mul_quantize(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
-    operand, scale = torch.ops.slidesparse.quantize(_silu_and_mul(x), weight, n, k, facts)
+def _gate_and_mul_quantize(kind: str, x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
+    operand, scale = torch.ops.slidesparse.quantize(_gate_and_mul(kind, x), weight, n, k, facts)
     return operand, scale
 
 
@@ -460,7 +469,8 @@ for _name in ("linear", "quantize", "product"):
     LIBRARY._register_fake(_name, globals()[f"_{_name}_fake"])
 LIBRARY.impl("rms_norm_quantize", _rms_norm_quantize_cuda, "CUDA")
 LIBRARY.impl("rms_norm_quantize", _rms_norm_quantize, "CPU")
-LIBRARY.impl("silu_and_mul_quantize", _silu_and_mul_quantize_cuda, "CUDA")
-LIBRARY.impl("silu_and_mul_quantize", _silu_and_mul_quantize, "CPU")
 LIBRARY._register_fake("rms_norm_quantize", _rms_norm_quantize_fake)
-LIBRARY._register_fake("silu_and_mul_quantize", _quantize_fake)
+for _name in GATES:
+    LIBRARY.impl(f"{_name}_quantize", functools.partial(_gate_and_mul_quantize_cuda, _name), "CUDA")
+    LIBRARY.impl(f"{_name}_quantize", functools.partial(_gate_and_mul_quantize, _name), "CPU")
+    LIBRARY._register_fake(f"{_name}_quantize", _quantize_fake)

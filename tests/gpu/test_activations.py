@@ -13,6 +13,7 @@ from fused_cases import check_fused
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.core.scheme import Scheme
+from slidesparse_nb.cuda.kernels.quantize import KINDS
 
 pytestmark = pytest.mark.gpu
 
@@ -312,7 +313,7 @@ def test_a_thousand_launches_agree(activations) -> None:
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
-@pytest.mark.parametrize("kind", ["rms_norm", "add_rms_norm", "silu_and_mul"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("m", "k", "pattern"), [(1, 3584, "6:8"), (37, 3584, "6:8"), (9, 18944, "6:8"), (300, 8192, "4:6"), (5, 584, "14:16")]
 )

@@ -118,9 +118,10 @@ def test_norms_and_gates_write_operands(scheme: str, m: int) -> None:
     def products() -> tuple[torch.Tensor, ...]:
         q, s, kept = ops.rms_norm_quantize(x, residual, gamma, 1e-6, *facts)
         g, t = ops.silu_and_mul_quantize(gate, *facts)
+        gelu = ops.gelu_and_mul_quantize(gate, *facts)
         h, u, none = ops.rms_norm_quantize(x, None, gamma, 1e-6, *facts)
         assert none.numel() == 0
-        y = [ops.product(a, b, facts[0], there.bias, torch.bfloat16, *facts[1:]) for a, b in ((q, s), (g, t), (h, u))]
+        y = [ops.product(a, b, facts[0], there.bias, torch.bfloat16, *facts[1:]) for a, b in ((q, s), (g, t), gelu, (h, u))]
         return (*y, kept)
 
     *got, kept = products()
@@ -128,7 +129,7 @@ def test_norms_and_gates_write_operands(scheme: str, m: int) -> None:
     normed, sums = reference.rms_norm(host[0], host[2], 1e-6, host[1])
     plain = reference.rms_norm(host[0], host[2], 1e-6)[0]
     assert torch.equal(kept.cpu(), operators.from_numpy(sums))
-    for y, before in zip(got, (normed, reference.silu_and_mul(host[3]), plain), strict=True):
+    for y, before in zip(got, (normed, reference.silu_and_mul(host[3]), reference.gelu_and_mul(host[3]), plain), strict=True):
         assert torch.equal(y, there(operators.from_numpy(before).cuda()))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -137,6 +138,7 @@ def test_norms_and_gates_write_operands(scheme: str, m: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(captured, (*got, kept), strict=True))
     torch.library.opcheck(ops.rms_norm_quantize, (x, residual, gamma, 1e-6, *facts))
     torch.library.opcheck(ops.silu_and_mul_quantize, (gate, *facts))
+    torch.library.opcheck(ops.gelu_and_mul_quantize, (gate, *facts))
 
 
 def test_another_device_and_bad_operands() -> None:

@@ -20,7 +20,8 @@ import slidesparse_nb as ss
 from slidesparse_nb.integrations import operators
 from slidesparse_nb.integrations.torch import SparseLinear
 
-FUSED = "rms_norm_quantize", "silu_and_mul_quantize"
+GATES = {"silu_and_mul": "silu_and_mul", "gelu_tanh_and_mul": "gelu_and_mul"}
+"""Operators of vLLM, and what we call them."""
 KEYS = "CompositeExplicitAutograd"
 LAYERS, EXPERTS = "vllm.model_executor.layers", "model.layers.0.mlp.experts"
 
@@ -180,16 +181,23 @@ def engine() -> Any:
         "fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, int? variance_size=None)"
         " -> (Tensor, Tensor)"
     )
-    compiled.define("silu_and_mul(Tensor(a!) result, Tensor input) -> ()")
+    for name in GATES:
+        compiled.define(f"{name}(Tensor(a!) result, Tensor input) -> ()")
     ir.impl("rms_norm", lambda x, weight, epsilon, size=None: operators._rms_norm(x, None, weight, epsilon)[0], KEYS)
     ir.impl("fused_add_rms_norm", lambda x, r, weight, epsilon, size=None: operators._rms_norm(x, r, weight, epsilon), KEYS)
-    compiled.impl("silu_and_mul", lambda result, input: [None, result.copy_(operators._silu_and_mul(input))][0], KEYS)
+    for name, kind in GATES.items():
+
+        def gate(result: torch.Tensor, input: torch.Tensor, kind: str = kind) -> None:
+            result.copy_(operators._gate_and_mul(kind, input))
+
+        compiled.impl(name, gate, KEYS)
     yield torch.ops
     ir._destroy()
     compiled._destroy()
 
 
-def test_norms_and_activations_write_operands(plugin: Any, engine: Any) -> None:
+@pytest.mark.parametrize(("gate", "ours"), GATES.items())
+def test_norms_and_activations_write_operands(gate: str, ours: str, plugin: Any, engine: Any) -> None:
     """A block as vLLM compiles it, traced for any number of tokens: the same bits before and after the pass."""
     torch.manual_seed(0)
     gate_up, down, qkv = (SparseLinear.from_linear(torch.nn.Linear(k, n, bias=b).to(torch.bfloat16), "6:8", "INT8_W8A8")
@@ -205,7 +213,7 @@ def test_norms_and_activations_write_operands(plugin: Any, engine: Any) -> None:
 
         h, residual = engine.vllm_ir.fused_add_rms_norm(x, residual, gammas[0], 1e-6)
         h = linear(0, h)
-        h = auto_functionalized(engine._C.silu_and_mul.default, result=h.new_empty((h.shape[0], 64)), input=h)[1]
+        h = auto_functionalized(getattr(engine._C, gate).default, result=h.new_empty((h.shape[0], 64)), input=h)[1]
         h = linear(1, h)
         read_twice = engine.vllm_ir.rms_norm(h, gammas[1], 1e-6)
         last, residual = engine.vllm_ir.fused_add_rms_norm(h, residual, gammas[2], 1e-6)
@@ -217,12 +225,14 @@ def test_norms_and_activations_write_operands(plugin: Any, engine: Any) -> None:
     hook = plugin.config.compilation_config.inductor_compile_config
     loaded(plugin, "INT8_W8A8")
     hook["post_grad_custom_post_pass"](graph.graph)
-    assert plugin.config.compilation_config.custom_ops == ["+silu_and_mul"]
+    assert plugin.config.compilation_config.custom_ops == ["+silu_and_mul", "+gelu_and_mul"]
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
     graph.recompile()
     names = [str(node.target) for node in graph.graph.nodes]
-    counted = [names.count(f"slidesparse.{name}.default") for name in ("linear", "product", *FUSED)]
+    counted = [
+        names.count(f"slidesparse.{name}.default") for name in ("linear", "product", "rms_norm_quantize", f"{ours}_quantize")
+    ]
     assert counted == [1, 3, 2, 1]
     assert all("val" in node.meta for node in graph.graph.nodes if node.op == "call_function")
     products = [node.meta["val"] for node in graph.graph.nodes if str(node.target) == "slidesparse.product.default"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...core.reference import EXP_LIMIT, EXP_SERIES, LN2_HIGH, LN2_LOW, LOG2_E
+from ...core.reference import EXP_LIMIT, EXP_SERIES, GELU, GELU_CUBE, LN2_HIGH, LN2_LOW, LOG2_E
 from ..jit.numba import device_function
 from .ptx import (
     Float,
@@ -99,9 +99,22 @@ def row_scale(absmax: Float, t: Float) -> tuple[Float, Float]:
 
 @device_function("f32", "f32")
 def silu(x: Float) -> Float:
-    """x / (1 + exp(-x)), the exponential as `reference.exponential`."""
-    y = -x
-    if y > LIMIT:
+    """`reference.silu_and_mul`'s gate."""
+    return logistic(x, x)
+
+
+@device_function("f32", "f32")
+def gelu(x: Float) -> Float:
+    """`reference.gelu_and_mul`'s gate."""
+    return logistic(x, multiply(add(multiply(multiply(x, x), GELU_CUBE), GELU), x))
+
+
+@device_function("f32", "f32", "f32")
+def logistic(x: Float, inner: Float) -> Float:
+    """x / (1 + exp(-inner)), the exponential as `reference.exponential`."""
+    y = -inner
+    above = y > LIMIT
+    if above:
         y = LIMIT
     if y < -LIMIT:
         y = -LIMIT
@@ -111,4 +124,5 @@ def silu(x: Float) -> Float:
     p = add(multiply(add(multiply(add(multiply(C5, f), C4), f), C3), f), C2)
     p = add(multiply(add(multiply(p, f), C1), f), C0)
     power = np.uint64(as_word(p)) + (np.uint64(as_word(shifted)) << np.uint64(23))
-    return divide(x, add(ONE, as_float(np.uint32(power & np.uint64(0xFFFFFFFF)))))
+    word = INFINITY if above else np.uint32(power & np.uint64(0xFFFFFFFF))
+    return divide(x, add(ONE, as_float(word)))

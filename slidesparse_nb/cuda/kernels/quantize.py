@@ -2,7 +2,7 @@
 
     x --------------------------------------------------------------------------------------\
     x, residual --> sum --> mean square --> times 1 / root, rounded; times gamma, rounded ---+--> quantized, lifted, stored
-    gate, up    --> SiLU, rounded; times up, rounded ---------------------------------------/
+    gate, up    --> SiLU or GELU, rounded; times up, rounded -------------------------------/
 
 `row_in_registers` holds a token in registers between its two looks at it, so that each byte of x is read once:
 
@@ -10,7 +10,7 @@
                                                              lifted: --> shared memory --> gather --> 16-byte stores
 
 `row_from_memory` reads x element by element, twice, the second time from cache: for rows that are not 16-byte aligned, whose
-elements are not neighbours, or that are too long for registers. `rms_norm` and `silu_and_mul` hold a token in registers, too.
+elements are not neighbours, or that are too long for registers. `rms_norm` and `gate_and_mul` hold a token in registers, too.
 All give the bits of the reference: products and sums are rounded one by one, never fused; divisions and roots are correctly
 rounded.
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from ...core.scheme import Scheme
 from ..jit.numba import SIMULATED, Kernel, cuda, device_function
-from .numbers import HIGH, LOW, ROUND_TWO, row_scale, silu
+from .numbers import HIGH, LOW, ROUND_TWO, gelu, row_scale, silu
 from .ptx import (
     LANES,
     Float,
@@ -52,7 +52,8 @@ ALL = np.uint32(0xFFFFFFFF)
 WARP = np.uint32(32)
 ONE, NOTHING = np.float32(1), np.float32(0)
 
-KINDS = "rms_norm", "add_rms_norm", "silu_and_mul"
+GATES = {"silu_and_mul": silu, "gelu_and_mul": gelu}
+KINDS = "rms_norm", "add_rms_norm", *GATES
 """What a kernel may do to a row before it quantizes it."""
 
 
@@ -129,10 +130,9 @@ def kernel(variant: Variant, kind: str = "", threads: int = 1024) -> Kernel:
         threads: most of a block of a norm, which holds more in registers.
     """
     dependent = variant.architecture >= 90
-    if kind == "silu_and_mul":
-        return Kernel(
-            f"{kind}_{variant.name}", silu_and_mul(variant), "u32*", "u32*", "f32*", *["i64"] * 8, programmatic=dependent
-        )
+    if kind in GATES:
+        made = gate_and_mul(variant, GATES[kind])
+        return Kernel(f"{kind}_{variant.name}", made, "u32*", "u32*", "f32*", *["i64"] * 8, programmatic=dependent)
     if kind:
         parameters = (*["u32*"] * 5, "f32*", *["i64"] * 10)
         name, made = f"{kind}{threads}_{variant.name}", rms_norm(variant, kind == "add_rms_norm")
@@ -282,8 +282,8 @@ def rms_norm(variant: Variant, adds: bool) -> Any:
     return kernel
 
 
-def silu_and_mul(variant: Variant) -> Any:
-    """SiLU of the first half of a row, times the second."""
+def gate_and_mul(variant: Variant, gate: Any) -> Any:
+    """What `gate` makes of the first half of a row, times the second."""
     (load, _), finish = loader(variant), finisher(variant)
     low, high, two = _halves(variant)
     words, dependent = 4 * variant.vectors, variant.architecture >= 90
@@ -311,8 +311,8 @@ def silu_and_mul(variant: Variant) -> Any:
         load(x, start, last, thread, threads, held)
         load(x, start + filled, last, thread, threads, up)
         for w in range(words):
-            gate = two(silu(low(held[w])), silu(high(held[w])))
-            held[w] = two(multiply(low(gate), low(up[w])), multiply(high(gate), high(up[w])))
+            act = two(gate(low(held[w])), gate(high(held[w])))
+            held[w] = two(multiply(low(act), low(up[w])), multiply(high(act), high(up[w])))
         finish(
             held, out, scale, row, m, thread, threads, last, np.uint32(total), pitch, np.uint32(chunks), np.uint32(step),
             np.uint64(advance),

@@ -26,8 +26,11 @@ from .. import operators
 HOOK = "post_grad_custom_post_pass"
 SLIDESPARSE = torch.ops.slidesparse
 LINEAR, PRODUCT = SLIDESPARSE.linear.default, SLIDESPARSE.product.default
-KEPT = "silu_and_mul"
-"""An operator of vLLM that it would write out in PyTorch's operations, where nothing finds it."""
+GATES = {
+    "_C.silu_and_mul.default": ("silu_and_mul", SLIDESPARSE.silu_and_mul_quantize.default),
+    "_C.gelu_tanh_and_mul.default": ("gelu_and_mul", SLIDESPARSE.gelu_and_mul_quantize.default),
+}
+"""Operators of vLLM -> the name of the operation, which vLLM would write out in PyTorch's, where nothing finds it; and ours."""
 
 
 def install(config: Any) -> None:
@@ -36,8 +39,9 @@ def install(config: Any) -> None:
     if HOOK in compilation.inductor_compile_config:
         return
     compilation.inductor_compile_config[HOOK] = FuseOperands()
-    if not {f"+{KEPT}", f"-{KEPT}"} & set(compilation.custom_ops):
-        compilation.custom_ops.append(f"+{KEPT}")
+    for name, _ in GATES.values():
+        if not {f"+{name}", f"-{name}"} & set(compilation.custom_ops):
+            compilation.custom_ops.append(f"+{name}")
 
 
 class FuseOperands(InductorPass):
@@ -57,8 +61,8 @@ def _match(node: fx.Node) -> tuple[Any, tuple[Any, ...], fx.Node, dict[fx.Node, 
     quantizes, and of other nodes which of its results they are."""
     name = str(node.target)
     parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-    if node.target is auto_functionalized and str(node.args[0]) == f"_C.{KEPT}.default" and 1 in parts:
-        return SLIDESPARSE.silu_and_mul_quantize.default, (node.kwargs["input"],), parts[1], {}
+    if node.target is auto_functionalized and (gate := GATES.get(str(node.args[0]))) is not None and 1 in parts:
+        return gate[1], (node.kwargs["input"],), parts[1], {}
     if name == "vllm_ir.rms_norm.default":
         x, gamma, epsilon, *part = node.args
         first, value, others = (x, None, gamma, epsilon), node, {}
