@@ -61,7 +61,7 @@ INLINE void load(const Problem& p, const u8* x, const u8* weights, Smem smem, u3
 #pragma unroll 1
         for (int k_tile = 0; k_tile < p.k_tiles; k_tile++, from += row_tiles * WEIGHT_BYTES) {
             const u32 full = smem.full(at.slot), to = smem.stage(at.slot);
-            mbarrier_wait(smem.empty(at.slot), at.parity);
+            mbarrier_wait_or_trap(smem.empty(at.slot), at.parity);
             mbarrier_arrive_expect_tx(full, WEIGHT_BYTES + BLOCKS * bytes);
             cp_async_bulk(to + VALUES_AT, from, WEIGHT_BYTES, full);
             if (bytes)
@@ -72,19 +72,19 @@ INLINE void load(const Problem& p, const u8* x, const u8* weights, Smem smem, u3
         }
     }
 #pragma unroll 1
-    for (int s = 0; s < STAGES; s++, at.next()) mbarrier_wait(smem.empty(at.slot), at.parity);
+    for (int s = 0; s < STAGES; s++, at.next()) mbarrier_wait_or_trap(smem.empty(at.slot), at.parity);
 }
 
 // The multiplying thread of block 0, for the pair.
 INLINE void multiply(const Problem& p, Smem smem, u32 tensor) {
     Slot at(0);
     for (WorkTile work(p); work.valid(p); work.next(p)) {
-        mbarrier_wait(smem.sums_empty(), work.number % 2 ^ 1);
+        mbarrier_wait_or_trap(smem.sums_empty(), work.number % 2 ^ 1);
         tcgen05_fence_after_thread_sync();
         const u32 sums = tensor + work.number % 2 * SECOND_COLUMN;
 #pragma unroll 1
         for (int k_tile = 0; k_tile < p.k_tiles; k_tile++) {
-            mbarrier_wait(smem.full(at.slot), at.parity);
+            mbarrier_wait_or_trap(smem.full(at.slot), at.parity);
             tcgen05_fence_after_thread_sync();
             const u32 stage = smem.stage(at.slot) >> 4, metadata = tensor + METADATA_COLUMN + at.slot * METADATA_COLUMNS;
             tcgen05_cp(metadata, METADATA_DESCRIPTOR + stage + (METADATA_AT >> 4));
@@ -109,7 +109,7 @@ INLINE void tell(const Problem& p, Smem smem) {
     for (WorkTile work(p); work.valid(p); work.next(p))
 #pragma unroll 1
         for (int k_tile = 0; k_tile < p.k_tiles; k_tile++, at.next()) {
-            mbarrier_wait(smem.full(at.slot), at.parity);
+            mbarrier_wait_or_trap(smem.full(at.slot), at.parity);
             mbarrier_arrive_cluster(mapa(smem.full(at.slot), 0));
         }
 }
@@ -121,7 +121,7 @@ INLINE void write(const Problem& p, const float* scale_x, const float* scale_w, 
     for (WorkTile work(p); work.valid(p); work.next(p)) {
         const int set = work.number % 2, n = (2 * work.tile_n + rank) * ROWS + 32 * warp + lane, output = min(n, p.n - 1);
         const float channel = WIDE ? 1.0f : scale_w[output], offset = bias ? load_float(bias, output, bias_type) : 0.0f;
-        mbarrier_wait(smem.sums_full(), set);
+        mbarrier_wait_or_trap(smem.sums_full(), set);
         tcgen05_fence_after_thread_sync();
 #pragma unroll 1
         for (int c = 0; c < TOKENS / CHUNK; c++) {

@@ -11,6 +11,27 @@ INLINE bool elect_one() {
     asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(mine));
     return mine;
 }
+// "Special Registers: %globaltimer", ns.
+INLINE u64 globaltimer() {
+    u64 r;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(r));
+    return r;
+}
+// "...: mbarrier.try_wait": until the phase of this parity is complete. A wait of LONGEST_WAIT is a deadlock: an error rather than a hang.
+constexpr u64 LONGEST_WAIT = 20000000000;  // ns
+INLINE bool mbarrier_try_wait(u32 b, u32 parity) {
+    u32 done;
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done) : "r"(b), "r"(parity) : "memory");
+    return done;
+}
+INLINE void mbarrier_wait_or_trap(u32 b, u32 parity) {
+    if (mbarrier_try_wait(b, parity)) return;
+    const u64 began = globaltimer();
+#pragma unroll 1
+    while (!mbarrier_try_wait(b, parity))
+        if (globaltimer() - began > LONGEST_WAIT) __trap();
+}
 // "...: barrier.cluster": all threads of the pair; what they wrote before is seen after it.
 INLINE void cluster_sync() { asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory"); }
 

@@ -69,7 +69,7 @@ class Config:
     dtype: DType
     out: str
     tokens: int
-    source, parameters, threads = "sm100/gemm.cu", PARAMETERS, THREADS
+    source, suffix, parameters, threads = "sm100/gemm.cu", "a", PARAMETERS, THREADS
     buffers = {"weights": "weights"}  # noqa: RUF012  a field otherwise
 
     def __str__(self) -> str:
@@ -158,7 +158,7 @@ class Config:
 class Blackwell:
     """See `arch.Arch`."""
 
-    source, suffix, parameters, portable = Config.source, "a", PARAMETERS, False  # only targets with "a" have tcgen05
+    source, suffix, parameters, portable = Config.source, Config.suffix, PARAMETERS, False  # only targets with "a" have tcgen05
 
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability in ((10, 0), (10, 3))
@@ -187,7 +187,7 @@ class Blackwell:
             yield (config,)
 
     def cost(self, candidate: tuple[Config, ...], problem: GemmProblem) -> float:
-        """Clocks, by ceilings: of the tensor cores, of L2 and of the latency of loads. Nothing here was measured on this GPU."""
+        """Clocks, by ceilings of the tensor cores, L2 and latency; nothing here was measured on this GPU."""
         (config,) = candidate
         multiply = len(layout.steps(config.dtype, config.tokens)) * config.tokens / MMA_TOKENS_PER_CLOCK
         k_tile = max(multiply, config.stage_bytes / L2_BYTES_PER_CLOCK, LOAD_CLOCKS / config.stages)

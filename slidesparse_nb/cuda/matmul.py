@@ -186,7 +186,8 @@ def quantize(
     if packed is not None:
         tiled = to_device(packed, ordinal).operand.tiled
     else:
-        tiled = for_capability(device_facts(ordinal)[0]).operand(pattern, k, Scheme.of(dtype)).tiled
+        scheme = Scheme.of(dtype)
+        tiled = for_capability(device_facts(ordinal)[0], scheme=scheme).operand(pattern, k, scheme).tiled
     if tiled:
         tiles, scale = kernels.tiles(flat, dtype, pattern)
         return TiledActivations(tiles, pattern, k, scale, lead, dtype, source)
