@@ -134,11 +134,11 @@ def test_every_step_and_address_matters(dtype: DType) -> None:
                 place,
             )
     for name, by in (("VALUES_AT", 512), ("METADATA_AT", 16), ("STAGE_BYTES", -1024)):
-        assert differs(*given, defines={name: int(told[name]) + by}), name
+        assert any(differs(*given, seed=s, defines={name: int(told[name]) + by}) for s in range(9)), name
     large = sm100.Config(dtype, "float32", 256)
     told = large.defines()
     for name, by in (("SECOND_COLUMN", -32), ("SECOND_COLUMN", 4), ("METADATA_COLUMN", -4), ("METADATA_COLUMN", 512 - 480)):
-        assert any(differs(large, 40, 1000, 500, seed=s, defines={name: int(told[name]) + by}) for s in range(3)), (name, by)
+        assert any(differs(large, 40, 700, 500, seed=s, defines={name: int(told[name]) + by}) for s in range(40)), (name, by)
 
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
