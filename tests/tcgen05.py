@@ -178,8 +178,8 @@ class Pair:
         """To the end, in a random order, in which some threads and some kinds of events are much slower than others."""
         threads: list[Thread] = []
         for block in self.pair:
-            threads += [self.load(block), self.multiply() if block.rank == 0 else self.tell(block)]
-            threads += [self.write(block, warp) for warp in range(4)]
+            threads += [self.produce(block), self.multiply() if block.rank == 0 else self.relay(block)]
+            threads += [self.epilogue(block, warp) for warp in range(4)]
         waits: dict[Thread, Wait | None] = dict.fromkeys(threads)
         slow = self.rng.random(len(threads)) < self.rng.choice([0, 0.4])
         speeds = dict(zip(threads, np.where(slow, 0.01, 1), strict=True))
@@ -229,7 +229,7 @@ class Pair:
 
         self.later.append(arrived)
 
-    def load(self, block: Block) -> Thread:
+    def produce(self, block: Block) -> Thread:
         say, rows, row_tiles = self.say, -(-self.problem.m // 8) * 8, -(-self.problem.n // 256) * 2
         slots = self.slots(0 if self.fault == "slots start full" else 1)
         for _, tile_n, tile_m in self.work():
@@ -288,16 +288,16 @@ class Pair:
                 yield None
             self.commit("sums_full")
 
-    def tell(self, block: Block) -> Thread:
+    def relay(self, block: Block) -> Thread:
         slots = self.slots(0)
         for _ in self.work():
             for _ in range(self.arguments["k_tiles"]):
                 slot, parity = next(slots)
-                if self.fault != "tells unseen":
+                if self.fault != "relay does not wait":
                     yield block.full[slot], parity
                 self.arrivals.append(self.pair[0].full[slot].arrive)
 
-    def write(self, block: Block, warp: int) -> Thread:
+    def epilogue(self, block: Block, warp: int) -> Thread:
         say, problem, chunks = self.say, self.problem, self.say["TOKENS"] // 32
         for number, tile_n, tile_m in self.work():
             chosen = number % 2

@@ -67,7 +67,7 @@ def test_every_pattern(pattern: Pattern, dtype: DType) -> None:
 
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
-@pytest.mark.parametrize("k_tiles", [2, 4, 10, 26])
+@pytest.mark.parametrize("k_tiles", [2, 4, 18])
 def test_no_order_of_events_deadlocks_or_overwrites(k_tiles: int, dtype: DType) -> None:
     """Rings that are not filled, filled, and passed several times, by three tiles; every seed gives another order."""
     config = sm100.Config(dtype, "float32", 256)
@@ -169,7 +169,7 @@ def test_every_place_of_the_arranged_weights_matters(dtype: DType, monkeypatch: 
 
 FAULTS = (
     "slots start full", "loads do not wait", "loads end early", "sums are not waited for", "metadata share a slot",
-    "slots are released early", "tells unseen", "the shared chunk is read last", "sums are released early",
+    "slots are released early", "relay does not wait", "the shared chunk is read last", "sums are released early",
 )  # fmt: skip
 
 

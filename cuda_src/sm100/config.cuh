@@ -26,16 +26,14 @@ constexpr int ROWS = 128, PAIR_TOKENS = TOKENS / 2;  // outputs of a block; toke
 constexpr int VALUE_BYTES = ROWS * 64, METADATA_BYTES = ROWS * 16, WEIGHT_BYTES = BLOCKS * VALUE_BYTES + METADATA_BYTES;
 constexpr int BLOCK_BYTES = PAIR_TOKENS * 128;  // of activations
 
-constexpr int EPILOGUE_WARPS = 4, LOADING_WARP = 4, MULTIPLYING_WARP = 5;
+constexpr int EPILOGUE_WARPS = 4, PRODUCER_WARP = 4, MMA_WARP = 5;
 static_assert(THREADS == 32 * (EPILOGUE_WARPS + 2), "the host launches what these files describe");
 static_assert(TOKENS % 32 == 0 && TOKENS <= 256, "PTX ISA, \"Matrix Shape\": cta_group::2, kind i8");
 
 #if DTYPE == TYPE_INT8
-typedef int Accumulator;
 #define KIND "i8"
 INLINE float as_float(u32 v) { return __int2float_rn((int)v); }
 #else
-typedef float Accumulator;
 #if DTYPE == TYPE_FLOAT8
 #define KIND "f8f6f4"
 #else

@@ -4,29 +4,29 @@
 // a tile of 256 outputs x TOKENS tokens: each block loads its 128 outputs' weights and half of the tokens, the tensor cores of both read
 // both halves of B, and the sums of 128 outputs x TOKENS tokens are in the tensor memory of their block. A k-tile is 128 expanded columns.
 //
-//   loading warp       both blocks   global --cp.async.bulk--> ring of STAGES slots
-//   multiplying warp   block 0       metadata --tcgen05.cp--> tensor memory; ring --tcgen05.mma.sp--> sums in tensor memory
-//                      block 1       tells block 0 that its slot is full
-//   four warps         both blocks   sums --tcgen05.ld--> registers --scales, bias--> y
+//   producer           both blocks   global --cp.async.bulk--> ring of STAGES slots
+//   MMA thread         block 0       metadata --tcgen05.cp--> tensor memory; ring --tcgen05.mma.sp--> sums in tensor memory
+//   relay              block 1       its own full slots --> full slots of block 0
+//   epilogue, 4 warps  both blocks   sums --tcgen05.ld--> registers --scales, bias--> y
 //
 // The pipeline for three slots; time goes right, ?b waits for b, !b arrives on it. full' is the barrier of block 1.
 //
-//   block 1 loads       load 0   load 1   load 2   ?empty[0] . . . . . . . . . load 3
+//   block 1 producer    load 0   load 1   load 2   ?empty[0] . . . . . . . . . load 3
 //   copies                `-- bytes --> !full'[0] --> !full'[1] ...
-//   block 1 tells         ?full'[0] !full[0]   ?full'[1] !full[1]   ?full'[2] !full[2]
-//   block 0 loads       load 0   load 1   load 2   ?empty[0] . . . . . . . . . load 3
+//   block 1 relay         ?full'[0] !full[0]   ?full'[1] !full[1]   ?full'[2] !full[2]
+//   block 0 producer    load 0   load 1   load 2   ?empty[0] . . . . . . . . . load 3
 //   copies                `-- bytes --> !full[0] --> !full[1] ...
-//   block 0 multiplies    ?sums_empty ?full[0] cp 0, mma 0, commit   ?full[1] cp 1, mma 1, commit  ...  mma last, commit   ?sums_empty ...
+//   block 0 MMA thread    ?sums_empty ?full[0] cp 0, mma 0, commit   ?full[1] cp 1, mma 1, commit  ...  mma last, commit   ?sums_empty ...
 //   tensor cores                              [= cp 0 =][==== mma 0 ====]!empty[0] [= cp 1 =][==== mma 1 ====]!empty[1] ... !sums_full
-//   warps that write    ?sums_full (tile t) ld chunk, !sums_empty, write chunk, ld chunk, write chunk ... ?sums_full (tile t + 1)
+//   epilogue warps      ?sums_full (tile t) ld chunk, !sums_empty, write chunk, ld chunk, write chunk ... ?sums_full (tile t + 1)
 //
 //   barrier            arrivals that complete a phase                              who waits, for what
-//   full[s], block 0   its loading thread and its bytes; block 1's telling thread  the multiplying thread, before it reads slot s of both blocks
-//   full[s], block 1   its loading thread and its bytes                            the telling thread, before it tells
-//   empty[s], both     the commit after the instructions that read slot s          loading threads, before they load slot s
-//   sums_full, both    the commit after the last k-tile of a tile                  the warps that write, before they read sums
-//   sums_empty, block 0  the warps that write of both blocks, 8                    the multiplying thread, before the first k-tile of a tile
-//   cluster            all threads of the pair: barriers are initialized, tensor memory is allocated; at the end, nothing more is read
+//   full[s], block 0   its producer and its bytes; block 1's relay                 the MMA thread, before it reads slot s of both blocks
+//   full[s], block 1   its producer and its bytes                                  the relay, before it arrives on block 0's
+//   empty[s], both     the commit after the instructions that read slot s          the producers, before they load slot s
+//   sums_full, both    the commit after the last k-tile of a tile                  the epilogue warps, before they read sums
+//   sums_empty, block 0  the epilogue warps of both blocks, 8                      the MMA thread, before the first k-tile of a tile
+//   cluster            all threads of the pair: both blocks run, barriers are initialized; at the end, nothing more is read
 //
 // Invariants
 // - Slots are filled and read in one order, across tiles. A phase of full or empty is a pass of the ring; a phase of sums_* is a tile.
@@ -35,7 +35,7 @@
 //   first. sums_empty of tile t comes after that chunk of t is read, and, in the order of each warp, after all of tile t - 1 is. So tile
 //   t + 1 may be multiplied while the rest of tile t is written.
 // - tcgen05.cp and tcgen05.mma of one thread execute in order ("Pipelined tcgen05 Instructions"), and so do products with the same sums.
-// - Loading threads end when every slot that they filled is empty: no arrival is under way to a block that has ended.
+// - Producers end when every slot that they filled is empty: no arrival is under way to a block that has ended.
 // - Sums are added in the order of k. No run differs.
 // - Tokens past m: x is stored in groups of 8, and a block loads whole groups. Whatever rows past them hold, their columns of D are not stored.
 // - Outputs past n: weights are stored in pairs of row tiles, zeros past n.
@@ -50,8 +50,8 @@ INLINE void init_barriers(Smem smem, u32 rank) {
     fence_mbarrier_init();
 }
 
-// The loading thread: this block's half of every k-tile of all tiles, in order, as slots become empty.
-INLINE void load(const Problem& p, const u8* x, const u8* weights, Smem smem, u32 rank) {
+// The producer: this block's half of every k-tile of all tiles, in order, as slots become empty.
+INLINE void produce(const Problem& p, const u8* x, const u8* weights, Smem smem, u32 rank) {
     Slot at(1);  // an mbarrier starts as if a phase of parity 1 were complete: all slots are empty
     const i64 row_tiles = 2 * p.tiles_n(), rows = p.rows();
     for (WorkTile work(p); work.valid(p); work.next(p)) {
@@ -75,7 +75,7 @@ INLINE void load(const Problem& p, const u8* x, const u8* weights, Smem smem, u3
     for (int s = 0; s < STAGES; s++, at.next()) mbarrier_wait_or_trap(smem.empty(at.slot), at.parity);
 }
 
-// The multiplying thread of block 0, for the pair.
+// The MMA thread of block 0, for the pair.
 INLINE void multiply(const Problem& p, Smem smem, u32 tensor) {
     Slot at(0);
     for (WorkTile work(p); work.valid(p); work.next(p)) {
@@ -102,9 +102,9 @@ INLINE void multiply(const Problem& p, Smem smem, u32 tensor) {
     }
 }
 
-// The telling thread of block 1: bytes that have arrived in its slots count for block 0's barriers, too. It reads and writes none of them, so
+// The relay thread of block 1: bytes that have arrived in its slots count for block 0's barriers, too. It reads and writes none of them, so
 // its arrival orders nothing else: a release at cluster scope would cost a memory fence a k-tile, longer than the tensor cores take for one.
-INLINE void tell(const Problem& p, Smem smem) {
+INLINE void relay(const Problem& p, Smem smem) {
     Slot at(0);
     for (WorkTile work(p); work.valid(p); work.next(p))
 #pragma unroll 1
@@ -114,9 +114,9 @@ INLINE void tell(const Problem& p, Smem smem) {
         }
 }
 
-// One of the warps that write: its 32 outputs, an output a lane, of all tiles. y = sum * scale of the token * scale of the output + bias.
-INLINE void write(const Problem& p, const float* scale_x, const float* scale_w, const void* bias, i64 bias_type, Out* y, i64 y_pitch,
-                  Smem smem, u32 tensor, u32 rank, int warp, int lane) {
+// An epilogue warp: its 32 outputs, an output a lane, of all tiles. y = sum * scale of the token * scale of the output + bias.
+INLINE void epilogue(const Problem& p, const float* scale_x, const float* scale_w, const void* bias, i64 bias_type, Out* y, i64 y_pitch,
+                     Smem smem, u32 tensor, u32 rank, int warp, int lane) {
     const u32 empty = mapa(smem.sums_empty(), 0);
     for (WorkTile work(p); work.valid(p); work.next(p)) {
         const int set = work.number % 2, n = (2 * work.tile_n + rank) * ROWS + 32 * warp + lane, output = min(n, p.n - 1);
@@ -164,20 +164,21 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     const u32 rank = cluster_rank();
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (threadIdx.x == 0) init_barriers(smem, rank);
-    if (warp == MULTIPLYING_WARP) tcgen05_alloc(smem.tensor(), TENSOR_COLUMNS);
+    cluster_sync();  // before what involves the other block: it must have started
+    if (warp == MMA_WARP) tcgen05_alloc(smem.tensor(), TENSOR_COLUMNS);
     tcgen05_fence_before_thread_sync();
-    cluster_sync();
+    __syncthreads();
     tcgen05_fence_after_thread_sync();
     const u32 tensor = ld_shared(smem.tensor());
 
-    if (warp < EPILOGUE_WARPS) write(p, scale_x, scale_w, bias, bias_type, y, y_pitch, smem, tensor, rank, warp, lane);
+    if (warp < EPILOGUE_WARPS) epilogue(p, scale_x, scale_w, bias, bias_type, y, y_pitch, smem, tensor, rank, warp, lane);
     else if (elect_one()) {
-        if (warp == LOADING_WARP) load(p, x, weights, smem, rank);
+        if (warp == PRODUCER_WARP) produce(p, x, weights, smem, rank);
         else if (rank == 0) multiply(p, smem, tensor);
-        else tell(p, smem);
+        else relay(p, smem);
     }
     __syncwarp();
     tcgen05_fence_before_thread_sync();
     cluster_sync();
-    if (warp == MULTIPLYING_WARP) tcgen05_dealloc(tensor, TENSOR_COLUMNS);
+    if (warp == MMA_WARP) tcgen05_dealloc(tensor, TENSOR_COLUMNS);
 }
