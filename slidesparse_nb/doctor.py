@@ -99,7 +99,8 @@ def diagnose() -> Iterator[Finding]:
 def _multiplied(capability: tuple[int, int]) -> tuple[DType, ...]:
     """The types of weights that a GPU multiplies; none if it has no sparse tensor cores."""
     try:
-        return tuple(scheme.dtype for scheme in arch.multiplied(arch.for_capability(capability), capability))
+        of_each = [arch.multiplied(own, capability) for own in arch.serving(capability)]
+        return tuple(dict.fromkeys(scheme.dtype for schemes in of_each for scheme in schemes))
     except UnsupportedError:
         return ()
 
@@ -241,4 +242,6 @@ def _matmul(dtype: DType) -> str:
     x, packed, wanted = _packs(dtype, cupy.asarray)
     y = ops.matmul(cupy.asarray(x), packed, out_dtype=FLOAT32).get()
     capability = divmod(int(cupy.cuda.Device().compute_capability), 10)
-    return _compare(y, x, wanted, max(ADDITIONS, arch.for_capability(capability).error(packed.scheme, packed.ks)))
+    return _compare(
+        y, x, wanted, max(ADDITIONS, arch.for_capability(capability, scheme=packed.scheme).error(packed.scheme, packed.ks))
+    )

@@ -16,7 +16,7 @@ from numpy_gpu import BF16, array, close, numpy_for_cupy, ops, wanted, weight
 from slidesparse_nb import arch, doctor
 from slidesparse_nb.arch import sm80, sm90
 from slidesparse_nb.arch.operand import Operand
-from slidesparse_nb.core.dtypes import BFLOAT16, INT8
+from slidesparse_nb.core.dtypes import BFLOAT16, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.core.problem import Device, GemmProblem
 from slidesparse_nb.core.scheme import Scheme
@@ -136,9 +136,10 @@ def test_a_row_of_the_table_is_all_that_an_architecture_needs(monkeypatch: pytes
             assert plan.configs == (Whole(5), Whole(6))
             assert [launch.grid[0] for launch in plan.launches] == [5, 6]
             assert gpu.launched == ["rows bfloat16 int8", *["gemm"] * 2, "rows bfloat16 int8", *["gemm"] * 2]
-            with pytest.raises(UnsupportedError, match="packed: the toy has no bfloat16"):
-                ops().matmul(x, weight(40, 96, BFLOAT16))
-        assert doctor._multiplied((9, 0)) == (INT8,)
+            other = weight(40, 96, BFLOAT16)
+            close(ops().matmul(x, other), wanted(x, other))
+            assert gpu.gemm.to_device(other).arch is sm90.ARCH, "what the toy refuses is the next one's"
+        assert doctor._multiplied((9, 0)) == PACKED
         jobs = [
             job for job, _ in ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [Scheme.of("int8"), Scheme.of("fp8")], "bfloat16")
         ]

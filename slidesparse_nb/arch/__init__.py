@@ -17,7 +17,7 @@ from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
 from ..core.scheme import SCHEMES, Scheme
 from ..errors import UnsupportedError
-from . import sm80, sm90
+from . import sm80, sm90, sm100
 from .operand import Operand
 
 
@@ -127,7 +127,7 @@ class Arch(Protocol[C]):
         """How far sums over ks expanded columns may be off, relative to those of magnitudes, beside additions in float32."""
 
 
-ARCHITECTURES: tuple[Arch[Any], ...] = (sm90.ARCH, sm80.ARCH)
+ARCHITECTURES: tuple[Arch[Any], ...] = (sm100.ARCH, sm90.ARCH, sm80.ARCH)
 """Those made for one architecture first."""
 
 
@@ -145,22 +145,24 @@ def serving(capability: tuple[int, int]) -> tuple[Arch[Any], ...]:
     )
 
 
-def for_capability(capability: tuple[int, int], portable: bool | None = None) -> Arch[Any]:
+def for_capability(capability: tuple[int, int], portable: bool | None = None, scheme: Scheme | None = None) -> Arch[Any]:
     """The architecture whose kernel multiplies on a GPU of this compute capability, such as (9, 0).
 
     Args:
         portable: leave aside what is made for one architecture; by default what SLIDESPARSE_PORTABLE says.
+        scheme: of the weights; a kernel that refuses them leaves them to the next one, unless all do.
 
     Raises:
         UnsupportedError: the GPU has no sparse tensor cores.
     """
     portable = env.portable() if portable is None else portable
-    return next(arch for arch in serving(capability) if arch.portable or not portable)
+    left = [arch for arch in serving(capability) if arch.portable or not portable]
+    return next((arch for arch in left if scheme is None or not arch.refuses(capability, scheme)), left[0])
 
 
 def of(problem: GemmProblem) -> Arch[Any]:
     """The architecture whose kernel multiplies it."""
-    return for_capability(problem.device.capability, problem.device.portable)
+    return for_capability(problem.device.capability, problem.device.portable, problem.scheme)
 
 
 def multiplied(arch: Arch[Any], capability: tuple[int, int]) -> tuple[Scheme, ...]:

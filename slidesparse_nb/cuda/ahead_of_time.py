@@ -165,8 +165,11 @@ def disassembler() -> str | None:
 
 
 def sparse_instructions(built: cache.Built) -> int | None:
-    """Sparse matrix instructions (HMMA.SP, IGMMA.SP ...) in the machine code; None without a disassembler."""
+    """Sparse matrix instructions (HMMA.SP, IGMMA.SP ...) in the machine code; None without a disassembler.
+
+    UTCQMMA and its like, of tcgen05, are sparse by a bit of a descriptor, which their kernel asserts.
+    """
     if (tool := disassembler()) is None:
         return None
     text = subprocess.run([tool, "-c", str(built.cubin)], check=True, capture_output=True, text=True).stdout
-    return len(re.findall(r"\b[HIQ]G?MMA\.SP\b", text))
+    return len(re.findall(r"\b[HIQ]G?MMA\.SP\b|\bUTC[HIQ]MMA\b", text))

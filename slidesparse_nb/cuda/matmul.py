@@ -200,7 +200,8 @@ def quantize(
     if packed is not None:
         form = to_device(packed, ordinal).operand
     else:
-        form = for_capability(device_facts(ordinal)[0]).operand(pattern, k, Scheme.of(dtype))
+        scheme = Scheme.of(dtype)
+        form = for_capability(device_facts(ordinal)[0], scheme=scheme).operand(pattern, k, scheme)
     if before is not None:
         made = _fused(flat, before, form, ordinal, k, pattern, dtype)
         if made is not None:

@@ -64,7 +64,7 @@ class DeviceWeight:
         self.pattern, self.scheme, self.shape, self.ordinal = pattern, scheme, shape, ordinal
         self.dtype, self.scaled = scheme.dtype, scheme.scaled
         self.device = Device(*device_facts(ordinal))
-        self.arch = arch.for_capability(self.device.capability, self.device.portable)
+        self.arch = arch.for_capability(self.device.capability, self.device.portable, scheme)
         arch.require_support(self.arch, self.device.capability, scheme)
         self.operand = self.arch.operand(pattern, shape[1], scheme)
         self.buffers = dict(buffers)

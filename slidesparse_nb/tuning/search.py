@@ -77,7 +77,7 @@ def tune_products(
     wanted = [_checked(product) for product in products]
     capability = _capability()
     for problem in wanted:
-        require_support(for_capability(capability), capability, problem.scheme)
+        require_support(for_capability(capability, scheme=problem.scheme), capability, problem.scheme)
     end = None if seconds is None else time.monotonic() + seconds
     return _tuned(wanted, end, tell or (lambda text: None))
 
