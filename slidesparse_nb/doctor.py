@@ -17,6 +17,7 @@ from .core import reference
 from .core.dtypes import BFLOAT16, FLOAT8, FLOAT32, INT8, PACKED, DType
 from .core.packed import PackedWeight
 from .core.pattern import Pattern
+from .core.problem import Device
 from .cuda import driver
 from .cuda.jit import cache
 from .errors import SlideSparseError, UnsupportedError
@@ -91,6 +92,7 @@ def diagnose() -> Iterator[Finding]:
     yield finding("weights", _weights)
     for dtype in dtypes:
         yield finding(f"matmul {dtype}", functools.partial(_matmul, dtype))
+    yield from _self_tests()
 
 
 # ---- what there is -----------------------------------------------------------------------------------------------
@@ -242,3 +244,20 @@ def _matmul(dtype: DType) -> str:
     y = ops.matmul(cupy.asarray(x), packed, out_dtype=FLOAT32).get()
     capability = divmod(int(cupy.cuda.Device().compute_capability), 10)
     return _compare(y, x, wanted, max(ADDITIONS, arch.for_capability(capability).error(packed.scheme, packed.ks)))
+
+
+def _self_tests() -> Iterator[Finding]:
+    """What the kernels computed that were tested on this GPU, since we never ran them on one like it; each that failed."""
+    cupy: Any = importlib.import_module("cupy")
+    from .cuda import plan, self_test
+
+    device = Device(*plan.device_facts(int(cupy.cuda.runtime.getDevice())))
+    outcomes = self_test.outcomes(device)
+    for outcome in (outcome for outcome in outcomes if not outcome.passed):
+        again = f"never used again with this driver, unless you delete {self_test.folder(device)}"
+        yield Finding("self-test", BROKEN, f"{outcome.text}; {again}; please report this line")
+    passed = sum(outcome.passed for outcome in outcomes)
+    if passed:
+        yield Finding("self-test", OK, f"{passed} kernels that we never ran on such a GPU equal NumPy on this one")
+    elif not outcomes:
+        yield Finding("self-test", OK, "none was needed: we ran these kernels on such a GPU")

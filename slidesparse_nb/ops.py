@@ -145,7 +145,7 @@ def operand_bytes(m: int, k: int, pattern: Any, scheme: Any, capability: tuple[i
     found = Scheme.of(scheme)
     if capability is None:
         return m * k * found.dtype.bits // 8, found.scaled
-    return for_capability(capability).operand(found.pattern(pattern), k, found).bytes(m), found.scaled
+    return for_capability(capability, scheme=found).operand(found.pattern(pattern), k, found).bytes(m), found.scaled
 
 
 def workspace_bytes(m: int, packed: PackedWeight | DeviceWeight, out_dtype: Any) -> int:

@@ -22,7 +22,7 @@ from ..arch import Candidate
 from ..core.dtypes import BFLOAT16, FLOATS
 from ..core.packed import PackedWeight
 from ..core.problem import GemmProblem
-from ..cuda import matmul
+from ..cuda import matmul, self_test, tuned_store
 from ..cuda.weight import to_device
 
 CACHES = 5
@@ -107,6 +107,11 @@ class Track:
     def buffers(self) -> tuple[str, ...]:
         """Names of the arranged buffers, on which the candidates depend."""
         return tuple(to_device(self.weights[0]).buffers)
+
+    def likely(self, problem: GemmProblem) -> list[Candidate]:
+        """The candidates that are worth timing, the model's choice first; none whose kernel fails its test."""
+        ordinal = to_device(self.weights[0]).ordinal
+        return list(self_test.passing(problem, tuned_store.likely(problem, self.buffers), self.buffers, ordinal))
 
     def race(self, m: int, out: str, candidates: Sequence[Candidate]) -> Race:
         """Time the candidates for `problem(m, out)`, the model's choice first."""
