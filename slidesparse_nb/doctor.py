@@ -110,7 +110,8 @@ def _gpu(gpu: driver.Gpu) -> str:
     text = f"{gpu.name}, {gpu.memory / 2**30:.0f} GiB, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
     if not (dtypes := _multiplied(gpu.capability)):
         raise driver.AbsentError(f"{text}: has no sparse tensor cores, which came with 8.0; NumPy arrays need none")
-    return f"{text}: {', '.join(map(str, dtypes))}"
+    advice = arch.advice(Device(gpu.capability, 0, gpu.name))
+    return f"{text}: {', '.join(map(str, dtypes))}{advice and f'; {advice}'}"
 
 
 Capability = tuple[int, int] | None

@@ -14,7 +14,7 @@ from .. import env
 from ..core.dtypes import DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
-from ..core.problem import GemmProblem
+from ..core.problem import Device, GemmProblem
 from ..core.scheme import SCHEMES, Scheme
 from ..errors import UnsupportedError
 from . import sm80, sm90
@@ -175,6 +175,11 @@ def of(problem: GemmProblem) -> Arch[Any]:
 def ran(problem: GemmProblem) -> bool:
     """Whether we ran the kernel that multiplies it on GPUs of its device's compute capability."""
     return (of(problem).source, problem.device.capability) in RAN
+
+
+def advice(device: Device) -> str:
+    """What a user should know who chooses a scheme for this device, in a sentence without its end; "" if nothing."""
+    return sm80.advice(device) if for_capability(device.capability, device.portable).portable else ""
 
 
 def multiplied(arch: Arch[Any], capability: tuple[int, int]) -> tuple[Scheme, ...]:

@@ -337,3 +337,18 @@ class Portable:
 
 
 ARCH = Portable()
+
+
+def advice(device: Device) -> str:
+    """What to know before choosing an 8-bit scheme for this device: why int8 is faster there than float8; "" if it is not."""
+    if ARCH.refuses(device.capability, Scheme.of(FLOAT8)):
+        return ""
+    if emulated(device.capability, FLOAT8):
+        return f"prefer {INT8} there: the compiler emulates the instruction for {FLOAT8}, which is slow"
+    clocks = {
+        dtype: min(c.mma_clocks(device) for c in ARCH.kernels(Pattern(6, 8), dtype, "bfloat16", device.capability))
+        for dtype in (INT8, FLOAT8)
+    }
+    if (times := clocks[FLOAT8] // clocks[INT8]) == 1:
+        return ""
+    return f"prefer {INT8} there: NVIDIA states {times} times the rate of {FLOAT8} (not measured by us)"

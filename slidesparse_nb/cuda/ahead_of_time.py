@@ -21,7 +21,7 @@ from ..core.problem import Asked, Device, GemmProblem
 from ..core.scheme import Scheme
 from .jit import cache, nvrtc
 
-CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 """The compute capabilities that kernels are compiled for in tests."""
 
 Job = tuple[str, Mapping[str, "int | str"], str]
@@ -164,9 +164,15 @@ def disassembler() -> str | None:
     return shutil.which("nvdisasm") or shutil.which("nvdisasm", path=os.pathsep.join(map(str, folders)))
 
 
-def sparse_instructions(built: cache.Built) -> int | None:
-    """Sparse matrix instructions (HMMA.SP, IGMMA.SP, QMMA.SF.SP ...) in the machine code; None without a disassembler."""
+def matrix_instructions(built: cache.Built) -> list[str] | None:
+    """Names of the matrix instructions in the machine code, in its order; None without a disassembler."""
     if (tool := disassembler()) is None:
         return None
     text = subprocess.run([tool, "-c", str(built.cubin)], check=True, capture_output=True, text=True).stdout
-    return len(re.findall(r"\b[HIQ]G?MMA(?:\.SF)?\.SP\b", text))
+    return re.findall(r"\b[A-Z]*MMA\b[.\w]*", text)
+
+
+def sparse_instructions(built: cache.Built) -> int | None:
+    """How many of them are sparse (HMMA.SP, IGMMA.SP, QMMA.SF.SP ...)."""
+    found = matrix_instructions(built)
+    return None if found is None else sum(bool(re.match(r"[HIQ]G?MMA(\.SF)?\.SP\b", name)) for name in found)

@@ -83,8 +83,8 @@ def _integers(rng: np.random.Generator, shape: tuple[int, ...], largest: int, dt
 
 
 def _scores(rng: np.random.Generator, shape: tuple[int, int], group: int) -> Array:
-    """Scores [n, k] by which to prune: the zeros of two in three groups are at most two columns apart, since others make nibbles
-    0x8, 0xC and 0xD rare."""
+    """Scores [n, k] by which to prune: the zeros of two in three groups are at most two columns apart, since others make the
+    nibbles 0x8, 0xC and 0xD rare."""
     scores = rng.random((shape[0], -(-shape[1] // group), group))
     first, near = rng.integers(0, group - 1, scores.shape[:2]), rng.random(scores.shape[:2]) < 2 / 3
     for column in (first, np.minimum(first + rng.integers(1, 3, first.shape), group - 1)):
