@@ -19,7 +19,7 @@ from slidesparse_nb.core.packed import ORDERED_NIBBLES
 from slidesparse_nb.core.pattern import known_patterns
 from slidesparse_nb.core.problem import Device, GemmProblem
 from slidesparse_nb.core.scheme import Scheme
-from slidesparse_nb.errors import UnsupportedError
+from slidesparse_nb.errors import SlideSparseError, UnsupportedError
 
 __all__ = ["gpu"]
 
@@ -160,6 +160,40 @@ def test_a_launch_that_the_driver_refuses_is_a_failure(stranger: Any) -> None:
     there = stranger.gemm.to_device(packed)
     assert not stranger.self_test.kernels(there.bind(7, "bfloat16").plan.configs) & stranger.self_test.kernels(first)
     assert "launch: refused; y[" in stranger.self_test.outcomes(here())[0].text
+
+
+def test_a_capture_is_no_failure_of_the_kernel(stranger: Any) -> None:
+    cupy: Any = importlib.import_module("cupy")
+    error = cupy.cuda.runtime.CUDARuntimeError("cudaErrorStreamCaptureUnsupported")
+    error.status = 900
+
+    def captured(config: Any, y: Any) -> Any:
+        raise error
+
+    stranger.spoil = captured
+    with pytest.raises(UnsupportedError, match="while a CUDA graph is captured; multiply 300 tokens once before"):
+        ops().matmul(tokens(300), weight(40, 96, INT8))
+    assert stranger.self_test.outcomes(here()) == []
+
+
+def test_a_kernel_that_stops_the_gpu_ends_the_process_and_is_left_aside_by_the_next(stranger: Any) -> None:
+    cupy: Any = importlib.import_module("cupy")
+    stopped: list[Any] = []
+
+    def stop(*_: Any) -> Any:
+        stopped.append(cupy.cuda.runtime.CUDARuntimeError("cudaErrorIllegalInstruction"))
+        raise stopped[0]
+
+    first = spoiled_first(stranger, packed := weight(40, 96, INT8), 7, stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cupy.cuda.Stream, "synchronize", lambda stream: stop() if stopped else None)
+        with pytest.raises(
+            SlideSparseError, match=r"cudaErrorIllegalInstruction; y.* start it again, and that kernel is left aside"
+        ):
+            stranger.gemm.to_device(packed).bind(7, "bfloat16")
+    restart(stranger)
+    chosen = stranger.gemm.to_device(weight(40, 96, INT8)).bind(7, "bfloat16").plan.configs
+    assert not stranger.self_test.kernels(chosen) & stranger.self_test.kernels(first)
 
 
 def test_no_kernel_left(stranger: Any) -> None:

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +43,9 @@ SHAPES = ((300, 280, 1046), (13, 280, 1046))
 
 TRIED = 3
 """Kernels made for an architecture that are tested before it is left to the portable kernel."""
+
+CAPTURE_ERRORS = range(900, 909)
+"""Errors of CUDA about what is not allowed while a stream is captured: none of the kernel's."""
 
 Array = Any
 Kernel = tuple[str, tuple[tuple[str, "int | str"], ...]]
@@ -172,6 +175,11 @@ def tested(problem: GemmProblem, candidate: Candidate, buffers: tuple[str, ...] 
             try:
                 y = multiplied(small, launches, ordinal)
             except (LaunchError, cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError) as error:
+                if getattr(error, "status", 0) in CAPTURE_ERRORS:
+                    raise UnsupportedError(
+                        f"self-test: {problem} needs one on this device, which cannot run while a CUDA graph is captured;"
+                        f" multiply {problem.m} tokens once before the capture"
+                    ) from None
                 return Outcome(False, f"{where}: {driver.one_line(error)}; {told}")
             right = case(small).y
             if len(wrong := np.argwhere(~(y == right))):
@@ -244,10 +252,10 @@ def passes(problem: GemmProblem, candidate: Candidate, buffers: tuple[str, ...] 
 
 def passing(
     problem: GemmProblem, candidates: Iterable[Candidate], buffers: tuple[str, ...] | None, ordinal: int
-) -> Iterable[Candidate]:
+) -> Iterator[Candidate]:
     """Those of the candidates, in order, whose kernels we ran on such a device, or that pass their test now."""
     trusted = arch.ran(problem)
-    return (c for c in candidates if trusted or passes(problem, c, buffers, ordinal))
+    return (candidate for candidate in candidates if trusted or passes(problem, candidate, buffers, ordinal))
 
 
 def best(problem: GemmProblem, buffers: tuple[str, ...] | None, ordinal: int) -> Candidate:
@@ -256,11 +264,10 @@ def best(problem: GemmProblem, buffers: tuple[str, ...] | None, ordinal: int) ->
     Raises:
         UnsupportedError: none passes.
     """
-    chosen = tuned_store.best(problem, buffers)
     if arch.ran(problem):
-        return chosen
+        return tuned_store.best(problem, buffers)
     others = (candidate for _, candidate in tuned_store.ranked(problem, buffers))
-    for candidate in passing(problem, itertools.chain([chosen], others), buffers, ordinal):
+    for candidate in passing(problem, itertools.chain([tuned_store.best(problem, buffers)], others), buffers, ordinal):
         return candidate
     way = "" if problem.device.portable else "; SLIDESPARSE_PORTABLE=1 uses the kernel for every GPU"
     raise UnsupportedError(
@@ -285,9 +292,11 @@ def device_for(ordinal: int, pattern: Pattern, scheme: Scheme) -> Device:
     with _lock:
         if key not in _decided:
             problem = GemmProblem(*SHAPES[0], pattern, scheme, "bfloat16", device)
-            first = {kernels(candidate): candidate for _, candidate in reversed(tuned_store.ranked(problem))}
-            tried = itertools.islice(reversed(first.values()), TRIED)
-            if next(iter(passing(problem, tried, None, ordinal)), None) is None:
+            cheapest: dict[frozenset[Kernel], Candidate] = {}
+            for _, candidate in tuned_store.ranked(problem):
+                cheapest.setdefault(kernels(candidate), candidate)
+            tried = itertools.islice(cheapest.values(), TRIED)
+            if not any(passes(problem, candidate, None, ordinal) for candidate in tried):
                 arch.LEFT_ASIDE.add(key)
             _decided.add(key)
     return replace(device, portable=key in arch.LEFT_ASIDE)

@@ -41,11 +41,16 @@ def device():
     return Device(*device_facts(cp.cuda.runtime.getDevice()))
 
 
-@pytest.mark.parametrize(("portable", "dtype"), [(False, INT8), (False, FLOAT8), (True, INT8), (True, BFLOAT16)], ids=str)
-def test_right_kernels_pass(monkeypatch, portable, dtype):
+@pytest.mark.parametrize(
+    ("portable", "dtype", "pattern"),
+    [(False, INT8, "6:8"), (False, FLOAT8, "6:8"), (True, INT8, "6:8"), (True, BFLOAT16, "6:8"), (True, INT8, "16:18")],
+    ids=str,
+)
+def test_right_kernels_pass(monkeypatch, portable, dtype, pattern):
+    """16:18 is lifted in memory for the portable kernel."""
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(portable)))
     rng = np.random.default_rng(1)
-    packed, x = weight(rng, 200, 300, "6:8", dtype), tokens(rng, 40, 300, F32)
+    packed, x = weight(rng, 200, 300, pattern, dtype), tokens(rng, 40, 300, F32)
     check(ss.matmul(cp.asarray(x), packed).get(), x, packed)
     there = ss.to_device(packed)
     problem, buffers = there.problem(40, "float32"), tuple(there.buffers)
