@@ -44,6 +44,7 @@ _HOME = {
     "tune_products": "tuning.search",
     "forget_tuned": "tuning.search",
     "diagnose": "doctor",
+    "self_tests": "doctor",
     "load": "checkpoint",
     "save": "checkpoint",
     "pack_checkpoint": "convert",
@@ -72,7 +73,9 @@ _HOME = {
 PUBLIC = (*_HOME, "reference")
 """Every public name."""
 
-__all__ = [name for name in _HOME if name.islower() and name not in ("device_weight", "operand_bytes")]  # what help() prints
+__all__ = [
+    name for name in _HOME if name.islower() and name not in ("device_weight", "operand_bytes", "self_tests")
+]  # what help() prints
 
 if TYPE_CHECKING:
     from .checkpoint import load as load
@@ -95,6 +98,7 @@ if TYPE_CHECKING:
     from .cuda.ahead_of_time import build_kernels as build_kernels
     from .cuda.ahead_of_time import build_products as build_products
     from .doctor import diagnose as diagnose
+    from .doctor import self_tests as self_tests
     from .errors import FormatError as FormatError
     from .errors import OperandError as OperandError
     from .errors import PatternError as PatternError

@@ -49,7 +49,8 @@ def diagnose() -> Iterator[Finding]:
     """Look at one part after the other; a part that is absent or broken is a finding, never an exception.
 
     Yields:
-        Findings on driver, GPUs, CuPy, Numba CUDA, NVRTC, cache and CPU; then what the GPU computes, if it can be used.
+        Findings on driver, GPUs, CuPy, Numba CUDA, NVRTC, cache and CPU; then what the GPU computes, if it can be used, and
+        `self_tests`.
     """
 
     def finding(part: str, look: Callable[[], str]) -> Finding:
@@ -92,7 +93,7 @@ def diagnose() -> Iterator[Finding]:
     yield finding("weights", _weights)
     for dtype in dtypes:
         yield finding(f"matmul {dtype}", functools.partial(_matmul, dtype))
-    yield from _self_tests()
+    yield from self_tests()
 
 
 # ---- what there is -----------------------------------------------------------------------------------------------
@@ -247,18 +248,17 @@ def _matmul(dtype: DType) -> str:
     return _compare(y, x, wanted, max(ADDITIONS, arch.for_capability(capability).error(packed.scheme, packed.ks)))
 
 
-def _self_tests() -> Iterator[Finding]:
-    """What the kernels computed that were tested on this GPU, since we never ran them on one like it; each that failed."""
+def self_tests() -> Iterator[Finding]:
+    """What the kernels computed that were tested on the current GPU, since we never ran them on one like it (docs/gpus.md).
+
+    Yields:
+        A finding for each that failed, whose text is for a report; then how many passed. Nothing where none was tested.
+    """
     cupy: Any = importlib.import_module("cupy")
     from .cuda import plan, self_test
 
-    device = Device(*plan.device_facts(int(cupy.cuda.runtime.getDevice())))
-    outcomes = self_test.outcomes(device)
+    outcomes = self_test.outcomes(Device(*plan.device_facts(int(cupy.cuda.runtime.getDevice()))))
     for outcome in (outcome for outcome in outcomes if not outcome.passed):
-        again = f"never used again with this driver, unless you delete {self_test.folder(device)}"
-        yield Finding("self-test", BROKEN, f"{outcome.text}; {again}; please report this line")
-    passed = sum(outcome.passed for outcome in outcomes)
-    if passed:
+        yield Finding("self-test", BROKEN, f"{outcome.text}; not used again with this driver; please report this line")
+    if passed := sum(outcome.passed for outcome in outcomes):
         yield Finding("self-test", OK, f"{passed} kernels that we never ran on such a GPU equal NumPy on this one")
-    elif not outcomes:
-        yield Finding("self-test", OK, "none was needed: we ran these kernels on such a GPU")

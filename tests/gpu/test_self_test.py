@@ -87,7 +87,7 @@ def test_a_kernel_with_one_wrong_nibble_is_found_and_left_aside(monkeypatch):
     check(ss.matmul(cp.asarray(x), packed).get(), x, packed)
     (chosen,) = ss.to_device(packed).plans[40, "float32"].plan.configs
     assert chosen.tile != first.tile
-    failed = next(finding for finding in doctor._self_tests() if finding.state == "broken")
+    failed = next(finding for finding in doctor.self_tests() if finding.state == "broken")
     print(failed.text)
     assert f"{device().name}, compute capability " in failed.text
     assert "elements of y are wrong, the first at row " in failed.text
