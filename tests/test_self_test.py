@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy_gpu import BF16, P, array, close, gpu, ops, wanted, weight
+from numpy_gpu import BF16, P, array, close, gpu, numpy_for_cupy, ops, wanted, weight
 
 from slidesparse_nb import arch, doctor
 from slidesparse_nb.arch import sm80_layout
@@ -41,6 +42,13 @@ def stranger(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return gpu
 
 
+@pytest.fixture
+def tests(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The module that is tested here, where it does not matter which kernels the GPU gets."""
+    with numpy_for_cupy(monkeypatch, True) as made:
+        yield made.self_test
+
+
 def restart(gpu: Any) -> None:
     """What a new process knows."""
     gpu.self_test._known.clear()
@@ -64,10 +72,10 @@ def one_wrong(config: Any, y: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
 @pytest.mark.parametrize("pattern", known_patterns(), ids=str)
-def test_operands_show_every_nibble_in_every_fragment_position(gpu: Any, pattern: Any, dtype: Any) -> None:
+def test_operands_show_every_nibble_in_every_fragment_position(tests: Any, pattern: Any, dtype: Any) -> None:
     layout = sm80_layout.layout(pattern, dtype.bits)
-    for m, n, k in gpu.self_test.SHAPES:
-        made = gpu.self_test.case(GemmProblem(m, n, k, pattern, Scheme.of(dtype), "bfloat16", here()))
+    for m, n, k in tests.SHAPES:
+        made = tests.case(GemmProblem(m, n, k, pattern, Scheme.of(dtype), "bfloat16", here()))
         words = sm80_layout.arrange(made.packed)[..., 512 * layout.steps :].view(np.uint32).reshape(-1, 32)
         for j in range(0, 32, 4):
             nibbles = words >> j & 15
@@ -81,8 +89,8 @@ def test_operands_show_every_nibble_in_every_fragment_position(gpu: Any, pattern
         assert all(size % tile for size, tile in ((m, 8), (n, 16), (k, 16)))
 
 
-def test_products_are_the_references(gpu: Any) -> None:
-    made = gpu.self_test.case(GemmProblem(*gpu.self_test.SHAPES[1], P, Scheme.of("bf16"), "float16", here()))
+def test_products_are_the_references(tests: Any) -> None:
+    made = tests.case(GemmProblem(*tests.SHAPES[1], P, Scheme.of("bf16"), "float16", here()))
     np.testing.assert_array_equal(made.y, reference.matmul(made.x, made.packed, made.bias, np.float16))
 
 
