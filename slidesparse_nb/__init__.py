@@ -48,6 +48,7 @@ _HOME = {
     "tune_products": "tuning.search",
     "forget_tuned": "tuning.search",
     "diagnose": "doctor",
+    "self_tests": "doctor",
     "load": "checkpoint",
     "save": "checkpoint",
     "pack_checkpoint": "convert",
@@ -76,7 +77,7 @@ _HOME = {
 PUBLIC = (*_HOME, "reference")
 """Every public name."""
 
-_BRIEF = "device_weight", "operand_bytes", "rms_norm", "silu_and_mul", "gelu_and_mul"
+_BRIEF = "device_weight", "operand_bytes", "self_tests", "rms_norm", "silu_and_mul", "gelu_and_mul"
 __all__ = [name for name in _HOME if name.islower() and name not in _BRIEF]  # what help() prints
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from .cuda.ahead_of_time import build_kernels as build_kernels
     from .cuda.ahead_of_time import build_products as build_products
     from .doctor import diagnose as diagnose
+    from .doctor import self_tests as self_tests
     from .errors import FormatError as FormatError
     from .errors import OperandError as OperandError
     from .errors import PatternError as PatternError

@@ -17,6 +17,7 @@ from .core import reference
 from .core.dtypes import BFLOAT16, FLOAT8, FLOAT32, INT8, PACKED, DType
 from .core.packed import PackedWeight
 from .core.pattern import Pattern
+from .core.problem import Device
 from .cuda import driver
 from .cuda.jit import cache
 from .errors import SlideSparseError, UnsupportedError
@@ -48,7 +49,8 @@ def diagnose() -> Iterator[Finding]:
     """Look at one part after the other; a part that is absent or broken is a finding, never an exception.
 
     Yields:
-        Findings on driver, GPUs, CuPy, Numba CUDA, NVRTC, cache and CPU; then what the GPU computes, if it can be used.
+        Findings on driver, GPUs, CuPy, Numba CUDA, NVRTC, cache and CPU; then what the GPU computes, if it can be used, and
+        `self_tests`.
     """
 
     def finding(part: str, look: Callable[[], str]) -> Finding:
@@ -91,6 +93,7 @@ def diagnose() -> Iterator[Finding]:
     yield finding("weights", _weights)
     for dtype in dtypes:
         yield finding(f"matmul {dtype}", functools.partial(_matmul, dtype))
+    yield from self_tests()
 
 
 # ---- what there is -----------------------------------------------------------------------------------------------
@@ -109,7 +112,8 @@ def _gpu(gpu: driver.Gpu) -> str:
     text = f"{gpu.name}, {gpu.memory / 2**30:.0f} GiB, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
     if not (dtypes := _multiplied(gpu.capability)):
         raise driver.AbsentError(f"{text}: has no sparse tensor cores, which came with 8.0; NumPy arrays need none")
-    return f"{text}: {', '.join(map(str, dtypes))}"
+    advice = arch.advice(Device(gpu.capability, 0, gpu.name))
+    return f"{text}: {', '.join(map(str, dtypes))}{advice and f'; {advice}'}"
 
 
 Capability = tuple[int, int] | None
@@ -245,3 +249,19 @@ def _matmul(dtype: DType) -> str:
     return _compare(
         y, x, wanted, max(ADDITIONS, arch.for_capability(capability, scheme=packed.scheme).error(packed.scheme, packed.ks))
     )
+
+
+def self_tests() -> Iterator[Finding]:
+    """What the kernels computed that were tested on the current GPU, since we never ran them on one like it (docs/gpus.md).
+
+    Yields:
+        A finding for each that failed, whose text is for a report; then how many passed. Nothing where none was tested.
+    """
+    cupy: Any = importlib.import_module("cupy")
+    from .cuda import plan, self_test
+
+    outcomes = self_test.outcomes(Device(*plan.device_facts(int(cupy.cuda.runtime.getDevice()))))
+    for outcome in (outcome for outcome in outcomes if not outcome.passed):
+        yield Finding("self-test", BROKEN, f"{outcome.text}; not used again with this driver; please report this line")
+    if passed := sum(outcome.passed for outcome in outcomes):
+        yield Finding("self-test", OK, f"{passed} kernels that we never ran on such a GPU equal NumPy on this one")

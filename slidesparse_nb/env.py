@@ -1,6 +1,6 @@
 """Every environment variable that this library reads, here and nowhere else.
 
-SLIDESPARSE_CACHE_DIR   folder of compiled kernels and tuned products
+SLIDESPARSE_CACHE_DIR   folder of compiled kernels, tuned products and outcomes of self-tests
 XDG_CACHE_HOME          without SLIDESPARSE_CACHE_DIR they are in its subfolder slidesparse_nb; by default ~/.cache
 SLIDESPARSE_TUNED       0: what `slidesparse tune` found is not used
 SLIDESPARSE_PORTABLE    1: the kernel for every GPU is used where one for Hopper exists, to compare the two
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """The folder of compiled kernels and tuned products; it need not exist yet."""
+    """The folder of compiled kernels, tuned products and outcomes of self-tests; it need not exist yet."""
     if chosen := os.environ.get("SLIDESPARSE_CACHE_DIR"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slidesparse_nb"

@@ -8,7 +8,8 @@ import dataclasses
 import importlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -42,6 +43,9 @@ class Array(np.ndarray):
     @property
     def data(self) -> Any:  # type: ignore[override]
         return SimpleNamespace(ptr=self.ctypes.data, device_id=0)
+
+    def get(self) -> Any:
+        return self.view(np.ndarray)
 
 
 def array(a: Any, dtype: Any = None) -> Any:
@@ -115,6 +119,7 @@ class Gpu:
         self.streams = [7]
         self.weights: list[tuple[Any, PackedWeight]] = []
         self.viewed: list[int] = []
+        self.spoil: Callable[[Any, Any], Any] = lambda config, y: y  # what a wrong kernel makes of y
 
     def allocate(self, size: int) -> Any:
         self.allocated += 1
@@ -168,6 +173,7 @@ class Gpu:
             setattr(cupy, name, numpys(name))
         cupy.from_dlpack = lambda a: gpu.viewed.append(gpu.streams[-1]) or a.array
         runtime = SimpleNamespace(
+            CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {}),
             getDevice=lambda: 0,
             getDeviceProperties=lambda _: {
                 "major": 9,
@@ -178,6 +184,7 @@ class Gpu:
         )
         cupy.cuda = SimpleNamespace(
             runtime=runtime,
+            driver=SimpleNamespace(CUDADriverError=type("CUDADriverError", (RuntimeError,), {})),
             Stream=Stream,
             ExternalStream=Stream,
             get_current_stream=lambda: Stream(gpu.streams[-1]),
@@ -329,14 +336,16 @@ class Gemm:
             at(it.parts, (plan.part_bytes,), np.uint8)[...] = 0x77
             assert not at(it.arrived, (self.config.counters(problem),), np.uint32).any()
         with np.errstate(invalid="ignore", over="ignore"):
-            acc = q.astype(np.float64) @ reference.unpack(weight).astype(np.float64).T
+            slid = reference.decompress(reference.stored_values(weight), weight.meta).astype(np.float64)
+            acc = reference.lift(q.astype(np.float64), weight.pattern) @ slid.T
             value = acc.astype(np.float32)
             if Scheme.of(dtype).scaled:
                 value = value * at(it.scale_x, (m, 1), F32) * at(it.scale_w, (n,), F32)
             if it.bias:
                 value = value + at(it.bias, (n,), FLOATS[NAMED[it.bias_type]]).astype(np.float32)
             out = FLOATS[problem.out]
-            at(it.y, (m, n), out, (it.y_pitch * out.itemsize, out.itemsize))[...] = value.astype(out)
+            y = at(it.y, (m, n), out, (it.y_pitch * out.itemsize, out.itemsize))
+            y[...] = self.gpu.spoil(self.config, value.astype(out))
         self.gpu.launched.append("gemm")
 
     def loads(self, it: Any, there: Any) -> bool:
@@ -344,6 +353,10 @@ class Gemm:
         buffers = {**self.config.buffers, "scale_w": "scale"}
         held = [name for name, buffer in buffers.items() if buffer in there.buffers]
         return len(held) > 0 and all(getattr(it, name) == there.addresses[buffers[name]] for name in held)
+
+
+def kernel_folder(source: str, defines: Any) -> Path:
+    return Path(sys.prefix) / f"{source.replace('/', '-')}-{hash(tuple(defines.items())):x}"
 
 
 @pytest.fixture(params=["own", "portable"])
@@ -367,11 +380,11 @@ def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool) -> Iterator[
         gemm: Any = importlib.import_module("slidesparse_nb.cuda.matmul")
         plans: Any = importlib.import_module("slidesparse_nb.cuda.plan")
         kernels: Any = importlib.import_module("slidesparse_nb.cuda.jit.numba")
-        built = SimpleNamespace(folder=sys.prefix, registers=1)
+        tests: Any = importlib.import_module("slidesparse_nb.cuda.self_test")
         raw = SimpleNamespace(kernel=SimpleNamespace(ptr=1), max_dynamic_shared_size_bytes=0)
         plans.jit = SimpleNamespace(
             architecture=plans.jit.architecture,
-            build=lambda *_: built,
+            build=lambda source, defines, *_: SimpleNamespace(folder=kernel_folder(source, defines), registers=1),
             load=lambda *_: raw,
             device_compiler=lambda: None,
         )
@@ -396,6 +409,17 @@ def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool) -> Iterator[
             return made.weights[-1][0]
 
         weights.DeviceWeight.arrange = noted
+        arranged = tests.arranged
+
+        def noted_for_test(problem: Any, packed: PackedWeight) -> Any:
+            buffers = arranged(problem, packed)
+            addresses = {"scale": 0, **{name: buffer.data.ptr for name, buffer in buffers.items()}}
+            operand = tests.arch.of(problem).operand(problem.pattern, problem.k, problem.scheme)
+            made.weights.append((SimpleNamespace(buffers=buffers, addresses=addresses, operand=operand), packed))
+            return buffers
+
+        tests.arranged, tests.driver.release = noted_for_test, lambda: "1.2.3"
+        made.self_test = tests
         monkeypatch.setattr(ops(), "np", NumPy())
         made.gemm = gemm
         made.own = not portable

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy_gpu import BF16, array, close, numpy_for_cupy, ops, wanted, weight
+from numpy_gpu import BF16, P, array, close, numpy_for_cupy, ops, wanted, weight
 
 from slidesparse_nb import arch, doctor
 from slidesparse_nb.arch import sm80, sm90
@@ -65,7 +65,7 @@ class Whole:
     """A launch of the toy's kernel, on so many blocks."""
 
     many: int
-    source, parameters, threads, shared_bytes = "toy/gemm.cu", PARAMETERS, 64, 1024
+    source, suffix, parameters, threads, shared_bytes = "toy/gemm.cu", "t", PARAMETERS, 64, 1024
     buffers = {"w": "everything"}  # noqa: RUF012  a field otherwise
 
     def defines(self) -> dict[str, int | str]:
@@ -96,7 +96,7 @@ class Whole:
 class Toy:
     """Rows of x, weights in one buffer, parameters in an order of its own; two launches, of which more blocks are cheaper."""
 
-    source, suffix, parameters, portable = "toy/gemm.cu", "t", PARAMETERS, False
+    source, parameters, portable = "toy/gemm.cu", PARAMETERS, False
 
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability == (9, 0)
@@ -126,6 +126,7 @@ class Toy:
 def test_a_row_of_the_table_is_all_that_an_architecture_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(arch, "ARCHITECTURES", (Toy(), *arch.ARCHITECTURES))
+    monkeypatch.setattr(arch, "RAN", arch.RAN | {(Toy.source, (9, 0))})
     arch.choose.cache_clear()
     try:
         with numpy_for_cupy(monkeypatch, False) as gpu:
@@ -146,6 +147,26 @@ def test_a_row_of_the_table_is_all_that_an_architecture_needs(monkeypatch: pytes
         assert jobs[0] == ("toy/gemm.cu", {"THREADS": 64, "SHARED_BYTES": 1024}, "sm_90t")
         assert {job[0] for job in jobs} == {"toy/gemm.cu", "sm90/gemm.cu", "sm90/expand.cu", "sm80/gemm.cu"}
         assert ahead_of_time.launches_of([(7, 40, 96, "6:8", "int8", "bfloat16")], (9, 0), 132) == [Whole(5), Whole(6)]
+    finally:
+        arch.choose.cache_clear()
+
+
+def test_the_portable_kernel_serves_where_one_that_nobody_ran_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(arch, "ARCHITECTURES", (Toy(), *arch.ARCHITECTURES))
+    monkeypatch.setattr(arch, "LEFT_ASIDE", set())
+    arch.choose.cache_clear()
+    try:
+        with numpy_for_cupy(monkeypatch, False) as gpu:
+            gpu.spoil = lambda config, y: np.roll(y, 1, axis=1) if config.source == Toy.source else y
+            packed, x = weight(40, 96, INT8), array(np.random.default_rng(0).standard_normal((7, 96)).astype(BF16))
+            assert ops().operand_bytes(7, 96, "6:8", "int8", (9, 0)) == (Operand(False, None, 96).bytes(7), True)
+            close(ops().matmul(x, packed), wanted(x, packed))
+            there = gpu.gemm.to_device(packed)
+            assert (there.arch, there.device.portable) == (sm80.ARCH, True)
+            assert arch.for_capability((9, 0), scheme=packed.scheme) is sm80.ARCH
+            assert ops().operand_bytes(7, 96, "14:16", "int8", (9, 0))[0] == there.arch.operand(P, 96, packed.scheme).bytes(7)
+            assert isinstance(arch.for_capability((9, 0)), Toy), "other schemes were not tested"
     finally:
         arch.choose.cache_clear()
 

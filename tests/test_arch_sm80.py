@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from slidesparse_nb import arch
 from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm80_layout
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.core.problem import Device, GemmProblem
+from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.errors import UnsupportedError
 
 PATTERNS = known_patterns()
@@ -78,7 +80,7 @@ def lifted(words, layout, step):
     return out
 
 
-def simulated(x, arranged, packed):
+def simulated(x, arranged, packed, instruction=mma_sp):
     """x [8, k] @ w.T in float64, by the kernel's steps in the kernel's order."""
     layout = sm80_layout.layout(packed.pattern, packed.dtype.bits)
     blocks, strips = arranged.shape[:2]
@@ -96,7 +98,7 @@ def simulated(x, arranged, packed):
             e = piece[512 * layout.steps :].view(np.uint32).reshape(layout.meta_words, 32)
             for step in range(layout.steps):
                 word, selector = (step, 0) if layout.bits == 8 else (step // 2, step % 2)
-                acc[strip] += mma_sp(a[step], e[word], lifted(words, layout, step), packed.dtype, selector)
+                acc[strip] += instruction(a[step], e[word], lifted(words, layout, step), packed.dtype, selector)
     return acc.reshape(-1, 8)[: packed.n].T
 
 
@@ -172,7 +174,7 @@ def test_what_is_refused():
 
 # ---- tiles and their choice --------------------------------------------------------------------------------------------
 
-CAPABILITIES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (99, 0)]
+CAPABILITIES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1), (99, 0)]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
@@ -207,6 +209,56 @@ def test_the_choice_is_the_cheapest_and_says_what_it_is():
     (large,) = choose(replace(problem, m=4096, n=37888, k=3584))
     assert large.splits == 1
     assert large.tile.m * large.tile.n >= 128 * 128
+
+
+GEFORCE, PROFESSIONAL = "NVIDIA GeForce RTX of some year", "NVIDIA RTX PRO of some year"
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "int8", "fp8", "bf16"),
+    [
+        ((8, 0), "NVIDIA A100", 2, None, 2),
+        ((8, 6), GEFORCE, 4, None, 8),
+        ((8, 6), PROFESSIONAL, 4, None, 4),
+        ((8, 9), GEFORCE, 4, 8, 8),
+        ((8, 9), "", 4, 8, 8),
+        ((8, 9), PROFESSIONAL, 4, 4, 4),
+        ((9, 0), "NVIDIA H200", 2, 40, 2),
+        ((12, 0), GEFORCE, 4, 4, 8),
+        ((12, 0), PROFESSIONAL, 4, 4, 4),
+        ((12, 1), "NVIDIA GB10", 4, 4, 4),
+    ],
+)
+def test_clocks_of_an_instruction(capability, name, int8, fp8, bf16):
+    """Of its fastest form; plain float8 is at half rate where bfloat16 is, and so int8 is preferred."""
+    device = Device(capability, 84, name)
+    for scheme, clocks in (("int8", int8), ("fp8", fp8), ("bf16", bf16)):
+        dtype = Scheme.of(scheme).dtype
+        found = list(sm80.ARCH.kernels(Pattern(6, 8), dtype, "bfloat16", capability))
+        if clocks is None:
+            assert sm80.ARCH.refuses(capability, Scheme.of(scheme))
+            continue
+        assert {config.block_scaled for config in found} == (
+            {True, False} if fp8 and scheme == "fp8" and capability[0] == 12 else {False}
+        )
+        for config in found:
+            plain = bf16 if scheme == "fp8" and capability[0] == 12 else clocks
+            assert config.mma_clocks(device) == (clocks if config.block_scaled else plain)
+    assert ("prefer int8" in arch.advice(replace(device, portable=True))) == bool(fp8 and fp8 > int8)
+
+
+def test_float8_takes_the_instruction_with_block_scales():
+    for name, m in ((GEFORCE, 4096), (GEFORCE, 16), (PROFESSIONAL, 4096), ("NVIDIA GB10", 1)):
+        device = Device((12, 1) if "GB10" in name else (12, 0), 84, name)
+        problem = GemmProblem.of((m, 3584, 3584, "6:8", "fp8", "bfloat16"), device)
+        (chosen,) = choose(problem)
+        assert chosen.block_scaled
+        assert (chosen.suffix, chosen.defines()["BLOCK_SCALED"]) == ("a", 1)
+        assert "block-scaled MMA" in str(chosen)
+        plain = replace(chosen, block_scaled=False)
+        assert (plain,) in list(sm80.ARCH.candidates(problem)), "which serves where the other fails its test"
+        assert (plain.suffix, "BLOCK_SCALED" in plain.defines()) == ("", False)
+        assert sm80.ARCH.cost((plain,), problem) >= sm80.ARCH.cost((chosen,), problem)
 
 
 @pytest.mark.parametrize("m", [1, 17, 100000])

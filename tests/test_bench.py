@@ -52,6 +52,7 @@ def test_without_pytorch(device: bench_device.FakeGpu, monkeypatch: pytest.Monke
     assert done.exit_code == 0, done.output
     assert "4 blank of dense (cuBLASLt): PyTorch cannot be used (ModuleNotFoundError" in done.stdout
     assert all((cell.us is None) == (cell.provider != "ours") for cell in load(tmp_path / "a.json").cells.values())
+    assert "self-test: 3 kernels equal NumPy" in load(tmp_path / "a.json").notes
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from compilers import most_spilled
 
 from slidesparse_nb.arch import multiplied, sm80
-from slidesparse_nb.core.dtypes import FLOAT16, PACKED, DType
+from slidesparse_nb.core.dtypes import FLOAT8, FLOAT16, PACKED, DType
 from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.cuda import ahead_of_time
@@ -28,8 +28,13 @@ from tools.cli import main
 Work = tuple[ahead_of_time.Job, tuple[str, str, str, str, int]]
 """How a kernel is built, and what `slidesparse build` says of it."""
 
-CASES = [(c, d) for c in ahead_of_time.CAPABILITIES for d in PACKED if d is not FLOAT16 or c == (8, 0)]
-"""float16 is bfloat16 with another instruction: once is enough."""
+CASES = [
+    (c, d)
+    for c in ahead_of_time.CAPABILITIES
+    for d in PACKED
+    if (d is not FLOAT16 or c == (8, 0)) and (d is FLOAT8 or c != (12, 1))
+]
+"""float16 is bfloat16 with another instruction: once is enough; and 12.1 is 12.0 but for the target of block-scaled float8."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,6 +92,19 @@ def test_every_tile(capability, dtype):
     compiles([options[(turn + place) % len(options)] for place, options in enumerate(tiles(capability, dtype))])
 
 
+@pytest.mark.parametrize("capability", sm80.BLOCK_SCALED, ids=jit.architecture)
+def test_float8_at_full_rate(capability: tuple[int, int]) -> None:
+    """Two targets, one with block scales and one without, of which every instruction is the one that is named."""
+    jobs = [
+        w for w in ahead_of_time._jobs([capability], [Pattern(6, 8)], [Scheme.of("fp8")], "bfloat16") if "64 tokens" in w[1][3]
+    ]
+    names = {"a": "QMMA.SF.SP.16864.F32.E4M3.E4M3.E8", "": "QMMA.SP.16864.F32.E4M3.E4M3"}
+    for suffix, name in names.items():
+        work = next(w for w in jobs if w[0][2] == jit.architecture(capability) + suffix)
+        compiles([work])
+        assert set(ahead_of_time.matrix_instructions(jit.build(*work[0])) or ()) == {name}
+
+
 def test_portable_kernels_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", "1")
     jobs = ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [Scheme.of(PACKED[0])], "bfloat16")
@@ -108,6 +126,9 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ("arch", "pattern", "dtype", "config", "registers", "spills", "stack", "shared", "sparse", "serialized")
     assert set(keys) == set(told[0])
     assert all(report["sparse"] > 0 and report["shared"] <= 99 << 10 for report in told)
+    named.clear()
+    assert CliRunner().invoke(main, ["build", "--arch", "sm_120a", "--pattern", "6:8", "--dtype", "fp8"]).exit_code == 0
+    assert {told[0] for _, told in named} == {"sm_120", "sm_120a"}
     assert CliRunner().invoke(main, ["build", "--arch", "hopper"]).exit_code == 2
     assert CliRunner().invoke(main, ["build", "--arch", "sm_70"]).exit_code == 5
 

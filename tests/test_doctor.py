@@ -77,6 +77,14 @@ def test_a_gpu_without_sparse_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["CuPy"] == ("absent", "not installed; only a GPU needs it")
 
 
+def test_a_card_on_which_int8_is_faster_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "gpus", lambda: [driver.Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24 << 30)])
+    take_away("CuPy", monkeypatch)
+    state, text = states()["GPU"]
+    assert state == "ok"
+    assert text.endswith("float16; prefer int8 there: NVIDIA states 2 times the rate of float8_e4m3fn (not measured by us)")
+
+
 def test_a_compiler_without_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     numba_kernel: Any = importlib.import_module("slidesparse_nb.cuda.jit.numba")
     numba_kernel._versions.cache_clear()

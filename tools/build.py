@@ -24,7 +24,7 @@ COLUMNS = ("arch", "pattern", "dtype", "configuration", "registers", "spilled B"
 
 
 def _capability(text: str) -> tuple[int, int]:
-    if not (match := re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)", text)):
+    if not (match := re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)a?", text)):  # the kernels decide which targets they need
         raise click.BadParameter(f"{text!r} is not an architecture such as sm_90")
     return int(match[1]), int(match[2])
 
@@ -38,7 +38,11 @@ def _told(value: Any) -> Any:
     "5 unsupported."
 )
 @click.option(
-    "--arch", "archs", multiple=True, metavar="sm_90", help="Architecture; may be repeated. Default: sm_80 to sm_120."
+    "--arch",
+    "archs",
+    multiple=True,
+    metavar="sm_90",
+    help="Architecture, with or without an a at its end; may be repeated. Default: sm_80 to sm_121.",
 )
 @click.option("--pattern", "patterns", multiple=True, metavar="6:8", help="Pattern; may be repeated. Default: 2:4 to 14:16.")
 @click.option("--dtype", "dtypes", multiple=True, metavar="int8", help="Type of the weights; may be repeated. Default: all.")

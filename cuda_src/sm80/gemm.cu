@@ -42,6 +42,12 @@
 #ifndef THREADS
 #define THREADS (32 * WARPS_N * WARPS_M)  // of a block
 #endif
+#ifndef BLOCK_SCALED
+#define BLOCK_SCALED 0  // float8 only: the instruction with block scales, which are all 1
+#endif
+#ifndef FAULT
+#define FAULT 0  // bits of a lane's index word to invert: a test makes a wrong kernel
+#endif
 #ifndef SHARED_BYTES
 #define SHARED_BYTES sizeof(Shared)  // dynamic
 #endif
@@ -79,8 +85,11 @@ INLINE float as_float(float v) { return v; }
 #endif
 
 template <int STEP> INLINE void multiply(Accumulator (&d)[4], const uint4& a, const u32 (&b)[4], u32 e) {
+    e ^= FAULT;
 #if DTYPE == TYPE_INT8
     mma_sp_s8<0>(d, a, b, e);
+#elif DTYPE == TYPE_FLOAT8 && BLOCK_SCALED
+    mma_sp_mxf8_unscaled(d, a, b, e);
 #elif DTYPE == TYPE_FLOAT8
     mma_sp_e4m3<0>(d, a, b, e);
 #elif DTYPE == TYPE_BFLOAT16

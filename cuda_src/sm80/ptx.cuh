@@ -18,6 +18,17 @@ MMA_SP(mma_sp_e4m3, "m16n8k64", "f32.e4m3.e4m3.f32", float, "f")
 MMA_SP(mma_sp_bf16, "m16n8k32", "f32.bf16.bf16.f32", float, "f")
 MMA_SP(mma_sp_f16, "m16n8k32", "f32.f16.f16.f32", float, "f")
 
+// The same with block scaling, .kind::mxf8f6f4, of sm_120a and sm_121a only: A and B times powers of two, one for every row or
+// column and 64 of k (scale_vec::1X, ue8m0). Of a quad, lanes 0 and 1 give the scales of A's rows g and g + 8, lane 0 that of B's
+// column g, as byte 0 of a word: the selectors {0, 0}. All scales are 1, 0x7f, in every byte and lane, so that none is read amiss.
+// GeForce GPUs accumulate these products in float32 at twice the rate of mma_sp_e4m3 (docs/kernels.md).
+INLINE void mma_sp_mxf8_unscaled(float (&d)[4], const uint4& a, const u32 (&b)[4], u32 e) {
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3.f32.ue8m0"
+        " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0, %13, {0, 0}, %13, {0, 0};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e), "r"(0x7f7f7f7f));
+}
+
 // "Data Movement: cp.async": if `when`, 16 bytes from global to shared memory past the L1 cache (.cg); zeros, with nothing read,
 // unless `valid` (the operand ignore-src). Predicates, because a branch would cut the loop where instructions overlap.
 INLINE void cp_async_16(bool when, void* shared, const void* global, bool valid = true) {

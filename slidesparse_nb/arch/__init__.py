@@ -14,7 +14,7 @@ from .. import env
 from ..core.dtypes import DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
-from ..core.problem import GemmProblem
+from ..core.problem import Device, GemmProblem
 from ..core.scheme import SCHEMES, Scheme
 from ..errors import UnsupportedError
 from . import sm80, sm90, sm100
@@ -27,6 +27,10 @@ class Config(Protocol):
     @property
     def source(self) -> str:
         """The file under cuda_src that defines the kernel, whose name is the file's."""
+
+    @property
+    def suffix(self) -> str:
+        """Of the target that the kernel is compiled for: "a" in sm_90a, "" where it needs no features of one architecture."""
 
     @property
     def parameters(self) -> Mapping[str, str]:
@@ -82,10 +86,6 @@ class Arch(Protocol[C]):
         """The file under cuda_src that defines the kernel that multiplies, `gemm`."""
 
     @property
-    def suffix(self) -> str:
-        """Of the target that it is compiled for: "a" in sm_90a."""
-
-    @property
     def parameters(self) -> Mapping[str, str]:
         """Parameters of that kernel."""
 
@@ -130,6 +130,14 @@ class Arch(Protocol[C]):
 ARCHITECTURES: tuple[Arch[Any], ...] = (sm100.ARCH, sm90.ARCH, sm80.ARCH)
 """Those made for one architecture first."""
 
+RAN: frozenset[tuple[str, tuple[int, int]]] = frozenset({(sm90.ARCH.source, (9, 0)), (sm80.ARCH.source, (9, 0))})
+"""Kernels, by source, and the compute capabilities on which we ran their tests. Anywhere else a kernel is tested on the device
+before its first product (cuda/self_test.py)."""
+
+LEFT_ASIDE: set[tuple[tuple[int, int], Scheme]] = set()
+"""Compute capabilities, and schemes whose kernel made for that architecture failed its test in this process: the portable
+kernel multiplies them."""
+
 
 def serving(capability: tuple[int, int]) -> tuple[Arch[Any], ...]:
     """Every architecture whose kernel runs on a GPU of this compute capability, the one to use first.
@@ -149,13 +157,14 @@ def for_capability(capability: tuple[int, int], portable: bool | None = None, sc
     """The architecture whose kernel multiplies on a GPU of this compute capability, such as (9, 0).
 
     Args:
-        portable: leave aside what is made for one architecture; by default what SLIDESPARSE_PORTABLE says.
+        portable: leave aside what is made for one architecture; by default what SLIDESPARSE_PORTABLE says, or whether that
+            kernel failed its test for `scheme`.
         scheme: of the weights; a kernel that refuses them leaves them to the next one, unless all do.
 
     Raises:
         UnsupportedError: the GPU has no sparse tensor cores.
     """
-    portable = env.portable() if portable is None else portable
+    portable = env.portable() or (capability, scheme) in LEFT_ASIDE if portable is None else portable
     left = [arch for arch in serving(capability) if arch.portable or not portable]
     return next((arch for arch in left if scheme is None or not arch.refuses(capability, scheme)), left[0])
 
@@ -163,6 +172,16 @@ def for_capability(capability: tuple[int, int], portable: bool | None = None, sc
 def of(problem: GemmProblem) -> Arch[Any]:
     """The architecture whose kernel multiplies it."""
     return for_capability(problem.device.capability, problem.device.portable, problem.scheme)
+
+
+def ran(problem: GemmProblem) -> bool:
+    """Whether we ran the kernel that multiplies it on GPUs of its device's compute capability."""
+    return (of(problem).source, problem.device.capability) in RAN
+
+
+def advice(device: Device) -> str:
+    """What a user should know who chooses a scheme for this device, in a sentence without its end; "" if nothing."""
+    return sm80.advice(device) if for_capability(device.capability, device.portable).portable else ""
 
 
 def multiplied(arch: Arch[Any], capability: tuple[int, int]) -> tuple[Scheme, ...]:

@@ -69,7 +69,7 @@ class Config:
     dtype: DType
     out: str
     tokens: int
-    source, suffix, parameters, threads = "sm100/gemm.cu", "a", PARAMETERS, THREADS
+    source, suffix, parameters, threads = "sm100/gemm.cu", "a", PARAMETERS, THREADS  # only targets with "a" have tcgen05
     buffers = {"weights": "weights"}  # noqa: RUF012  a field otherwise
 
     def __str__(self) -> str:
@@ -158,7 +158,7 @@ class Config:
 class Blackwell:
     """See `arch.Arch`."""
 
-    source, suffix, parameters, portable = Config.source, Config.suffix, PARAMETERS, False  # only targets with "a" have tcgen05
+    source, parameters, portable = Config.source, PARAMETERS, False
 
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability in ((10, 0), (10, 3))

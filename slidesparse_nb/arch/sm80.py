@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..core.dtypes import CUDA_CODES, FLOAT8, PACKED, DType
+from ..core.dtypes import CUDA_CODES, FLOAT8, INT8, PACKED, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
-from ..core.problem import GemmProblem
+from ..core.problem import Device, GemmProblem
 from ..core.scheme import Scheme
 from .operand import Operand
 from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout
@@ -37,6 +37,22 @@ def seen(pattern: Pattern, k: int) -> tuple[Pattern, int]:
 def emulated(capability: tuple[int, int], dtype: DType) -> bool:
     """Whether the compiler builds this `mma.sp` from other instructions: right, but slow and hungry for registers."""
     return dtype is FLOAT8 and 9 <= capability[0] < 12
+
+
+BLOCK_SCALED = ((12, 0), (12, 1))
+"""Compute capabilities whose float8 `mma.sp` has a form with block scales, which are all 1 here: sm_120a and sm_121a."""
+
+HALVED = ((8, 6), (8, 9), (12, 0))
+"""Compute capabilities whose GeForce GPUs multiply floats of 16 and 8 bits at half rate into float32, but for BLOCK_SCALED."""
+
+
+def halved(capability: tuple[int, int], name: str) -> bool:
+    """Whether this GPU is one of these; professional ones of the same capability are not (docs/kernels.md).
+
+    Args:
+        name: as the driver spells it; a GPU without a name is taken for a GeForce.
+    """
+    return capability in HALVED and (not name or "GeForce" in name)
 
 
 # ---- tiles ---------------------------------------------------------------------------------------------------------
@@ -94,7 +110,7 @@ class Sm:
 
     Attributes:
         shared, block_shared: bytes of shared memory, of all blocks together and of one.
-        mma_clocks: clocks of one sparse instruction, per SM (its four parts working).
+        mma_clocks: clocks of one sparse instruction at full rate, per SM (its four parts working).
     """
 
     shared: int
@@ -131,6 +147,7 @@ class Config:
         dtype, out: type of weights and activations; name of the type of y.
         stages: k-blocks that are loaded ahead.
         splits: thread blocks that share the k of a tile.
+        block_scaled: float8 is multiplied by the instruction with block scales.
     """
 
     dtype: DType
@@ -139,11 +156,17 @@ class Config:
     tile: Tile
     stages: int
     splits: int
+    block_scaled: bool = False
     source, parameters = "sm80/gemm.cu", PARAMETERS
 
     def __str__(self) -> str:
         shared = f", split-K {self.splits}" if self.splits > 1 else ""
-        return f"{self.tile}, {self.stages} stages of {self.layout.columns} columns{shared}"
+        scaled = ", block-scaled MMA" if self.block_scaled else ""
+        return f"{self.tile}, {self.stages} stages of {self.layout.columns} columns{shared}{scaled}"
+
+    @property
+    def suffix(self) -> str:
+        return "a" if self.block_scaled else ""
 
     @property
     def threads(self) -> int:
@@ -207,7 +230,16 @@ class Config:
             "STAGES": self.stages,
             "THREADS": self.threads,
             "SHARED_BYTES": self.shared_bytes,
+            **({"BLOCK_SCALED": 1} if self.block_scaled else {}),
         }  # fmt: skip
+
+    def mma_clocks(self, device: Device) -> int:
+        """Clocks of one sparse instruction, per SM."""
+        full = sm_of(device.capability).mma_clocks
+        if emulated(device.capability, self.dtype):
+            return 20 * full
+        slow = self.dtype is not INT8 and not self.block_scaled and halved(device.capability, device.name)
+        return 2 * full if slow else full
 
 
 # ---- the architecture ------------------------------------------------------------------------------------------------
@@ -216,7 +248,7 @@ class Config:
 class Portable:
     """See `arch.Arch`."""
 
-    source, suffix, parameters, portable = Config.source, "", PARAMETERS, True  # for plain sm_80 to sm_120
+    source, parameters, portable = Config.source, PARAMETERS, True
 
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability >= (8, 0)
@@ -241,13 +273,14 @@ class Portable:
         return {"weights": arrange(replace(packed, pattern=pattern, shape=(packed.n, k)), xp)}
 
     def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
-        """Of every tile that fits the device, k not split."""
+        """Of every tile that fits the device, k not split; the block-scaled form of float8 first where there is one."""
         sm, lay = sm_of(capability), layout(pattern, dtype.bits)
+        forms = (True, False) if dtype is FLOAT8 and capability in BLOCK_SCALED else (False,)
         for tile in EMULATED_TILES if emulated(capability, dtype) else TILES:
             if pattern.group > 8 and (tile.accumulators > 64 or (emulated(capability, dtype) and tile.m > 16)):
                 continue  # the words of a row and of the weights would not fit in registers beside the sums
             if (count := stages(lay, tile, sm)) >= 2:
-                yield Config(dtype, out, lay, tile, count, 1)
+                yield from (Config(dtype, out, lay, tile, count, 1, block_scaled) for block_scaled in forms)
 
     def candidates(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> Iterator[tuple[Config, ...]]:
         """k whole, and split.
@@ -275,7 +308,7 @@ class Portable:
         fit = (tile.per_sm, sm.shared // (config.shared_bytes + 1024), 65536 // (config.threads * registers))
         resident = max(1, min(fit))
 
-        mma = sm.mma_clocks * (20 if emulated(device.capability, config.dtype) else 1)
+        mma = config.mma_clocks(device)
         stage = stage_bytes(lay, tile)
         tensor = lay.steps * (tile.n // 16) * (tile.m // 8) * mma
         port = 0.9 * (tile.warps * (row_tiles * (4 * lay.steps + lay.meta_words) + groups * lay.words) + stage / 128)
@@ -304,3 +337,18 @@ class Portable:
 
 
 ARCH = Portable()
+
+
+def advice(device: Device) -> str:
+    """What to know before choosing an 8-bit scheme for this device: why int8 is faster there than float8; "" if it is not."""
+    if ARCH.refuses(device.capability, Scheme.of(FLOAT8)):
+        return ""
+    if emulated(device.capability, FLOAT8):
+        return f"prefer {INT8} there: the compiler emulates the instruction for {FLOAT8}, which is slow"
+    clocks = {
+        dtype: min(c.mma_clocks(device) for c in ARCH.kernels(Pattern(6, 8), dtype, "bfloat16", device.capability))
+        for dtype in (INT8, FLOAT8)
+    }
+    if (times := clocks[FLOAT8] // clocks[INT8]) == 1:
+        return ""
+    return f"prefer {INT8} there: NVIDIA states {times} times the rate of {FLOAT8} (not measured by us)"

@@ -129,7 +129,7 @@ def _metadata_forms(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, .
 class Hopper:
     """See `arch.Arch`."""
 
-    source, suffix, parameters, portable = Config.source, "a", PARAMETERS, False  # only sm_90a has wgmma
+    source, parameters, portable = Config.source, PARAMETERS, False
 
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability == (9, 0)

@@ -26,6 +26,9 @@ PARAMETERS = {
 EXPAND_PARAMETERS = {"compact": "address", "expanded": "address", "n": "integer"}
 """Parameters of the kernel that derives expanded metadata from compact."""
 
+SUFFIX = "a"
+"""Only sm_90a has wgmma."""
+
 SHARED_MEMORY = 232448
 """Most bytes of shared memory of a thread block. CUDA C++ Programming Guide, "Compute Capabilities"."""
 
@@ -165,7 +168,7 @@ class Config(NoScratch):
     order: int = ALONE
     raster_group: int = RASTER_GROUP
     derived: bool = False
-    source, parameters = "sm90/gemm.cu", PARAMETERS
+    source, suffix, parameters = "sm90/gemm.cu", SUFFIX, PARAMETERS
 
     def __str__(self) -> str:
         split = f", split-K {self.split_k}" if self.split_k > 1 else ""
@@ -266,7 +269,7 @@ class Expansion(NoScratch):
 
     dtype: DType
     windows: int
-    source, parameters = "sm90/expand.cu", EXPAND_PARAMETERS
+    source, suffix, parameters = "sm90/expand.cu", SUFFIX, EXPAND_PARAMETERS
     threads, shared_bytes = EXPAND_THREADS, 0
 
     def __str__(self) -> str:

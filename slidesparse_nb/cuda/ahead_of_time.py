@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import env
-from ..arch import Config, choose, for_capability, serving
+from ..arch import Config, choose, serving
 from ..core.checks import float_dtype
 from ..core.dtypes import FLOATS, PACKED, DType
 from ..core.pattern import Pattern, known_patterns
@@ -21,7 +21,7 @@ from ..core.problem import Asked, Device, GemmProblem
 from ..core.scheme import Scheme
 from .jit import cache, nvrtc
 
-CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 """The compute capabilities that kernels are compiled for in tests."""
 
 Job = tuple[str, Mapping[str, "int | str"], str]
@@ -96,10 +96,10 @@ def _jobs(
         for arch in serving(capability):  # its own kernel, and the portable one
             if env.portable() and not arch.portable:
                 continue
-            target = cache.architecture(capability) + arch.suffix
             for pattern in patterns:
                 for scheme in (scheme for scheme in schemes if not arch.refuses(capability, scheme)):
                     for config in arch.kernels(pattern, scheme.dtype, out, capability):
+                        target = cache.architecture(capability) + config.suffix
                         told = (target, str(pattern), str(scheme), str(config), config.shared_bytes)
                         yield (config.source, config.defines(), target), told
 
@@ -135,8 +135,8 @@ def launches_of(products: Iterable[Asked], capability: tuple[int, int], sms: int
 
 def kernels_of(configs: Iterable[Config], capability: tuple[int, int]) -> list[Job]:
     """The kernels that these launches take on a GPU of this compute capability, each once."""
-    target = cache.architecture(capability) + for_capability(capability).suffix
-    jobs = [(config.source, config.defines(), target) for config in configs]
+    target = cache.architecture(capability)
+    jobs = [(config.source, config.defines(), target + config.suffix) for config in configs]
     return list({repr(job): job for job in jobs}.values())
 
 
@@ -164,12 +164,18 @@ def disassembler() -> str | None:
     return shutil.which("nvdisasm") or shutil.which("nvdisasm", path=os.pathsep.join(map(str, folders)))
 
 
-def sparse_instructions(built: cache.Built) -> int | None:
-    """Sparse matrix instructions (HMMA.SP, IGMMA.SP ...) in the machine code; None without a disassembler.
-
-    UTCQMMA and its like, of tcgen05, are sparse by a bit of a descriptor, which their kernel asserts.
-    """
+def matrix_instructions(built: cache.Built) -> list[str] | None:
+    """Names of the matrix instructions in the machine code, in its order; None without a disassembler."""
     if (tool := disassembler()) is None:
         return None
     text = subprocess.run([tool, "-c", str(built.cubin)], check=True, capture_output=True, text=True).stdout
-    return len(re.findall(r"\b[HIQ]G?MMA\.SP\b|\bUTC[HIQ]MMA\b", text))
+    return re.findall(r"\b[A-Z]*MMA\b[.\w]*", text)
+
+
+def sparse_instructions(built: cache.Built) -> int | None:
+    """How many of them are sparse (HMMA.SP, IGMMA.SP, QMMA.SF.SP ...).
+
+    UTCQMMA and its like, of tcgen05, are sparse by a bit of a descriptor, which their kernel asserts.
+    """
+    found = matrix_instructions(built)
+    return None if found is None else sum(bool(re.match(r"[HIQ]G?MMA(\.SF)?\.SP\b|UTC[HIQ]MMA\b", name)) for name in found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SlideSparseError, UnsupportedError
@@ -36,6 +38,15 @@ def version() -> tuple[int, int]:
     number = ctypes.c_int()
     library().cuDriverGetVersion(ctypes.byref(number))
     return number.value // 1000, number.value % 1000 // 10
+
+
+def release() -> str:
+    """The driver's release, such as 580.65.06; where the system does not tell it, the newest CUDA that it supports."""
+    try:
+        found = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        found = None
+    return found[0] if found else "of CUDA {}.{}".format(*version())
 
 
 def gpus() -> list[Gpu]:

@@ -129,9 +129,9 @@ class Plan:
             raise AssertionError(config)
         fixed = {"m": problem.m, "n": problem.n, "x_bytes": self.operand.row_bytes, **config.arguments(problem)}
         grid, threads, shared = config.grid(problem), config.threads, config.shared_bytes
-        target = jit.architecture(problem.device.capability) + arch.of(problem).suffix
-        defines, parameters = tuple(config.defines().items()), config.parameters
-        run, built = _kernel(self.ordinal, config.source, defines, target, shared, tuple(parameters.values()))
+        defines, parameters = tuple(config.defines().items()), tuple(config.parameters)
+        target = jit.architecture(problem.device.capability) + config.suffix
+        run, built = _kernel(self.ordinal, config.source, defines, target, shared, tuple(config.parameters.values()))
         if env.debug():
             print(
                 f"slidesparse_nb: {problem}\n  config  {config}\n  source  {built.folder / 'kernel.cu'}\n"
@@ -139,7 +139,7 @@ class Plan:
                 file=sys.stderr,
             )
         buffers = {**config.buffers, "scale_w": "scale"}
-        return PlannedLaunch(run, grid, (threads, 1, 1), shared, config.early(problem), tuple(parameters), fixed, buffers)
+        return PlannedLaunch(run, grid, (threads, 1, 1), shared, config.early(problem), parameters, fixed, buffers)
 
 
 def _lines(size: int) -> int:
@@ -149,6 +149,11 @@ def _lines(size: int) -> int:
 
 plan_of = functools.lru_cache(maxsize=4096)(Plan)
 """The plan of a problem, its launches and a device: one for all weights."""
+
+
+def compiled(config: Config, capability: tuple[int, int]) -> jit.Built:
+    """The kernel of a launch, from the cache or compiled now."""
+    return jit.build(config.source, config.defines(), jit.architecture(capability) + config.suffix, jit.device_compiler())
 
 
 @functools.cache

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +21,7 @@ from .. import arch, env
 from ..arch import Candidate, Config, choose
 from ..core.problem import GemmProblem
 from ..core.untrusted_json import parse_json
-from ..errors import FormatError, UnsupportedError
+from ..errors import FormatError
 from .jit import cache
 
 WITHIN = 1.5
@@ -88,23 +86,8 @@ def keep(problem: GemmProblem, candidate: Candidate, told: Mapping[str, object])
     Raises:
         UnsupportedError: the cache folder cannot be written.
     """
-    place = file(problem)
     text = json.dumps({"launches": [*map(described, candidate)], **told}, indent=1) + "\n"
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        number, beside = tempfile.mkstemp(dir=place.parent, prefix=".writing-")
-        try:
-            with os.fdopen(number, "w") as stream:
-                stream.write(text)
-            os.replace(beside, place)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
-            raise
-    except OSError as error:
-        raise UnsupportedError(
-            f"cache: {place.parent} cannot be written ({error}); set SLIDESPARSE_CACHE_DIR to a folder that can"
-        ) from None
+    cache.replace_text(file(problem), text)
     found.cache_clear()
 
 

@@ -14,10 +14,10 @@ from .. import arch
 from ..arch import Config
 from ..core.packed import PackedWeight, require_matrix
 from ..core.pattern import Pattern
-from ..core.problem import Device, GemmProblem
+from ..core.problem import GemmProblem
 from ..core.scheme import Scheme
 from ..errors import OperandError
-from . import tuned_store
+from . import self_test
 from .arrays import as_cupy
 from .driver import unusable
 from .plan import (
@@ -63,7 +63,7 @@ class DeviceWeight:
     ) -> None:
         self.pattern, self.scheme, self.shape, self.ordinal = pattern, scheme, shape, ordinal
         self.dtype, self.scaled = scheme.dtype, scheme.scaled
-        self.device = Device(*device_facts(ordinal))
+        self.device = self_test.device_for(ordinal, pattern, scheme)
         self.arch = arch.for_capability(self.device.capability, self.device.portable, scheme)
         arch.require_support(self.arch, self.device.capability, scheme)
         self.operand = self.arch.operand(pattern, shape[1], scheme)
@@ -119,9 +119,9 @@ class DeviceWeight:
         return GemmProblem(m, self.n, self.k, self.pattern, self.scheme, out, self.device)
 
     def bind(self, m: int, out: str, configs: tuple[Config, ...] | None = None) -> Bound:
-        """The plan for m tokens into the type named `out`, tuned or the cheapest unless `configs` are given."""
+        """The plan for m tokens into the type named `out`, tuned or the cheapest unless `configs` are given (self_test.py)."""
         problem, addresses = self.problem(m, out), self.addresses
-        plan = plan_of(problem, configs or tuned_store.best(problem, tuple(self.buffers)), self.ordinal)
+        plan = plan_of(problem, configs or self_test.best(problem, tuple(self.buffers), self.ordinal), self.ordinal)
         return Bound(plan, tuple(launch.bind(addresses) for launch in plan.launches))
 
     def bound(self, m: int, out: str) -> Bound:

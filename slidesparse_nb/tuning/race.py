@@ -22,7 +22,7 @@ from ..arch import Candidate
 from ..core.dtypes import BFLOAT16, FLOATS
 from ..core.packed import PackedWeight
 from ..core.problem import GemmProblem
-from ..cuda import matmul
+from ..cuda import matmul, self_test, tuned_store
 from ..cuda.weight import to_device
 
 CACHES = 5
@@ -108,6 +108,11 @@ class Track:
         """Names of the arranged buffers, on which the candidates depend."""
         return tuple(to_device(self.weights[0]).buffers)
 
+    def likely(self, problem: GemmProblem) -> list[Candidate]:
+        """The candidates that are worth timing, the model's choice first; none whose kernel fails its test."""
+        ordinal = to_device(self.weights[0]).ordinal
+        return list(self_test.passing(problem, tuned_store.likely(problem, self.buffers), self.buffers, ordinal))
+
     def race(self, m: int, out: str, candidates: Sequence[Candidate]) -> Race:
         """Time the candidates for `problem(m, out)`, the model's choice first."""
         packed = self.weights[0]
@@ -118,7 +123,7 @@ class Track:
             self.weights.append(replace(packed))  # to be arranged in memory of its own
         weights = self.weights[:count]
         x = normal(m, packed.k)
-        xs = [matmul.quantize(x, packed.pattern, packed.dtype, weight) for weight in weights]
+        xs = [matmul.quantize(x, packed.pattern, packed.dtype, weight)[0] for weight in weights]
         ys = [cupy.empty((m, packed.n), y_type) for _ in weights]
         there = [to_device(weight) for weight in weights]
         plans = {c: [weight.bind(m, out, c) for weight in there] for c in candidates}

@@ -119,7 +119,7 @@ def _tuned(wanted: list[GemmProblem], end: float | None, tell: Callable[[str], N
             packed = packing.pack(timing.normal(n, k), pattern, dtype, prune="magnitude")
             track, of = timing.Track(packed, clock), (n, k, pattern, dtype)
         problem = track.problem(m, out)
-        candidates = tuned_store.likely(problem, track.buffers)
+        candidates = track.likely(problem)
         jobs = kernels_of((config for launches in candidates for config in launches), problem.device.capability)
         name = f"{number + 1}/{len(wanted)}  {n} x {k}, {pattern}, {dtype} -> {out}, m={m}"
         tell(f"{name}: {len(candidates)} candidates, of {len(jobs)} kernels")

@@ -74,6 +74,10 @@ class Gpu:
             facts["power_limit_w"] = round(self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle) / 1000)
         return facts
 
+    def self_tests(self) -> list[str]:
+        """What kernels computed that were tested on this device before they were used; nothing where we ran them before."""
+        return [finding.text for finding in ss.self_tests()]
+
     def compile_ahead(self, plan: Sequence[Case]) -> None:
         """Compile the kernels of our products into the cache, on all cores at once."""
         capability = (self.properties["major"], self.properties["minor"])

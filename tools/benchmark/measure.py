@@ -59,6 +59,8 @@ def measure(results: Results, selection: Selection, json_path: Path | None, tell
     with terminated_by_exception():
         try:
             Bench(device, providers, results, selection.budget, began, keeper.save, tell).run(cases)
+            for text in device.self_tests():
+                results.note(f"self-test: {text}")
         finally:
             results.seconds = round(time.perf_counter() - began, 1)
             keeper.end()

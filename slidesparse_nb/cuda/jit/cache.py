@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -210,6 +211,29 @@ def cached(name: str, make: Callable[[], tuple[bytes, str, Mapping[str, str]]]) 
             (new / file).write_text(text)
         (new / "kernel.cubin").write_bytes(cubin)
     return Built(folder, log)
+
+
+def replace_text(place: Path, text: str) -> None:
+    """Write a file of the cache beside its place and rename it: a reader sees the old text or the new.
+
+    Raises:
+        UnsupportedError: the folder cannot be written.
+    """
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        number, beside = tempfile.mkstemp(dir=place.parent, prefix=".writing-")
+        try:
+            with os.fdopen(number, "w") as stream:
+                stream.write(text)
+            os.replace(beside, place)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+            raise
+    except OSError as error:
+        raise UnsupportedError(
+            f"cache: {place.parent} cannot be written ({error}); set SLIDESPARSE_CACHE_DIR to a folder that can"
+        ) from None
 
 
 # ---- with a GPU ----------------------------------------------------------------------------------------------------
