@@ -58,10 +58,13 @@ def plain_wanda(w: Any, norms: Any, pattern: Pattern) -> Any:
 
 
 def plain_sparsegpt(w: Any, hessian: Any, pattern: Pattern, damping: float = 0.01) -> Any:
-    """Column by column, as the paper says it: remaining columns take H^-1 of the remaining, by elimination."""
+    """Column by column, as the paper says it: remaining columns take H^-1 of the remaining, by elimination.
+
+    Damping apart, which is a share of every column's own diagonal here.
+    """
     out, k = w.astype(np.float64), w.shape[1]
     h = hessian.astype(np.float64)
-    h = h + damping * np.mean(np.diag(h)) * np.eye(k)
+    h = h + damping * np.diag(np.diag(h))
     inverse = np.linalg.inv(h)
     diagonals = np.empty(k)
     rows = []
@@ -98,12 +101,38 @@ def test_sparsegpt_is_the_papers(pattern: str, k: int) -> None:
     """k passes several of the 128 columns after which the original starts groups anew."""
     of, x = Pattern.of(pattern), inputs(600, k)
     w = np.random.default_rng(2).standard_normal((6, k)).astype(np.float32)
-    found, wanted = sparsegpt(w, gram(x), pattern), plain_sparsegpt(w, gram(x), of)
+    found, wanted = sparsegpt(w, gram(x), pattern, steps=0), plain_sparsegpt(w, gram(x), of)
     assert not len(reference.violations(found, of))
     same = ((found != 0) == (wanted != 0)).all(axis=1)
     assert same.sum() >= 5, "one row may differ, where float32 does not tell two costs apart"
     np.testing.assert_allclose(found[same], wanted[same], atol=2e-5)
     assert error(w[same], found[same], x) == pytest.approx(error(w[same], wanted[same], x), rel=1e-4)
+
+
+@patterns
+def test_retained_weights_are_those_of_least_squares(pattern: str) -> None:
+    """Row by row, the normal equations of the columns that stay, in float64; ten steps go most of the way."""
+    x, damping = inputs(600, 77), 0.01
+    w = np.random.default_rng(2).standard_normal((6, 77)).astype(np.float32)
+    h = gram(x).astype(np.float64)
+    h += damping * np.diag(np.diag(h))
+    first, some, many = (sparsegpt(w, gram(x), pattern, damping=damping, steps=steps) for steps in (0, 10, 200))
+    best = np.zeros(w.shape)
+    for row, stays, dense in zip(best, first != 0, w, strict=True):
+        row[stays] = np.linalg.solve(h[np.ix_(stays, stays)], h[stays] @ dense)
+    np.testing.assert_allclose(many, best, atol=2e-4)
+    costs = [np.sum((w - v) @ h * (w - v), axis=1) for v in (first, some, best)]
+    assert (costs[1] < costs[0]).all()
+    assert costs[1].sum() - costs[2].sum() < 0.2 * (costs[0].sum() - costs[2].sum())
+
+
+def test_a_column_of_large_inputs_does_not_damp_the_others() -> None:
+    x = inputs(600, 48)
+    w = np.random.default_rng(5).standard_normal((6, 48)).astype(np.float32)
+    large = x.copy()
+    large[:, 47] *= 1000
+    rest = slice(0, 40)
+    np.testing.assert_allclose(sparsegpt(w, gram(large), "6:8")[:, rest], sparsegpt(w, gram(x), "6:8")[:, rest], atol=1e-2)
 
 
 def test_second_order_beats_norms_beats_magnitude() -> None:
