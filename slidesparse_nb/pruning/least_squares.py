@@ -3,8 +3,8 @@
     minimize  sum of e H e^T over rows e of (w - v),   v [n, k] zero outside the mask,   H = X^T X + damping   [k, k]
 
 SparseGPT fixes columns from left to right, and a column that goes is made up for by those right of it alone. Here all retained
-weights of a row make up for all that went. Every row has its own mask, so its own part of H; factoring each costs k^3 / 3. A step
-of conjugate gradients costs one matrix product for all rows, and lowers the error of each.
+weights of a row make up for all that went. Every row has its own mask, so its own part of H; to factor each takes k^3 / 3
+operations. A step of conjugate gradients takes one matrix product for all rows, and lowers the error of each.
 """
 
 from __future__ import annotations
