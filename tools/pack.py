@@ -98,7 +98,9 @@ def pack(
     heads, norms, routers and biases pass through unchanged.
     """
     if given["prune"] == "wanda":
-        raise click.UsageError("--prune wanda needs norms of activations; run `slidesparse prune --method wanda`, and pack that")
+        raise click.UsageError(
+            "--prune wanda needs norms of activations; run `slidesparse prune --method wanda`, and pack that"
+        )
     options = ss.Options(
         pattern=_pattern(given["pattern"], given["zeros"], given["group"]),
         scheme=given["scheme"],
