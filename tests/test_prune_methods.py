@@ -155,6 +155,12 @@ def test_pack_prunes_by_wanda(pattern: str) -> None:
         assert (ss.unpack(ss.pack(w, pattern, prune="wanda", statistics=norms)) == wanda(w, norms, pattern)).all()
 
 
+def test_pack_says_which_command_prunes_by_wanda(tmp_path: Path) -> None:
+    source = write(tmp_path / "m.safetensors", {"a.weight": np.ones((4, 16), np.float32)})
+    result = CliRunner().invoke(main, ["pack", str(source), "--prune", "wanda"])
+    assert (result.exit_code, "run `slidesparse prune --method wanda`, and pack that" in result.stderr) == (2, True)
+
+
 def test_equal_costs_leave_the_leftmost() -> None:
     w = np.ones((2, 8), np.float32)
     for pruned in (wanda(w, np.ones(8), "6:8"), sparsegpt(w, np.eye(8), "6:8")):
