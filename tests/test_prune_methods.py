@@ -16,6 +16,7 @@ from models import MODULES, folder, tensors, write
 import slidesparse_nb as ss
 from slidesparse_nb import FormatError, OperandError, Pattern, UnsupportedError
 from slidesparse_nb.core import reference
+from slidesparse_nb.pruning.refine import admm, least_squares
 from slidesparse_nb.pruning.sparsegpt import InverseFactor, inverse_factor, sparsegpt, to_grid
 from slidesparse_nb.pruning.statistics import Moments, Statistics
 from slidesparse_nb.pruning.wanda import wanda
@@ -101,7 +102,7 @@ def test_sparsegpt_is_the_papers(pattern: str, k: int) -> None:
     """k passes several of the 128 columns after which the original starts groups anew."""
     of, x = Pattern.of(pattern), inputs(600, k)
     w = np.random.default_rng(2).standard_normal((6, k)).astype(np.float32)
-    found, wanted = sparsegpt(w, gram(x), pattern, steps=0), plain_sparsegpt(w, gram(x), of)
+    found, wanted = sparsegpt(w, gram(x), pattern, refined=False), plain_sparsegpt(w, gram(x), of)
     assert not len(reference.violations(found, of))
     same = ((found != 0) == (wanted != 0)).all(axis=1)
     assert same.sum() >= 5, "one row may differ, where float32 does not tell two costs apart"
@@ -112,11 +113,12 @@ def test_sparsegpt_is_the_papers(pattern: str, k: int) -> None:
 @patterns
 def test_retained_weights_are_those_of_least_squares(pattern: str) -> None:
     """Row by row, the normal equations of the columns that stay, in float64; ten steps go most of the way."""
-    x, damping = inputs(600, 77), 0.01
-    w = np.random.default_rng(2).standard_normal((6, 77)).astype(np.float32)
+    x, w = inputs(600, 77), np.random.default_rng(2).standard_normal((6, 77)).astype(np.float32)
     h = gram(x).astype(np.float64)
-    h += damping * np.diag(np.diag(h))
-    first, some, many = (sparsegpt(w, gram(x), pattern, damping=damping, steps=steps) for steps in (0, 10, 200))
+    h += 0.01 * np.diag(np.diag(h))
+    first = sparsegpt(w, gram(x), pattern, refined=False)
+    some = sparsegpt(w, gram(x), pattern, keep=first != 0)
+    many = least_squares(first.T, w.T, (h / h.diagonal().mean()).astype(np.float32), (first != 0).T, 200).T
     best = np.zeros(w.shape)
     for row, stays, dense in zip(best, first != 0, w, strict=True):
         row[stays] = np.linalg.solve(h[np.ix_(stays, stays)], h[stays] @ dense)
@@ -124,6 +126,39 @@ def test_retained_weights_are_those_of_least_squares(pattern: str) -> None:
     costs = [np.sum((w - v) @ h * (w - v), axis=1) for v in (first, some, best)]
     assert (costs[1] < costs[0]).all()
     assert costs[1].sum() - costs[2].sum() < 0.2 * (costs[0].sum() - costs[2].sum())
+
+
+def plain_admm(w: Any, h: Any, start: Any, pattern: Pattern) -> Any:
+    """The mask after 30 rounds of ADMM in float64: a linear solve a round, and groups one by one."""
+    scale = np.sqrt(np.diag(h))
+    a, w, obeys = h / np.outer(scale, scale), w * scale, start * scale
+    dual, rho = np.zeros(w.shape), 0.1
+    for _ in range(30):
+        free = np.linalg.solve(a + rho * np.eye(len(a)), (w @ a + rho * obeys - dual).T).T
+        obeys = free + dual / rho
+        for row in obeys:
+            for first in range(0, len(row), pattern.columns):
+                for c in goes(row[first : first + pattern.columns] ** 2, pattern):
+                    row[first + c] = 0
+        dual += rho * (free - obeys)
+        rho *= 1.1
+    return obeys != 0
+
+
+@patterns
+def test_a_better_mask_is_that_of_admm(pattern: str) -> None:
+    of, x, w = Pattern.of(pattern), inputs(600, 77), np.random.default_rng(2).standard_normal((40, 77)).astype(np.float32)
+    h = gram(x).astype(np.float64)
+    h += 0.01 * np.diag(np.diag(h))
+    first = sparsegpt(w, gram(x), pattern, refined=False)
+    start = sparsegpt(w, gram(x), pattern, keep=first != 0)
+    _, mask = admm(start.T, w.T, (h / h.diagonal().mean()).astype(np.float32), of)
+    assert (plain_admm(w, h, start, of) == mask.T).all(axis=1).mean() > 0.9, "float32 does not tell all weights apart"
+    found = sparsegpt(w, gram(x), pattern)
+    assert not len(reference.violations(found, of))
+    costs = [np.sum((w - v) @ h * (w - v), axis=1) for v in (start, found)]
+    assert (costs[1] <= costs[0] * (1 + 1e-5)).all(), "a row keeps the better mask"
+    assert costs[1].sum() < 0.97 * costs[0].sum()
 
 
 def test_a_column_of_large_inputs_does_not_damp_the_others() -> None:

@@ -3,7 +3,7 @@
 groups         which weights of a group stay, by their scores
 wanda          |w| times the norm of its input column
 sparsegpt      second-order: the weights that stay make up for those that go, and for their own quantization
-least_squares  the weights that stay, best on the calibration text for a mask
+refine         a better mask and better weights than SparseGPT's, from these
 together       layers that read the same tensor, pruned as one matrix
 statistics     column norms and Hessians of calibration data, and their file
 

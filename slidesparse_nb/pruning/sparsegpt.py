@@ -9,11 +9,11 @@ original starts them anew every 128 columns, where 4:6 and 8:10 break.
 
 Updates are made lazily: the columns are halved again and again down to one group, and after the left half is fixed one matrix
 product updates the right half. The arithmetic is float32, and float64 for U; its order is fixed. When all columns are fixed,
-`least_squares` lets the weights that stay make up for columns to their right, too, which the original does not do.
+`refine` improves the mask and the weights that stay, which the original does not do.
 
 With a scheme, weights are rounded as they are fixed, so that later columns make up for that error, too. `pack` scales a row by
 its largest stored weight, which is known only in the end. So the columns are gone over twice. The first time nothing is
-rounded; it gives the mask, the weights after least squares, and each row's largest one, a, rounded to 8 significant bits. The
+rounded; it gives the mask, the weights, and each row's largest one, a, rounded to 8 significant bits. The
 second time those weights are rounded under the same mask: the step of a row is a / t (t = 127 for INT8, 448 for FP8), and the
 row's largest weight becomes exactly a or -a. Hence `pack` finds the scale a / t and the same integers again, even where the
 weights are stored in bfloat16 in between: its rounding moves a value by less than half a step, and a is exact in it. (In
@@ -35,7 +35,7 @@ from ..core.reference import TINY
 from ..core.scheme import Scheme
 from ..errors import OperandError, UnsupportedError
 from .groups import kept, matrix, namespace
-from .least_squares import STEPS, least_squares
+from .refine import refine
 
 DAMPING = 0.01
 """Share of H's diagonal that is added to it. The paper adds a share of the mean, which a few large inputs decide: in one layer
@@ -105,7 +105,7 @@ def sparsegpt(
     damping: float = DAMPING,
     *,
     keep: Any = None,
-    steps: int = STEPS,
+    refined: bool = True,
 ) -> Any:
     """Weights that obey the pattern and multiply the inputs of `hessian` almost like w.
 
@@ -115,8 +115,8 @@ def sparsegpt(
             `damping` does not apply.
         pattern: (2N-2):2N; over pairs, the costs of a pair are added.
         scheme: INT8_W8A8, FP8_DYNAMIC, BF16 or FP16: round weights to it as they are fixed; None rounds nothing.
-        keep: bool [n, k], a mask that obeys the pattern, made elsewhere; by default SparseGPT chooses.
-        steps: of `least_squares`, on the weights that stay; 0 is the paper's method.
+        keep: bool [n, k], a mask that obeys the pattern, made elsewhere; by default it is chosen.
+        refined: improve mask and weights in the end (see `refine`); the paper's method does not.
 
     Returns:
         float32 [n, k], new: with a scheme, the values times the scales that `pack` will store (see above).
@@ -142,7 +142,8 @@ def sparsegpt(
     transposed = xp.ascontiguousarray(xp.where(factor.dead, np.float32(0), w).T)  # a column's weights lie side by side
     mask = None if keep is None else xp.array(keep.T, order="C")
     columns, mask = _Sweep(factor.upper, pattern).run(transposed.copy(), mask)
-    columns = least_squares(columns, transposed, factor.damped, mask, steps)
+    if refined:
+        columns, mask = refine(columns, transposed, factor.damped, mask, pattern if keep is None else None)
     if scheme is not None:
         columns, _ = _Sweep(factor.upper, pattern, _rounding(columns, scheme)).run(columns, mask)
     return xp.ascontiguousarray(columns.T)
