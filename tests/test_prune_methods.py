@@ -16,6 +16,7 @@ from models import MODULES, folder, tensors, write
 import slidesparse_nb as ss
 from slidesparse_nb import FormatError, OperandError, Pattern, UnsupportedError
 from slidesparse_nb.core import reference
+from slidesparse_nb.pruning.refine import admm, least_squares
 from slidesparse_nb.pruning.sparsegpt import InverseFactor, inverse_factor, sparsegpt, to_grid
 from slidesparse_nb.pruning.statistics import Moments, Statistics
 from slidesparse_nb.pruning.wanda import wanda
@@ -58,10 +59,13 @@ def plain_wanda(w: Any, norms: Any, pattern: Pattern) -> Any:
 
 
 def plain_sparsegpt(w: Any, hessian: Any, pattern: Pattern, damping: float = 0.01) -> Any:
-    """Column by column, as the paper says it: remaining columns take H^-1 of the remaining, by elimination."""
+    """Column by column, as the paper says it: remaining columns take H^-1 of the remaining, by elimination.
+
+    Damping apart, which is a share of every column's own diagonal here.
+    """
     out, k = w.astype(np.float64), w.shape[1]
     h = hessian.astype(np.float64)
-    h = h + damping * np.mean(np.diag(h)) * np.eye(k)
+    h = h + damping * np.diag(np.diag(h))
     inverse = np.linalg.inv(h)
     diagonals = np.empty(k)
     rows = []
@@ -98,12 +102,72 @@ def test_sparsegpt_is_the_papers(pattern: str, k: int) -> None:
     """k passes several of the 128 columns after which the original starts groups anew."""
     of, x = Pattern.of(pattern), inputs(600, k)
     w = np.random.default_rng(2).standard_normal((6, k)).astype(np.float32)
-    found, wanted = sparsegpt(w, gram(x), pattern), plain_sparsegpt(w, gram(x), of)
+    found, wanted = sparsegpt(w, gram(x), pattern, refined=False), plain_sparsegpt(w, gram(x), of)
     assert not len(reference.violations(found, of))
     same = ((found != 0) == (wanted != 0)).all(axis=1)
     assert same.sum() >= 5, "one row may differ, where float32 does not tell two costs apart"
     np.testing.assert_allclose(found[same], wanted[same], atol=2e-5)
     assert error(w[same], found[same], x) == pytest.approx(error(w[same], wanted[same], x), rel=1e-4)
+
+
+@patterns
+def test_retained_weights_are_those_of_least_squares(pattern: str) -> None:
+    """Row by row, the normal equations of the columns that stay, in float64; ten steps go most of the way."""
+    x, w = inputs(600, 77), np.random.default_rng(2).standard_normal((6, 77)).astype(np.float32)
+    h = gram(x).astype(np.float64)
+    h += 0.01 * np.diag(np.diag(h))
+    first = sparsegpt(w, gram(x), pattern, refined=False)
+    some = sparsegpt(w, gram(x), pattern, keep=first != 0)
+    many = least_squares(first.T, w.T, (h / h.diagonal().mean()).astype(np.float32), (first != 0).T, 200).T
+    best = np.zeros(w.shape)
+    for row, stays, dense in zip(best, first != 0, w, strict=True):
+        row[stays] = np.linalg.solve(h[np.ix_(stays, stays)], h[stays] @ dense)
+    np.testing.assert_allclose(many, best, atol=2e-4)
+    costs = [np.sum((w - v) @ h * (w - v), axis=1) for v in (first, some, best)]
+    assert (costs[1] < costs[0]).all()
+    assert costs[1].sum() - costs[2].sum() < 0.2 * (costs[0].sum() - costs[2].sum())
+
+
+def plain_admm(w: Any, h: Any, start: Any, pattern: Pattern) -> Any:
+    """The mask after 30 rounds of ADMM in float64: a linear solve a round, and groups one by one."""
+    scale = np.sqrt(np.diag(h))
+    a, w, obeys = h / np.outer(scale, scale), w * scale, start * scale
+    dual, rho = np.zeros(w.shape), 0.1
+    for _ in range(30):
+        free = np.linalg.solve(a + rho * np.eye(len(a)), (w @ a + rho * obeys - dual).T).T
+        obeys = free + dual / rho
+        for row in obeys:
+            for first in range(0, len(row), pattern.columns):
+                for c in goes(row[first : first + pattern.columns] ** 2, pattern):
+                    row[first + c] = 0
+        dual += rho * (free - obeys)
+        rho *= 1.1
+    return obeys != 0
+
+
+@patterns
+def test_a_better_mask_is_that_of_admm(pattern: str) -> None:
+    of, x, w = Pattern.of(pattern), inputs(600, 77), np.random.default_rng(2).standard_normal((40, 77)).astype(np.float32)
+    h = gram(x).astype(np.float64)
+    h += 0.01 * np.diag(np.diag(h))
+    first = sparsegpt(w, gram(x), pattern, refined=False)
+    start = sparsegpt(w, gram(x), pattern, keep=first != 0)
+    _, mask = admm(start.T, w.T, (h / h.diagonal().mean()).astype(np.float32), of)
+    assert (plain_admm(w, h, start, of) == mask.T).all(axis=1).mean() > 0.9, "float32 does not tell all weights apart"
+    found = sparsegpt(w, gram(x), pattern)
+    assert not len(reference.violations(found, of))
+    costs = [np.sum((w - v) @ h * (w - v), axis=1) for v in (start, found)]
+    assert (costs[1] <= costs[0] * (1 + 1e-5)).all(), "a row keeps the better mask"
+    assert costs[1].sum() < 0.97 * costs[0].sum()
+
+
+def test_a_column_of_large_inputs_does_not_damp_the_others() -> None:
+    x = inputs(600, 48)
+    w = np.random.default_rng(5).standard_normal((6, 48)).astype(np.float32)
+    large = x.copy()
+    large[:, 47] *= 1000
+    rest = slice(0, 40)
+    np.testing.assert_allclose(sparsegpt(w, gram(large), "6:8")[:, rest], sparsegpt(w, gram(x), "6:8")[:, rest], atol=1e-2)
 
 
 def test_second_order_beats_norms_beats_magnitude() -> None:
@@ -124,6 +188,12 @@ def test_pack_prunes_by_wanda(pattern: str) -> None:
     ss.verify(packed, w, prune="wanda", statistics=norms)
     if "pairs" not in pattern:
         assert (ss.unpack(ss.pack(w, pattern, prune="wanda", statistics=norms)) == wanda(w, norms, pattern)).all()
+
+
+def test_pack_says_which_command_prunes_by_wanda(tmp_path: Path) -> None:
+    source = write(tmp_path / "m.safetensors", {"a.weight": np.ones((4, 16), np.float32)})
+    result = CliRunner().invoke(main, ["pack", str(source), "--prune", "wanda"])
+    assert (result.exit_code, "run `slidesparse prune --method wanda`, and pack that" in result.stderr) == (2, True)
 
 
 def test_equal_costs_leave_the_leftmost() -> None:

@@ -97,6 +97,10 @@ def pack(
     INPUT is a .safetensors file, a Hugging Face folder, an index file, or a .gguf file (llama, qwen2, qwen3). Embeddings,
     heads, norms, routers and biases pass through unchanged.
     """
+    if given["prune"] == "wanda":
+        raise click.UsageError(
+            "--prune wanda needs norms of activations; run `slidesparse prune --method wanda`, and pack that"
+        )
     options = ss.Options(
         pattern=_pattern(given["pattern"], given["zeros"], given["group"]),
         scheme=given["scheme"],

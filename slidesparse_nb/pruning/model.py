@@ -1,6 +1,6 @@
 """A model of transformers, block by block: what goes into its linear layers while a text runs through it.
 
-    hidden states of every window --block i--> statistics of its linear layers; pruned weights --block i--> hidden states
+    hidden states of every batch --block i--> statistics of its linear layers; pruned weights --block i--> hidden states
 
 Blocks are the items of the longest ModuleList whose items hold Linear layers, and that is itself in no such list. Arguments of
 a block that are no hidden states (masks, position embeddings) come from the model's own forward pass: blocks before it hand on
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ import numpy as np
 from .. import cuda
 from ..errors import OperandError, UnsupportedError, shown
 from .statistics import Moments, Statistics
+
+BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 14}
+"""Tokens that go through a block at once, by device; at least one window."""
 
 
 class _Reached(Exception):
@@ -38,8 +41,8 @@ def libraries() -> tuple[Any, Any]:
         ) from None
 
 
-def read_windows(folder: Path, text: Path, tokens: int, window: int) -> list[Any]:
-    """The first tokens of a text by the model's own tokenizer: windows [1, window] without overlap, no special tokens added.
+def read_windows(folder: Path, text: Path, tokens: int, window: int) -> Any:
+    """The first tokens of a text by the model's own tokenizer: int64 [windows, window] of PyTorch, no special tokens added.
 
     Raises:
         OperandError: the text is no UTF-8, or shorter than a window. UnsupportedError: the folder has no tokenizer.
@@ -58,11 +61,11 @@ def read_windows(folder: Path, text: Path, tokens: int, window: int) -> list[Any
         raise OperandError(
             f"calibration: {text} has {len(ids)} tokens, less than one window of {window}; give more text, or a shorter window"
         )
-    return [torch.tensor(ids[at : at + window])[None] for at in range(0, len(ids) - window + 1, window)]
+    return torch.tensor(ids[: len(ids) // window * window]).reshape(-1, window)
 
 
 class BlockwiseModel:
-    """A model in float32 on the host, of which one block at a time runs on a device.
+    """A model of transformers, of which one block at a time runs on a device.
 
     Attributes:
         blocks: the decoder (or encoder) blocks, in order.
@@ -70,17 +73,15 @@ class BlockwiseModel:
         astray: wanted modules that are no Linear layer of a block.
     """
 
-    def __init__(self, folder: Path, wanted: set[str], device: str, xp: Any) -> None:
-        """Load a model; `xp`: the library of statistics, CuPy or NumPy.
+    def __init__(self, model: Any, wanted: set[str], device: str) -> None:
+        """Take over a model, on the host or the device; it is of no use afterwards.
 
         Raises:
-            UnsupportedError: transformers does not know it, or no block is found in it. OperandError: no such device.
+            UnsupportedError: no block is found in it.
         """
-        self.torch, transformers = libraries()
-        if device == "cuda" and not self.torch.cuda.is_available():
-            raise OperandError("device: PyTorch finds no GPU; use cpu, or install PyTorch for CUDA")
-        self.device, self.xp = device, xp
-        self.model = _loaded(folder, self.torch, transformers)
+        self.torch, _ = libraries()
+        model.config.use_cache = False
+        self.model, self.device, self.xp = model, device, namespace_of(device)
         self.most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         name, self.blocks = _blocks(self.model, self.torch)
         self.linears: list[dict[str, Any]] = [{} for _ in self.blocks]
@@ -126,17 +127,38 @@ class BlockwiseModel:
             self.at, self.passed = None, None
         raise UnsupportedError(f"calibration: the model does not run its block {i}; give statistics")
 
-    def embedded(self, windows: list[Any]) -> list[Any]:
-        """Hidden states that go into block 0, of every window."""
-        if self.most is not None and windows[0].shape[1] > self.most:
+    def walk(self, windows: Any, *, gram: bool, prunes: bool, done: Container[int] = ()) -> Iterator[tuple[int, Statistics]]:
+        """Run a text through the blocks, one after another.
+
+        Args:
+            windows: int64 [windows, tokens].
+            gram: whether X^T X is wanted, besides column norms.
+            prunes: the caller gives a block other weights before it asks for the next one, which reads what these make of it.
+            done: blocks whose weights the caller has; there are no statistics of them.
+
+        Yields:
+            (i, what the linear layers of block i read).
+
+        Raises:
+            OperandError: windows that are longer than the model allows, or inputs that hold NaN or infinity.
+            UnsupportedError: a model that cannot be run block by block. MemoryError: the device's is too small.
+        """
+        if self.most is not None and windows.shape[1] > self.most:
             raise OperandError(
-                f"window: {windows[0].shape[1]} tokens are more than the {self.most} positions of the model; shorten it"
+                f"window: {windows.shape[1]} tokens are more than the {self.most} positions of the model; shorten it"
             )
+        batches = windows.to(self.model.device).split(max(1, BATCH_TOKENS[self.device] // windows.shape[1]))
         with self.torch.no_grad(), self._memory():
-            return [self._moved(self._arguments(0, ids)[0]) for ids in windows]
+            hidden = [self._moved(self._arguments(0, ids)[0]) for ids in batches]
+        for i in range(len(self.blocks)):
+            self.load(i)
+            yield i, Statistics() if i in done else self.watched(i, hidden, batches, gram=gram, advance=not prunes)
+            for at, ids in enumerate(batches if prunes and i + 1 < len(self.blocks) else ()):
+                hidden[at] = self.run(i, hidden[at], ids)
+            self.unload(i)
 
     def run(self, i: int, hidden: Any, ids: Any) -> Any:
-        """Block i on hidden states of one window."""
+        """Block i on hidden states of one batch."""
         with self.torch.no_grad(), self._memory():
             _, args, kwargs = self._arguments(i, ids)
             out = self.blocks[i](hidden, *self._moved(args), **self._moved(kwargs))
@@ -176,7 +198,7 @@ class BlockwiseModel:
 
     # ---- linear layers
 
-    def watched(self, i: int, hidden: list[Any], windows: list[Any], *, gram: bool, advance: bool = False) -> Statistics:
+    def watched(self, i: int, hidden: list[Any], batches: Sequence[Any], *, gram: bool, advance: bool) -> Statistics:
         """Statistics of the inputs of block i's linear layers; `advance`: and let the hidden states go on to the next block."""
         found, last = Statistics(), _Last()
 
@@ -192,7 +214,7 @@ class BlockwiseModel:
                     f"calibration: {shown(name)} does not always read what {shown(owner)} reads; give statistics"
                 )
             if not shares:
-                found.moments[name].add(self.array(x.reshape(-1, linear.in_features)))
+                found.moments[name].add(as_array(x.reshape(-1, linear.in_features), self.xp))
             last.x, last.owner = x, owner
 
         hooks = [
@@ -200,7 +222,7 @@ class BlockwiseModel:
             for name, linear in self.linears[i].items()
         ]
         try:
-            for at, ids in enumerate(windows):
+            for at, ids in enumerate(batches):
                 out = self.run(i, hidden[at], ids)
                 hidden[at] = out if advance else hidden[at]
                 last.x = None
@@ -212,15 +234,10 @@ class BlockwiseModel:
             found.moments[name] = Moments.empty(name, self.linears[i][name].in_features, gram=gram)
         return found
 
-    def array(self, tensor: Any) -> Any:
-        """A tensor as an array of `xp`, without a copy where they share a device."""
-        tensor = tensor.detach().contiguous()
-        return tensor.cpu().numpy() if self.xp is np else self.xp.from_dlpack(tensor)
-
     def set(self, linear: Any, w: Any) -> None:
-        """Give a linear layer other weights: float32 [n, k], of NumPy."""
+        """Give a linear layer other weights: float32 [n, k], of NumPy or `xp`."""
         with self.torch.no_grad():
-            linear.weight.copy_(self.torch.from_numpy(w))
+            linear.weight.copy_(self.torch.from_dlpack(w))
 
 
 class _Last:
@@ -230,8 +247,15 @@ class _Last:
     owner = ""
 
 
-def _loaded(folder: Path, torch: Any, transformers: Any) -> Any:
-    """The model of a folder, in float32 on the host, by the class that its config names."""
+def load_model(folder: Path, device: str) -> Any:
+    """The model of a folder, in float32 on the host, by the class that its config names.
+
+    Raises:
+        OperandError: PyTorch has no such device. UnsupportedError: transformers cannot load it.
+    """
+    torch, transformers = libraries()
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OperandError("device: PyTorch finds no GPU; use cpu, or install PyTorch for CUDA")
     bars = transformers.utils.logging
     enable = bars.enable_progress_bar if bars.is_progress_bar_enabled() else bars.disable_progress_bar
     bars.disable_progress_bar()
@@ -245,8 +269,13 @@ def _loaded(folder: Path, torch: Any, transformers: Any) -> Any:
         raise UnsupportedError(f"{folder}: transformers cannot load it ({error}); give statistics made elsewhere") from None
     finally:
         enable()
-    model.config.use_cache = False
     return model
+
+
+def as_array(tensor: Any, xp: Any) -> Any:
+    """A tensor as a float32 array of CuPy or NumPy, without a copy where type and device allow it."""
+    tensor = tensor.detach().float().contiguous()
+    return tensor.cpu().numpy() if xp is np else xp.from_dlpack(tensor)
 
 
 def namespace_of(device: str) -> Any:

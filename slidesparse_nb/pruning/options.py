@@ -34,7 +34,7 @@ class PruneOptions:
         scores: in place of a method, a .safetensors file of scores or masks made elsewhere: "X" or "X.weight" -> [n, k]. A
             tensor of zeros and ones is a mask: zeros go.
         scheme: of sparsegpt, INT8_W8A8, FP8_DYNAMIC, BF16 or FP16: make up for its rounding, too.
-        damping: of sparsegpt, share of the mean diagonal of the Hessian.
+        damping: of sparsegpt, share of the diagonal of the Hessian that is added to it.
         device: "cpu" or "cuda", for the model and the mathematics.
         targets, ignore: which modules, as for `Options`.
         max_shard_size: as for `Options`.

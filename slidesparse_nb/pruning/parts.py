@@ -68,8 +68,8 @@ class Parts:
     def path(self, part: int) -> Path:
         return self.folder / f"{part:05d}.safetensors"
 
-    def __contains__(self, part: int) -> bool:
-        return self.path(part).exists()
+    def __contains__(self, part: object) -> bool:
+        return isinstance(part, int) and self.path(part).exists()
 
     def write(self, part: int, arrays: Mapping[str, Any], errors: Mapping[str, float]) -> None:
         """Store a part: arrays by the names of their tensors."""

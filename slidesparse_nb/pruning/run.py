@@ -40,13 +40,13 @@ from ..core.dtypes import NUMPY_OF
 from ..core.untrusted_json import frozen, uncollected
 from ..cpu import kernels
 from ..errors import OperandError, SlideSparseError, UnsupportedError, VerificationError, shown
-from .model import BlockwiseModel, namespace_of, read_windows
+from .groups import namespace
+from .model import BlockwiseModel, load_model, namespace_of, read_windows
 from .options import CALIBRATED, PruneOptions, PruneReport
 from .parts import Parts, clear_parts
 from .scores import Given, Rows, Scored
-from .sparsegpt import InverseFactor, inverse_factor, sparsegpt
-from .statistics import Moments, Statistics
-from .wanda import wanda
+from .statistics import Statistics
+from .together import prune_together
 
 
 def prune_checkpoint(
@@ -115,15 +115,11 @@ def collect_statistics(
     with Checkpoint.open(source) as checkpoint:
         work = _Work(checkpoint, options, run, *_selected(checkpoint, options))
         model, windows = work.model()
-        hidden = model.embedded(windows)
-        found = Statistics(facts={"tokens": len(windows) * options.window, "window": options.window})
+        found = Statistics(facts={"tokens": windows.numel(), "window": options.window})
         add = run.counter("calibrating", sum(m.nbytes for m in work.modules))
-        for i in range(len(model.blocks)):
-            model.load(i)
-            made = model.watched(i, hidden, windows, gram=options.method == "sparsegpt", advance=True)
+        for i, made in model.walk(windows, gram=options.method == "sparsegpt", prunes=False):
             found.inputs |= made.inputs
             found.moments |= {name: moments.on(np) for name, moments in made.moments.items()}
-            model.unload(i)
             add(sum(work.by_name[name].nbytes for name in model.linears[i]))
         found.save(out)
 
@@ -248,17 +244,16 @@ class _Work:
         """Prune every layer by statistics of the dense model; returns the errors."""
         assert self.options.statistics is not None
         found, xp = Statistics.load(self.options.statistics), self.namespace()
-        groups: dict[str, list[str]] = {}
         for module in self.modules:
             if len(found.of(module.name).squares) != module.k:
                 raise OperandError(
                     f"statistics: those of {shown(module.name)} are of another number of columns than its {module.k}"
                 )
-            groups.setdefault(found.inputs[module.name], []).append(module.name)
+        found.inputs = {module.name: found.inputs[module.name] for module in self.modules}
         done = self.run.counter("pruning", sum(m.nbytes for m in self.modules))
         errors: dict[str, float] = {}
-        for part, names in enumerate(groups.values()):
-            errors |= self.part(part, names, found.of, xp)
+        for part, (of, names) in enumerate(found.groups().items()):
+            errors |= self.part(part, Statistics(dict.fromkeys(names, of), {of: found.moments[of].on(xp)}))
             done(sum(self.by_name[name].nbytes for name in names))
         return errors
 
@@ -269,8 +264,8 @@ class _Work:
             self.notes.append("CuPy is missing or finds no GPU (`slidesparse doctor` says why): the mathematics ran on the CPU")
         return xp
 
-    def model(self) -> tuple[BlockwiseModel, list[Any]]:
-        """The model and the windows of the text.
+    def model(self) -> tuple[BlockwiseModel, Any]:
+        """The model and the windows of the text, int64 [windows, tokens].
 
         Raises:
             OperandError: there is no folder. UnsupportedError: a module is in no block, or has other weights there.
@@ -280,7 +275,8 @@ class _Work:
             raise OperandError("calibration: needs a model's folder with config.json and tokenizer; give that, or statistics")
         assert options.calibration is not None
         windows = read_windows(root, checked_path(options.calibration, "calibration"), options.tokens, options.window)
-        model = BlockwiseModel(root, set(self.by_name), options.device, self.namespace())
+        model = BlockwiseModel(load_model(root, options.device), set(self.by_name), options.device)
+        self.namespace()
         for linears in model.linears:
             for name, linear in linears.items():
                 if not np.array_equal(linear.weight.detach().numpy(), self.weight(name)):
@@ -299,52 +295,37 @@ class _Work:
         """Prune block after block, each by what the pruned ones before it make of the text; returns the errors."""
         assert self.parts is not None
         model, windows = self.model()
-        report.calibration = {
-            "tokens": len(windows) * self.options.window,
-            "window": self.options.window,
-            "windows": len(windows),
-        }
-        hidden, errors = model.embedded(windows), dict[str, float]()
+        report.calibration = {"tokens": windows.numel(), "window": self.options.window, "windows": len(windows)}
+        errors = dict[str, float]()
         done = self.run.counter("pruning", sum(m.nbytes for m in self.modules))
-        for i in range(len(model.blocks)):
-            linears = model.linears[i]
-            model.load(i)
-            found = model.watched(i, hidden, windows, gram=True) if i not in self.parts else Statistics()
-            errors |= self.part(i, list(linears), found.of, model.xp)
-            for name, linear in linears.items():
+        for i, found in model.walk(windows, gram=True, prunes=True, done=self.parts):
+            errors |= self.part(i, found)
+            for name, linear in model.linears[i].items():
                 model.set(linear, self.parts.array(self.by_name[name].weight).astype(np.float32))
-            for at, ids in enumerate(windows if i + 1 < len(model.blocks) else ()):
-                hidden[at] = model.run(i, hidden[at], ids)
-            model.unload(i)
-            done(sum(self.by_name[name].nbytes for name in linears))
+            done(sum(self.by_name[name].nbytes for name in model.linears[i]))
         return errors
 
-    def part(self, part: int, names: list[str], moments: Callable[[str], Moments], xp: Any) -> dict[str, float]:
-        """Prune some modules and store them as one part, if it is not there yet; returns the errors."""
+    def part(self, part: int, found: Statistics) -> dict[str, float]:
+        """Prune the modules of some statistics and store them as one part, if it is not there yet; returns the errors."""
         assert self.parts is not None
+        options, arrays, errors = self.options, dict[str, Any](), dict[str, float]()
         if part not in self.parts:
-            arrays, errors = dict[str, Any](), dict[str, float]()
-            of, factor = Moments("", None), None
-            for name in names:
-                if (given := moments(name)).name != of.name:  # layers that read the same follow each other
-                    of = given.on(xp)
-                    factor = inverse_factor(of.hessian, self.options.damping) if self.options.method == "sparsegpt" else None
-                w = xp.asarray(self.weight(name))
-                arrays[self.by_name[name].weight] = stored = self.pruned(name, w, of, factor)
-                if of.gram is not None:
-                    errors[name] = relative_error(w, xp.asarray(stored.astype(np.float32)), of.gram)
+            for of, names in found.groups().items():
+                moments = found.moments[of]
+                xp = namespace(moments.squares)
+                weights = {name: xp.asarray(self.weight(name)) for name in names}
+                made = prune_together(
+                    weights, moments, options.method, options.pattern, scheme=options.scheme, damping=options.damping
+                )
+                for name, w in weights.items():
+                    arrays[self.by_name[name].weight] = stored = self.stored(name, made[name])
+                    if moments.gram is not None:
+                        errors[name] = relative_error(w, xp.asarray(stored.astype(np.float32)), moments.gram)
             self.parts.write(part, arrays, errors)
         return self.parts.read(part)
 
-    def pruned(self, name: str, w: Any, moments: Moments, factor: InverseFactor | None) -> Any:
+    def stored(self, name: str, made: Any) -> Any:
         """Pruned weights of a module in its type, on the host."""
-        try:
-            if factor is None:
-                made = wanda(w, moments.norms, self.options.pattern)
-            else:
-                made = sparsegpt(w, factor, self.options.pattern, self.options.scheme)
-        except OperandError as error:
-            raise OperandError(f"{name}: {error}") from None
         with np.errstate(over="ignore"):
             stored = (made if isinstance(made, np.ndarray) else made.get()).astype(NUMPY_OF[self.by_name[name].code])
         if infinite(stored) is not None:

@@ -2,8 +2,8 @@
 
     calibration X [tokens, k] --add, window by window--> Moments --save--> FILE.safetensors --load--> Moments of every module
 
-The file holds the statistics of the model that was run, which is the dense one, and serves every pattern and method. Layer by
-layer pruning (`pruning.layers`) needs other numbers for every pattern, since each block reads the outputs of blocks that are
+The file holds the statistics of the model that was run, which is the dense one, and serves every pattern and method. Block by
+block pruning (`pruning.model`) needs other numbers for every pattern, since each block reads the outputs of blocks that are
 pruned already; it makes them on its way and saves none. With a file every layer is pruned as if those before it were dense:
 exact for the first block, an approximation for the others.
 
@@ -129,6 +129,13 @@ class Statistics:
         if module not in self.inputs:
             raise OperandError(f"statistics: hold nothing of {shown(module)}; make them anew, or leave it dense with --ignore")
         return self.moments[self.inputs[module]]
+
+    def groups(self) -> dict[str, list[str]]:
+        """Name of moments -> the modules that read them."""
+        found: dict[str, list[str]] = {}
+        for module, name in self.inputs.items():
+            found.setdefault(name, []).append(module)
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them to one .safetensors file, which appears whole or not at all.

@@ -30,6 +30,7 @@ from transformers import (
 
 import slidesparse_nb as ss
 from slidesparse_nb.core import reference
+from slidesparse_nb.pruning.model import BATCH_TOKENS
 from slidesparse_nb.pruning.sparsegpt import sparsegpt
 from slidesparse_nb.pruning.wanda import wanda
 from tools.cli import main
@@ -78,8 +79,11 @@ def call(*arguments: object) -> Any:
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_layer_by_layer_is_the_definition(method: str, dtype: torch.dtype, tmp_path: Path, text: Path) -> None:
+def test_layer_by_layer_is_the_definition(
+    method: str, dtype: torch.dtype, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each block is pruned by what its own layers read when the blocks before it are pruned: by hooks in a whole model."""
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 100)  # three windows, and one in the last batch
     torch.manual_seed(1)
     source = folder(tmp_path / "in", LlamaForCausalLM(LlamaConfig(**SIZES)), dtype)
     options = ss.PruneOptions(method=method, calibration=text, **TEXT)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import slidesparse_nb as ss
 
-from .models import Inputs, linears, pruned, sparse_copy
+from .models import linears, pruned, sparse_copy, statistics
 from .store import Store
 from .texts import brown
 
@@ -30,15 +30,13 @@ def passages(documents: Sequence[str], tokenizer: Any) -> Tensor:
     return torch.tensor([each for each in ids if len(each) == LENGTH])
 
 
-def embed(model: Any, ids: Tensor, inputs: Inputs | None = None) -> Tensor:
+def embed(model: Any, ids: Tensor) -> Tensor:
     """Unit vectors [passages, hidden]: the mean of each passage's token vectors, normalized."""
     vectors = []
     for batch in ids.split(BATCH):
         with torch.no_grad():
             hidden = model(batch.to(model.device)).last_hidden_state
         vectors.append(torch.nn.functional.normalize(hidden.float().mean(1), dim=-1).cpu())
-        if inputs is not None:
-            inputs.end_batch(batch.numel())
     return torch.cat(vectors)
 
 
@@ -51,25 +49,19 @@ def run(
     documents = brown(brown_file)
     texts, calibration = passages(documents[1::2], tokenizer), passages(documents[0::2], tokenizer)
     layers = linears(dense)
-    inputs = Inputs(layers, gram=True)
-    embed(dense, calibration, inputs)
-    inputs.close()
-    want = embed(dense, texts)
-    store.add("setup", "encoder", {"passages": len(texts), "length": LENGTH, "calibration_tokens": inputs.tokens})
+    found, want = statistics(dense, calibration, gram=True), embed(dense, texts)
+    store.add("setup", "encoder", {"passages": len(texts), "length": LENGTH, "calibration_tokens": calibration.numel()})
     for method in METHODS:
         for pattern in patterns:
             name = f"{pattern} {method} {scheme}"
             if store.has("encoder", name):
                 continue
-            weights: dict[str, Tensor] = {}
-            for group in inputs.groups().values() if method != "magnitude" else ():
-                given = {each: layers[each].weight.data for each in group}
-                weights |= pruned(given, inputs, ss.Pattern.of(pattern), method, None)
             plan = dict.fromkeys(layers, ss.Pattern.of(pattern))
+            weights = {} if method == "magnitude" else pruned(layers, found, plan, method)
             model = sparse_copy(dense, weights, plan, scheme, "none" if weights else "magnitude")
-            found = compared(embed(model, texts), want)
-            store.add("encoder", name, {"pattern": pattern, "method": method, "scheme": scheme, **found})
-            say(f"encoder {name}: mean cosine {found['cosine']:.3f}, nearest neighbour kept {found['nearest']:.0%}")
+            kept = compared(embed(model, texts), want)
+            store.add("encoder", name, {"pattern": pattern, "method": method, "scheme": scheme, **kept})
+            say(f"encoder {name}: mean cosine {kept['cosine']:.3f}, nearest neighbour kept {kept['nearest']:.0%}")
 
 
 def compared(vectors: Tensor, want: Tensor) -> dict[str, float]:

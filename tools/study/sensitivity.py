@@ -17,7 +17,7 @@ import torch
 import slidesparse_nb as ss
 from slidesparse_nb.integrations.perplexity import measure
 
-from .models import Inputs, linears, pruned, sparse_copy
+from .models import linears, pruned, sparse_copy, statistics
 from .points import Study
 from .store import Store
 
@@ -53,18 +53,9 @@ def run(study: Study, tokens: int) -> None:
     layers, store = linears(study.dense), study.store
     text = study.calibration.reshape(-1)[:tokens].tolist()
     store.add("setup", "sensitivity_tokens", len(text))
-    inputs = Inputs(layers, gram=False)
-    for window in study.calibration[:32]:
-        with torch.no_grad():
-            study.dense(window[None].to(study.dense.device), use_cache=False)
-        inputs.end_batch(len(window))
-    inputs.close()
-    original = {name: layer.weight.data for name, layer in layers.items()}
-    parts = parts_of(layers)
+    found, parts = statistics(study.dense, study.calibration[:32], gram=False), parts_of(layers)
     for pattern in PATTERNS:
-        sparse: dict[str, torch.Tensor] = {}
-        for group in inputs.groups().values():
-            sparse |= pruned({name: original[name] for name in group}, inputs, ss.Pattern.of(pattern), "wanda", None)
+        sparse = pruned(layers, found, dict.fromkeys(layers, ss.Pattern.of(pattern)), "wanda")
         for part, names in (parts | (wholes(parts) if pattern in WHOLE else {})).items():
             if store.has("sensitivity", f"{part} {pattern}"):
                 continue
