@@ -72,7 +72,7 @@ def quantized(x: Any, dtype: DType, pattern: Pattern | None, width: int) -> tupl
 
 
 def imaged(x: Any, dtype: DType, pattern: Pattern) -> tuple[Any, Any]:
-    """What a device must give for kernels that load tiles: the image, and scales, or None where nothing is quantized."""
+    """What a device must give for kernels that load tiles: those, and scales, or None where nothing is quantized."""
     if x.dtype == dtype.numpy:
         return image(x, pattern), None
     with np.errstate(invalid="ignore", over="ignore"):

@@ -1,4 +1,4 @@
-"""matmul and quantize on a GPU, all but the GPU: CuPy is played by NumPy, and launches by the twins of their kernels.
+"""matmul and quantize on a GPU, all but the GPU: CuPy is played by NumPy, and launches by the references of their kernels.
 
 What the kernels compute is proved elsewhere (test_device_simulator.py, tests/gpu). Here it is what Python hands them: which
 kernel, which addresses, strides and offsets into which memory, and how often.
@@ -73,7 +73,7 @@ def test_quantized_once(gpu: Any, dtype: DType, k: int) -> None:
         y = ops().matmul(shared, packed)
         assert y.shape == (2, 5, packed.n)
         close(np.asarray(y).reshape(10, -1), wanted(flat, packed))
-    if gpu.own or k == 64:  # the portable kernel loads whole pieces of 16 bytes
+    if gpu.own or k == 64:  # the portable kernel loads whole 16-byte chunks
         assert gpu.launched == ["gemm"] * 2
     by_pattern = ops().quantize(x, "6:8", dtype)
     close(np.asarray(ops().matmul(by_pattern, first)).reshape(10, -1), wanted(flat, first))

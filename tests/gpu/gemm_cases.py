@@ -1,4 +1,4 @@
-"""What GPU tests of matmul share: kernels of both families, operands, the exact product, how far from it a result may be."""
+"""What GPU tests of matmul share: the kernels, operands, the exact product, how far from it a result may be."""
 
 from __future__ import annotations
 

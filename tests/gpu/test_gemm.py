@@ -368,7 +368,7 @@ def test_one_quantized_x_for_several_weights(family, dtype, k):
 
 
 def test_activations_quantized_elsewhere_are_laid_out(family):
-    """Values that come without an image, of both kernel families and of the user's own making."""
+    """Values that are not in the swizzled tile layout, of both kernels and of the user's own making."""
     rng = np.random.default_rng(22)
     for dtype in PACKED:
         packed, x = weight(rng, 40, 80, "6:8", dtype), tokens(rng, 20, 80, BF16)
