@@ -126,7 +126,7 @@ def select(
     source = read_source(checkpoint)
     selection = Selection(notes=list(source.notes), source=source)
     tensors = {name: info for name, (info, _) in checkpoint.tensors.items()}
-    shapes = {name: info.shape for name, info in tensors.items()}
+    shapes = checkpoint.shapes
     candidates = {name[:-7]: info for name, info in tensors.items() if name.endswith(".weight") and len(info.shape) == 2}
     stacks = {name.removesuffix(".weight") for name, info in tensors.items() if _is_stack(name, info, shapes, candidates)}
     roles = {name: kinds.not_linear(name, info.shape, source.vocabularies) for name, info in candidates.items()}
@@ -194,8 +194,7 @@ def _unmatched(text: str, candidates: Collection[str]) -> str:
 
 def _take(selection: Selection, wanted: Mapping[str, TensorInfo], checkpoint: Checkpoint, scheme: str) -> None:
     """Append the linear layers among modules that the user wants, or say why not."""
-    source, tensors = selection.source, {name: info for name, (info, _) in checkpoint.tensors.items()}
-    shapes = {name: info.shape for name, info in tensors.items()}
+    source, tensors, shapes = selection.source, checkpoint.tensors, checkpoint.shapes
     eight = {name for name, info in wanted.items() if info.code in QUANTIZED_CODES and f"{name}.weight_scale" in tensors}
     quantized = source.quantized or 2 * len(eight) > len(wanted)
     children = _children(tensors, wanted)
