@@ -70,4 +70,4 @@ _shortened = _Shortened()
 _shortened.maxstring = _shortened.maxother = 120
 _shortened.maxlist = _shortened.maxdict = 8
 shown = _shortened.repr
-"""repr, cut to a length that an error message can bear: a stranger's file chooses names and values."""
+"""repr, cut to a length that an error message can bear: an untrusted file chooses names and values."""

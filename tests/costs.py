@@ -1,7 +1,7 @@
 """Times that no test asserts, printed: `python tests/costs.py`. They are true of a quiet machine only.
 
 Anywhere: what a warm call costs the thread that makes it, with NumPy in CuPy's place and a C function in the driver's. With an
-NVIDIA GPU and CuPy: the same of real calls, and quantization of activations beside a plain copy of as many bytes.
+NVIDIA GPU and CuPy: the same of real calls. What kernels take: slidesparse bench.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import importlib
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,12 +26,7 @@ from device_cases import bits
 from numpy_gpu import BF16, array, empty, numpy_for_cupy, ops, weight
 
 import slidesparse_nb as ss
-from slidesparse_nb.arch import sm90
-from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, FLOATS, INT8, DType
-from slidesparse_nb.core.pattern import Pattern
-
-BUFFERS_BYTES = 1 << 29
-"""Bytes that a bandwidth is measured over: several times an L2."""
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8
 
 
 def host_us(call: Callable[[], object], calls: int, wait: Callable[[], object] = lambda: None, runs: int = 20) -> float:
@@ -107,50 +101,6 @@ def real_costs(cp: Any) -> None:
         print(f"  pack 18944 x 3584 bfloat16 to {dtype!s:14} {host_us(pack, 1, wait) / 1e3:.2f} ms")
 
 
-def bandwidths(cp: Any, m: int, k: int, source: np.dtype[Any], dtype: DType, pattern: Pattern | None) -> tuple[float, float]:
-    """GB/s, read and written, of quantization to rows (no pattern) or to Hopper's tiles, and of a copy of as many bytes."""
-    from slidesparse_nb.cuda import quantize as activations
-    from slidesparse_nb.tuning.race import GpuClock
-
-    if pattern is None:
-        width = activations.row_pitch(k, None)
-        shape, more = (m, width), {"width": width}
-    else:
-        shape, more = (sm90.ARCH.operand(pattern, k, ss.Scheme.of(dtype)).bytes(m),), {}
-    strides = (k * source.itemsize, source.itemsize)
-    launch = activations.plan(FLOATS[source], dtype.name, k, strides, True, 90, pattern, **more)
-    moved = m * k * source.itemsize + int(np.prod(shape)) + 4 * m
-    count, half = max(2, -(-BUFFERS_BYTES // moved)), moved // 2
-    rng, clock = cp.random.default_rng(0), GpuClock()
-    calls: dict[str, list[Callable[[], object]]] = {"quantize": [], "copy": []}
-    for _ in range(count):
-        x, old, new = (
-            rng.standard_normal((m, k), dtype=cp.float32).astype(source),
-            cp.empty(half, cp.uint8),
-            cp.empty(half, cp.uint8),
-        )
-        calls["quantize"].append(partial(launch, m, x, cp.empty(shape, cp.int8), cp.empty((m, 1), cp.float32), clock.stream))
-        calls["copy"].append(partial(cp.copyto, new, old))
-    us = [statistics.median(clock.burst(graph, 1) for _ in range(10)) / count for graph in map(clock.capture, calls.values())]
-    return moved / us[0] * 1e-3, 2 * half / us[1] * 1e-3
-
-
-def bandwidth_table(cp: Any) -> None:
-    bf16, pattern = BFLOAT16.numpy, Pattern(6, 8)
-    large = [(m, k) for m in (1024, 4096, 16384) for k in (3584, 18944)]
-    cases: list[tuple[int, int, np.dtype[Any], DType, Pattern | None]] = [
-        *((m, k, bf16, dtype, None) for m, k in large for dtype in (INT8, FLOAT8)),
-        *((m, k, bf16, dtype, pattern) for m, k in large for dtype in (INT8, BFLOAT16)),
-        (4096, 3584, FLOAT32, INT8, None),
-        (4096, 3584, FLOAT16.numpy, FLOAT8, None),
-    ]
-    print("     m      k  x         values         form       GB/s   copy  ratio")
-    for m, k, source, dtype, lifted in cases:
-        reached, copy = bandwidths(cp, m, k, source, dtype, lifted)
-        form = "rows" if lifted is None else f"tiles {lifted}"
-        print(f"{m:6} {k:6}  {source.name:9} {dtype.name:14} {form:9} {reached:6.0f} {copy:6.0f}  {reached / copy:5.2f}")
-
-
 def main() -> None:
     print("Python alone:")
     for portable in (False, True):
@@ -165,8 +115,6 @@ def main() -> None:
         return
     print("time of the calling thread:")
     real_costs(cp)
-    print("quantization of activations beside a copy, both by the GPU's clock:")
-    bandwidth_table(cp)
 
 
 if __name__ == "__main__":

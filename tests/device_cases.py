@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import cases
 import numpy as np
 
 from slidesparse_nb.arch.operand import image
@@ -72,7 +74,7 @@ def quantized(x: Any, dtype: DType, pattern: Pattern | None, width: int) -> tupl
 
 
 def imaged(x: Any, dtype: DType, pattern: Pattern) -> tuple[Any, Any]:
-    """What a device must give for kernels that load tiles: the image, and scales, or None where nothing is quantized."""
+    """What a device must give for kernels that load tiles: those, and scales, or None where nothing is quantized."""
     if x.dtype == dtype.numpy:
         return image(x, pattern), None
     with np.errstate(invalid="ignore", over="ignore"):
@@ -91,7 +93,5 @@ def same(values: Any, scale: Any, expected: tuple[Any, Any]) -> None:
 
 def same_weight(packed: Any, expected: Any) -> None:
     """Assert that two packed weights of NumPy arrays are one, byte for byte; of values, raw bits count as the type."""
-    assert (packed.pattern, packed.shape, packed.dtype) == (expected.pattern, expected.shape, expected.dtype)
-    for part, array in part_arrays(expected).items():
-        np.testing.assert_array_equal(bits(getattr(packed, part)), bits(array), err_msg=part)
-    assert (packed.scale is None) == (expected.scale is None)
+    typed = {part: getattr(packed, part).view(array.dtype) for part, array in part_arrays(expected).items()}
+    cases.same(replace(packed, **typed), expected)

@@ -1,4 +1,4 @@
-"""A GPU for tests of host code: CuPy is played by NumPy, and launches by the twins of their kernels."""
+"""A GPU for tests of host code: CuPy is played by NumPy, and launches by the references of their kernels."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_right_products_pass_and_wrong_ones_do_not(kind) -> None:
     x = rng.standard_normal((9, 2048)).astype(np.dtype(kind.activations))
     y = ss.matmul(x, packed)
     check.check_product(y, x, packed)
-    # of a stage of 128 slid columns left out, every element is within its bound at long k, but the whole is not
+    # of a stage of 128 expanded columns left out, every element is within its bound at long k, but the whole is not
     part = x.copy()
     part[:, :86] = 0
     for wrong in (ss.matmul(x, packed) * y.dtype.type(1.0625), ss.matmul(part, packed), np.roll(y, 1, axis=0)):

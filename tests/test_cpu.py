@@ -1,4 +1,4 @@
-"""The compiled twins give the bits of the reference; each test also runs the kernels' Python bodies, uncompiled."""
+"""The compiled functions give the bits of the reference; each test also runs the kernels' Python bodies, uncompiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""matmul and quantize on a GPU, all but the GPU: CuPy is played by NumPy, and launches by the twins of their kernels.
+"""matmul and quantize on a GPU, all but the GPU: CuPy is played by NumPy, and launches by the references of their kernels.
 
 What the kernels compute is proved elsewhere (test_device_simulator.py, tests/gpu). Here it is what Python hands them: which
 kernel, which addresses, strides and offsets into which memory, and how often.
@@ -73,7 +73,7 @@ def test_quantized_once(gpu: Any, dtype: DType, k: int) -> None:
         y = ops().matmul(shared, packed)
         assert y.shape == (2, 5, packed.n)
         close(np.asarray(y).reshape(10, -1), wanted(flat, packed))
-    if gpu.own or k == 64:  # the portable kernel loads whole pieces of 16 bytes
+    if gpu.own or k == 64:  # the portable kernel loads whole 16-byte chunks
         assert gpu.launched == ["gemm"] * 2
     by_pattern = ops().quantize(x, "6:8", dtype)
     close(np.asarray(ops().matmul(by_pattern, first)).reshape(10, -1), wanted(flat, first))
@@ -257,19 +257,22 @@ def test_what_is_refused(gpu: Any) -> None:
     packed = weight(16, 64, INT8)
     x = array(np.ones((4, 64), np.float32))
     q = ops().quantize(x, packed)
-    for given, other, message in (
-        (q, weight(16, 64, FLOAT8), "x: is quantized to int8, but packed holds float8_e4m3fn"),
-        (q, weight(16, 72, INT8), "x: k=64 must be 72"),
-        (x, weight(16, 72, INT8), r"x: shape \(4, 64\) must be \[..., 72\]"),
-        (
-            QuantizedActivations(q.values, None, (4,), INT8, F32),
-            packed,
-            r"x.scale: must be a contiguous float32 array \[4, 1\]",
-        ),
-        (QuantizedActivations(q.values, q.scale, (5,), INT8, F32), packed, r"x.values: int8 \(4, 64\) must be int8"),
+    unscaled, long = (QuantizedActivations(q.values, *of, INT8, F32) for of in ((None, (4,)), (q.scale, (5,))))
+    for change, message in (
+        ({"x": q, "packed": weight(16, 64, FLOAT8)}, "x: is quantized to int8, but packed holds float8_e4m3fn"),
+        ({"x": q, "packed": weight(16, 72, INT8)}, "x: k=64 must be 72"),
+        ({"packed": weight(16, 72, INT8)}, r"x: shape \(4, 64\) must be \[..., 72\]"),
+        ({"x": unscaled}, r"x.scale: must be a contiguous float32 array \[4, 1\]"),
+        ({"x": long}, r"x.values: int8 \(4, 64\) must be int8"),
+        ({"x": array(np.zeros((4, 64), np.int32))}, "x: int32 must be one of"),
+        ({"out": array(np.zeros((4, 15), F32))}, "out: float32"),
+        ({"out": np.zeros((4, 16), F32)}, "out: is a NumPy array, but x is on a GPU"),
+        ({"out_dtype": np.int8}, "out_dtype: int8 must be"),
+        ({"bias": array(np.zeros(15, F32))}, "bias: float32"),
+        ({"stream": "fast"}, "stream: str is not a CUDA stream"),
     ):
         with pytest.raises(OperandError, match=f"^{message}"):
-            ops().matmul(given, other)
+            ops().matmul(**{"x": x, "packed": packed, **change})
     with pytest.raises(OperandError, match=r"^x: shape \(4, 64\) must be \[..., 72\]"):
         ops().quantize(x, weight(16, 72, INT8))
     if gpu.own:

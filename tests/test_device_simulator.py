@@ -30,7 +30,6 @@ else:
     from slidesparse_nb.cuda.kernels import numbers as elements
     from slidesparse_nb.cuda.kernels import ptx
     from slidesparse_nb.cuda.kernels.quantize import KINDS
-    from slidesparse_nb.errors import OperandError
 
     def laid_out(x, layout):
         """x [m, 32] of a 16-bit type, or no columns or rows of it, in a layout that kernels must not stumble over."""
@@ -45,14 +44,18 @@ else:
 
     # ---- activations ---------------------------------------------------------------------------------------------
 
+    def check_rows(x, dtype, pattern=None, more=0):
+        """x in rows of `more` bytes than they need, written over something else."""
+        width = activations.row_pitch(x.shape[1], pattern) + more
+        values, scale = np.full((len(x), width), 0x55, np.uint8), np.zeros((len(x), 1), np.float32)
+        activations.write(x, dtype, values, scale, pattern, width)
+        same(values, scale, quantized(x, dtype, pattern, width))
+
     @pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
     @pytest.mark.parametrize("source", SOURCES, ids=str)
     @pytest.mark.parametrize(("k", "pattern"), [(16, None), (40, None), (37, None), (48, "6:8"), (24, "4:6"), (7, "2:4")])
     def test_quantize(source, dtype, k, pattern) -> None:
-        pattern = None if pattern is None else Pattern.of(pattern)
-        x = awkward_rows(12, k, source)
-        values, scale = activations.quantize(at_address(x), dtype, pattern=pattern)
-        same(values, scale, quantized(x, dtype, pattern, activations.row_pitch(k, pattern)))
+        check_rows(at_address(awkward_rows(12, k, source)), dtype, None if pattern is None else Pattern.of(pattern))
 
     @pytest.mark.parametrize(("source", "dtype"), [(BFLOAT16, INT8), (FLOAT16, FLOAT8), (BFLOAT16, BFLOAT16)], ids=str)
     @pytest.mark.parametrize("kind", KINDS)
@@ -105,10 +108,13 @@ else:
             if source.itemsize == 1:
                 with np.errstate(invalid="ignore"):
                     x = reference.quantize(x, dtype)[0]
-            made, scale = activations.tiles(at_address(x), dtype, pattern)
             expected, expected_scale = imaged(x, dtype, pattern)
+            made, scale = (
+                np.full(expected.shape, 0x55, np.uint8),
+                None if expected_scale is None else np.zeros((m, 1), np.float32),
+            )
+            activations.write(at_address(x), dtype, made, scale, pattern, source=dtype.name if source.itemsize == 1 else "")
             np.testing.assert_array_equal(made, expected)
-            assert (scale is None) == (expected_scale is None)
             if scale is not None:
                 np.testing.assert_array_equal(bits(scale), bits(expected_scale))
 
@@ -125,37 +131,17 @@ else:
         launch(1, x, made, scale)
         np.testing.assert_array_equal(made, imaged(x, dtype, pattern)[0])
         if dtype is INT8:
-            values, scale = activations.quantize(x, dtype, pattern=pattern, pitch=64)
-            same(values, scale, quantized(x, dtype, pattern, activations.row_pitch(1032, pattern, 64)))
+            check_rows(x, dtype, pattern, 48)
 
     @pytest.mark.parametrize("layout", ["odd address", "padded rows", "transposed", "every second", "no columns", "no rows"])
     @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
     def test_strides(layout, dtype) -> None:
         placed = laid_out(awkward_rows(9, 32, FLOAT16.numpy), layout)
         if dtype is INT8:
-            same(
-                *activations.quantize(placed, FLOAT8, pitch=64),
-                quantized(placed, FLOAT8, None, activations.row_pitch(placed.shape[1], None, 64)),
-            )
-        made, _ = activations.tiles(placed, dtype, Pattern(6, 8))
+            check_rows(placed, FLOAT8, more=48)
+        made, scale = activations.tiles(placed, dtype, Pattern(6, 8))
+        assert (scale is None) == (dtype is BFLOAT16)
         np.testing.assert_array_equal(made, imaged(placed, dtype, Pattern(6, 8))[0])
-
-    def test_results_go_into_given_arrays() -> None:
-        x, scale = at_address(awkward_rows(3, 24, BFLOAT16.numpy)), np.zeros((3, 1), np.float32)
-        out = np.full((3, 32), 0x55, np.int8)
-        given = activations.quantize(x, INT8, out=out, scale=scale)
-        assert given[0] is out
-        assert given[1] is scale
-        same(out, scale, quantized(x, INT8, None, 32))
-        out = np.full((stages(Pattern(6, 8), 24, INT8), 1, 8, 128), 0x55, np.uint8)
-        given = activations.tiles(x, INT8, Pattern(6, 8), out=out, scale=scale)
-        assert given[0] is out
-        assert given[1] is scale
-        np.testing.assert_array_equal(out, imaged(x, INT8, Pattern(6, 8))[0])
-        with pytest.raises(OperandError, match=r"out: uint8 \(\d, 1, 8, 128\) must be a contiguous \(\d, 2, 8, 128\) array"):
-            activations.tiles(at_address(awkward_rows(9, 24, BFLOAT16.numpy)), INT8, Pattern(6, 8), out=out)
-        with pytest.raises(OperandError, match="x: int8 must hold bfloat16, or be bfloat16, float16 or float32"):
-            activations.tiles(np.zeros((2, 8), np.int8), BFLOAT16, Pattern(6, 8), source=BFLOAT16)
 
     def test_long_rows_are_read_twice() -> None:
         k = 8192 * 8 + 8
@@ -173,21 +159,6 @@ else:
         got = [int(elements.to_float8(v)) for v in points]
         np.testing.assert_array_equal(got, np.clip(points, -448, 448).astype(FLOAT8.numpy).view(np.uint8))
         assert elements.to_float8x4_early(*points[200:204]) == ptx.to_float8x4(*points[200:204])
-
-    @pytest.mark.parametrize(
-        ("change", "words"),
-        [
-            ({"x": np.zeros((2, 3))}, "x: float64 cannot be quantized; it must be bfloat16, float16 or float32"),
-            ({"x": np.zeros(3, np.float32)}, r"x: shape \(3,\) must be \[m, k\]"),
-            ({"dtype": FLOAT16}, "dtype: float16 is not quantized to"),
-            ({"pitch": 8}, "pitch: 8 bytes must be a positive multiple of 16"),
-            ({"out": np.zeros((2, 3), np.int8)}, r"out: int8 \(2, 3\) must be a contiguous \(2, 16\) array"),
-            ({"scale": np.zeros((2, 1))}, r"scale: float64 \(2, 1\) must be a contiguous \(2, 1\) array of 4-byte"),
-        ],
-    )
-    def test_quantize_refuses(change, words) -> None:
-        with pytest.raises(OperandError, match=words):
-            activations.quantize(**{"x": np.zeros((2, 3), np.float32), "dtype": INT8} | change)
 
     def test_the_simulator_checks_indices() -> None:
         memory = numba_kernel.Memory(np.zeros(4, np.uint16), np.dtype(np.uint32))

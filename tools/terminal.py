@@ -25,7 +25,7 @@ _UNITS = {**_DECIMAL, **_BINARY}
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a line; control characters, which a stranger's names may hold, are escaped."""
+    """Print a line; control characters, which names in an untrusted file may hold, are escaped."""
     click.echo(clean(text), err=err)
 
 

@@ -141,6 +141,11 @@ class Checkpoint:
             file.close()
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
+        return {name: info.shape for name, (info, _) in self.tensors.items()}
+
+    @property
     def metadata(self) -> dict[str, str]:
         """`__metadata__` of the first file."""
         return self.files[0].metadata

@@ -126,28 +126,15 @@ def select(
     source = read_source(checkpoint)
     selection = Selection(notes=list(source.notes), source=source)
     tensors = {name: info for name, (info, _) in checkpoint.tensors.items()}
-    shapes = {name: info.shape for name, info in tensors.items()}
+    shapes = checkpoint.shapes
     candidates = {name[:-7]: info for name, info in tensors.items() if name.endswith(".weight") and len(info.shape) == 2}
     stacks = {name.removesuffix(".weight") for name, info in tensors.items() if _is_stack(name, info, shapes, candidates)}
     roles = {name: kinds.not_linear(name, info.shape, source.vocabularies) for name, info in candidates.items()}
     targeted, astray = matcher(targets, "targets", [*candidates, *stacks])
     if astray:
-        example = next((name for name, role in roles.items() if role is None), "layers.0.mlp.up_proj")
-        raise OperandError(
-            f"targets: {shown(astray[0])} matches no two-dimensional weight; names look like {shown(example)} (exact, a glob"
-            " such as '*_proj', or 're:...'; they are names of modules, not of classes)"
-        )
+        raise _no_target(astray[0], roles)
     ignored, unmet = matcher(ignore, "ignore", [*candidates, *stacks, *(name for name in tensors if len(shapes[name]) > 2)])
-    for text in unmet:
-        name = text.removesuffix(".weight")
-        if not any(c in text for c in "*?[") and not text.startswith("re:") and kinds.not_linear(name, ()) is None:
-            ends = {candidate.rpartition(".")[2]: candidate for candidate in reversed(candidates)}
-            close = difflib.get_close_matches(name.rpartition(".")[2], ends, 1)
-            raise OperandError(
-                f"ignore: {shown(text)} is the name of no matrix here{f', but {shown(ends[close[0]])} is' if close else ''};"
-                " give a whole name, a glob such as '*q_proj', or 're:...'"
-            )
-        selection.notes.append(f"--ignore {shown(text)} matches nothing here")
+    selection.notes += [_unmatched(text, candidates) for text in unmet]
     wanted: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         module = name.removesuffix(".weight")
@@ -174,6 +161,40 @@ def select(
         else:
             wanted[module] = info
     _refuse_unmerged(selection, tensors, ignored)
+    _take(selection, wanted, checkpoint, scheme)
+    before = len(selection.left_dense)
+    selection.keep_fused_together()
+    if (dragged := len(selection.left_dense) - before) and selection.modules:
+        selection.notes.append(f"{dragged} layers stay dense because engines fuse them with one that does (-v lists them)")
+    _one_type(selection)
+    return selection
+
+
+def _no_target(text: str, roles: Mapping[str, str | None]) -> OperandError:
+    """The error to raise for a target that matches nothing."""
+    example = next((name for name, role in roles.items() if role is None), "layers.0.mlp.up_proj")
+    return OperandError(
+        f"targets: {shown(text)} matches no two-dimensional weight; names look like {shown(example)} (exact, a glob"
+        " such as '*_proj', or 're:...'; they are names of modules, not of classes)"
+    )
+
+
+def _unmatched(text: str, candidates: Collection[str]) -> str:
+    """What to note of an entry of `ignore` that matches nothing; OperandError for the name of what would be a linear layer."""
+    name = text.removesuffix(".weight")
+    if not any(c in text for c in "*?[") and not text.startswith("re:") and kinds.not_linear(name, ()) is None:
+        ends = {candidate.rpartition(".")[2]: candidate for candidate in reversed([*candidates])}
+        close = difflib.get_close_matches(name.rpartition(".")[2], ends, 1)
+        raise OperandError(
+            f"ignore: {shown(text)} is the name of no matrix here{f', but {shown(ends[close[0]])} is' if close else ''};"
+            " give a whole name, a glob such as '*q_proj', or 're:...'"
+        )
+    return f"--ignore {shown(text)} matches nothing here"
+
+
+def _take(selection: Selection, wanted: Mapping[str, TensorInfo], checkpoint: Checkpoint, scheme: str) -> None:
+    """Append the linear layers among modules that the user wants, or say why not."""
+    source, tensors, shapes = selection.source, checkpoint.tensors, checkpoint.shapes
     eight = {name for name, info in wanted.items() if info.code in QUANTIZED_CODES and f"{name}.weight_scale" in tensors}
     quantized = source.quantized or 2 * len(eight) > len(wanted)
     children = _children(tensors, wanted)
@@ -194,12 +215,6 @@ def select(
             selection.bad[module] = why
         else:
             _add(selection, module, info, checkpoint, scheme)
-    before = len(selection.left_dense)
-    selection.keep_fused_together()
-    if (dragged := len(selection.left_dense) - before) and selection.modules:
-        selection.notes.append(f"{dragged} layers stay dense because engines fuse them with one that does (-v lists them)")
-    _one_type(selection)
-    return selection
 
 
 def _is_matrix(info: TensorInfo) -> bool:

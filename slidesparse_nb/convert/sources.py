@@ -131,7 +131,7 @@ def read_source(checkpoint: Checkpoint) -> Source:
         UnsupportedError: it says something that cannot be packed; the message names what said it.
         FormatError: a file beside the weights is broken.
     """
-    shapes = {name: info.shape for name, (info, _) in checkpoint.tensors.items()}
+    shapes = checkpoint.shapes
     config: Mapping[str, Any] = checkpoint.config or {}
     _refuse_packed(shapes)
     _refuse_adapters(checkpoint, shapes)
@@ -184,8 +184,7 @@ def open_source(path: Any) -> Checkpoint:
         As `Checkpoint.open` and `bitnet.read_bitnet`.
     """
     checkpoint = Checkpoint.open(path)
-    shapes = {name: info.shape for name, (info, _) in checkpoint.tensors.items()}
-    return read_bitnet(checkpoint, frozenset(_vocabularies(checkpoint.config or {}, shapes)))
+    return read_bitnet(checkpoint, frozenset(_vocabularies(checkpoint.config or {}, checkpoint.shapes)))
 
 
 def read_packed_source(checkpoint: Checkpoint) -> Source:
@@ -195,7 +194,6 @@ def read_packed_source(checkpoint: Checkpoint) -> Source:
         UnsupportedError: one of these names is no regular expression.
     """
     config: Mapping[str, Any] = checkpoint.config or {}
-    shapes = {name: info.shape for name, (info, _) in checkpoint.tensors.items()}
     quantization = config.get("quantization_config")
     ignore = quantization.get("ignore") if isinstance(quantization, Mapping) else None
     names = tuple(name for name in ignore if isinstance(name, str)) if isinstance(ignore, list) else ()
@@ -203,7 +201,7 @@ def read_packed_source(checkpoint: Checkpoint) -> Source:
         raise UnsupportedError(f"{CONFIG}: quantization_config.{problem}")
     return Source(
         model_types=_model_types(config),
-        vocabularies=frozenset(_vocabularies(config, shapes)),
+        vocabularies=frozenset(_vocabularies(config, checkpoint.shapes)),
         ignore=names,
     )
 
@@ -373,7 +371,7 @@ def _refuse_ungathered(shapes: kinds.Shapes) -> None:
 
 def _refuse_foreign(checkpoint: Checkpoint) -> None:
     """Refuse weights that only another tool's loader can read."""
-    shapes = {name: info.shape for name, (info, _) in checkpoint.tensors.items()}
+    shapes = checkpoint.shapes
     scales: dict[str, str] = {}
     for name in shapes:
         parent, _, last = name.rpartition(".")

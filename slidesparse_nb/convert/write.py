@@ -86,7 +86,7 @@ class Staging:
                         f"out: an unfinished run of {out} is stored at {self.folder}; continue it with --resume, or start over"
                         " with --overwrite"
                     )
-        self._refuse_strangers(ours)
+        self._refuse_foreign(ours)
         self._file = _lock(self.journal, os.O_RDWR | os.O_CREAT, out)
         try:
             self._take_over(fingerprint, layout, resume)
@@ -96,15 +96,15 @@ class Staging:
             self._file.close()
             raise
 
-    def _refuse_strangers(self, ours: bool) -> None:
+    def _refuse_foreign(self, ours: bool) -> None:
         """Raise OperandError where something of the user's has the name of our side files."""
-        strangers = [self.folder, self.aside] if not ours else []
-        strangers += [p for p in (self.folder, self.journal, self.aside) if p.is_symlink()]
-        strangers += [p for p in (self.folder, self.aside) if os.path.lexists(p) and not p.is_dir()]
-        strangers += [self.journal] if os.path.lexists(self.journal) and not ours else []
-        for path in strangers:
+        foreign = [self.folder, self.aside] if not ours else []
+        foreign += [p for p in (self.folder, self.journal, self.aside) if p.is_symlink()]
+        foreign += [p for p in (self.folder, self.aside) if os.path.lexists(p) and not p.is_dir()]
+        foreign += [self.journal] if os.path.lexists(self.journal) and not ours else []
+        for path in foreign:
             if os.path.lexists(path):
-                raise _stranger(path)
+                raise _not_ours(path)
 
     def _take_over(self, fingerprint: str, layout: Layout, resume: bool) -> None:
         """Continue what the journal tells of, or start anew."""
@@ -139,9 +139,9 @@ class Staging:
     def _refuse_unvouched(self, names: set[str]) -> None:
         """Raise OperandError where a side folder holds what this output would not."""
         if os.path.lexists(self.aside):
-            raise _stranger(self.aside)
+            raise _not_ours(self.aside)
         if self.folder.is_dir() and any(entry.name not in names for entry in os.scandir(self.folder)):
-            raise _stranger(self.folder)
+            raise _not_ours(self.folder)
 
     def _append(self, *records: dict[str, Any]) -> None:
         lines = memoryview("".join(json.dumps(record) + "\n" for record in records).encode())
@@ -198,7 +198,7 @@ def _places(out: Path) -> tuple[Path, Path, Path]:
     return tuple(out.with_name(out.name + end) for end in (".partial", ".journal", ".replaced"))  # type: ignore[return-value]
 
 
-def _stranger(path: Path) -> OperandError:
+def _not_ours(path: Path) -> OperandError:
     """The error to raise where something of the user's has the name of a side file."""
     return OperandError(f"out: {path} stands in the way and is not an unfinished run of this tool; move it first")
 
@@ -238,11 +238,11 @@ def _read_journal(file: Any, path: Path) -> tuple[str | None, dict[str, Done], i
     if not whole:
         begun = text.rstrip(b"\0")
         if not begun.startswith(JOURNAL_HEAD) and not JOURNAL_HEAD.startswith(begun):
-            raise _stranger(path)
+            raise _not_ours(path)
         return None, {}, 0
     lines = [_record(line) for line in whole.splitlines()]
     if lines[0].get("slidesparse") != 1 or not isinstance(lines[0].get("fingerprint"), str):
-        raise _stranger(path)
+        raise _not_ours(path)
     done = {}
     for record in lines[1:]:
         unit, spans, crc = record.get("unit"), record.get("spans"), record.get("crc")

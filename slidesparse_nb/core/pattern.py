@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..errors import OperandError, PatternError, shown
 
 LARGEST_GROUP = 4096
-"""Columns of a group, at most: far above any use, and a stranger's file cannot ask for a row of 10^30 columns."""
+"""Columns of a group, at most: far above any use, and an untrusted file cannot ask for a row of 10^30 columns."""
 
 
 @dataclass(frozen=True, order=True)

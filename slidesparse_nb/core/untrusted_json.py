@@ -1,4 +1,4 @@
-"""JSON from strangers: headers, indexes and metadata, parsed so that two readers cannot understand them differently."""
+"""Untrusted JSON: headers, indexes and metadata, parsed so that two readers cannot understand them differently."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Numba twins of `reference`: the same names, the same bits, at the speed of a compiled loop.
+"""The Numba versions of `reference`: the same names, the same bits, at the speed of a compiled loop.
 
 Stored values are handled as raw bits (`dtype.raw`) and their non-zero mask, so that one kernel a width serves int8 and
 float8, bfloat16 and float16. Each function here checks nothing and runs on one thread, with the interpreter's lock released:
 callers check operands and thread over blocks of rows. Arrays are [rows, k], any strides; blocks of about 2^18 weights
-stay in the second-level cache between one step and the next.
+stay in L2 between one step and the next.
 """
 
 from __future__ import annotations
@@ -392,7 +392,7 @@ def decompress_float32(values: Array, meta: Array, pattern: Pattern, out: Array,
 # ---- threads -----------------------------------------------------------------------------------------------------
 
 BLOCK = 2**18
-"""Weights that a thread handles at once: a float32 block and its temporaries stay in the second-level cache."""
+"""Weights that a thread handles at once: a float32 block and its temporaries stay in L2."""
 
 
 def blocks(n: int, k: int) -> Iterator[slice]:

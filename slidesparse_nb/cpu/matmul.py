@@ -1,4 +1,4 @@
-"""`reference.matmul` on the CPU: packed weights are decompressed into float32 tile by tile and met by BLAS.
+"""`reference.matmul` on the CPU: packed weights are decompressed into float32 tile by tile and multiplied by BLAS.
 
 Products of int8 values are sums of whole numbers below 2^24 as long as no more than 1024 of them are added, so float32 holds
 them exactly; the sums of `EXACT` columns are added in int32. Where two windows store the same column, as the format allows and

@@ -8,7 +8,6 @@ One launch, a thread block a token; the kernels are in kernels/quantize.py.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,14 +19,11 @@ from ..core.dtypes import FLOAT8, FLOATS, INT8, DType
 from ..core.pattern import Pattern
 from ..core.reference import norm_threads
 from ..core.scheme import Scheme
-from ..errors import OperandError, UnsupportedError
+from ..errors import UnsupportedError
 from .jit.numba import SIMULATED, Kernel, arrays, current_device
 from .kernels.numbers import ROUND_TWO
 from .kernels.quantize import kernel
 from .kernels.quantize_stages import Variant
-
-PITCH = 16
-"""Bytes that a row of values is padded to by default, with zeros."""
 
 VECTORS = {1: 32, 2: 128, 4: 4096, 8: 8192}
 """16-byte vectors that a thread holds -> vectors of the longest row. Four keep enough loads in flight; more threads with fewer
@@ -46,131 +42,63 @@ def native_float8(device: int) -> bool:
     return architecture(device) >= 89
 
 
-def row_pitch(k: int, pattern: Pattern | None = None, pitch: int = PITCH) -> int:
-    """Bytes of a row of quantized values: k, or ks if they are lifted by `pattern`, rounded up to `pitch`."""
-    columns = k if pattern is None else pattern.slid_k(k)
-    return -(-columns // pitch) * pitch
+def row_pitch(k: int, pattern: Pattern | None = None) -> int:
+    """Bytes of a row of quantized values: k, or ks if they are lifted by `pattern`, padded to 16 bytes."""
+    return -(-(k if pattern is None else pattern.slid_k(k)) // 16) * 16
 
 
-def quantize(
-    x: Any,
-    dtype: DType,
-    *,
-    pattern: Pattern | None = None,
-    pitch: int = PITCH,
-    source: np.dtype[Any] | None = None,
-    out: Any = None,
-    scale: Any = None,
-    stream: Any = None,
-) -> tuple[Any, Any]:
-    """Quantize every row of x on its device; `reference.quantize`, and `reference.lift` if `pattern` is given.
-
-    With `out` and `scale` it allocates nothing; it never waits for the device.
+def quantize(x: Any, dtype: DType) -> tuple[Any, Any]:
+    """`reference.quantize` of every row of x on its device, without waiting for it.
 
     Args:
         x: [m, k] CuPy array of bfloat16, float16 or float32, any strides. Whole 16-byte vectors of neighbouring elements are
             read once; other rows, and those of more than 8192 vectors, are read a second time from cache.
         dtype: int8 or float8_e4m3fn.
-        pattern: lift the values by it.
-        pitch: bytes that a row of values is padded to, a multiple of 16.
-        source: type of x's elements, if x holds their raw bits (uint16 for bfloat16).
-        out: [m, row_pitch(k, pattern, pitch)] contiguous, 16-byte aligned, one byte an element.
-        scale: [m, 1] float32, contiguous.
-        stream: CuPy stream to launch on; by default the current one.
 
     Returns:
-        values: [m, row_pitch(k, pattern, pitch)], int8, or uint8 that holds float8 bits; columns past k or ks are zero.
+        values: [m, row_pitch(k)], int8, or uint8 that holds float8 bits; columns past k are zero.
         scale: [m, 1] float32, x ~= values * scale; NaN for a row that holds NaN or infinity, whose values are zeros.
-
-    Raises:
-        OperandError: x, out or scale has the wrong type or shape.
     """
-    name = _source(x, source)
-    if not Scheme.of(dtype).scaled:
-        raise OperandError(f"dtype: {dtype} is not quantized to; it must be int8 or float8_e4m3fn")
-    if pitch <= 0 or pitch % PITCH:
-        raise OperandError(f"pitch: {pitch} bytes must be a positive multiple of {PITCH}")
-    m, k = _shape(x)
-    width = row_pitch(k, pattern, pitch)
-    return _write(x, name, dtype, pattern, width, (m, width), np.int8 if dtype is INT8 else np.uint8, out, scale, stream)
+    m, k = x.shape
+    values = arrays.empty((m, row_pitch(k)), np.int8 if dtype is INT8 else np.uint8)
+    scale = arrays.empty((m, 1), np.float32)
+    write(x, dtype, values, scale, width=row_pitch(k))
+    return values, scale
 
 
-def tiles(
-    x: Any,
-    dtype: DType,
-    pattern: Pattern,
-    *,
-    source: np.dtype[Any] | DType | None = None,
-    out: Any = None,
-    scale: Any = None,
-    stream: Any = None,
-) -> tuple[Any, Any]:
+def tiles(x: Any, dtype: DType, pattern: Pattern) -> tuple[Any, Any]:
     """x quantized (8-bit `dtype`) or rounded (16-bit), lifted by `pattern`, in tiles; the Numba version of `operand.image`.
 
-    With `out`, and `scale` for an 8-bit type, it allocates nothing; it never waits for the device.
-
     Args:
-        x: [m, k] CuPy array of bfloat16, float16 or float32, any strides; or values of `dtype` already, with `source` = dtype.
-        source: type of x's elements, if x holds their raw bits.
-        out: uint8 [stages(pattern, k, dtype), ceil(m / 8), 8, 128], contiguous, 16-byte aligned.
-        scale: [m, 1] float32, contiguous.
-        stream: CuPy stream to launch on; by default the current one.
+        x: as of `quantize`.
 
     Returns:
         tiles: uint8 [stages, ceil(m / 8), 8, 128]; tokens past m and columns past ks are zero.
         scale: [m, 1] float32, as of `quantize`; None where nothing is quantized.
-
-    Raises:
-        OperandError: x, out or scale has the wrong type or shape.
     """
-    same = isinstance(source, DType) or x.dtype == dtype.numpy
-    if same and (x.dtype.itemsize * 8 != dtype.bits or (isinstance(source, DType) and source != dtype)):
-        raise OperandError(f"x: {x.dtype} must hold {dtype}, or be bfloat16, float16 or float32")
-    name = dtype.name if same else _source(x, source)  # type: ignore[arg-type]
-    m, k = _shape(x)
-    shape = (stages(pattern, k, dtype), -(-m // 8), 8, STAGE)
-    return _write(x, name, dtype, pattern, None, shape, np.uint8, out, scale, stream)
-
-
-def _source(x: Any, source: np.dtype[Any] | None) -> str:
-    """The name of x's type; OperandError if it is none of FLOATS."""
-    name = FLOATS.get(x.dtype if source is None else source)
-    if name is None or (source is not None and x.dtype.itemsize != source.itemsize):
-        raise OperandError(f"x: {x.dtype} cannot be quantized; it must be bfloat16, float16 or float32")
-    return name
-
-
-def _shape(x: Any) -> tuple[int, int]:
-    if x.ndim != 2:
-        raise OperandError(f"x: shape {x.shape} must be [m, k]; reshape it to two dimensions")
     m, k = x.shape
-    return m, k
+    made = arrays.empty((stages(pattern, k, dtype), -(-m // 8), 8, STAGE), np.uint8)
+    scale = arrays.empty((m, 1), np.float32) if Scheme.of(dtype).scaled else None
+    write(x, dtype, made, scale, pattern)
+    return made, scale
 
 
-def _write(
-    x: Any, source: str, dtype: DType, pattern: Pattern | None, width: int | None,
-    shape: tuple[int, ...], element: Any, out: Any, scale: Any, stream: Any,
-) -> tuple[Any, Any]:  # fmt: skip
-    """Launch into `out` and `scale`, checked if they are given and else new; scale is None where nothing is quantized."""
+def write(
+    x: Any, dtype: DType, out: Any, scale: Any, pattern: Pattern | None = None, width: int | None = None, source: str = ""
+) -> None:
+    """Launch on x [m, k] into arrays that are there; nothing is checked, allocated or awaited.
+
+    Args:
+        scale: [m, 1] float32; None where nothing is quantized.
+        pattern: lift the values by it.
+        width: bytes of the rows of `out`, a multiple of 16; None for tiles.
+        source: name of the type of x's elements, `dtype` itself for values that are quantized already; by default x's own type.
+    """
     m, k = x.shape
-    with contextlib.nullcontext() if stream is None else stream:
-        out = _result("out", out, shape, element)
-        quantizes = Scheme.of(dtype).scaled and source != dtype.name
-        scale = _result("scale", scale, (m, 1), np.float32) if quantizes else None
     if m:
-        launch = plan(source, dtype.name, k, x.strides, aligned(x), architecture(current_device()), pattern, width=width)
-        launch(m, x, out, 0 if scale is None else scale, stream)
-    return out, scale
-
-
-def _result(name: str, array: Any, shape: tuple[int, ...], element: Any) -> Any:
-    if array is None:
-        return arrays.empty(shape, element)
-    size = np.dtype(element).itemsize
-    if array.shape != shape or array.dtype.itemsize != size or not array.flags.c_contiguous:
-        found = f"{name}: {array.dtype} {tuple(array.shape)}"
-        raise OperandError(f"{found} must be a contiguous {shape} array of {size}-byte elements")
-    return array
+        name = source or FLOATS[x.dtype]
+        launch = plan(name, dtype.name, k, x.strides, aligned(x), architecture(current_device()), pattern, width=width)
+        launch(m, x, out, 0 if scale is None else scale)
 
 
 def aligned(x: Any) -> bool:
@@ -207,9 +135,9 @@ class Launch:
         """What the kernel gets besides its pointers, for m rows."""
         return (m, *self.before, -(-m // 8) * 64 if self.variant.tiled else self.pitch, *self.after)
 
-    def __call__(self, m: int, x: Any, out: Any, scale: Any, stream: Any = None) -> None:
-        """Launch on the current device; arrays, or their addresses, and a CuPy stream."""
-        self.kernel((self.blocks(m),), self.threads, x, out, scale, *self.integers(m), shared=self.shared, stream=stream)
+    def __call__(self, m: int, x: Any, out: Any, scale: Any) -> None:
+        """Launch on the current device, in the current stream; arrays, or their addresses."""
+        self.kernel((self.blocks(m),), self.threads, x, out, scale, *self.integers(m), shared=self.shared)
 
 
 @functools.lru_cache(maxsize=1024)

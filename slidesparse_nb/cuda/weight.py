@@ -292,8 +292,3 @@ def device_weight(
         if not view.flags.c_contiguous or view.data.ptr % 16:
             raise OperandError(f"buffers[{name!r}]: must be contiguous and 16-byte aligned, as to_device made it")
     return DeviceWeight(pattern, scheme, shape, views, current)
-
-
-def arranged_on(packed: PackedWeight) -> dict[int, DeviceWeight]:
-    """The devices that a packed weight is arranged on."""
-    return dict(_arranged.get(packed, {}))

@@ -10,9 +10,10 @@ Linear layers become `SparseLinear`; embeddings, the output head, norms, experts
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -203,18 +204,13 @@ def require_places(model: Any, modules: set[str]) -> None:
             )
 
 
-class named:
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
     """Errors inside name the layer."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ss.SlideSparseError):
-            raise type(error)(f"{self.name}: {error}") from error
+    try:
+        yield
+    except ss.SlideSparseError as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 if NAME not in AUTO_QUANTIZER_MAPPING:

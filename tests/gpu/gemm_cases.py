@@ -1,4 +1,4 @@
-"""What GPU tests of matmul share: kernels of both families, operands, the exact product, how far from it a result may be."""
+"""What GPU tests of matmul share: the kernels, operands, the exact product, how far from it a result may be."""
 
 from __future__ import annotations
 
@@ -11,14 +11,9 @@ import pytest
 
 import slidesparse_nb as ss
 from slidesparse_nb.arch import for_capability, sm90
-from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8
-
-EXACT_ABOVE = 2.0**-23
-"""Error of one addition in float32 that truncates, as tensor cores may."""
-
-ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-"""Relative error of rounding y to its type; for float16 also half its smallest subnormal."""
+from slidesparse_nb.core.dtypes import BFLOAT16, INT8
+from tools.benchmark import check as bounds
+from tools.benchmark.check import product
 
 
 def capability_here():
@@ -93,46 +88,9 @@ def tokens(rng, m, k, dtype):
     return x.astype(dtype)
 
 
-def product(x, packed, bias=None):
-    """y in float64 before it is rounded to its type, and the sum of magnitudes |x| |w|: both [m, n].
-
-    With int8 weights the first is float32 and exact: integers below 2^53 add up in float64, and the epilogue is the
-    reference's.
-    """
-    dtype = packed.dtype
-    q, scale = reference.quantize(x, dtype) if ss.Scheme.of(dtype).scaled else (x.astype(dtype.numpy), None)
-    w = ss.unpack(packed).astype(np.float64)
-    q = q.astype(np.float64)
-    acc, magnitude = q @ w.T, np.abs(q) @ np.abs(w).T
-    if dtype is INT8:
-        y = (acc.astype(np.int32).astype(np.float32) * scale) * packed.scale[:, 0]
-        return (y if bias is None else y + bias.astype(np.float32)), magnitude
-    if scale is not None:
-        acc, magnitude = acc * scale * packed.scale[:, 0], magnitude * scale * packed.scale[:, 0]
-    if bias is not None:
-        acc, magnitude = acc + bias.astype(np.float64), magnitude + np.abs(bias.astype(np.float64))
-    return acc, magnitude
-
-
 def allowed(exact, magnitude, packed, y_dtype):
-    """How far y may be from the exact product, element by element [m, n], and all of it in the norm (None: not bounded).
-
-    int8: not at all, once the exact product is rounded to the type of y. float8 on Hopper's own instruction: its accumulator
-    keeps 13 bits of fraction, so each instruction of 64 slid columns is off by at most a few of their last places, 2^-10 of
-    the sum of magnitudes, and half that in the norm, where errors add up like a random walk. Others: at most ks products and
-    as many additions, each off by at most 2^-23 of a partial sum, which no order of them makes larger than the sum of
-    magnitudes; three roundings by scales and bias; then that to the type of y.
-    """
-    if packed.dtype is INT8:
-        return np.zeros_like(magnitude), None
-    overall = None
-    if packed.dtype is FLOAT8 and for_capability(capability_here()) is sm90.ARCH:
-        steps = -(-packed.ks // 64)
-        bound = sm90.ARCH.error(packed.scheme, packed.ks) * magnitude
-        overall = sm90.FLOAT8_ERROR / 2 * steps**0.5 + ROUNDING[y_dtype.name]
-    else:
-        bound = (packed.ks + 4) * EXACT_ABOVE * magnitude
-    return bound + ROUNDING[y_dtype.name] * (np.abs(exact) + bound) + (2.0**-25 if y_dtype == np.float16 else 0), overall
+    """How far y may be from the exact product on this GPU, element by element and in the norm."""
+    return bounds.allowed(exact, magnitude, packed, y_dtype, for_capability(capability_here()) is sm90.ARCH)
 
 
 def check(y, x, packed, bias=None):
@@ -148,9 +106,8 @@ def compare(y, exact, magnitude, packed):
         return
     bound, overall = allowed(exact, magnitude, packed, y.dtype)
     error = np.abs(y.astype(np.float64) - exact)
-    if overall is not None:
-        off = np.linalg.norm(error) / max(np.linalg.norm(exact), 1e-30)
-        assert off <= overall, f"off by {off:.3g} of the norm"
+    off = np.linalg.norm(error) / max(np.linalg.norm(exact), 1e-30)
+    assert off <= overall, f"off by {off:.3g} of the norm"
     assert (error <= bound).all(), f"off by {error.max():.3g} where {bound[np.unravel_index(error.argmax(), error.shape)]:.3g}"
 
 
@@ -173,6 +130,4 @@ class Wanted:
         exact, bound = self.exact[:m, :n], self.bound[:m, :n]
         error = cupy.abs((y.view(np.uint16).astype(np.uint32) << 16).view(np.float32) - exact)
         off = (~(error <= bound)).sum()  # NaN is off
-        if self.overall is not None:
-            off += ~((error * error).sum() <= self.overall**2 * (exact * exact).sum())
-        return off
+        return off + ~((error * error).sum() <= self.overall**2 * (exact * exact).sum())

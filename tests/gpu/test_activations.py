@@ -40,13 +40,13 @@ def guarded(shape, itemsize):
     return whole[GUARD : whole.size - GUARD].reshape(rows, width * itemsize), whole
 
 
-def check(activations, x, dtype, pattern=None, placed=None, pitch=16):
+def check(activations, x, dtype, pattern=None, placed=None, more=0):
     """Quantize x on the device into guarded, poisoned arrays and compare every byte."""
-    width = activations.row_pitch(x.shape[1], pattern, pitch)
+    width = activations.row_pitch(x.shape[1], pattern) + more
     out, out_whole = guarded((x.shape[0], width), 1)
     scale, scale_whole = guarded((x.shape[0], 1), 4)
     given = on_device(x) if placed is None else placed
-    activations.quantize(given, dtype, pattern=pattern, pitch=pitch, out=out, scale=scale.view(cp.float32))
+    activations.write(given, dtype, out, scale.view(cp.float32), pattern, width)
     same(out.get(), scale.view(cp.float32).get(), quantized(x, dtype, pattern, width))
     for whole in (out_whole, scale_whole):
         host = whole.get()
@@ -134,9 +134,9 @@ def check_tiles(activations, x, dtype, pattern, placed=None):
     out, out_whole = guarded((1, expected.size), 1)
     scale, scale_whole = guarded((x.shape[0], 1), 4)
     given = on_device(x) if placed is None else placed
-    source = dtype if x.dtype == dtype.numpy else None
+    source = dtype.name if x.dtype == dtype.numpy else ""
     scales = None if expected_scale is None else scale.view(cp.float32)
-    activations.tiles(given, dtype, pattern, source=source, out=out.reshape(expected.shape), scale=scales)
+    activations.write(given, dtype, out.reshape(expected.shape), scales, pattern, source=source)
     np.testing.assert_array_equal(one_nan(out.get().reshape(expected.shape), dtype), one_nan(expected, dtype))
     if expected_scale is None:
         assert (scale.get() == 0x5A).all()
@@ -215,10 +215,10 @@ def test_a_thousand_tiles_agree_while_launches_overlap(activations) -> None:
     again, unscaled = cp.empty_like(wanted[0]), cp.empty((300, 1), cp.float32)
     for i in range(1000):
         x.view(cp.uint16)[...] = xs[i % 2].view(cp.uint16)
-        activations.quantize(x, FLOAT8, out=values, scale=scale)  # then, from what it writes, the tiles
-        activations.tiles(values, FLOAT8, pattern, source=FLOAT8, out=again)
+        activations.write(x, FLOAT8, values, scale, width=3584)  # then, from what it writes, the tiles
+        activations.write(values, FLOAT8, again, None, pattern, source=FLOAT8.name)
         differ += (again != wanted[i % 2]).any()
-        activations.tiles(x, FLOAT8, pattern, out=again, scale=unscaled)
+        activations.write(x, FLOAT8, again, unscaled, pattern)
         differ += (again != wanted[i % 2]).any() + (unscaled.view(cp.uint32) != scale.view(cp.uint32)).any()
     assert int(differ) == 0
 
@@ -246,7 +246,7 @@ def laid_out(x, layout):
 @pytest.mark.parametrize("layout", ["odd address", "padded rows", "transposed", "every second", "backwards"])
 def test_strides(activations, layout) -> None:
     x = awkward_rows(40, 512, FLOAT16.numpy)
-    check(activations, x, FLOAT8, placed=laid_out(x, layout), pitch=128)
+    check(activations, x, FLOAT8, placed=laid_out(x, layout), more=112)
 
 
 def test_many_rows(activations) -> None:
@@ -274,7 +274,7 @@ def test_streams_threads_and_graph(activations) -> None:
     def work(i: int) -> None:
         with cp.cuda.Stream(non_blocking=True) as stream:
             for _ in range(50):
-                results[i] = activations.quantize(given[i], INT8, stream=stream)
+                results[i] = activations.quantize(given[i], INT8)
             stream.synchronize()
 
     cp.cuda.get_current_stream().synchronize()
@@ -291,7 +291,7 @@ def test_streams_threads_and_graph(activations) -> None:
     stream = cp.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
-        activations.quantize(x, INT8, out=out, scale=scale)
+        activations.write(x, INT8, out, scale, width=3584)
         graph = stream.end_capture()
         for i in (1, 2):
             x[...] = given[i]
@@ -303,11 +303,13 @@ def test_streams_threads_and_graph(activations) -> None:
 
 def test_a_thousand_launches_agree(activations) -> None:
     x = on_device(awkward_rows(300, 18944, BFLOAT16.numpy))
-    first, scale = activations.quantize(x, FLOAT8, pattern=Pattern(6, 8))
-    differ = cp.zeros((), cp.int64)
-    again = cp.empty_like(first)
+    pattern = Pattern(6, 8)
+    width = activations.row_pitch(18944, pattern)
+    first, again = (cp.empty((300, width), cp.uint8) for _ in range(2))
+    differ, scale = cp.zeros((), cp.int64), cp.empty((300, 1), cp.float32)
+    activations.write(x, FLOAT8, first, scale, pattern, width)
     for _ in range(1000):
-        activations.quantize(x, FLOAT8, pattern=Pattern(6, 8), out=again, scale=scale)
+        activations.write(x, FLOAT8, again, scale, pattern, width)
         differ += (again != first).any()
     assert int(differ) == 0
 

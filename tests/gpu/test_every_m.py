@@ -43,7 +43,7 @@ UNWRITTEN = 0x7FA5
 """A NaN that no kernel writes."""
 
 SHAPES = [(200, 520), (131, 20003), (8504, 264)]
-"""(n, k): small; split-K in clusters, and rows of x and y that are not aligned; more tiles than processors, so two launches."""
+"""(n, k): small; split-K in clusters, and rows of x and y that are not aligned; more tiles than SMs, so two launches."""
 
 LAYERS = [(4608, 3584), (3584, 18944)]
 SOME_M = (1, 7, 16, 33, 64, 100, 129, 256, 300)
@@ -91,7 +91,7 @@ def made(dtype, n, k, most, full):
 
 
 made_once = functools.cache(made)
-"""For both families."""
+"""For both kernels."""
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
@@ -133,7 +133,7 @@ def ways_of_each_kind(asked, buffers):
 
 
 class Neighbour:
-    """Work on another stream: another product, and a pass over more memory than the second-level cache holds."""
+    """Work on another stream: another product, and a pass over more memory than L2 holds."""
 
     def __init__(self, dtype):
         self.stream = cp.cuda.Stream(non_blocking=True)
@@ -159,7 +159,7 @@ def random_weight(n, k, dtype):
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("shape", LAYERS, ids=str)
 def test_every_run_gives_the_same_bits(gemm, family, dtype, shape):
-    """Alone, and while another stream keeps processors, caches and memory busy."""
+    """Alone, and while another stream keeps SMs, caches and memory busy."""
     n, k = shape
     packed, x, neighbour = random_weight(n, k, dtype), random_numbers(MOST, k), Neighbour(dtype)
     device, tally, kinds = gemm.to_device(packed), Tally(), set()
@@ -198,7 +198,7 @@ def test_every_run_gives_the_same_bits(gemm, family, dtype, shape):
 
 
 def few_stages(stages, dtype):
-    """A k, not of whole groups, whose slid columns fill so many stages of Hopper's kernel, 128 bytes each."""
+    """A k, not of whole groups, whose expanded columns fill so many stages of Hopper's kernel, 128 bytes each."""
     return 8 * (128 * stages * 8 // dtype.bits // 12) - 1
 
 
@@ -208,7 +208,7 @@ def size_of(config):
 
 
 def shared_out(config, m, n, stages, sms):
-    """The launches of all tiles: on a block a processor, on few, on a block each; split-K."""
+    """The launches of all tiles: on a block an SM, on few, on a block each; split-K."""
     if isinstance(config, sm80.Config):
         return [(config,)]
     config = replace(config, row_tiles=(0, -(-n // 64)))
@@ -223,7 +223,7 @@ def shared_out(config, m, n, stages, sms):
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
 def test_as_many_tiles_as_processors_and_few_stages(gemm, family, dtype, stages):
-    """1 tile, one less than processors, as many, one more; with one row of tiles and two, of 1 token, or full."""
+    """1 tile, one less than SMs, as many, one more; with one row of tiles and two, of 1 token, or full."""
     sms = sms_here()
     configs = [c for c in family.kernels(P, dtype, OUT, capability_here()) if not isinstance(c, sm90.Expansion)]
     widest, tallest = (max(size) for size in zip(*map(size_of, configs), strict=True))

@@ -192,17 +192,6 @@ def test_refuses_what_is_not_finite(weights, dtype, prune) -> None:
             weights.pack(on_device(w.astype(source)), Pattern(6, 8), dtype, prune=prune)
 
 
-@pytest.mark.parametrize("scale", [[-1, 1], [1, 1e-300], [1, np.nan], [1j, 1], [1, 2, 3]], ids=str)
-def test_scales_are_refused_as_on_the_cpu(scale) -> None:
-    w = np.ones((2, 6), np.int8)
-    with pytest.raises(OperandError) as wanted:
-        packing.pack(w, scale=np.array(scale))
-    for given in (np.array(scale), cp.asarray(scale)):
-        with pytest.raises(OperandError) as error:
-            packing.pack(cp.asarray(w), scale=given)
-        assert str(error.value) == str(wanted.value)
-
-
 @pytest.mark.parametrize("value", [-1, -1e-300, np.nan, np.inf, 1e300])
 def test_scores_are_refused_as_on_the_cpu(value) -> None:
     w, score = np.ones((30, 400), np.float32), np.ones((30, 400))

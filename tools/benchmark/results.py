@@ -34,7 +34,7 @@ CEILINGS = {
     }
 }
 """GPU -> type -> load -> operations a second of wgmma.sp m64n256 alone, both operands in shared memory, nothing loaded, random
-operands, 132 SMs: measured 2026-11-22. They count two operations for each of the m n ks products of the slid weights, zeros
+operands, 132 SMs: measured 2026-11-22. They count two operations for each of the m n ks products of the expanded weights, zeros
 too. fp16 has bf16's, whose rate it shares."""
 
 Number = int | float
@@ -272,7 +272,7 @@ def _row(results: Results, part: str, suite: str, layer: str, type: str, pattern
 
 
 def work(part: str, kind: Kind, pattern: str, m: int, n: int, k: int) -> tuple[float, float, float]:
-    """What one layer takes at least: operations of the dense product, of the slid one, and bytes read and written once.
+    """What one layer takes at least: operations of the dense product, of the expanded one, and bytes read and written once.
 
     Activations are counted as they are, not as any kernel lays them out; weights are `PackedWeight.nbytes`.
     """
