@@ -65,12 +65,12 @@ def product(x: Array, packed: ss.PackedWeight, bias: Array | None = None) -> tup
 
 
 def allowed(
-    exact: Array, magnitude: Array, packed: ss.PackedWeight, y_type: np.dtype[Any], hopper: bool = True
+    exact: Array, magnitude: Array, packed: ss.PackedWeight, y_type: np.dtype[Any], short_sums: bool = True
 ) -> tuple[Array, float]:
     """How far y may be from its `product`, element by element [r, c], and all of it in the norm.
 
-    int8: not at all, once the product is rounded to the type of y. float8 by Hopper's own instruction: its accumulator keeps 13
-    bits of fraction, so each instruction of 64 expanded columns is off by at most a few of their last places, and half that in
+    int8: not at all, once the product is rounded to the type of y. float8 with short sums, as of Hopper's own instruction: they
+    have 13 bits of fraction, so each instruction of 64 expanded columns is off by at most a few of their last places, and half that in
     the norm, where errors add up like a random walk. Others: at most ks products and as many additions, each off by at most
     ADDITION of a partial sum, which no order of them makes larger than the sum of magnitudes; three roundings by scales and
     bias; then that to the type of y.
@@ -78,7 +78,7 @@ def allowed(
     if packed.scheme.accumulator == np.int32:
         return np.zeros_like(magnitude), 0.0
     rounding = ROUNDING[y_type.name]
-    if hopper and packed.dtype.name == "float8_e4m3fn":
+    if short_sums and packed.dtype.name == "float8_e4m3fn":
         steps = -(-packed.ks // 64)
         bound, overall = steps * FLOAT8_STEP * magnitude, FLOAT8_STEP / 2 * steps**0.5
     else:
