@@ -70,10 +70,10 @@ def allowed(
     """How far y may be from its `product`, element by element [r, c], and all of it in the norm.
 
     int8: not at all, once the product is rounded to the type of y. float8 with short sums, as of Hopper's own instruction: they
-    have 13 bits of fraction, so each instruction of 64 expanded columns is off by at most a few of their last places, and half that in
-    the norm, where errors add up like a random walk. Others: at most ks products and as many additions, each off by at most
-    ADDITION of a partial sum, which no order of them makes larger than the sum of magnitudes; three roundings by scales and
-    bias; then that to the type of y.
+    have 13 bits of fraction, so each instruction of 64 expanded columns is off by at most a few of their last places, and half
+    that in the norm, where errors add up like a random walk. Others: at most ks products and as many additions, each off by at
+    most ADDITION of a partial sum, which no order of them makes larger than the sum of magnitudes; three roundings by scales
+    and bias; then that to the type of y.
     """
     if packed.scheme.accumulator == np.int32:
         return np.zeros_like(magnitude), 0.0
