@@ -35,7 +35,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def stranger(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def unknown_gpu(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A GPU on which we ran nothing."""
     monkeypatch.setattr(arch, "RAN", frozenset())
     monkeypatch.setattr(arch, "LEFT_ASIDE", set())
@@ -98,18 +98,18 @@ def test_products_are_the_references(tests: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
-def test_a_right_kernel_is_tested_once_for_a_device_and_driver(stranger: Any, dtype: Any) -> None:
+def test_a_right_kernel_is_tested_once_for_a_device_and_driver(unknown_gpu: Any, dtype: Any) -> None:
     packed, x = weight(40, 96, dtype), tokens(7)
     close(ops().matmul(x, packed), wanted(x, packed))
-    tests = stranger.self_test
-    first, outcomes = len(stranger.launched), tests.outcomes(here())
+    tests = unknown_gpu.self_test
+    first, outcomes = len(unknown_gpu.launched), tests.outcomes(here())
     assert outcomes
     assert all(outcome.passed for outcome in outcomes)
-    restart(stranger)
+    restart(unknown_gpu)
     close(ops().matmul(x, weight(40, 96, dtype)), wanted(x, packed))
-    assert len(stranger.launched) - first <= 3
+    assert len(unknown_gpu.launched) - first <= 3
     tests.driver.release = lambda: "1.2.4"
-    restart(stranger)
+    restart(unknown_gpu)
     assert tests.outcomes(here()) == []
     close(ops().matmul(x, weight(40, 96, dtype)), wanted(x, packed))
     assert len(tests.outcomes(here())) == len(outcomes)
@@ -138,16 +138,16 @@ def spoiled_first(gpu: Any, packed: Any, m: int, spoil: Any) -> Any:
     return first
 
 
-def test_a_wrong_kernel_gives_way_to_the_next_candidate(stranger: Any) -> None:
-    packed, x, tests = weight(40, 96, INT8), tokens(7), stranger.self_test
-    first = spoiled_first(stranger, packed, 7, one_wrong)
+def test_a_wrong_kernel_gives_way_to_the_next_candidate(unknown_gpu: Any) -> None:
+    packed, x, tests = weight(40, 96, INT8), tokens(7), unknown_gpu.self_test
+    first = spoiled_first(unknown_gpu, packed, 7, one_wrong)
     for _ in range(2):  # in this process and in the next
-        there = stranger.gemm.to_device(weight(40, 96, INT8))
+        there = unknown_gpu.gemm.to_device(weight(40, 96, INT8))
         chosen = there.bind(7, "bfloat16").plan.configs
         assert not tests.kernels(chosen) & tests.kernels(first)
         close(ops().matmul(x, there), wanted(x, packed))
-        restart(stranger)
-        stranger.spoil = lambda config, y: y
+        restart(unknown_gpu)
+        unknown_gpu.spoil = lambda config, y: y
     failed = [outcome for outcome in tests.outcomes(here()) if not outcome.passed]
     assert failed
     assert f"on {here().name}, compute capability 9.0, driver 1.2.3: 1 of " in failed[0].text
@@ -157,19 +157,19 @@ def test_a_wrong_kernel_gives_way_to_the_next_candidate(stranger: Any) -> None:
     assert found[-1][0] == "ok"
 
 
-def test_a_launch_that_the_driver_refuses_is_a_failure(stranger: Any) -> None:
+def test_a_launch_that_the_driver_refuses_is_a_failure(unknown_gpu: Any) -> None:
     launch = importlib.import_module("slidesparse_nb.cuda.launch")
 
     def refused(config: Any, y: Any) -> Any:
         raise launch.LaunchError("launch: refused")
 
-    first = spoiled_first(stranger, packed := weight(40, 96, INT8), 7, refused)
-    there = stranger.gemm.to_device(packed)
-    assert not stranger.self_test.kernels(there.bind(7, "bfloat16").plan.configs) & stranger.self_test.kernels(first)
-    assert "launch: refused; y[" in stranger.self_test.outcomes(here())[0].text
+    first = spoiled_first(unknown_gpu, packed := weight(40, 96, INT8), 7, refused)
+    there = unknown_gpu.gemm.to_device(packed)
+    assert not unknown_gpu.self_test.kernels(there.bind(7, "bfloat16").plan.configs) & unknown_gpu.self_test.kernels(first)
+    assert "launch: refused; y[" in unknown_gpu.self_test.outcomes(here())[0].text
 
 
-def test_a_capture_is_no_failure_of_the_kernel(stranger: Any) -> None:
+def test_a_capture_is_no_failure_of_the_kernel(unknown_gpu: Any) -> None:
     cupy: Any = importlib.import_module("cupy")
     error = cupy.cuda.runtime.CUDARuntimeError("cudaErrorStreamCaptureUnsupported")
     error.status = 900
@@ -177,13 +177,13 @@ def test_a_capture_is_no_failure_of_the_kernel(stranger: Any) -> None:
     def captured(config: Any, y: Any) -> Any:
         raise error
 
-    stranger.spoil = captured
+    unknown_gpu.spoil = captured
     with pytest.raises(UnsupportedError, match="while a CUDA graph is captured; multiply 300 tokens once before"):
         ops().matmul(tokens(300), weight(40, 96, INT8))
-    assert stranger.self_test.outcomes(here()) == []
+    assert unknown_gpu.self_test.outcomes(here()) == []
 
 
-def test_a_kernel_that_stops_the_gpu_ends_the_process_and_is_left_aside_by_the_next(stranger: Any) -> None:
+def test_a_kernel_that_stops_the_gpu_ends_the_process_and_is_left_aside_by_the_next(unknown_gpu: Any) -> None:
     cupy: Any = importlib.import_module("cupy")
     stopped: list[Any] = []
 
@@ -191,49 +191,49 @@ def test_a_kernel_that_stops_the_gpu_ends_the_process_and_is_left_aside_by_the_n
         stopped.append(cupy.cuda.runtime.CUDARuntimeError("cudaErrorIllegalInstruction"))
         raise stopped[0]
 
-    first = spoiled_first(stranger, packed := weight(40, 96, INT8), 7, stop)
+    first = spoiled_first(unknown_gpu, packed := weight(40, 96, INT8), 7, stop)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cupy.cuda.Stream, "synchronize", lambda stream: stop() if stopped else None)
         with pytest.raises(
             SlideSparseError, match=r"cudaErrorIllegalInstruction; y.* start it again, and that kernel is left aside"
         ):
-            stranger.gemm.to_device(packed).bind(7, "bfloat16")
-    restart(stranger)
-    chosen = stranger.gemm.to_device(weight(40, 96, INT8)).bind(7, "bfloat16").plan.configs
-    assert not stranger.self_test.kernels(chosen) & stranger.self_test.kernels(first)
+            unknown_gpu.gemm.to_device(packed).bind(7, "bfloat16")
+    restart(unknown_gpu)
+    chosen = unknown_gpu.gemm.to_device(weight(40, 96, INT8)).bind(7, "bfloat16").plan.configs
+    assert not unknown_gpu.self_test.kernels(chosen) & unknown_gpu.self_test.kernels(first)
 
 
-def test_no_kernel_left(stranger: Any) -> None:
-    stranger.spoil = one_wrong
+def test_no_kernel_left(unknown_gpu: Any) -> None:
+    unknown_gpu.spoil = one_wrong
     with pytest.raises(
         UnsupportedError, match=r"^device: no kernel for y\[7, 40\] .* passes its self-test on NumPy in .*doctor"
     ):
         ops().matmul(tokens(7), weight(40, 96, BFLOAT16))
-    failed = stranger.self_test.outcomes(here())
+    failed = unknown_gpu.self_test.outcomes(here())
     assert failed
     assert not any(outcome.passed for outcome in failed)
-    if stranger.own:  # three of its kernels were tried, then every portable one
-        assert len([outcome for outcome in failed if outcome.text.startswith("sm90")]) == stranger.self_test.TRIED
+    if unknown_gpu.own:  # three of its kernels were tried, then every portable one
+        assert len([outcome for outcome in failed if outcome.text.startswith("sm90")]) == unknown_gpu.self_test.TRIED
 
 
-def test_a_broken_outcome_is_no_outcome(stranger: Any) -> None:
-    packed, x, tests = weight(40, 96, INT8), tokens(7), stranger.self_test
+def test_a_broken_outcome_is_no_outcome(unknown_gpu: Any) -> None:
+    packed, x, tests = weight(40, 96, INT8), tokens(7), unknown_gpu.self_test
     ops().matmul(x, packed)
     for text in ("", "[]", json.dumps({"passed": "yes", "text": "x"})):
         for place in tests.folder(here()).glob("*.json"):
             place.write_text(text)
         assert tests.outcomes(here()) == []
-        restart(stranger)
+        restart(unknown_gpu)
         ops().matmul(x, weight(40, 96, INT8))
         assert tests.outcomes(here())[0].passed
 
 
-def test_tuning_times_no_wrong_kernel(stranger: Any) -> None:
+def test_tuning_times_no_wrong_kernel(unknown_gpu: Any) -> None:
     packed = weight(40, 96, INT8)
     timing: Any = importlib.import_module("slidesparse_nb.tuning.race")
     timing = importlib.reload(timing)
-    first = spoiled_first(stranger, packed, 7, one_wrong)
+    first = spoiled_first(unknown_gpu, packed, 7, one_wrong)
     track = timing.Track(packed, None)
     likely = track.likely(track.problem(7, "bfloat16"))
     assert likely
-    assert not any(stranger.self_test.kernels(c) & stranger.self_test.kernels(first) for c in likely)
+    assert not any(unknown_gpu.self_test.kernels(c) & unknown_gpu.self_test.kernels(first) for c in likely)

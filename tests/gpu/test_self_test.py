@@ -25,7 +25,7 @@ FAULT = "(threadIdx.x % 32 == 31 && e >> 28 == 14 ? 3u << 28 : 0)"
 
 
 @pytest.fixture(autouse=True)
-def stranger(monkeypatch, tmp_path):
+def unknown_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(arch, "RAN", frozenset())
     monkeypatch.setattr(arch, "LEFT_ASIDE", set())
