@@ -198,6 +198,10 @@ def _sums(logs: list[torch.Tensor], targets: torch.Tensor, counts: torch.Tensor)
     columns = [*losses, *(torch.zeros_like(losses[0]),) * (4 - len(losses))]
     if len(logs) == 2:
         own, other = logs
+        if own.shape[-1] != other.shape[-1]:
+            raise ss.OperandError(
+                f"against: its vocabulary has {other.shape[-1]} tokens, not {own.shape[-1]}; compare models of one vocabulary"
+            )
         columns[2] = (other.exp() * (other - own)).sum(-1)
         columns[3] = (own.argmax(-1) == other.argmax(-1)).float()
     return torch.stack([column[counts].double().sum() for column in columns])

@@ -227,7 +227,10 @@ class _Work:
         try:
             errors = self.by_statistics() if self.options.statistics is not None else self.by_blocks(report)
         except SlideSparseError:
-            self.parts.discard()
+            if self.parts.resumed:  # of another run, whose work is not lost
+                self.parts.close()
+            else:
+                self.parts.discard()
             raise
         except BaseException as error:
             self.parts.close()

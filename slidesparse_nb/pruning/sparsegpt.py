@@ -203,7 +203,7 @@ def _rounding(columns: Any, scheme: Scheme) -> Rounding:
     """How a scheme rounds a column, where `columns` [k, n] are about the weights that will be stored."""
     xp, element = namespace(columns), scheme.dtype
     if not scheme.scaled or not len(columns):
-        return lambda fixed, j: to_grid(fixed, element.name, element.largest)
+        return lambda fixed, j: to_grid(fixed, element.name, np.inf)  # what overflows is refused where it is stored
     largest, t = xp.abs(columns).max(axis=0), np.float32(element.largest)
     pinned = xp.abs(columns).argmax(axis=0)
     sign = xp.sign(xp.take_along_axis(columns, pinned[None], axis=0)[0])
