@@ -204,14 +204,14 @@ def quantize(
         form = for_capability(device_facts(ordinal)[0], scheme=scheme).operand(pattern, k, scheme)
     if before is not None:
         made = _fused(flat, before, form, ordinal, k, pattern, dtype)
-        if made is not None:
-            values, scale, kept = made
-        else:
+        if made is None:
             flat, kept = before(flat)
+        else:
+            values, scale, kept = made
         kept = None if kept is None else kept.reshape(x.shape)
-        if made is not None and form.tiled:
-            return TiledActivations(values, pattern, k, scale, lead, dtype, source), kept
         if made is not None:
+            if form.tiled:
+                return TiledActivations(values, pattern, k, scale, lead, dtype, source), kept
             return QuantizedActivations(values[:, :k], scale, lead, dtype, source), kept
     if form.tiled:
         tiles, scale = kernels.tiles(flat, dtype, pattern)

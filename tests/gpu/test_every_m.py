@@ -198,7 +198,7 @@ def test_every_run_gives_the_same_bits(gemm, family, dtype, shape):
 
 
 def few_stages(stages, dtype):
-    """A k, not of whole groups, whose expanded columns fill so many stages of Hopper's kernel, 128 bytes each."""
+    """A k, not of whole groups, whose expanded columns fill this number of stages of Hopper's kernel, 128 bytes each."""
     return 8 * (128 * stages * 8 // dtype.bits // 12) - 1
 
 
