@@ -13,11 +13,11 @@ import pytest
 from numpy_gpu import BF16, P, array, close, gpu, numpy_for_cupy, ops, wanted, weight
 
 from slidesparse_nb import arch, doctor
-from slidesparse_nb.arch import sm80_layout
+from slidesparse_nb.arch import sm80, sm80_layout
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, INT8, PACKED
 from slidesparse_nb.core.packed import ORDERED_NIBBLES
-from slidesparse_nb.core.pattern import known_patterns
+from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.core.problem import Device, GemmProblem
 from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.errors import SlideSparseError, UnsupportedError
@@ -87,6 +87,15 @@ def test_operands_show_every_nibble_in_every_fragment_position(tests: Any, patte
         magnitudes = np.abs(made.x.astype(np.float64)) @ np.abs(reference.unpack(made.packed).astype(np.float64)).T
         assert magnitudes.max() < (2**24 if dtype is INT8 else 2**13)
         assert all(size % tile for size, tile in ((m, 8), (n, 16), (k, 16)))
+
+
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+def test_rows_lifted_in_memory_lie_one_behind_another(tests: Any, dtype: Any) -> None:
+    pattern, x = Pattern(16, 18), np.arange(3 * 40).reshape(3, 40).astype(dtype.numpy)
+    form = sm80.ARCH.operand(pattern, 40, Scheme.of(dtype))
+    rows = tests._operand(form, x, pattern)
+    assert rows.flags.c_contiguous
+    assert rows.tobytes() == b"".join(row.tobytes().ljust(form.pitch, b"\0") for row in reference.lift(x, pattern))
 
 
 def test_products_are_the_references(tests: Any) -> None:

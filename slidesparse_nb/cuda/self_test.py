@@ -119,7 +119,7 @@ def _operand(form: Operand, x: Array, pattern: Pattern) -> Array:
     """x [m, k] as bytes in the layout that a kernel loads."""
     if form.tiled:
         return image(x, pattern)
-    values = (reference.lift(x, form.lift) if form.lift else x).view(np.uint8)
+    values = np.ascontiguousarray(reference.lift(x, form.lift) if form.lift else x).view(np.uint8)
     return np.pad(values, ((0, 0), (0, form.pitch - values.shape[1])))
 
 

@@ -37,7 +37,7 @@ from ..errors import OperandError, UnsupportedError
 from .groups import kept, matrix, namespace
 from .refine import refine
 
-DAMPING = 0.01
+DAMPING = 0.1
 """Share of H's diagonal that is added to it. The paper adds a share of the mean, which a few large inputs decide: in one layer
 of SmolLM2-135M it is 550 times the median, so that 0.01 of it hides what the other inputs say."""
 
