@@ -32,7 +32,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--tokens", type=click.IntRange(1), default=65536, show_default=True, help="Of the text, from its beginning.")
 @click.option("--window", type=click.IntRange(1), default=2048, show_default=True, help="Tokens that the model reads at once.")
 @click.option("--scheme", metavar="TYPE", help="Of sparsegpt: make up for rounding to INT8_W8A8, FP8_DYNAMIC ..., too.")
-@click.option("--damping", type=float, default=0.01, show_default=True, help="Of sparsegpt: share of the Hessian's diagonal.")
+@click.option("--damping", type=float, default=0.1, show_default=True, help="Of sparsegpt: share of the Hessian's diagonal.")
 @click.option("--statistics", type=FILE, help="In place of a text: a file that --save-statistics made.")
 @click.option(
     "--save-statistics",

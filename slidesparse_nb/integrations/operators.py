@@ -1,6 +1,6 @@
 """PyTorch's operators over packed weights, torch.ops.slidesparse, and tensors as arrays of NumPy and CuPy.
 
-    linear = quantize, then product;  rms_norm_quantize, silu_and_mul_quantize: what comes before, too, in one pass
+    linear = quantize, then product;  rms_norm_linear, silu_and_mul_linear, gelu_and_mul_linear: what comes before, too
 
 Results, scratch memory and arranged weights are PyTorch's memory, in PyTorch's current stream. Weights are operands of the
 operators, never addresses or counters in a graph, so that compiled graphs may be cached on disk and shared by layers.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,16 +153,16 @@ _TAGS = (torch.Tag.needs_fixed_stride_order,)
 LIBRARY.define("linear(Tensor x, Tensor[] weight, Tensor? bias, int n, int k, str facts) -> Tensor", tags=_TAGS)
 LIBRARY.define("quantize(Tensor x, Tensor[] weight, int n, int k, str facts) -> (Tensor, Tensor)", tags=_TAGS)
 LIBRARY.define(
-    "rms_norm_quantize(Tensor x, Tensor? residual, Tensor gamma, float epsilon, Tensor[] weight, int n, int k, str facts)"
-    " -> (Tensor, Tensor, Tensor)",
+    "rms_norm_linear(Tensor x, Tensor? residual, Tensor gamma, float epsilon, Tensor[] weight, Tensor? bias, int n, int k,"
+    " str facts) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 GATES = {
     "silu_and_mul": torch.nn.functional.silu,
     "gelu_and_mul": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
 }
-for _name in GATES:
-    LIBRARY.define(f"{_name}_quantize(Tensor x, Tensor[] weight, int n, int k, str facts) -> (Tensor, Tensor)", tags=_TAGS)
+for _kind in GATES:
+    LIBRARY.define(f"{_kind}_linear(Tensor x, Tensor[] weight, Tensor? bias, int n, int k, str facts) -> Tensor", tags=_TAGS)
 LIBRARY.define(
     "product(Tensor operand, Tensor scale, Tensor[] weight, Tensor? bias, ScalarType out, int n, int k, str facts) -> Tensor",
     tags=_TAGS,
@@ -239,16 +239,12 @@ def _rows(x: Tensor, m: int, k: int, size: int) -> tuple[Tensor, tuple[int, int]
 
 def _linear_cuda(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str) -> Tensor:
     m = _check(x, weight, bias, n, k)
-    device = x.get_device()
-    if device != _device():
-        with torch.cuda.device(device):
-            return _linear_cuda(x, weight, bias, n, k, facts)
     y = x.new_empty((*x.shape[:-1], n))
     if m and n:
         there = _known(weight, n, k, facts)
         name, size, _ = FLOATS[x.dtype]
         x, strides = _rows(x, m, k, size)
-        at, stream = x.data_ptr(), _stream(device)
+        at, stream = x.data_ptr(), _stream(x.get_device())
         if (name, strides, at % 16) not in there.writers:
             _require_no_capture(f"x: tokens with strides {x.stride()} were not multiplied by this weight")
         bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
@@ -273,13 +269,12 @@ def _linear_fake(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: in
 
 def _quantize_cuda(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
     m = _check(x, weight, None, n, k)
-    device = x.get_device()
-    with torch.cuda.device(device):
-        there, operand, scale = _operand(x, m, weight, n, k, facts)
-        name, size, _ = FLOATS[x.dtype]
-        if m:
-            rows, strides = _rows(x, m, k, size)
-            there.quantize(m, rows.data_ptr(), name, strides, operand.data_ptr(), scale.data_ptr(), _stream(device))
+    there = _known(weight, n, k, facts)
+    operand, scale = x.new_empty(there.operand.bytes(m), dtype=torch.uint8), _scale(x, m, there.scaled)
+    name, size, _ = FLOATS[x.dtype]
+    if m:
+        rows, strides = _rows(x, m, k, size)
+        there.quantize(m, rows.data_ptr(), name, strides, operand.data_ptr(), scale.data_ptr(), _stream(x.get_device()))
     return operand, scale
 
 
@@ -314,29 +309,29 @@ def _gate_and_mul(kind: str, x: Tensor) -> Tensor:
     return made
 
 
-def _rms_norm_quantize_cuda(
-    x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float, weight: Sequence[Tensor], n: int, k: int, facts: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_norm_linear_cuda(
+    x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float, weight: Sequence[Tensor], bias: Tensor | None, n: int,
+    k: int, facts: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     others = [gamma] if residual is None else [gamma, residual]
     if _fits(x, k) and all(a.dtype == x.dtype and a.is_contiguous() and a.data_ptr() % 16 == 0 for a in others):
-        with torch.cuda.device(x.device):
-            there, rows, operand, scale, to = _fused(x, weight, n, k, facts, "rms_norm" if residual is None else "add_rms_norm")
-            kept = x.new_empty(0) if residual is None else torch.empty_like(residual)
-            added, sums = (0, 0) if residual is None else (residual.data_ptr(), kept.data_ptr())
-            if there.rms_norm(*rows, added, gamma.data_ptr(), sums, epsilon, *to):
-                return operand, scale, kept
-    return _rms_norm_quantize(x, residual, gamma, epsilon, weight, n, k, facts)
+        there = _known(weight, n, k, facts)
+        kept = x.new_empty(0) if residual is None else torch.empty_like(residual)
+        added, sums = (0, 0) if residual is None else (residual.data_ptr(), kept.data_ptr())
+        kind, given = "add_rms_norm" if added else "rms_norm", (added, gamma.data_ptr(), sums, epsilon)
+        if (y := _fused(there, kind, there.rms_norm, x, given, weight, bias)) is not None:
+            return y, kept
+    return _rms_norm_linear(x, residual, gamma, epsilon, weight, bias, n, k, facts)
 
 
-def _gate_and_mul_quantize_cuda(
-    kind: str, x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str
-) -> tuple[Tensor, Tensor]:
+def _gate_and_mul_linear_cuda(
+    kind: str, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str
+) -> Tensor:
     if _fits(x, 2 * k):
-        with torch.cuda.device(x.device):
-            there, rows, operand, scale, to = _fused(x, weight, n, k, facts, kind)
-            if there.gate_and_mul(kind, *rows, *to):
-                return operand, scale
-    return _gate_and_mul_quantize(kind, x, weight, n, k, facts)
+        there = _known(weight, n, k, facts)
+        if (y := _fused(there, kind, functools.partial(there.gate_and_mul, kind), x, (), weight, bias)) is not None:
+            return y
+    return _gate_and_mul_linear(kind, x, weight, bias, n, k, facts)
 
 
 def _fits(x: Tensor, columns: int) -> bool:
@@ -347,21 +342,30 @@ def _fits(x: Tensor, columns: int) -> bool:
     )  # fmt: skip
 
 
-def _fused(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str, kind: str) -> tuple[Any, ...]:
-    """The DeviceWeight; x as its methods take it; memory for the operand and scales, and their addresses with the stream's."""
-    there, operand, scale = _operand(x, len(x), weight, n, k, facts)
-    name, pitch = FLOATS[x.dtype][0], x.stride(0) * 2
+def _fused(
+    there: Any, kind: str, write: Callable[..., bool], x: Tensor, given: tuple[Any, ...], weight: Sequence[Tensor],
+    bias: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """The product of what `write`, the DeviceWeight's, makes of x; None, and nothing is launched, where no kernel does that.
+
+    Args:
+        kind: of `there.fused`; given: arguments of `write` between the rows of x and where it writes.
+    """
+    _check_places(x, weight, bias, there.n)
+    m, (name, _, _), pitch, stream = len(x), FLOATS[x.dtype], x.stride(0) * 2, _stream(x.get_device())
     if (name, pitch, kind) not in there.fused:
         _require_no_capture(f"x: rows of {pitch} bytes were not given to {kind} of this weight")
-    to = operand.data_ptr(), scale.data_ptr(), _stream(x.get_device())
-    return there, (len(x), x.data_ptr(), name, pitch), operand, scale, to
-
-
-def _operand(x: Tensor, m: int, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Any, Tensor, Tensor]:
-    """The DeviceWeight, and memory for m tokens' operand and scales."""
-    there = _known(weight, n, k, facts)
-    operand = torch.empty(there.operand.bytes(m), dtype=torch.uint8, device=x.device)
-    return there, operand, _scale(x, m, there.scaled)
+    bound, y = _bound(there, m, name), x.new_empty((m, there.n))
+    bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
+    scratch = _take(bound.plan.bytes, stream)
+    try:
+        scale = scratch + bound.plan.scale_at if there.scaled else 0
+        if not write(m, x.data_ptr(), name, pitch, *given, scratch, scale, stream):
+            return None
+        there.multiply(bound, scratch, bound.plan.operand.pitch, scale, y.data_ptr(), there.n, scratch, stream, bias_at, code)
+    finally:
+        _give(scratch)
+    return y
 
 
 def _scale(x: Tensor, m: int, scaled: bool) -> Tensor:
@@ -369,22 +373,26 @@ def _scale(x: Tensor, m: int, scaled: bool) -> Tensor:
     return x.new_empty((m,) if scaled else (m, 0), dtype=torch.float32)
 
 
-def _rms_norm_quantize(
-    x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float, weight: Sequence[Tensor], n: int, k: int, facts: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_norm_linear(
+    x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float, weight: Sequence[Tensor], bias: Tensor | None, n: int,
+    k: int, facts: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     y, kept = _rms_norm(x, residual, gamma, epsilon)
-    return (*torch.ops.slidesparse.quantize(y, weight, n, k, facts), kept)
+    return torch.ops.slidesparse.linear(y, weight, bias, n, k, facts), kept
 
 
-def _rms_norm_quantize_fake(
-    x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float, weight: Sequence[Tensor], n: int, k: int, facts: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (*_quantize_fake(x, weight, n, k, facts), x.new_empty(0) if residual is None else torch.empty_like(x))
+def _rms_norm_linear_fake(
+    x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float, weight: Sequence[Tensor], bias: Tensor | None, n: int,
+    k: int, facts: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _linear_fake(x, weight, bias, n, k, facts), x.new_empty(0) if residual is None else torch.empty_like(x)
 
 
-def _gate_and_mul_quantize(kind: str, x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
-    operand, scale = torch.ops.slidesparse.quantize(_gate_and_mul(kind, x), weight, n, k, facts)
-    return operand, scale
+def _gate_and_mul_linear(
+    kind: str, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str
+) -> Tensor:
+    y: Tensor = torch.ops.slidesparse.linear(_gate_and_mul(kind, x), weight, bias, n, k, facts)
+    return y
 
 
 def _check_out(out: torch.dtype) -> None:
@@ -403,28 +411,25 @@ def _product_cuda(
     facts: str,
 ) -> Tensor:
     _check_out(out)
-    m, device, (name, _, _) = len(scale), operand.get_device(), FLOATS[out]
+    m, (name, _, _) = len(scale), FLOATS[out]
     _check_places(operand, weight, bias, n)
-    y = torch.empty((m, n), dtype=out, device=operand.device)
-    with torch.cuda.device(device):
-        if m and n:
-            there = _known(weight, n, k, facts)
-            bound = _bound(there, m, name)
-            if operand.nbytes != bound.plan.scale_at or operand.data_ptr() % 16:
-                raise ss.OperandError(
-                    f"operand: {operand.nbytes} bytes must be {bound.plan.scale_at}; make it with quantize(x)"
-                )
-            bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
-            stream, needed = _stream(device), bound.plan.bytes - bound.plan.parts_at
-            scratch = _take(needed, stream) if needed else bound.plan.parts_at
-            try:
-                there.multiply(
-                    bound, operand.data_ptr(), bound.plan.operand.pitch, scale.data_ptr(), y.data_ptr(), n,
-                    scratch - bound.plan.parts_at, stream, bias_at, code,
-                )  # fmt: skip
-            finally:
-                if needed:
-                    _give(scratch)
+    y = operand.new_empty((m, n), dtype=out)
+    if m and n:
+        there = _known(weight, n, k, facts)
+        bound = _bound(there, m, name)
+        if operand.nbytes != bound.plan.scale_at or operand.data_ptr() % 16:
+            raise ss.OperandError(f"operand: {operand.nbytes} bytes must be {bound.plan.scale_at}; make it with quantize(x)")
+        bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
+        stream, needed = _stream(operand.get_device()), bound.plan.bytes - bound.plan.parts_at
+        scratch = _take(needed, stream) if needed else bound.plan.parts_at
+        try:
+            there.multiply(
+                bound, operand.data_ptr(), bound.plan.operand.pitch, scale.data_ptr(), y.data_ptr(), n,
+                scratch - bound.plan.parts_at, stream, bias_at, code,
+            )  # fmt: skip
+        finally:
+            if needed:
+                _give(scratch)
     return y
 
 
@@ -463,14 +468,28 @@ def _product_fake(
     return operand.new_empty((scale.shape[0], n), dtype=out)
 
 
-for _name in ("linear", "quantize", "product"):
-    LIBRARY.impl(_name, globals()[f"_{_name}_cuda"], "CUDA")
-    LIBRARY.impl(_name, globals()[f"_{_name}_cpu"], "CPU")
-    LIBRARY._register_fake(_name, globals()[f"_{_name}_fake"])
-LIBRARY.impl("rms_norm_quantize", _rms_norm_quantize_cuda, "CUDA")
-LIBRARY.impl("rms_norm_quantize", _rms_norm_quantize, "CPU")
-LIBRARY._register_fake("rms_norm_quantize", _rms_norm_quantize_fake)
-for _name in GATES:
-    LIBRARY.impl(f"{_name}_quantize", functools.partial(_gate_and_mul_quantize_cuda, _name), "CUDA")
-    LIBRARY.impl(f"{_name}_quantize", functools.partial(_gate_and_mul_quantize, _name), "CPU")
-    LIBRARY._register_fake(f"{_name}_quantize", _quantize_fake)
+def _there(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator on the device of its first operand: nearly always the current one, and to ask costs less than to set."""
+
+    def called(x: Tensor, *others: Any) -> Any:
+        if (device := x.get_device()) == _device():
+            return operator(x, *others)
+        with torch.cuda.device(device):
+            return operator(x, *others)
+
+    return called
+
+
+def _implement(name: str, cuda: Callable[..., Any], cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    LIBRARY.impl(name, _there(cuda), "CUDA")
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY._register_fake(name, fake)
+
+
+_implement("linear", _linear_cuda, _linear_cpu, _linear_fake)
+_implement("quantize", _quantize_cuda, _quantize_cpu, _quantize_fake)
+_implement("product", _product_cuda, _product_cpu, _product_fake)
+_implement("rms_norm_linear", _rms_norm_linear_cuda, _rms_norm_linear, _rms_norm_linear_fake)
+for _kind in GATES:
+    _cuda, _cpu = (functools.partial(gate, _kind) for gate in (_gate_and_mul_linear_cuda, _gate_and_mul_linear))
+    _implement(f"{_kind}_linear", _cuda, _cpu, _linear_fake)

@@ -109,20 +109,17 @@ def test_weights_are_forgotten_with_their_layer() -> None:
 
 @pytest.mark.parametrize("scheme", ["INT8_W8A8", "BF16"])
 @pytest.mark.parametrize("m", [1, 37])
-def test_norms_and_gates_write_operands(scheme: str, m: int) -> None:
-    """The fused operators, then the product, beside the reference and the plain linear: the same bits; captured, too."""
+def test_linears_of_norms_and_gates(scheme: str, m: int) -> None:
+    """The fused operators beside the reference and the plain linear: the same bits; captured, too."""
     there, (x, residual) = layer(scheme), torch.randn(2, m, K).to(torch.bfloat16).cuda()
     gamma, gate = torch.rand(K, device="cuda").to(torch.bfloat16), torch.randn(m, 2 * K, device="cuda").to(torch.bfloat16)
-    facts, ops = (there._operands(), N, K, there.facts), torch.ops.slidesparse
+    facts, ops = (there._operands(), there.bias, N, K, there.facts), torch.ops.slidesparse
 
     def products() -> tuple[torch.Tensor, ...]:
-        q, s, kept = ops.rms_norm_quantize(x, residual, gamma, 1e-6, *facts)
-        g, t = ops.silu_and_mul_quantize(gate, *facts)
-        gelu = ops.gelu_and_mul_quantize(gate, *facts)
-        h, u, none = ops.rms_norm_quantize(x, None, gamma, 1e-6, *facts)
+        added, kept = ops.rms_norm_linear(x, residual, gamma, 1e-6, *facts)
+        normed, none = ops.rms_norm_linear(x, None, gamma, 1e-6, *facts)
         assert none.numel() == 0
-        y = [ops.product(a, b, facts[0], there.bias, torch.bfloat16, *facts[1:]) for a, b in ((q, s), (g, t), gelu, (h, u))]
-        return (*y, kept)
+        return added, ops.silu_and_mul_linear(gate, *facts), ops.gelu_and_mul_linear(gate, *facts), normed, kept
 
     *got, kept = products()
     host = [operators.as_numpy(t.cpu()) for t in (x, residual, gamma, gate)]
@@ -136,9 +133,9 @@ def test_norms_and_gates_write_operands(scheme: str, m: int) -> None:
         captured = products()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, (*got, kept), strict=True))
-    torch.library.opcheck(ops.rms_norm_quantize, (x, residual, gamma, 1e-6, *facts))
-    torch.library.opcheck(ops.silu_and_mul_quantize, (gate, *facts))
-    torch.library.opcheck(ops.gelu_and_mul_quantize, (gate, *facts))
+    torch.library.opcheck(ops.rms_norm_linear, (x, residual, gamma, 1e-6, *facts))
+    torch.library.opcheck(ops.silu_and_mul_linear, (gate, *facts))
+    torch.library.opcheck(ops.gelu_and_mul_linear, (gate, *facts))
 
 
 def test_another_device_and_bad_operands() -> None:

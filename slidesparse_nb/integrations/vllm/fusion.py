@@ -1,7 +1,7 @@
-"""A pass over vLLM's compiled graphs: a norm or an activation that only packed linears read writes their operand directly.
+"""A pass over vLLM's compiled graphs: a norm or an activation that only a packed linear reads writes its operand directly.
 
     h, r = fused_add_rms_norm(x, residual, gamma, epsilon);  y = linear(h, weight)
-    q, scale, r = rms_norm_quantize(x, residual, gamma, epsilon, weight);  y = product(q, scale, weight)
+    y, r = rms_norm_linear(x, residual, gamma, epsilon, weight)
 
 It runs where vLLM lets a user's pass run, before vLLM lowers its own operators (`vllm_ir`). What it does not know stays as it
 is: two launches more, and the same result.
@@ -25,10 +25,10 @@ from .. import operators
 
 HOOK = "post_grad_custom_post_pass"
 SLIDESPARSE = torch.ops.slidesparse
-LINEAR, PRODUCT = SLIDESPARSE.linear.default, SLIDESPARSE.product.default
+LINEAR = SLIDESPARSE.linear.default
 GATES = {
-    "_C.silu_and_mul.default": ("silu_and_mul", SLIDESPARSE.silu_and_mul_quantize.default),
-    "_C.gelu_tanh_and_mul.default": ("gelu_and_mul", SLIDESPARSE.gelu_and_mul_quantize.default),
+    "_C.silu_and_mul.default": ("silu_and_mul", SLIDESPARSE.silu_and_mul_linear.default),
+    "_C.gelu_tanh_and_mul.default": ("gelu_and_mul", SLIDESPARSE.gelu_and_mul_linear.default),
 }
 """Operators of vLLM -> the name of the operation, which vLLM would write out in PyTorch's, where nothing finds it; and ours."""
 
@@ -56,46 +56,38 @@ class FuseOperands(InductorPass):
                 _replace(graph, node, *found)
 
 
-def _match(node: fx.Node) -> tuple[Any, tuple[Any, ...], fx.Node, dict[fx.Node, int]] | None:
-    """What replaces `node` and a quantization, if anything: an operator, its first arguments, the node whose value it
-    quantizes, and of other nodes which of its results they are."""
+def _match(node: fx.Node) -> tuple[Any, tuple[Any, ...], fx.Node, fx.Node | None] | None:
+    """What replaces `node` and a linear, if anything: an operator, its first arguments, the node whose value the linear reads,
+    and that of the sum which a norm keeps."""
     name = str(node.target)
     parts = {user.args[1]: user for user in node.users if user.target is operator.getitem}
     if node.target is auto_functionalized and (gate := GATES.get(str(node.args[0]))) is not None and 1 in parts:
-        return gate[1], (node.kwargs["input"],), parts[1], {}
+        return gate[1], (node.kwargs["input"],), parts[1], None
     if name == "vllm_ir.rms_norm.default":
         x, gamma, epsilon, *part = node.args
-        first, value, others = (x, None, gamma, epsilon), node, {}
+        first, value, kept = (x, None, gamma, epsilon), node, None
     elif name == "vllm_ir.fused_add_rms_norm.default" and 0 in parts:
         x, residual, gamma, epsilon, *part = node.args
-        first, value, others = (x, residual, gamma, epsilon), parts[0], {parts[1]: 2} if 1 in parts else {}
+        first, value, kept = (x, residual, gamma, epsilon), parts[0], parts.get(1)
     else:
         return None
     if gamma is None or any(part) or node.kwargs:
         return None
-    return SLIDESPARSE.rms_norm_quantize.default, first, value, others
+    return SLIDESPARSE.rms_norm_linear.default, first, value, kept
 
 
-def _replace(
-    graph: fx.Graph, node: fx.Node, target: Any, first: tuple[Any, ...], value: fx.Node, others: dict[fx.Node, int]
-) -> None:
-    """Put `target` and products in the place of `node` and the linears that read what it makes, if nothing else reads it."""
-    linears, tensor = list(value.users), value.meta["val"]
-    if not linears or any(user.target is not LINEAR or user.args[0] is not value for user in linears) or tensor.dim() != 2:
+def _replace(graph: fx.Graph, node: fx.Node, target: Any, first: tuple[Any, ...], value: fx.Node, kept: fx.Node | None) -> None:
+    """Put `target` in the place of `node` and of the linear that reads what it makes, if nothing else reads it."""
+    linear, *others = value.users
+    if others or linear.target is not LINEAR or linear.args[0] is not value or value.meta["val"].dim() != 2:
         return
-    if len({user.args[4:] for user in linears}) != 1:  # k and facts
-        return
-    _, weight, _, *shape = linears[0].args
     with graph.inserting_before(node):
-        fused = _call(graph, target, *first, weight, *shape)
-        operand, scale = (_call(graph, operator.getitem, fused, i) for i in range(2))
-        for other, i in others.items():
-            other.replace_all_uses_with(_call(graph, operator.getitem, fused, i))
-    for linear in linears:
-        _, weight, bias, *shape = linear.args
-        with graph.inserting_before(linear):
-            linear.replace_all_uses_with(_call(graph, PRODUCT, operand, scale, weight, bias, tensor.dtype, *shape))
-        graph.erase_node(linear)
+        made = _call(graph, target, *first, *linear.args[1:])
+        y = made if isinstance(made.meta["val"], torch.Tensor) else _call(graph, operator.getitem, made, 0)
+        if kept is not None:
+            kept.replace_all_uses_with(_call(graph, operator.getitem, made, 1))
+    linear.replace_all_uses_with(y)
+    graph.erase_node(linear)
 
 
 def _call(graph: fx.Graph, target: Any, *arguments: Any) -> fx.Node:
