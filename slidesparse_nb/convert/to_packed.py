@@ -17,7 +17,7 @@ from .bitnet import BitnetFile
 from .config_json import is_renamed
 from .kinds import in_block
 from .module import Module
-from .options import Options, Report, Run
+from .options import Options, Report, Run, instance_of
 from .rows import SKIP, Broken, Maker
 from .run import Conversion, output_target
 from .select import APART, Selection, select
@@ -47,7 +47,8 @@ def pack_checkpoint(
         VerificationError: what was written is not what was meant.
         OSError: reading or writing failed; what is done is kept for `resume`. In every other case nothing is left behind.
     """
-    options, run, source = options or Options(), run or Run(), checked_path(source, "source")
+    options, run = instance_of("options", options, Options), instance_of("run", run, Run)
+    source = checked_path(source, "source")
     with open_source(source) as checkpoint:
         with uncollected():
             selection = select(
