@@ -311,7 +311,7 @@ def test_moments_and_their_file(tmp_path: Path) -> None:
     made = Statistics({"a.q": "a.q", "a.k": "a.q", "a.o": "a.o"}, {"a.q": one, "a.o": other}, {"window": 10}, {"a.q": 3})
     made.save(path)
     read = Statistics.load(path)
-    assert (read.inputs, read.facts, read.weights) == (made.inputs, {"window": 10}, {"a.q": 3})
+    assert (read.inputs, read.facts, read.model) == (made.inputs, {"window": 10}, {"a.q": 3})
     assert (read.of("a.k").hessian == one.hessian).all()
     assert (read.of("a.o").squares == [2] * 4).all()
     with pytest.raises(OperandError, match=r"^'a\.o': statistics hold column norms alone; SparseGPT needs"):
@@ -521,12 +521,12 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
     options = ss.PruneOptions(method="wanda", statistics=file)
     report = ss.prune_checkpoint(source, out, options)
     assert any("does not say of which model its statistics are" in note for note in report.notes)
-    found.weights = {name: crc32(parts[f"{name}.weight"]) for name in found.inputs}
+    found.model = {name: crc32(w) for name, w in parts.items()}
     found.save(file)
     assert not ss.prune_checkpoint(source, out, options, ss.Run(overwrite=True)).notes
-    changed = next(name for name in found.inputs if name.endswith("up_proj"))
-    parts[f"{changed}.weight"][-1, -1] += 1
-    with pytest.raises(OperandError, match=f"^statistics: are of another model, whose '{changed}' has other weights"):
+    changed = next(name for name in parts if name.removesuffix(".weight") not in found.inputs)
+    parts[changed] = parts[changed] + 1
+    with pytest.raises(OperandError, match=f"^statistics: are of another model, whose '{changed}' holds other numbers"):
         ss.prune_checkpoint(folder(tmp_path / "other", parts), tmp_path / "x", options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "other", "out", "s.safetensors"]
 

@@ -117,7 +117,7 @@ def collect_statistics(
     with Checkpoint.open(source) as checkpoint:
         work = _Work(checkpoint, options, run, *_selected(checkpoint, options))
         model, windows = work.model()
-        found = Statistics(weights=work.checksums(), facts={"tokens": windows.numel(), "window": options.window})
+        found = Statistics(model=work.checksums(), facts={"tokens": windows.numel(), "window": options.window})
         add = run.counter("calibrating", sum(m.nbytes for m in work.modules))
         for i, made in model.walk(windows, gram=options.method == "sparsegpt", prunes=False):
             found.inputs |= made.inputs
@@ -261,10 +261,10 @@ class _Work:
                 raise OperandError(
                     f"statistics: those of {shown(module.name)} are of another number of columns than its {module.k}"
                 )
-        for name, crc in self.checksums().items() if found.weights else ():
-            if found.weights.get(name) != crc:
-                raise OperandError(f"statistics: are of another model, whose {shown(name)} has other weights; make them anew")
-        if not found.weights:
+        for name, crc in self.checksums().items() if found.model else ():
+            if found.model.get(name, crc) != crc:
+                raise OperandError(f"statistics: are of another model, whose {shown(name)} holds other numbers; make them anew")
+        if not found.model:
             self.notes.append(f"{self.options.statistics} does not say of which model its statistics are")
         found.inputs = {module.name: found.inputs[module.name] for module in self.modules}
         done = self.run.counter("pruning", sum(m.nbytes for m in self.modules))
@@ -346,11 +346,11 @@ class _Work:
         return stored
 
     def checksums(self) -> dict[str, int]:
-        """Module -> CRC-32 of its dense weight, to tell models apart."""
+        """Tensor -> CRC-32 of its bytes, to tell models apart."""
         found = {}
-        for module in self.modules:
-            found[module.name] = crc32(module.dense_array(self.checkpoint))
-            module.release(self.checkpoint, 0, module.n)
+        for name in self.checkpoint.tensors:
+            found[name] = crc32(self.checkpoint.raw(name))
+            self.checkpoint.release(name)
         return found
 
     def weight(self, name: str) -> Any:

@@ -10,10 +10,10 @@ exact for the first block, an approximation for the others.
     X.column_squares  F64 [k]     sum over tokens of x^2
     X.gram            F32 [k, k]  sum over tokens of x x^T; absent where only column sums were asked for
     X.tokens          I64 [1]
-    metadata          "slidesparse_statistics": {"version": 1, "inputs": {module: X}, "weights": {module: CRC-32}, ...facts}
+    metadata          "slidesparse_statistics": {"version": 1, "inputs": {module: X}, "model": {tensor: CRC-32}, ...facts}
 
-Modules that read the same tensor (q/k/v, gate/up) share one X, the name of the first of them. The CRC-32 of a module's dense
-weight, as it is stored, tells of which model the statistics are; a file that was made elsewhere may lack it.
+Modules that read the same tensor (q/k/v, gate/up) share one X, the name of the first of them. The CRC-32 of the bytes of every
+tensor of the checkpoint tells of which model the statistics are; a file that was made elsewhere may lack it.
 """
 
 from __future__ import annotations
@@ -123,13 +123,13 @@ class Statistics:
         inputs: module -> name of the moments that it reads.
         moments: by name.
         facts: what else the file says: of the text, the window and the model.
-        weights: module -> CRC-32 of its dense weight; may be empty.
+        model: tensor of the checkpoint -> CRC-32 of its bytes; may be empty.
     """
 
     inputs: dict[str, str] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, int] = field(default_factory=dict)
+    model: dict[str, int] = field(default_factory=dict)
 
     def of(self, module: str) -> Moments:
         """Those of a module's inputs. Raises OperandError if there are none."""
@@ -156,7 +156,7 @@ class Statistics:
             if moments.gram is not None:
                 arrays[f"{name}.gram"] = moments.on(np).gram
             arrays[f"{name}.tokens"] = np.array([moments.tokens], np.int64)
-        told = {"version": 1, "inputs": self.inputs, "weights": self.weights, **self.facts}
+        told = {"version": 1, "inputs": self.inputs, "model": self.model, **self.facts}
         write_whole(path, arrays, {METADATA: json.dumps(told)})
 
     @classmethod
@@ -168,10 +168,10 @@ class Statistics:
         """
         with SafetensorsFile(path) as file:  # the arrays are views of it
             told = parse_json(file.metadata.get(METADATA, "{}").encode(), path, strict=True)
-            inputs, weights = told.pop("inputs", None), told.pop("weights", {})
-            if told.pop("version", None) != 1 or not _maps(inputs, str) or not _maps(weights, int):
+            inputs, model = told.pop("inputs", None), told.pop("model", {})
+            if told.pop("version", None) != 1 or not _maps(inputs, str) or not _maps(model, int):
                 raise FormatError(f"{path}: is no file of statistics of version 1; make one with --save-statistics")
-            return cls(inputs, {name: _read(file, name) for name in dict.fromkeys(inputs.values())}, told, weights)
+            return cls(inputs, {name: _read(file, name) for name in dict.fromkeys(inputs.values())}, told, model)
 
 
 def _read(file: TensorFile, name: str) -> Moments:
