@@ -484,6 +484,8 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     source = write(tmp_path / "m.safetensors", {"a.weight": np.ones((4, 16), np.float32)})
     file = tmp_path / "s.safetensors"
     Statistics({"a": "a"}, {"a": Moments.empty("a", 16, gram=True)}).save(file)
+    with pytest.raises(OperandError, match=r"^max_shard_size: out\.safetensors is one file and is not split"):
+        ss.prune_checkpoint(source, tmp_path / "out.safetensors", ss.PruneOptions(method="magnitude", max_shard_size=1000))
     with pytest.raises(OperandError, match=r"^'a': no token of the calibration text reaches it"):
         ss.prune_checkpoint(source, tmp_path / "out.safetensors", ss.PruneOptions(method="sparsegpt", statistics=file))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors", "s.safetensors"]
@@ -567,13 +569,10 @@ def test_a_full_disk_and_a_failed_resume_lose_nothing(tmp_path: Path) -> None:
     source = folder(tmp_path / "in", parts)
     made_up_statistics(file, parts, hessians=True)
     options = ss.PruneOptions(method="sparsegpt", statistics=file)
-    with failing(1, lasting=True), pytest.raises(OSError, match="No space left on device; name another place"):
+    with failing(1, lasting=True), pytest.raises(OSError, match=r"cannot be written .*; name another place"):
         ss.prune_checkpoint(source, out, options)
     assert not list(tmp_path.glob("out*"))
-    with (
-        failing(40, lasting=True),
-        pytest.raises(OSError, match=r"No space left on device; what is done is kept in .*--resume"),
-    ):
+    with failing(40, lasting=True), pytest.raises(OSError, match=r"No space .*; what is done is kept in .*resume"):
         ss.prune_checkpoint(source, out, options)
     done = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out.blocks").glob("*.safetensors"))]
     assert done

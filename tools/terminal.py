@@ -112,4 +112,4 @@ def write_json(path: Path, value: Any) -> None:
     try:
         path.write_text(json.dumps(value, indent=2) + "\n")
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; name another place", str(path)) from error
+        raise OSError(error.errno, f"cannot be written ({error.strerror}); name another place", str(path)) from error

@@ -144,7 +144,8 @@ class Run:
     def __post_init__(self) -> None:
         if self.max_workers is not None:
             whole_number("max_workers", self.max_workers, 1)
-        whole_number("max_memory", self.max_memory, MIN_MEMORY)
+        if whole_number("max_memory", self.max_memory, 1) < MIN_MEMORY:
+            raise OperandError(f"max_memory: {self.max_memory} bytes are too few; give at least {MIN_MEMORY >> 20} MiB")
         if self.progress is not None and not callable(self.progress):
             raise OperandError(f"progress: {type(self.progress).__name__} must be a function of (phase, done, in all)")
 

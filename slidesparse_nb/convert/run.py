@@ -199,7 +199,7 @@ class Conversion:
             may_replace = partial(_is_ours, target, single) if run.overwrite else None
             staging = Staging(target, self.layout, fingerprint, single=single, resume=run.resume, may_replace=may_replace)
         except OSError as error:
-            raise with_way(error, target, "name another place") from error
+            raise with_way(error, target) from error
         report.resumed = bool(staging.done)
         try:
             start = time.perf_counter()
@@ -248,9 +248,10 @@ class Conversion:
         _refuse_changed(self.checkpoint)
 
 
-def with_way(error: OSError, target: Path, way: str) -> OSError:
-    """The error to raise where writing `target` failed: with a way out."""
-    return OSError(error.errno, f"{error.strerror}; {way}", str(error.filename or target))
+def with_way(error: OSError, target: Path, kept: str = "") -> OSError:
+    """The error to raise where writing `target` failed; `kept`: what can be continued, and how."""
+    told = f"{error.strerror}; {kept}" if kept else f"cannot be written ({error.strerror}); name another place"
+    return OSError(error.errno, told, str(error.filename or target))
 
 
 def _refuse_changed(source: Checkpoint) -> None:

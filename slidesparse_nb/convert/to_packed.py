@@ -12,7 +12,7 @@ from ..checkpoint.safetensors import checked_path
 from ..core import prune as pruning
 from ..core.scheme import Scheme
 from ..core.untrusted_json import frozen, uncollected
-from ..errors import OperandError, PatternError, UnsupportedError, shown
+from ..errors import PatternError, UnsupportedError, shown
 from .bitnet import BitnetFile
 from .config_json import is_renamed
 from .kinds import in_block
@@ -64,8 +64,6 @@ def pack_checkpoint(
         skipped = _settle_bad(checkpoint, selection, options, run)
         scheme = selection.modules[0].scheme
         target, single = output_target(source, checkpoint, out, _label(options, scheme))
-        if single and options.max_shard_size is not None:
-            raise OperandError(f"max_shard_size: {target} is one file and is not split; name a folder as the output")
         form = options.pattern, scheme, options.format
         conversion = Conversion(source, checkpoint, selection.source, target, single, selection.modules, *form)
         with uncollected():

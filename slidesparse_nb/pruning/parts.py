@@ -1,6 +1,6 @@
 """Finished parts of a long run beside its output, so that it can be killed at any moment and resumed.
 
-OUT.blocks/run.json             fingerprint of source and options; locked while a run is at work
+OUT.blocks/journal              fingerprint of source and options; locked while a run is at work
 OUT.blocks/00000.safetensors    the pruned weights of part 0, the errors of its modules, and a CRC-32 of both; whole or absent
 
 On resume every part is read and checked, as `convert.write` does; a broken one is removed, to be made again.
@@ -8,7 +8,6 @@ On resume every part is read and checked, as `convert.write` does; a broken one 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.safetensors import SafetensorsFile
-from ..errors import FormatError, OperandError, UnsupportedError
+from ..convert.write import JOURNAL_HEAD, begun_otherwise, lock, not_ours, read_journal, unfinished
+from ..errors import FormatError, UnsupportedError
 from .statistics import crc32, write_whole
-
-MARK = "slidesparse_prune"
 
 
 class Parts:
@@ -45,23 +43,11 @@ class Parts:
         self.folder = _place(out)
         found = _fingerprint(self.folder)
         if found and not (resume or overwrite):
-            raise OperandError(
-                f"out: an unfinished run of {out} is stored at {self.folder}; continue it with --resume, or start over with"
-                " --overwrite"
-            )
+            raise unfinished(out, self.folder)
         if found and resume and found != fingerprint and not overwrite:
-            raise OperandError(
-                f"out: the unfinished run at {self.folder} was started with other options or another source; start over with"
-                " --overwrite"
-            )
+            raise begun_otherwise(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        mark = self.folder / "run.json"
-        self._file = mark.open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise OperandError(f"out: another run is writing {out} at this moment; wait for it, or stop it") from None
+        self._file = lock(self.folder / "journal", os.O_RDWR | os.O_CREAT, out)
         self.errors: dict[str, float] = {}
         self.broken = 0
         self._open: dict[int, SafetensorsFile] = {}
@@ -77,8 +63,7 @@ class Parts:
             for entry in self.folder.glob("*.safetensors*"):
                 entry.unlink()
             self._file.truncate(0)
-            self._file.write(json.dumps({MARK: 1, "fingerprint": fingerprint}))
-            self._file.flush()
+            self._file.write(JOURNAL_HEAD + fingerprint.encode() + b'"}\n')
 
     def path(self, part: int) -> Path:
         return self.folder / f"{part:05d}.safetensors"
@@ -146,13 +131,10 @@ def _fingerprint(folder: Path) -> str | None:
     """
     if not os.path.lexists(folder):
         return None
-    try:
-        if folder.is_symlink():
-            raise ValueError
-        text = (folder / "run.json").read_text() if any(folder.iterdir()) else ""
-        told = json.loads(text) if text else {MARK: 1, "fingerprint": ""}
-        if told[MARK] == 1:
-            return str(told["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise OperandError(f"out: {folder} exists and is no unfinished run of this tool; move it first")
+    journal = folder / "journal"
+    if folder.is_symlink() or not folder.is_dir() or (any(folder.iterdir()) and not journal.is_file()):
+        raise not_ours(folder)
+    if not journal.exists():
+        return ""
+    with journal.open("rb") as file:
+        return read_journal(file, journal)[0] or ""

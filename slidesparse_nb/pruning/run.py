@@ -126,7 +126,7 @@ def collect_statistics(
         try:
             found.save(out)
         except OSError as error:
-            raise with_way(error, out, "name another place") from error
+            raise with_way(error, out) from error
 
 
 def _selected(checkpoint: Checkpoint, options: PruneOptions) -> tuple[Selection, list[Module]]:
@@ -231,7 +231,7 @@ class _Work:
         try:
             parts = self.parts = Parts(target, fingerprint, resume=self.run.resume, overwrite=self.run.overwrite)
         except OSError as error:
-            raise with_way(error, target, "name another place") from error
+            raise with_way(error, target) from error
         if parts.broken:
             many = f"{parts.broken} blocks" if parts.broken > 1 else "1 block"
             self.notes.append(f"{many} of the run before had been damaged, and had to be made again")
@@ -246,7 +246,7 @@ class _Work:
             if isinstance(error, KeyboardInterrupt) and kept:
                 raise KeyboardInterrupt(way) from None
             if isinstance(error, OSError):
-                raise with_way(error, target, way or "name another place") from error
+                raise with_way(error, target, way) from error
             raise
         report.errors = {module.name: parts.errors[module.name] for module in self.modules if module.name in parts.errors}
         self.rows = lambda matrix, first, last: parts.array(matrix.weight)[first:last]

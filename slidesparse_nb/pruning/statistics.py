@@ -209,8 +209,8 @@ def _is_gram(gram: Any, squares: Any) -> bool:
     for first in range(0, len(gram), 256):
         rows = slice(first, first + 256)
         with np.errstate(invalid="ignore"):
-            unlike = np.abs(gram[rows] - gram[:, rows].T)
-        if not (unlike <= 1e-3 * norms[rows, None] * norms).all():
+            unlike = np.abs(gram[rows, first:] - gram[first:, rows].T)
+        if not (unlike <= 1e-3 * norms[rows, None] * norms[first:]).all():
             return False
     return bool(np.allclose(gram.diagonal(), squares, rtol=1e-2, atol=1e-35))
 

@@ -92,6 +92,8 @@ def test_against_another_model(dense: Path, packed: Path, text: Path, tmp_path: 
     assert (found["tokens"], found["predicted"], found["windows"], found["stride"]) == (101, 94, 7, 16)
     assert "94 tokens predicted of 101" in result.stdout
     assert "7 windows of 16, stride 16" in result.stdout
+    full = call(packed, "--text", text, "--window", 16, "--json", "/dev/full")
+    assert (full.exit_code, "cannot be written (No space left on device); name another place" in full.stderr) == (1, True)
 
 
 def test_what_is_refused(dense: Path, text: Path, tmp_path: Path) -> None:
