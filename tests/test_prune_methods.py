@@ -569,9 +569,10 @@ def test_a_full_disk_and_a_failed_resume_lose_nothing(tmp_path: Path) -> None:
     source = folder(tmp_path / "in", parts)
     made_up_statistics(file, parts, hessians=True)
     options = ss.PruneOptions(method="sparsegpt", statistics=file)
-    with failing(1, lasting=True), pytest.raises(OSError, match=r"cannot be written .*; name another place"):
-        ss.prune_checkpoint(source, out, options)
-    assert not list(tmp_path.glob("out*"))
+    for at in (1, 2, 3):
+        with failing(at, lasting=True), pytest.raises(OSError, match=r"cannot be written .*; name another place"):
+            ss.prune_checkpoint(source, out, options)
+        assert not list(tmp_path.glob("out*"))
     with failing(40, lasting=True), pytest.raises(OSError, match=r"No space .*; what is done is kept in .*resume"):
         ss.prune_checkpoint(source, out, options)
     done = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out.blocks").glob("*.safetensors"))]

@@ -62,8 +62,12 @@ class Parts:
         if not self.resumed:
             for entry in self.folder.glob("*.safetensors*"):
                 entry.unlink()
-            self._file.truncate(0)
-            self._file.write(JOURNAL_HEAD + fingerprint.encode() + b'"}\n')
+            try:
+                self._file.truncate(0)
+                os.write(self._file.fileno(), JOURNAL_HEAD + fingerprint.encode() + b'"}\n')
+            except OSError:  # a full disk
+                self.close(keep=False)
+                raise
 
     def path(self, part: int) -> Path:
         return self.folder / f"{part:05d}.safetensors"

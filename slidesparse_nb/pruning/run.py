@@ -63,8 +63,8 @@ def prune_checkpoint(
         out: as for `pack_checkpoint`. options: how to prune. run: how to work.
 
     Raises:
-        As `pack_checkpoint`; OperandError also for a text, statistics or scores that do not fit, or activations that are not
-        finite; PatternError for a mask that breaks the pattern; UnsupportedError for a model that transformers cannot run.
+        As `pack_checkpoint`; OperandError also for a text, statistics or scores that do not fit; PatternError for a mask that
+        breaks the pattern; UnsupportedError for a model that transformers cannot run, or whose activations are not finite.
     """
     options = PruneOptions(method="magnitude") if options is None else instance_of("options", options, PruneOptions)
     run, source = instance_of("run", run, Run), checked_path(source, "source")
