@@ -245,6 +245,8 @@ def _operand(x: Any, packed: Any, dtype: Any, stream: Any, before: Before | None
         if dtype is not None and Scheme.of(dtype) != scheme:
             raise OperandError(f"dtype: {Scheme.of(dtype)} is not {scheme}, the type of packed; leave it out")
     else:
+        if packed is None:
+            raise OperandError("packed: is missing; pass the weights that x will be multiplied by, or their pattern and type")
         if dtype is None:
             raise OperandError("dtype: is missing; with a pattern instead of packed weights, pass their type, such as 'int8'")
         scheme = Scheme.of(dtype)

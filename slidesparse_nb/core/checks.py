@@ -5,6 +5,8 @@ One clear sentence for each way to be wrong. What is said of products holds of N
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,23 @@ def real_numbers(name: str, a: object) -> Array:
 def is_real(dtype: np.dtype[Any]) -> bool:
     """Whether a type holds real numbers: floats, ml_dtypes' too, integers and bool."""
     return dtype.kind in "biuf" or (dtype.kind != "c" and dtype in CODE_OF)
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """`value` as Python's integer. Raises OperandError unless it is one, of Python or NumPy, and `least` or more."""
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, bool | np.bool_) and (found := operator.index(value)) >= least:
+            return found
+    raise OperandError(f"{name}: {shown(value)} must be a whole number of at least {least}")
+
+
+def number(name: str, value: Any, most: float, rule: str) -> float:
+    """`value` as Python's float. Raises OperandError, with the rule, unless it is a number from 0 to `most`."""
+    with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+        real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        if real and 0 <= float(value) <= most:
+            return float(value)
+    raise OperandError(f"{name}: {shown(value)} must be {rule}")
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------

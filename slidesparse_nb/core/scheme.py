@@ -107,8 +107,11 @@ class Scheme:
         return self.weights.block is not None
 
     @classmethod
-    def of(cls, value: object) -> Scheme:
+    def of(cls, value: object, operand: str = "dtype") -> Scheme:
         """The scheme of a name ("int8", "fp8", "INT8_W8A8", "nvfp4" ...), a `DType` or NumPy dtype of weights, or a `Scheme`.
+
+        Args:
+            operand: what errors call it.
 
         Raises:
             OperandError: `value` is none, or a type that several schemes store.
@@ -126,10 +129,10 @@ class Scheme:
                 return found[0]
             if found:
                 both = " and ".join(scheme.name for scheme in found)
-                raise OperandError(f"dtype: {shown(str(value))} is the type of {both}; name one of them")
+                raise OperandError(f"{operand}: {shown(str(value))} is the type of {both}; name one of them")
         names = ", ".join(map(str, SCHEMES.values()))
         told = shown(str(value) if isinstance(value, DType) else value)
-        raise OperandError(f"dtype: {told} is not a packed type; it must be one of {names}")
+        raise OperandError(f"{operand}: {told} is not a packed type; it must be one of {names}")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
