@@ -19,7 +19,6 @@ from .core.checks import (
     float_dtype,
     on_gpu,
     overlapping,
-    require_kernel,
     require_unmasked,
     result_dtype,
     share_memory,
@@ -142,7 +141,7 @@ def operand_bytes(m: int, k: int, pattern: Any, scheme: Any, capability: tuple[i
         m: an integer, symbolic while a graph is traced.
         capability: None: on the CPU, rows of quantized values.
     """
-    found = Scheme.of(scheme)
+    found = Scheme.of(scheme).on_gpu
     if capability is None:
         return m * k * found.dtype.bits // 8, found.scaled
     return for_capability(capability, scheme=found).operand(found.pattern(pattern), k, found).bytes(m), found.scaled
@@ -269,10 +268,9 @@ def _operand(x: Any, packed: Any, dtype: Any, stream: Any, before: Before | None
         stored = scheme.activations.element
         return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, stored, x.dtype), kept
     if _on_gpu(x):
-        require_kernel(scheme)
         if stream is None and _is_tensor(x):
             stream = sys.modules["torch"].cuda.current_stream(x.device)
-        quantized, kept = _gemm("quantize").quantize(x, pattern, scheme.dtype, weights, stream, before)
+        quantized, kept = _gemm("quantize").quantize(x, pattern, scheme.on_gpu.dtype, weights, stream, before)
         if kept is not None and _is_tensor(x):
             kept = sys.modules["torch"].from_dlpack(kept)
         return quantized, kept

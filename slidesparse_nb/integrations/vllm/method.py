@@ -40,11 +40,12 @@ PLACED = {
     "weight_packed": ModelWeightParameter,
     "weight_meta": ModelWeightParameter,
     "weight_scale": ChannelQuantScaleParameter,
+    "weight_block_scale": ModelWeightParameter,
 }
 """Tensor of the packed format -> the class of parameters that knows how vLLM cuts it."""
 
-EMPTY = 0x44
-"""Metadata of two windows that hold zeros."""
+EMPTY = {"weight_meta": 0x44, "weight_block_scale": 1}
+"""Of weights that are all zero: the metadata of two windows, and the code of the smallest block scale."""
 
 
 class SlideSparseConfig(QuantizationConfig):
@@ -125,8 +126,8 @@ class SlideSparseMethod(LinearMethodBase):
         if get_current_vllm_config().lora_config is not None:
             raise ss.UnsupportedError(f"{self.name}: packed layers take no LoRA adapters; merge them before packing")
         pattern, scheme = self.packed.pattern, self.packed.scheme
-        if scheme.blocks:
-            raise ss.UnsupportedError(f"{self.name}: {scheme} weights have no kernel in vLLM; pack as int8 or fp8")
+        if scheme.on_gpu.blocks:
+            raise ss.UnsupportedError(f"{self.name}: {scheme} weights have no kernel in vLLM; pack as W4A8, int8 or fp8")
         k, unit = input_size_per_partition, scheme.slice_unit(pattern)
         if k != input_size and k % unit:
             gpus = input_size // k
@@ -155,7 +156,9 @@ class SlideSparseMethod(LinearMethodBase):
         pattern, scheme = self.packed.pattern, self.packed.scheme
         held = {name: getattr(layer, name).data for name in (*PLACED, "weight_shape") if hasattr(layer, name)}
         if isinstance(layer, ParallelLMHead):  # the rows that fill up its vocabulary are all zeros, which no metadata is
-            held["weight_meta"][held["weight_meta"].sum(1) == 0] = EMPTY
+            rows = held["weight_meta"].sum(1) == 0
+            for name in EMPTY.keys() & held.keys():
+                held[name].view(torch.uint8)[rows] = EMPTY[name]
         self._check(held["weight_shape"], held["weight_meta"], layer.slidesparse_whole_k)
         on_gpu = held["weight_packed"].is_cuda
         view = as_cupy if on_gpu else as_numpy
