@@ -114,7 +114,7 @@ def _gpu(gpu: driver.Gpu) -> str:
     if not (dtypes := _multiplied(gpu.capability)):
         raise driver.AbsentError(f"{text}: has no sparse tensor cores, which came with 8.0; NumPy arrays need none")
     advice = arch.advice(Device(gpu.capability, 0, gpu.name))
-    schemes = ", ".join(str(scheme) for scheme in SCHEMES.values() if scheme.on_gpu.dtype in dtypes)
+    schemes = ", ".join(str(scheme) for scheme in SCHEMES.values() if scheme.kernel.dtype in dtypes)
     return f"{text}: {schemes}{advice and f'; {advice}'}"
 
 

@@ -79,8 +79,8 @@ def test_weights(pattern: str, n: int, k: int) -> None:
 def test_other_schemes_stay() -> None:
     for scheme in SCHEMES.values():
         packed = ss.pack(weights((4, 64)), "6:8", scheme, prune="magnitude")
-        assert (as_multiplied(packed, np) is packed) == (scheme.on_gpu is scheme)
-        assert scheme.on_gpu is (FP8 if scheme.name == "W4A8" else scheme)
+        assert (as_multiplied(packed, np) is packed) == (scheme.kernel is scheme)
+        assert scheme.kernel is (FP8 if scheme.name == "W4A8" else scheme)
 
 
 def test_spans() -> None:
@@ -185,4 +185,4 @@ def test_problems_are_those_of_fp8() -> None:
     assert GemmProblem.of((*asked, "W4A8", "bfloat16"), device) == GemmProblem.of((*asked, "fp8", "bfloat16"), device)
     for capability in (None, (8, 9), (9, 0), (10, 0)):
         assert ss.operand_bytes(5, 100, "6:8", "W4A8", capability) == ss.operand_bytes(5, 100, "6:8", "fp8", capability)
-    assert for_capability((8, 0)).refuses((8, 0), Scheme.of("W4A8").on_gpu)
+    assert for_capability((8, 0)).refuses((8, 0), Scheme.of("W4A8").kernel)

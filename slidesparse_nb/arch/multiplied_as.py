@@ -29,7 +29,7 @@ TABLE = np.ldexp(_VALUES, np.arange(LEAST, MOST + 1)[:, None]).astype(FLOAT8.num
 
 
 def as_multiplied(packed: PackedWeight, xp: Any) -> PackedWeight:
-    """The packed weight [n, k] in the scheme that GPUs multiply it as (`Scheme.on_gpu`): the same numbers, and for most itself.
+    """The packed weight [n, k] in the scheme that GPUs multiply it as (`Scheme.kernel`): the same numbers, and for most itself.
 
     Args:
         packed: of arrays of `xp`, which is numpy or cupy.
@@ -61,4 +61,4 @@ def as_multiplied(packed: PackedWeight, xp: Any) -> PackedWeight:
         )
     q |= ((exponent - offset - LEAST).clip(0, MOST - LEAST) << 4).astype(np.uint8)[:, :, None]
     values = xp.asarray(TABLE.reshape(-1)).take(q).reshape(n, count * size)[:, :slots]
-    return PackedWeight(xp.ascontiguousarray(values), packed.meta, scale, packed.pattern, packed.shape, packed.scheme.on_gpu)
+    return PackedWeight(xp.ascontiguousarray(values), packed.meta, scale, packed.pattern, packed.shape, packed.scheme.kernel)

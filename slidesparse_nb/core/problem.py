@@ -56,7 +56,7 @@ class GemmProblem:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scheme", Scheme.of(self.scheme).on_gpu)
+        object.__setattr__(self, "scheme", Scheme.of(self.scheme).kernel)
 
     @property
     def dtype(self) -> DType:

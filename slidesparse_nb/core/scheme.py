@@ -75,7 +75,7 @@ class Scheme:
         lift_first: activations are lifted and then quantized, as scales along k demand; otherwise quantized and then lifted.
         accumulator: dtype of the sums of products.
         unit: elements that share one metadata position: 1, or 2 where the hardware keeps pairs.
-        multiplied_as: the scheme whose kernels multiply it on GPUs, whose values hold all of its own exactly; None: itself.
+        multiplied_as: a scheme of the same activations whose kernels multiply it on GPUs, converted exactly; None: its own.
     """
 
     name: str
@@ -109,8 +109,8 @@ class Scheme:
         return self.weights.block is not None
 
     @property
-    def on_gpu(self) -> Scheme:
-        """The scheme whose kernels multiply it on a GPU (arch/multiplied_as.py converts the weights)."""
+    def kernel(self) -> Scheme:
+        """The scheme whose kernels multiply it on a GPU, for which arch/multiplied_as.py converts the weights."""
         return self.multiplied_as or self
 
     @classmethod

@@ -62,7 +62,7 @@ class DeviceWeight:
     def __init__(
         self, pattern: Pattern, scheme: Scheme, shape: tuple[int, int], buffers: Mapping[str, Any], ordinal: int
     ) -> None:
-        scheme = scheme.on_gpu
+        scheme = scheme.kernel
         self.pattern, self.scheme, self.shape, self.ordinal = pattern, scheme, shape, ordinal
         self.dtype, self.scaled = scheme.dtype, scheme.scaled
         self.device = self_test.device_for(ordinal, pattern, scheme)

@@ -126,7 +126,7 @@ class SlideSparseMethod(LinearMethodBase):
         if get_current_vllm_config().lora_config is not None:
             raise ss.UnsupportedError(f"{self.name}: packed layers take no LoRA adapters; merge them before packing")
         pattern, scheme = self.packed.pattern, self.packed.scheme
-        if scheme.on_gpu.blocks:
+        if scheme.kernel.blocks:
             raise ss.UnsupportedError(f"{self.name}: {scheme} weights have no kernel in vLLM; pack as W4A8, int8 or fp8")
         k, unit = input_size_per_partition, scheme.slice_unit(pattern)
         if k != input_size and k % unit:
