@@ -151,6 +151,10 @@ def test_matmul(gpu: Any, source: Any) -> None:
         ops().matmul(x, ss.PackedWeight.stack([packed, packed])[1], out_dtype=F32),
     ):
         check(y.reshape(6, 40), wanted(flat, packed, out=F32))
+    gamma, gates = array(np.ones(400, source)), array(np.concatenate([flat, flat], axis=1))
+    normed, gated = reference.rms_norm(flat, np.asarray(gamma), 1e-5)[0], reference.silu_and_mul(np.asarray(gates))
+    for made, of in ((ops().rms_norm(array(flat), gamma, 1e-5, packed), normed), (ops().silu_and_mul(gates, packed), gated)):
+        check(ops().matmul(made, packed, out_dtype=F32), wanted(of, packed, out=F32))
     left, right = packed.columns(0, 256), packed.columns(256, 400)
     for part, of in ((left, flat[:, :256]), (right, flat[:, 256:])):
         check(ops().matmul(array(of), part, out_dtype=F32), wanted(of, part, out=F32))

@@ -10,10 +10,11 @@ operators, never addresses or counters in a graph, so that compiled graphs may b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,15 @@ def arrange(packed: ss.PackedWeight, device: torch.device) -> Tensor:
         del there
         cupy.get_default_memory_pool().free_all_blocks()  # an engine counts what is left
     return weight
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors inside name the layer."""
+    try:
+        yield
+    except ss.SlideSparseError as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def facts_of(packed: Any) -> str:

@@ -178,6 +178,9 @@ def test_files_of_another_model(plugin: Any) -> None:
     layer.weight_meta.data[3, 3] = 0
     with pytest.raises(ss.FormatError, match=r"the file has a nibble of weight_meta out of order"):
         method.process_weights_after_loading(layer)
+    layer.weight_meta.data[3, 3], layer.weight_scale.data[3] = 0x44, -1
+    with pytest.raises(ss.FormatError, match=r"^model.layers.0.qkv_proj: packed.scale: -1.0 at row 3"):
+        method.process_weights_after_loading(layer)
 
 
 def test_what_is_refused(plugin: Any) -> None:

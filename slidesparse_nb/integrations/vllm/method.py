@@ -26,7 +26,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 import slidesparse_nb as ss
 
 from ... import env
-from ..operators import TORCH, arrange, as_cupy, as_numpy, facts_of
+from ..operators import TORCH, arrange, as_cupy, as_numpy, facts_of, named
 
 try:
     from .fusion import install
@@ -163,11 +163,12 @@ class SlideSparseMethod(LinearMethodBase):
         on_gpu = held["weight_packed"].is_cuda
         view = as_cupy if on_gpu else as_numpy
         tensors = {name: view(tensor) for name, tensor in held.items() if name != "weight_shape"}
-        packed = ss.PackedWeight.from_tensors({**tensors, "weight_shape": [n, k]}, pattern, scheme)
-        if on_gpu:
-            buffers = {"arranged": arrange(packed, held["weight_packed"].device)}
-        else:
-            buffers = {name: tensor for name, tensor in held.items() if name != "weight_shape"}
+        with named(self.name):
+            packed = ss.PackedWeight.from_tensors({**tensors, "weight_shape": [n, k]}, pattern, scheme)
+            if on_gpu:
+                buffers = {"arranged": arrange(packed, held["weight_packed"].device)}
+            else:
+                buffers = {name: tensor for name, tensor in held.items() if name != "weight_shape"}
         for name in held:
             delattr(layer, name)
         for name, tensor in buffers.items():
