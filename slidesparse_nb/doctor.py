@@ -18,6 +18,7 @@ from .core.dtypes import BFLOAT16, FLOAT8, FLOAT32, INT8, PACKED, DType
 from .core.packed import PackedWeight
 from .core.pattern import Pattern
 from .core.problem import Device
+from .core.scheme import SCHEMES
 from .cuda import driver
 from .cuda.jit import cache
 from .errors import SlideSparseError, UnsupportedError
@@ -113,7 +114,8 @@ def _gpu(gpu: driver.Gpu) -> str:
     if not (dtypes := _multiplied(gpu.capability)):
         raise driver.AbsentError(f"{text}: has no sparse tensor cores, which came with 8.0; NumPy arrays need none")
     advice = arch.advice(Device(gpu.capability, 0, gpu.name))
-    return f"{text}: {', '.join(map(str, dtypes))}{advice and f'; {advice}'}"
+    schemes = ", ".join(str(scheme) for scheme in SCHEMES.values() if scheme.kernel.dtype in dtypes)
+    return f"{text}: {schemes}{advice and f'; {advice}'}"
 
 
 Capability = tuple[int, int] | None

@@ -100,10 +100,10 @@ def require_size(pattern: Pattern, shape: tuple[int, int], scheme: Scheme | DTyp
 
 
 def require_kernel(scheme: Scheme) -> None:
-    """Raise UnsupportedError for a scheme that no GPU kernel packs or multiplies yet."""
+    """Raise UnsupportedError for a scheme that no GPU kernel packs or unpacks yet."""
     if scheme.blocks or scheme.weights != scheme.activations:  # kernels know one type, of both operands
         raise UnsupportedError(
-            f"packed: {scheme} weights have no kernel for a GPU yet; use NumPy arrays, or pack as int8, fp8 or bfloat16"
+            f"packed: {scheme} weights are packed and unpacked on the CPU only; use NumPy arrays, or int8, fp8 or bfloat16"
         )
 
 

@@ -14,7 +14,7 @@ from slidesparse_nb.core import reference
 from slidesparse_nb.integrations import operators
 from slidesparse_nb.integrations.torch import SparseLinear
 
-SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16")
+SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16", "W4A8")
 N, K = 384, 512
 
 
