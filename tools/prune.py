@@ -17,8 +17,8 @@ import click
 import slidesparse_nb as ss
 
 from .exit_codes import EXIT_CODES, exits
-from .pack import check_report, reported
-from .terminal import Size, command, count, print_json, print_table, progress_bar, say, size_text, write_json
+from .pack import check_report, reported, tell
+from .terminal import Size, command, count, print_table, progress_bar, say, size_text
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -80,12 +80,7 @@ def prune(
             say(f"wrote {size_text(save_statistics.stat().st_size)} to {save_statistics}")
             return
         done = ss.prune_checkpoint(model, output, options, run)
-    if report is not None:
-        write_json(report, done.as_dict())
-    if as_json:
-        print_json(done.as_dict())
-    elif not quiet:
-        _print(done, options.pattern, verbose)
+    tell(done, report, as_json, quiet, lambda: _print(done, options.pattern, verbose))
 
 
 def _print(done: ss.PruneReport, pattern: ss.Pattern, verbose: int) -> None:

@@ -22,7 +22,6 @@ from . import self_test
 from .arrays import as_cupy
 from .driver import unusable
 from .plan import (
-    FusedWriter,
     Launch,
     Plan,
     Writer,
@@ -72,7 +71,7 @@ class DeviceWeight:
         self.buffers = dict(buffers)
         self.plans: dict[tuple[int, str], Bound] = {}
         self.writers: dict[tuple[str, tuple[int, int], int], Writer | None] = {}
-        self.fused: dict[tuple[str, int, str], FusedWriter | None] = {}
+        self.fused: dict[tuple[str, int, str], Writer | None] = {}
         self.counters = counters(ordinal).of if "arrived" in self.arch.parameters else lambda stream: 0
 
     @property
@@ -212,17 +211,17 @@ class DeviceWeight:
         """
         write = self._fused(source, pitch, "add_rms_norm" if residual else "rms_norm")
         if write is not None:
-            write(m, stream, (x, residual, gamma, kept), operand, scale, norm_numbers(epsilon, self.k))
+            write(m, stream, x, residual, gamma, kept, operand, scale, *norm_numbers(epsilon, self.k))
         return write is not None
 
     def gate_and_mul(self, kind: str, m: int, x: int, source: str, pitch: int, operand: int, scale: int, stream: int) -> bool:
         """The operand of `reference`'s "silu_and_mul" or "gelu_and_mul" of x [m, 2k]; arguments and result as of `rms_norm`."""
         write = self._fused(source, pitch, kind)
         if write is not None:
-            write(m, stream, (x,), operand, scale, ())
+            write(m, stream, x, operand, scale)
         return write is not None
 
-    def _fused(self, *key: Any) -> FusedWriter | None:
+    def _fused(self, *key: Any) -> Writer | None:
         """What does `kind` to rows of `source` and `pitch`, remembered; None if no kernel does."""
         if key not in self.fused:
             self.fused[key] = fused_writer(self.ordinal, self.operand, self.k, self.dtype, *key)

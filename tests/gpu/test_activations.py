@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import cupy as cp
 import numpy as np
@@ -40,6 +40,12 @@ def guarded(shape, itemsize):
     return whole[GUARD : whole.size - GUARD].reshape(rows, width * itemsize), whole
 
 
+def assert_guarded(*wholes) -> None:
+    for whole in wholes:
+        assert (whole[:GUARD] == 0x5A).all()
+        assert (whole[-GUARD:] == 0x5A).all()
+
+
 def check(activations, x, dtype, pattern=None, placed=None, more=0):
     """Quantize x on the device into guarded, poisoned arrays and compare every byte."""
     width = activations.row_pitch(x.shape[1], pattern) + more
@@ -48,10 +54,7 @@ def check(activations, x, dtype, pattern=None, placed=None, more=0):
     given = on_device(x) if placed is None else placed
     activations.write(given, dtype, out, scale.view(cp.float32), pattern, width)
     same(out.get(), scale.view(cp.float32).get(), quantized(x, dtype, pattern, width))
-    for whole in (out_whole, scale_whole):
-        host = whole.get()
-        assert (host[:GUARD] == 0x5A).all()
-        assert (host[host.size - GUARD :] == 0x5A).all()
+    assert_guarded(out_whole, scale_whole)
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
@@ -142,10 +145,7 @@ def check_tiles(activations, x, dtype, pattern, placed=None):
         assert (scale.get() == 0x5A).all()
     else:
         np.testing.assert_array_equal(bits(scale.view(cp.float32).get()), bits(expected_scale))
-    for whole in (out_whole, scale_whole):
-        host = whole.get()
-        assert (host[:GUARD] == 0x5A).all()
-        assert (host[host.size - GUARD :] == 0x5A).all()
+    assert_guarded(out_whole, scale_whole)
 
 
 SHAPES = [(9, 41), (1, 64), (13, 64), (1, 3584), (8, 3584), (37, 3584), (3, 3583), (2, 18944)]
@@ -269,20 +269,17 @@ def test_streams_threads_and_graph(activations) -> None:
     xs = [awkward_rows(64, 3584, BFLOAT16.numpy, seed) for seed in range(4)]
     expected = [quantized(x, INT8, None, 3584) for x in xs]
     given = [on_device(x) for x in xs]
-    results: list = [None] * 4
 
-    def work(i: int) -> None:
+    def work(i: int):
         with cp.cuda.Stream(non_blocking=True) as stream:
             for _ in range(50):
-                results[i] = activations.quantize(given[i], INT8)
+                made = activations.quantize(given[i], INT8)
             stream.synchronize()
+        return made
 
     cp.cuda.get_current_stream().synchronize()
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(work, range(4)))
     for (values, scale), wanted in zip(results, expected, strict=True):
         same(values.get(), scale.get(), wanted)
 
@@ -320,7 +317,4 @@ def test_a_thousand_launches_agree(activations) -> None:
     ("m", "k", "pattern"), [(1, 3584, "6:8"), (37, 3584, "6:8"), (9, 18944, "6:8"), (300, 8192, "4:6"), (5, 584, "14:16")]
 )
 def test_norms_and_gates(kind, dtype, m, k, pattern) -> None:
-    def launch(plan, m, *given) -> None:
-        plan.kernel((plan.blocks(m),), plan.threads, *given, *plan.integers(m), shared=plan.shared)
-
-    check_fused(kind, BFLOAT16, dtype, m, k, Pattern.of(pattern), launch, cp.asarray, lambda a: a.get())
+    check_fused(kind, BFLOAT16, dtype, m, k, Pattern.of(pattern), cp.asarray, lambda a: a.get())
