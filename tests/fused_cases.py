@@ -26,12 +26,13 @@ def word(value: float) -> int:
 
 def check_fused(
     kind: str, source: DType, dtype: DType, m: int, k: int, pattern: Pattern,
-    move: Callable[[Any], Any] = lambda a: a, back: Callable[[Any], Any] = lambda a: a,
+    move: Callable[[Any], Any] = lambda a: a, back: Callable[[Any], Any] = lambda a: a, every: bool = False,
 ) -> None:  # fmt: skip
     """Launch a kernel on rows among which are NaN, infinity, zeros, large and small ones; compare all that it writes.
 
     Args:
         move, back: to and from where it runs.
+        every: gates of every 16-bit number, m * k = 65536 of them, times 1.
     """
     rng = np.random.default_rng(k)
     gate = GATES.get(kind)
@@ -41,6 +42,10 @@ def check_fused(
         x[m - 1], x[m - 2, 5] = 0, np.nan
     x[0, 3] = np.inf if m > 4 else 1
     x[0, 4], x[0, 6] = -100, -3e4
+    if every:
+        x = np.concatenate(
+            [np.arange(1 << 16, dtype=np.uint16).reshape(m, k).view(source.numpy), np.ones((m, k), source.numpy)], 1
+        )
     plan = quantize.plan(source.name, dtype.name, k, x.strides, True, 90, pattern, kind=kind)
     scaled = Scheme.of(dtype).scaled
 

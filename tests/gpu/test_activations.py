@@ -312,3 +312,9 @@ def test_a_thousand_launches_agree() -> None:
 )
 def test_norms_and_gates(kind, dtype, m, k, pattern) -> None:
     check_fused(kind, BFLOAT16, dtype, m, k, Pattern.of(pattern), cp.asarray, lambda a: a.get())
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize("kind", ["silu_and_mul", "gelu_and_mul"])
+def test_gates_of_every_number(kind, dtype) -> None:
+    check_fused(kind, dtype, dtype, 16, 4096, Pattern.of("6:8"), cp.asarray, lambda a: a.get(), every=True)

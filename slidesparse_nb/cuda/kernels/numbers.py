@@ -5,6 +5,8 @@ Products and sums are rounded one by one, never fused; divisions are correctly r
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ...core.reference import EXP_LIMIT, EXP_SERIES, GELU, GELU_CUBE, LN2_HIGH, LN2_LOW, LOG2_E
@@ -21,6 +23,8 @@ from .ptx import (
     low_float16,
     low_halves,
     multiply,
+    near_inverse,
+    near_power_of_two,
     to_bfloat16x2,
     to_float16x2,
 )
@@ -34,7 +38,7 @@ ROUND = np.float32(12582912)
 
 
 # Of `reference.exponential`, as float32: Python's floats would be float64 in a kernel.
-LIMIT, LOG2, HIGH_LN2, LOW_LN2 = (np.float32(c) for c in (EXP_LIMIT, LOG2_E, -LN2_HIGH, -LN2_LOW))
+LIMIT, LOG2, MINUS_LOG2, HIGH_LN2, LOW_LN2 = (np.float32(c) for c in (EXP_LIMIT, LOG2_E, -LOG2_E, -LN2_HIGH, -LN2_LOW))
 C5, C4, C3, C2, C1, C0 = (np.float32(c) for c in EXP_SERIES)
 ONE = np.float32(1)
 
@@ -97,18 +101,6 @@ def row_scale(absmax: Float, t: Float) -> tuple[Float, Float]:
     return divide(absmax, t), divide(t, absmax)
 
 
-@device_function("f32", "f32")
-def silu(x: Float) -> Float:
-    """`reference.silu_and_mul`'s gate."""
-    return logistic(x, x)
-
-
-@device_function("f32", "f32")
-def gelu(x: Float) -> Float:
-    """`reference.gelu_and_mul`'s gate."""
-    return logistic(x, multiply(add(multiply(multiply(x, x), GELU_CUBE), GELU), x))
-
-
 @device_function("f32", "f32", "f32")
 def logistic(x: Float, inner: Float) -> Float:
     """x / (1 + exp(-inner)), the exponential as `reference.exponential`."""
@@ -126,3 +118,58 @@ def logistic(x: Float, inner: Float) -> Float:
     power = np.uint64(as_word(p)) + (np.uint64(as_word(shifted)) << np.uint64(23))
     word = INFINITY if above else np.uint32(power & np.uint64(0xFFFFFFFF))
     return divide(x, add(ONE, as_float(word)))
+
+
+@device_function("f32", "f32")
+def silu(x: Float) -> Float:
+    """What SiLU's logistic function is taken of."""
+    return x
+
+
+@device_function("f32", "f32")
+def gelu(x: Float) -> Float:
+    """What GELU's is taken of, in the approximation by tanh."""
+    return multiply(add(multiply(multiply(x, x), GELU_CUBE), GELU), x)
+
+
+CLOSE = 20
+"""Float32 steps by which `gate_two`'s estimate may be off at most, up to |inner| = 8: of all 16-bit x 16 are the most, with the
+largest errors that PTX allows (tests/test_gates.py)."""
+ESTIMATED = np.float32(8)
+NORMAL = np.float32(2.0**-14)
+
+
+def gate_two(source: str, inner: Any) -> Any:
+    """A device function from a word of two 16-bit floats to x / (1 + exp(-inner(x))) of each, rounded: the reference's bits.
+
+    It estimates by instructions that approximate. Where that leaves open which way the result is rounded (of 1 to 2 elements in
+    400), or `inner` is large, it computes as the reference does.
+    """
+    low, high, two = LOW[source], HIGH[source], ROUND_TWO[source]
+    kept = np.uint32({"bfloat16": 16, "float16": 19}[source])  # bits of a float32 that its rounding keeps
+    tie, width = np.uint32(0x80000000 - (CLOSE << int(kept))), np.uint32(CLOSE << int(kept) + 1)
+    early = source == "float16"  # below 2^-14 its rounding keeps fewer
+
+    @device_function("f32", "f32", "f32")
+    def estimate(x: Float, of: Float) -> Float:
+        return multiply(x, near_inverse(add(ONE, near_power_of_two(multiply(of, MINUS_LOG2)))))
+
+    @device_function("u32", "f32", "f32")
+    def is_open(y: Float, of: Float) -> Word:
+        from_tie = np.uint32((np.uint32(as_word(y)) << kept) - tie)
+        return np.uint32((from_tie <= width) | (not abs(of) <= ESTIMATED) | (early and abs(y) < NORMAL))
+
+    @device_function("u32", "u32")
+    def both(word: Word) -> Word:
+        a, b = low(word), high(word)
+        of_a, of_b = inner(a), inner(b)
+        y, z = estimate(a, of_a), estimate(b, of_b)
+        y_open, z_open = is_open(y, of_a), is_open(z, of_b)
+        if y_open | z_open:  # one branch of two elements: their estimates run side by side
+            if y_open:
+                y = logistic(a, of_a)
+            if z_open:
+                z = logistic(b, of_b)
+        return two(y, z)
+
+    return both

@@ -160,6 +160,18 @@ def square_root(a: Float) -> Float:
     return np.sqrt(np.float32(a))
 
 
+@instruction("ex2.approx.ftz.f32 $0, $1;", "=f,f", "f32", "f32")
+def near_power_of_two(a: Float) -> Float:
+    """2^a with a relative error of at most 2^-22 ("Floating Point: ex2"); not correctly rounded, may differ by GPU."""
+    return np.exp2(np.float32(a))
+
+
+@instruction("rcp.approx.ftz.f32 $0, $1;", "=f,f", "f32", "f32")
+def near_inverse(a: Float) -> Float:
+    """1 / a with a relative error of at most 2^-23 ("Floating Point: rcp"); not correctly rounded, may differ by GPU."""
+    return np.float32(1) / np.float32(a)
+
+
 @instruction(
     "{.reg .f32 s, t; mov.f32 s, $1; "
     + "".join(f"shfl.sync.bfly.b32 t, s, {half}, 31, 0xffffffff; add.rn.f32 s, s, t; " for half in (16, 8, 4, 2, 1))

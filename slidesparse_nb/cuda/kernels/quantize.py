@@ -26,7 +26,7 @@ import numpy as np
 
 from ...core.scheme import Scheme
 from ..jit.numba import SIMULATED, Kernel, cuda, device_function
-from .numbers import HIGH, LOW, ROUND_TWO, gelu, row_scale, silu
+from .numbers import HIGH, LOW, ROUND_TWO, gate_two, gelu, row_scale, silu
 from .ptx import (
     LANES,
     Float,
@@ -248,12 +248,14 @@ def rms_norm(variant: Variant, adds: bool) -> Any:
             launch_later_grid()
         held = cuda.local.array(words, np.uint32)
         more = cuda.local.array(words, np.uint32)
+        factor = cuda.local.array(words, np.uint32)
         s = cuda.local.array(numbers, np.float32)
         row, thread, threads = np.int64(cuda.blockIdx.x), np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockDim.x)
         last, read = np.uint32(filled - 1), min(row, m - 1)
         load(x, read * ld, last, thread, threads, held)
         if adds:
             load(residual, read * filled, last, thread, threads, more)
+        load(gamma, np.int64(0), last, thread, threads, factor)
         squares = NOTHING
         for v in range(vectors):
             at = np.uint32(thread + np.uint32(v) * threads)
@@ -270,10 +272,9 @@ def rms_norm(variant: Variant, adds: bool) -> Any:
                 store4(kept, row * filled + np.int64(at), more[w], more[w + 1], more[w + 2], more[w + 3])
         mean = divide(block_sum(squares), as_float(np.uint32(columns)))
         inverse = divide(ONE, square_root(add(mean, as_float(np.uint32(epsilon)))))
-        load(gamma, np.int64(0), last, thread, threads, more)
         for w in range(words):
             normed = two(multiply(s[2 * w], inverse), multiply(s[2 * w + 1], inverse))
-            held[w] = two(multiply(low(normed), low(more[w])), multiply(high(normed), high(more[w])))
+            held[w] = two(multiply(low(normed), low(factor[w])), multiply(high(normed), high(factor[w])))
         finish(
             held, out, scale, row, m, thread, threads, last, np.uint32(total), pitch, np.uint32(chunks), np.uint32(step),
             np.uint64(advance),
@@ -282,11 +283,11 @@ def rms_norm(variant: Variant, adds: bool) -> Any:
     return kernel
 
 
-def gate_and_mul(variant: Variant, gate: Any) -> Any:
-    """What `gate` makes of the first half of a row, times the second."""
+def gate_and_mul(variant: Variant, inner: Any) -> Any:
+    """The gate over `inner` of the first half of a row, times the second."""
     (load, _), finish = loader(variant), finisher(variant)
     low, high, two = _halves(variant)
-    words, dependent = 4 * variant.vectors, variant.architecture >= 90
+    gated, words, dependent = gate_two(variant.source, inner), 4 * variant.vectors, variant.architecture >= 90
 
     def kernel(
         x: Any,  # [m, ld] vectors of 16 bytes: `filled` of the gate, `filled` that it multiplies
@@ -311,7 +312,7 @@ def gate_and_mul(variant: Variant, gate: Any) -> Any:
         load(x, start, last, thread, threads, held)
         load(x, start + filled, last, thread, threads, up)
         for w in range(words):
-            act = two(gate(low(held[w])), gate(high(held[w])))
+            act = gated(held[w])
             held[w] = two(multiply(low(act), low(up[w])), multiply(high(act), high(up[w])))
         finish(
             held, out, scale, row, m, thread, threads, last, np.uint32(total), pitch, np.uint32(chunks), np.uint32(step),
