@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from compilers import most_spilled
 
 from slidesparse_nb.arch import multiplied, sm80
-from slidesparse_nb.core.dtypes import FLOAT8, FLOAT16, PACKED, DType
+from slidesparse_nb.core.dtypes import FLOAT4, FLOAT8, FLOAT16, PACKED, DType
 from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.cuda import ahead_of_time
@@ -103,6 +103,28 @@ def test_float8_at_full_rate(capability: tuple[int, int]) -> None:
         work = next(w for w in jobs if w[0][2] == jit.architecture(capability) + suffix)
         compiles([work])
         assert set(ahead_of_time.matrix_instructions(jit.build(*work[0])) or ()) == {name}
+
+
+def fp4(capability: tuple[int, int]) -> list[Work]:
+    target = jit.architecture(capability) + "a"
+    found = sm80.ARCH.kernels(Pattern(2, 4, 2), FLOAT4, "bfloat16", capability)
+    return [((c.source, c.defines(), target), (target, "2:4 pairs", "NVFP4", str(c), c.shared_bytes)) for c in found]
+
+
+@pytest.mark.parametrize("capability", sm80.BLOCK_SCALED, ids=jit.architecture)
+def test_a_sample_of_nvfp4(capability: tuple[int, int]) -> None:
+    """One tile of those with many sums and one with few, of which every instruction is the one that is named."""
+    work = [fp4(capability)[place] for place in (sm80.BLOCK_SCALED.index(capability), -1)]
+    compiles(work)
+    for job, _ in work:
+        found = ahead_of_time.matrix_instructions(jit.build(*job))
+        assert found is None or set(found) == {"OMMA.SF.SP.168128.F32.E2M1.E2M1.UE4M3.4X"}
+
+
+@pytest.mark.every_kernel
+@pytest.mark.parametrize("capability", sm80.BLOCK_SCALED, ids=jit.architecture)
+def test_every_tile_of_nvfp4(capability: tuple[int, int]) -> None:
+    compiles(fp4(capability))
 
 
 def test_portable_kernels_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:

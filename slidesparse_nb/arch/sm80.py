@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ..core.dtypes import CUDA_CODES, FLOAT8, INT8, PACKED, DType
+from ..core.dtypes import CUDA_CODES, FLOAT4, FLOAT8, INT8, PACKED, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import Device, GemmProblem
 from ..core.scheme import Scheme
+from . import sm80_fp4
 from .operand import Operand
 from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout
 
@@ -40,7 +41,7 @@ def emulated(capability: tuple[int, int], dtype: DType) -> bool:
 
 
 BLOCK_SCALED = ((12, 0), (12, 1))
-"""Compute capabilities whose float8 `mma.sp` has a form with block scales, which are all 1 here: sm_120a and sm_121a."""
+"""Compute capabilities whose `mma.sp` has forms with block scales: of float8, where they are all 1 here, and of NVFP4."""
 
 HALVED = ((8, 6), (8, 9), (12, 0))
 """Compute capabilities whose GeForce GPUs multiply floats of 16 and 8 bits at half rate into float32, but for BLOCK_SCALED."""
@@ -147,7 +148,7 @@ class Config:
         dtype, out: type of weights and activations; name of the type of y.
         stages: k-blocks that are loaded ahead.
         splits: thread blocks that share the k of a tile.
-        block_scaled: float8 is multiplied by the instruction with block scales.
+        block_scaled: the instruction is one with block scales.
     """
 
     dtype: DType
@@ -274,8 +275,8 @@ class Portable:
 
     def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
         """Of every tile that fits the device, k not split; the block-scaled form of float8 first where there is one."""
-        sm, lay = sm_of(capability), layout(pattern, dtype.bits)
-        forms = (True, False) if dtype is FLOAT8 and capability in BLOCK_SCALED else (False,)
+        sm, lay = sm_of(capability), sm80_fp4.LAYOUT if dtype is FLOAT4 else layout(pattern, dtype.bits)
+        forms = {FLOAT8: (True, False), FLOAT4: (True,)}.get(dtype, (False,)) if capability in BLOCK_SCALED else (False,)
         for tile in EMULATED_TILES if emulated(capability, dtype) else TILES:
             if pattern.group > 8 and (tile.accumulators > 64 or (emulated(capability, dtype) and tile.m > 16)):
                 continue  # the words of a row and of the weights would not fit in registers beside the sums

@@ -173,9 +173,9 @@ def matrix_instructions(built: cache.Built) -> list[str] | None:
 
 
 def sparse_instructions(built: cache.Built) -> int | None:
-    """How many of them are sparse (HMMA.SP, IGMMA.SP, QMMA.SF.SP ...).
+    """How many of them are sparse (HMMA.SP, IGMMA.SP, QMMA.SF.SP, OMMA.SF.SP ...).
 
     UTCQMMA and its like, of tcgen05, are sparse by a bit of a descriptor, which their kernel asserts.
     """
     found = matrix_instructions(built)
-    return None if found is None else sum(bool(re.match(r"[HIQ]G?MMA(\.SF)?\.SP\b|UTC[HIQ]MMA\b", name)) for name in found)
+    return None if found is None else sum(bool(re.match(r"[HIOQ]G?MMA(\.SF)?\.SP\b|UTC[HIQ]MMA\b", name)) for name in found)
