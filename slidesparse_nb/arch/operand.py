@@ -42,6 +42,10 @@ class Operand:
         return (-(-m // 8) * 8 if self.tiled else m) * self.pitch
 
 
+SCALED_BLOCK = 144
+"""Bytes of a block of lifted pairs with block scales: 128 of values, 256 columns; a scale for every 32; 8 zeros."""
+
+
 # ---- the swizzled tile layout ----------------------------------------------------------------------------------------
 
 STAGE = 128

@@ -21,10 +21,11 @@ from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.scheme import Scheme
 from . import sm80_layout
+from .operand import SCALED_BLOCK
 from .sm80_layout import Layout
 
-LAYOUT = Layout(Pattern(2, 4), 8, words=8, run=2, load=16, stride=144, scales=True)
-"""Of pairs as bytes: a lane has every fourth word of a row, as ldmatrix gives them. Rows of x need no padding but their scales."""
+LAYOUT = Layout(Pattern(2, 4), 8, words=8, run=2, load=16, stride=SCALED_BLOCK, scales=True)
+"""Of pairs as bytes: a lane has each fourth word of a row, as ldmatrix gives it. Rows of x need no padding but their scales."""
 
 
 def bytes_of(pattern: Pattern, k: int) -> int:

@@ -26,13 +26,14 @@ import numpy as np
 
 from ...core.scheme import Scheme
 from ..jit.numba import SIMULATED, Kernel, cuda, device_function
-from .numbers import HIGH, LOW, ROUND_TWO, gelu, row_scale, silu
+from .numbers import HIGH, LOW, ROUND_TWO, gelu, row_scale, silu, to_float4
 from .ptx import (
     LANES,
     Float,
     Word,
     add,
     as_float,
+    as_word,
     divide,
     larger,
     launch_later_grid,
@@ -43,12 +44,13 @@ from .ptx import (
     warp_max,
     warp_sum,
 )
+from .quantize_blocks import LIMIT, block_scale, inverse_scale
 from .quantize_stages import ZERO, Variant, converter, lifter, loader, placer, storer, word_maker
 
 WORD = np.dtype(np.uint32)
 ALIGNMENT = None if SIMULATED else 16
 SLOTS = 1024 // LANES
-ALL = np.uint32(0xFFFFFFFF)
+ALL, MAGNITUDE = np.uint32(0xFFFFFFFF), np.uint32(0x7FFFFFFF)
 WARP = np.uint32(32)
 ONE, NOTHING = np.float32(1), np.float32(0)
 
@@ -360,3 +362,68 @@ def row_from_memory(variant: Variant) -> Any:
             out[at] = make_word(x, row * ld + column * stride, stride, columns - column, inverse)
 
     return kernel
+
+
+@functools.cache
+def blocks_kernel(source: str, windows: int) -> Kernel:
+    """Lifts x over pairs, by groups of so many windows, then quantizes it to NVFP4, in blocks of arch/operand.py.
+
+        x --> largest magnitude --> scale, inverse --> a thread: 32 lifted columns --> their scale, 16 bytes of values
+
+    A block takes one token, and reads it twice, the second time from cache.
+    """
+    low: Any = LOW[source]
+    size = 4 if source == "float32" else 2
+    magnitude = np.uint32(MAGNITUDE if size == 4 else 0x7FFF)
+
+    def quantize_blocks(
+        x: Any,  # [m, k] elements of strides ld, stride
+        out: Any,  # [m, blocks, 9] 16-byte chunks: 8 of values, and one of scales
+        octets: Any,  # out, byte by byte
+        scale: Any,  # [m]
+        ld: int,
+        stride: int,
+        k: int,
+        filled: int,  # runs of 32 lifted columns of a row
+        runs: int,  # and with those that fill the last block, which are zeros and have scale 0
+    ) -> None:
+        row, thread, threads = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
+        held = cuda.local.array(32, np.float32)
+        peak = ZERO
+        for column in range(thread, k, threads):
+            peak = larger(peak, x[row * ld + column * stride] & magnitude)
+        of_row, inverse = row_scale(low(block_max(peak)), LIMIT)
+        if thread == 0:
+            scale[row] = of_row
+        columns = k if inverse > np.float32(0) else 0
+        for run in range(thread, runs, threads):
+            largest = ZERO
+            for i in range(32):
+                window = run * 4 + (i >> 3)
+                group = window // windows
+                column = group * (4 * windows + 4) + (window - group * windows) * 4 + (i & 7)
+                y = np.float32(0)
+                if column < columns:
+                    y = multiply(low(x[row * ld + column * stride]), inverse)
+                    if y > LIMIT:
+                        y = LIMIT
+                    if y < -LIMIT:
+                        y = -LIMIT
+                held[i] = y
+                largest = larger(largest, as_word(y) & MAGNITUDE)
+            code = block_scale(as_float(largest)) if run < filled else ZERO
+            by = inverse_scale(code) if run < filled else np.float32(0)
+            words = cuda.local.array(4, np.uint32)
+            for w in range(4):
+                word = ZERO
+                for i in range(8):
+                    word |= np.uint32(to_float4(multiply(held[8 * w + i], by)) << np.uint32(4 * i))
+                words[w] = word
+            chunk = (row * runs + run) // 8 * 9
+            place = run & 7
+            store4(out, chunk + place, words[0], words[1], words[2], words[3])
+            octets[16 * chunk + 128 + place] = code
+            octets[16 * chunk + 136 + place] = ZERO
+
+    pointers = f"u{8 * size}*", "u32*", "u8*", "f32*"
+    return Kernel(f"nvfp4_{source}_lift{windows}", quantize_blocks, *pointers, *["i64"] * 5, max_threads=256)
