@@ -18,6 +18,7 @@ from .core.dtypes import BFLOAT16, FLOAT8, FLOAT32, INT8, PACKED, DType
 from .core.packed import PackedWeight
 from .core.pattern import Pattern
 from .core.problem import Device
+from .core.scheme import SCHEMES
 from .cuda import driver
 from .cuda.jit import cache
 from .errors import SlideSparseError, UnsupportedError
@@ -113,7 +114,8 @@ def _gpu(gpu: driver.Gpu) -> str:
     if not (dtypes := _multiplied(gpu.capability)):
         raise driver.AbsentError(f"{text}: has no sparse tensor cores, which came with 8.0; NumPy arrays need none")
     advice = arch.advice(Device(gpu.capability, 0, gpu.name))
-    return f"{text}: {', '.join(map(str, dtypes))}{advice and f'; {advice}'}"
+    schemes = ", ".join(str(scheme) for scheme in SCHEMES.values() if scheme.kernel.dtype in dtypes)
+    return f"{text}: {schemes}{advice and f'; {advice}'}"
 
 
 Capability = tuple[int, int] | None
@@ -223,14 +225,12 @@ def _cpu() -> str:
 
 def _activations() -> str:
     cupy: Any = importlib.import_module("cupy")
-    from .cuda import quantize as activations
-
     x, _, _ = _operands(INT8)
     for dtype in (INT8, FLOAT8):
         wanted, wanted_scale = reference.quantize(x, dtype)
-        values, scale = activations.quantize(cupy.asarray(x), dtype)
-        _same(f"{dtype} values", values[:, :K], wanted)
-        _same(f"{dtype} scales", scale, wanted_scale)
+        made = ops.quantize(cupy.asarray(x), PATTERN, dtype)
+        _same(f"{dtype} values", made.values, wanted)
+        _same(f"{dtype} scales", made.scale, wanted_scale)
     return "quantize equals the reference"
 
 

@@ -19,7 +19,6 @@ from .core.checks import (
     float_dtype,
     on_gpu,
     overlapping,
-    require_kernel,
     require_unmasked,
     result_dtype,
     share_memory,
@@ -105,7 +104,8 @@ def to_device(packed: PackedWeight, device: int | None = None, *, least_memory: 
 
     Raises:
         OperandError: `packed` is a stack of matrices.
-        UnsupportedError: there is no GPU, no CuPy, or no such device; or it has no sparse tensor cores for this type.
+        UnsupportedError: there is no GPU, no CuPy, or no such device; or it has no sparse tensor cores for this type; or the
+            block scales of a row of W4A8 weights span more than 15 powers of two, which FP8 kernels cannot hold exactly.
         FormatError: the tensors do not fit the shape.
     """
     require_matrix(packed).check_shapes()
@@ -142,7 +142,7 @@ def operand_bytes(m: int, k: int, pattern: Any, scheme: Any, capability: tuple[i
         m: an integer, symbolic while a graph is traced.
         capability: None: on the CPU, rows of quantized values.
     """
-    found = Scheme.of(scheme)
+    found = Scheme.of(scheme).kernel
     if capability is None:
         return m * k * found.dtype.bits // 8, found.scaled
     return for_capability(capability, scheme=found).operand(found.pattern(pattern), k, found).bytes(m), found.scaled
@@ -245,6 +245,8 @@ def _operand(x: Any, packed: Any, dtype: Any, stream: Any, before: Before | None
         if dtype is not None and Scheme.of(dtype) != scheme:
             raise OperandError(f"dtype: {Scheme.of(dtype)} is not {scheme}, the type of packed; leave it out")
     else:
+        if packed is None:
+            raise OperandError("packed: is missing; pass the weights that x will be multiplied by, or their pattern and type")
         if dtype is None:
             raise OperandError("dtype: is missing; with a pattern instead of packed weights, pass their type, such as 'int8'")
         scheme = Scheme.of(dtype)
@@ -269,10 +271,9 @@ def _operand(x: Any, packed: Any, dtype: Any, stream: Any, before: Before | None
         stored = scheme.activations.element
         return QuantizedActivations(flat.copy() if values is flat else values, scale, lead, stored, x.dtype), kept
     if _on_gpu(x):
-        require_kernel(scheme)
         if stream is None and _is_tensor(x):
             stream = sys.modules["torch"].cuda.current_stream(x.device)
-        quantized, kept = _gemm("quantize").quantize(x, pattern, scheme.dtype, weights, stream, before)
+        quantized, kept = _gemm("quantize").quantize(x, pattern, scheme.kernel.dtype, weights, stream, before)
         if kept is not None and _is_tensor(x):
             kept = sys.modules["torch"].from_dlpack(kept)
         return quantized, kept

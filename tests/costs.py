@@ -53,13 +53,14 @@ def launcher(parameters: Sequence[str]) -> Any:
 
 def python_costs(portable: bool) -> None:
     """A launch and a warm 8-bit linear: all of the Python, nothing of CuPy and the driver."""
-    with pytest.MonkeyPatch.context() as patch, numpy_for_cupy(patch, portable) as gpu:
+    with pytest.MonkeyPatch.context() as patch, numpy_for_cupy(patch, portable):
         run, arguments = launcher(["address"] * 15), range(2**40, 2**40 + 15)
         launch_us = host_us(lambda: run((1, 1, 1), (128, 1, 1), 0, 12345, True, *arguments), 500)
         packed, x, y = weight(64, 128, INT8), array(np.ones((8, 128), BF16)), empty((8, 64), BF16)
         there = ops().to_device(packed)
         workspace = empty(there.workspace_bytes(8, "bfloat16"), np.uint8)
-        patch.setattr(gpu.gemm.kernels.Kernel, "on", lambda kernel, *_: launcher(["integer"] * len(kernel.parameters)))
+        kernel = importlib.import_module("slidesparse_nb.cuda.jit.numba").Kernel
+        patch.setattr(kernel, "on", lambda kernel, *_: launcher(["integer"] * len(kernel.parameters)))
         run = launcher(list(there.arch.parameters.values()))
         plan = there.bound(8, "bfloat16").plan
         patch.setattr(plan, "launches", tuple(dataclasses.replace(launch, run=run) for launch in plan.launches))

@@ -8,9 +8,9 @@ from typing import Any
 import cases
 import numpy as np
 
-from slidesparse_nb.arch.operand import image
+from slidesparse_nb.arch.operand import STAGE, image, stages
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOATS, DType
 from slidesparse_nb.core.packed import part_arrays
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.core.scheme import Scheme
@@ -60,6 +60,37 @@ def awkward_rows(m: int, k: int, source: np.dtype[Any], seed: int = 0) -> Any:
     set_row(11, np.nan)
     with np.errstate(over="ignore"):
         return x.astype(source)
+
+
+def row_pitch(k: int, pattern: Pattern | None = None) -> int:
+    """Bytes of a row of quantized values: k, or ks if they are lifted by `pattern`, padded to 16 bytes."""
+    return -(-(k if pattern is None else pattern.slid_k(k)) // 16) * 16
+
+
+def write(
+    x: Any, dtype: DType, out: Any, scale: Any, pattern: Pattern | None = None, width: int | None = None, source: str = ""
+) -> None:
+    """Launch the kernel of cuda/quantize.py on x [m, k], with the arguments of its `plan`, into arrays that are there."""
+    from slidesparse_nb.cuda import quantize
+    from slidesparse_nb.cuda.jit.numba import current_device
+
+    if len(x):
+        aligned = (x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr) % 16 == 0
+        architecture = quantize.architecture(current_device())
+        name = source or FLOATS[x.dtype]
+        launch = quantize.plan(name, dtype.name, x.shape[1], x.strides, aligned, architecture, pattern, width=width)
+        launch(len(x), x, out, 0 if scale is None else scale)
+
+
+def made_on_device(x: Any, dtype: DType, pattern: Pattern | None = None) -> tuple[Any, Any]:
+    """New values [m, row_pitch(k)], or tiles of `pattern`, and scale [m, 1], None where nothing is quantized, made of x."""
+    from slidesparse_nb.cuda.jit.numba import arrays
+
+    m, k = x.shape
+    shape = (m, row_pitch(k)) if pattern is None else (stages(pattern, k, dtype), -(-m // 8), 8, STAGE)
+    out, scale = arrays.empty(shape, np.uint8), arrays.empty((m, 1), np.float32) if Scheme.of(dtype).scaled else None
+    write(x, dtype, out, scale, pattern, row_pitch(k) if pattern is None else None)
+    return out, scale
 
 
 def quantized(x: Any, dtype: DType, pattern: Pattern | None, width: int) -> tuple[Any, Any]:

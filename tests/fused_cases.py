@@ -25,13 +25,13 @@ def word(value: float) -> int:
 
 
 def check_fused(
-    kind: str, source: DType, dtype: DType, m: int, k: int, pattern: Pattern, launch: Callable[..., None],
+    kind: str, source: DType, dtype: DType, m: int, k: int, pattern: Pattern,
     move: Callable[[Any], Any] = lambda a: a, back: Callable[[Any], Any] = lambda a: a,
 ) -> None:  # fmt: skip
     """Launch a kernel on rows among which are NaN, infinity, zeros, large and small ones; compare all that it writes.
 
     Args:
-        launch: (plan, m, arrays and integers in the kernel's order); move, back: to and from where it runs.
+        move, back: to and from where it runs.
     """
     rng = np.random.default_rng(k)
     gate = GATES.get(kind)
@@ -43,6 +43,10 @@ def check_fused(
     x[0, 4], x[0, 6] = -100, -3e4
     plan = quantize.plan(source.name, dtype.name, k, x.strides, True, 90, pattern, kind=kind)
     scaled = Scheme.of(dtype).scaled
+
+    def launch(*given: Any) -> None:
+        plan.kernel((plan.blocks(m),), plan.threads, *given, *plan.integers(m), shared=plan.shared)
+
     with np.errstate(all="ignore"):
         if gate:
             wanted, kept = gate(x), None
@@ -52,10 +56,10 @@ def check_fused(
     made = image(values, pattern)
     out, got = move(np.full(made.shape, 7, np.uint8)), move(np.full((m, 1), 7, np.float32))
     if gate:
-        launch(plan, m, move(bits(x)), out, got)
+        launch(move(bits(x)), out, got)
     else:
         sums = move(np.zeros((m, k), np.uint16))
-        launch(plan, m, move(bits(x)), move(bits(residual)), move(bits(gamma)), sums, out, got, word(EPSILON), word(k))
+        launch(move(bits(x)), move(bits(residual)), move(bits(gamma)), sums, out, got, word(EPSILON), word(k))
         if kind == "add_rms_norm":
             np.testing.assert_array_equal(*(a.view(source.numpy).astype(np.float32) for a in (back(sums), kept)))
     if scaled:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from slidesparse_nb.arch import sm90, sm90_layout
+from slidesparse_nb.arch.multiplied_as import as_multiplied
 from slidesparse_nb.arch.operand import image, image_rows, stages
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT16, DType
@@ -169,7 +170,7 @@ class Gpu:
 
             return function
 
-        for name in ("ascontiguousarray", "full", "concatenate", "stack", "where", "arange"):
+        for name in ("ascontiguousarray", "full", "concatenate", "stack", "where", "arange", "ldexp"):
             setattr(cupy, name, numpys(name))
         cupy.from_dlpack = lambda a: gpu.viewed.append(gpu.streams[-1]) or a.array
         runtime = SimpleNamespace(
@@ -405,7 +406,7 @@ def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool) -> Iterator[
         arrange = weights.DeviceWeight.arrange
 
         def noted(packed: PackedWeight, ordinal: int, least_memory: bool = False) -> Any:
-            made.weights.append((arrange(packed, ordinal, least_memory), packed))
+            made.weights.append((arrange(packed, ordinal, least_memory), as_multiplied(packed, np)))
             return made.weights[-1][0]
 
         weights.DeviceWeight.arrange = noted

@@ -189,8 +189,8 @@ def test_what_no_kernel_multiplies() -> None:
     with pytest.raises(UnsupportedError, match=r"^problem: 2 x y\[3, 64\] = .*: no kernel multiplies groups"):
         arch.choose(replace(problem, groups=2))
     for device in (Device((9, 0), 132), Device((12, 0), 188)):
-        with pytest.raises(UnsupportedError, match="packed: W4A8 weights have no kernel for this device"):
-            arch.choose(replace(problem, device=device, scheme="W4A8"))
+        with pytest.raises(UnsupportedError, match="packed: NVFP4 weights have no kernel for this device"):
+            arch.choose(replace(problem, device=device, scheme="NVFP4"))
 
 
 @pytest.mark.parametrize("own", [sm80.ARCH, sm90.ARCH], ids=["portable", "own"])

@@ -518,7 +518,8 @@ def test_a_packed_folder_that_ignores_what_is_no_expression_is_refused(tmp_path:
 @pytest.mark.parametrize(
     "given",
     [{"scheme": "INT4"}, {"prune": "sparsegpt"}, {"statistics": {"a": np.ones(3)}}, {"format": "zip"}, {"max_shard_size": 0},
-     {"pattern": "2:8"}, {"run": {"max_workers": 0}}, {"run": {"max_memory": 1 << 20}}],
+     {"max_shard_size": "5GB"}, {"targets": 5}, {"ignore": (5,)}, {"pattern": "2:8"}, {"run": {"max_workers": 0}},
+     {"run": {"max_workers": 1.5}}, {"run": {"max_memory": 1 << 20}}, {"run": {"progress": "bar"}}],
     ids=str,
 )  # fmt: skip
 def test_options_and_run_refuse_what_they_do_not_know(tmp_path: Path, given: dict[str, Any]) -> None:

@@ -128,14 +128,18 @@ def test_operands_of_norms_and_gates_that_do_not_fit() -> None:
         (lambda: ops().rms_norm(x, ones.astype(F16), 0, "6:8", "int8"), r"gamma: float16 \(16,\) must be float32"),
         (lambda: ops().rms_norm(x, None, 0, "6:8", "int8"), r"gamma: NoneType \(\) must be"),
         (lambda: ops().rms_norm(x, ones, 0, "6:8", "int8", residual=x[:2]), r"residual: float32 \(2, 16\) must be"),
-        (lambda: ops().rms_norm(x, ones, -1, "6:8", "int8"), "epsilon: -1 must be a finite number, 0 or more"),
+        (lambda: ops().rms_norm(x, ones, -1, "6:8", "int8"), "epsilon: -1 must be a number from 0 to the largest of float32"),
+        (lambda: ops().rms_norm(x, ones, 10**400, "6:8", "int8"), "epsilon: <an integer of 1329 bits> must be"),
+        (lambda: ops().rms_norm(x, ones, 0, None, "int8"), "packed: is missing; pass the weights"),  # type: ignore[arg-type]
         (lambda: ops().rms_norm(x, ones, "tiny", "6:8", "int8"), "epsilon: 'tiny' must be"),
         (lambda: ops().rms_norm(x, ones.tolist(), 0, "6:8", "int8"), "gamma: list must be a NumPy array, as x is"),
         (lambda: ops().silu_and_mul(x[:, :15], "6:8", "int8"), r"x: shape \(3, 15\) must be \[..., 2k\]"),
-        (lambda: ops().gelu_and_mul(x, weight(8, 16, INT8)), "32"),
+        (lambda: ops().gelu_and_mul(x, weight(8, 16, INT8)), r"must be \[..., 32, twice the k of packed\]"),
     ):
         with pytest.raises(OperandError, match=message):
             call()
+    one, same = (ops().rms_norm(x + 1, ones, epsilon, "6:8", "int8").scale for epsilon in (1.0, np.int64(1)))
+    np.testing.assert_array_equal(one, same)
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)

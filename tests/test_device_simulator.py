@@ -18,7 +18,7 @@ if not SIMULATED:
         run_in_simulator(__file__)
 
 else:
-    from device_cases import SOURCES, at_address, awkward_rows, bits, imaged, quantized, same
+    from device_cases import SOURCES, at_address, awkward_rows, bits, imaged, made_on_device, quantized, row_pitch, same, write
     from fused_cases import check_fused
 
     from slidesparse_nb.arch.operand import STAGE, stages
@@ -46,9 +46,9 @@ else:
 
     def check_rows(x, dtype, pattern=None, more=0):
         """x in rows of `more` bytes than they need, written over something else."""
-        width = activations.row_pitch(x.shape[1], pattern) + more
+        width = row_pitch(x.shape[1], pattern) + more
         values, scale = np.full((len(x), width), 0x55, np.uint8), np.zeros((len(x), 1), np.float32)
-        activations.write(x, dtype, values, scale, pattern, width)
+        write(x, dtype, values, scale, pattern, width)
         same(values, scale, quantized(x, dtype, pattern, width))
 
     @pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
@@ -61,22 +61,19 @@ else:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(("m", "k", "pattern"), [(3, 72, "6:8"), (1, 2000, "4:6")])
     def test_norms_and_gates(kind, source, dtype, m, k, pattern) -> None:
-        check_fused(kind, source, dtype, m, k, Pattern.of(pattern), launched)
-
-    def launched(plan, m, *given):
-        plan.kernel((plan.blocks(m),), plan.threads, *given, *plan.integers(m), shared=plan.shared)
+        check_fused(kind, source, dtype, m, k, Pattern.of(pattern))
 
     @pytest.mark.parametrize(("m", "k"), [(0, 8), (3, 0), (2, 1), (0, 0), (1, 5)])
     def test_quantize_almost_nothing(m, k) -> None:
         x = awkward_rows(m, k, BFLOAT16.numpy)
-        same(*activations.quantize(x, INT8), quantized(x, INT8, None, activations.row_pitch(k)))
+        same(*made_on_device(x, INT8), quantized(x, INT8, None, row_pitch(k)))
 
     @pytest.mark.parametrize("vectors", [1, 2, 4, 8])
     def test_every_number_of_vectors(vectors) -> None:
         k = 8 * 32 * vectors - 40  # the last thread has nothing, the one before not all
         x = at_address(awkward_rows(2, k, BFLOAT16.numpy))
         for pattern in (None, Pattern(6, 8)):
-            width = activations.row_pitch(k, pattern)
+            width = row_pitch(k, pattern)
             launch = activations.plan("bfloat16", "int8", k, x.strides, True, 90, pattern, width=width, vectors=vectors)
             assert (launch.variant.vectors, launch.threads) == (vectors, 32)
             values, scale = np.full((2, width), 0x55, np.uint8), np.zeros((2, 1), np.float32)
@@ -113,7 +110,7 @@ else:
                 np.full(expected.shape, 0x55, np.uint8),
                 None if expected_scale is None else np.zeros((m, 1), np.float32),
             )
-            activations.write(at_address(x), dtype, made, scale, pattern, source=dtype.name if source.itemsize == 1 else "")
+            write(at_address(x), dtype, made, scale, pattern, source=dtype.name if source.itemsize == 1 else "")
             np.testing.assert_array_equal(made, expected)
             if scale is not None:
                 np.testing.assert_array_equal(bits(scale), bits(expected_scale))
@@ -139,13 +136,13 @@ else:
         placed = laid_out(awkward_rows(9, 32, FLOAT16.numpy), layout)
         if dtype is INT8:
             check_rows(placed, FLOAT8, more=48)
-        made, scale = activations.tiles(placed, dtype, Pattern(6, 8))
+        made, scale = made_on_device(placed, dtype, Pattern(6, 8))
         assert (scale is None) == (dtype is BFLOAT16)
         np.testing.assert_array_equal(made, imaged(placed, dtype, Pattern(6, 8))[0])
 
     def test_long_rows_are_read_twice() -> None:
         k = 8192 * 8 + 8
-        launch = activations.plan("bfloat16", "int8", k, (2 * k, 2), True, 90, width=activations.row_pitch(k))
+        launch = activations.plan("bfloat16", "int8", k, (2 * k, 2), True, 90, width=row_pitch(k))
         assert launch.variant.vectors == 0
         launch = activations.plan("bfloat16", "int8", k - 16, (2 * k - 32, 2), True, 90, width=k - 16)
         assert (launch.variant.vectors, launch.threads) == (8, 1024)

@@ -45,7 +45,7 @@ def test_what_is_absent_is_no_failure(part: str, monkeypatch: pytest.MonkeyPatch
     assert REASONS[part] in lines[part]
     assert ("pip install" in lines["CuPy"]) == (part == "CuPy")
     if part == "CuPy":
-        assert lines["GPU"].endswith("NVIDIA H100, 80 GiB, compute capability 9.0: int8, float8_e4m3fn, bfloat16, float16")
+        assert lines["GPU"].endswith("H100, 80 GiB, compute capability 9.0: int8, float8_e4m3fn, bfloat16, float16, W4A8")
         assert "not computed on the GPU: that needs CuPy and Numba CUDA" in lines["products"]
 
 
@@ -82,7 +82,7 @@ def test_a_card_on_which_int8_is_faster_says_so(monkeypatch: pytest.MonkeyPatch)
     take_away("CuPy", monkeypatch)
     state, text = states()["GPU"]
     assert state == "ok"
-    assert text.endswith("float16; prefer int8 there: NVIDIA states 2 times the rate of float8_e4m3fn (not measured by us)")
+    assert text.endswith("W4A8; prefer int8 there: NVIDIA states 2 times the rate of float8_e4m3fn (not measured by us)")
 
 
 def test_a_compiler_without_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:

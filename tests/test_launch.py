@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,11 +134,8 @@ def test_threads_and_finalizers_never_share_a_slot() -> None:
         for i in range(200):
             run((thread + 1, 1, 1), (32, 1, 1), 0, thread, False, thread, i, thread * i)
 
-    threads = [threading.Thread(target=work, args=(t,)) for t in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
     seen = sorted((s["stream"], s["arguments"][1], s["grid"], s["arguments"]) for s in outer.seen)
     assert seen == [(t, i, (t + 1, 1, 1), (t, i, t * i)) for t in range(4) for i in range(200)]
     assert {s["arguments"] for s in inner.seen} == {(9, 9, 9)}

@@ -412,6 +412,12 @@ def test_a_packed_checkpoint(tmp_path: Path, asked: list[Any]) -> None:
     ss.save(tmp_path / "packed.safetensors", {"a": packed, "b": packed})
     assert call(tmp_path / "packed.safetensors", "-m", "1,8", "--out", "float16").exit_code == 0
     assert asked == [(1, 48, 64, "6:8", "int8", "float16"), (8, 48, 64, "6:8", "int8", "float16")]
+    for scheme, code, told in (("W4A8", 0, ""), ("NVFP4", 5, "a: NVFP4 weights have no kernel for a GPU")):
+        asked.clear()
+        ss.save(tmp_path / "packed.safetensors", {"a": ss.pack(np.zeros((48, 64), np.float32), "6:8", scheme)})
+        done = call(tmp_path / "packed.safetensors", "-m", "8")
+        assert (done.exit_code, told in done.stderr) == (code, True)
+        assert asked == [(8, 48, 64, "6:8", "float8_e4m3fn", "bfloat16")][code:]
     done = call(models.folder(tmp_path / "dense"))
     assert done.exit_code == 5
     assert "holds no packed weights; slidesparse pack makes them" in done.stderr

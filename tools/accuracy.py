@@ -58,7 +58,7 @@ def accuracy() -> None:
 @exits
 def texts(tokenizer: Path, brown: Path, addresses: Path, output: Path, pieces: int, calibrate: int) -> None:
     """Write the token ids of the texts."""
-    from slidesparse_nb.integrations.perplexity import tokenizer_of
+    from slidesparse_nb.pruning.model import tokenizer_of
 
     from .study.texts import prepare
 

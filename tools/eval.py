@@ -58,10 +58,6 @@ def eval(  # the command's name
     MODEL is a folder that transformers loads, with its tokenizer. The text is cut into windows; the first token of each, or
     those that it shares with the window before, are context and not counted.
     """
-    try:
-        words = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ss.FormatError(f"{text}: is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise click.BadParameter(f"{json_file.absolute().parent} is no folder", param_hint="--json")
     module, start = perplexity_module(), time.monotonic()
@@ -69,7 +65,7 @@ def eval(  # the command's name
     module.transformers.utils.logging.disable_progress_bar()
     with progress_bar(True) as progress:
         found = module.evaluate(
-            model, words, window, stride or window, given["tokens"], device, given["against"], progress=progress
+            model, text, window, stride or window, given["tokens"], device, given["against"], progress=progress
         )
     seconds = time.monotonic() - start
     cut = f"{count(found.windows, 'window')} of {found.window}, stride {found.stride}"

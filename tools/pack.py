@@ -118,18 +118,23 @@ def pack(
         keys = ("max_workers", "max_memory", "resume", "overwrite", "verify")
         run = ss.Run(**{key: given[key] for key in keys}, progress=progress)
         done = ss.pack_checkpoint(input, output, options, run, dry_run=dry_run)
-    if report is not None:
-        write_json(report, done.as_dict())
-    if as_json:
-        print_json(done.as_dict())
-    elif not quiet:
-        _print(done, options.pattern, verbose)
+    tell(done, report, as_json, quiet, lambda: _print(done, options.pattern, verbose))
     if done.refused:
         first = done.refused[next(iter(done.unsupported or done.refused))]
         kind = ss.UnsupportedError if done.unsupported else ss.PatternError
         total = len({*done.refused, *(m.name for m in done.modules)})
         way = "" if done.unsupported else "; prune with --prune magnitude, or leave such modules dense with --skip-bad"
         raise kind(f"{len(done.refused)} of {count(total, 'module')} would be refused, the first: {first}{way}")
+
+
+def tell(done: ss.Report, report: Path | None, as_json: bool, quiet: bool, in_words: Callable[[], None]) -> None:
+    """Report as the options of `reported` ask for."""
+    if report is not None:
+        write_json(report, done.as_dict())
+    if as_json:
+        print_json(done.as_dict())
+    elif not quiet:
+        in_words()
 
 
 def check_report(report: Path, source: Path, overwrite: bool) -> None:

@@ -17,8 +17,8 @@ import click
 import slidesparse_nb as ss
 
 from .exit_codes import EXIT_CODES, exits
-from .pack import check_report, reported
-from .terminal import Size, command, count, print_json, print_table, progress_bar, say, size_text, write_json
+from .pack import check_report, reported, tell
+from .terminal import Size, command, count, print_table, progress_bar, say, size_text
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -32,7 +32,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--tokens", type=click.IntRange(1), default=65536, show_default=True, help="Of the text, from its beginning.")
 @click.option("--window", type=click.IntRange(1), default=2048, show_default=True, help="Tokens that the model reads at once.")
 @click.option("--scheme", metavar="TYPE", help="Of sparsegpt: make up for rounding to INT8_W8A8, FP8_DYNAMIC ..., too.")
-@click.option("--damping", type=float, default=0.1, show_default=True, help="Of sparsegpt: share of the Hessian's diagonal.")
+@click.option("--damping", type=float, help="Of sparsegpt: share of the Hessian's diagonal.  [default: 0.1]")
 @click.option("--statistics", type=FILE, help="In place of a text: a file that --save-statistics made.")
 @click.option(
     "--save-statistics",
@@ -66,8 +66,10 @@ def prune(
     The output is dense, of the types and names of MODEL. wanda and sparsegpt need a text (and PyTorch and transformers) or
     statistics made of one.
     """
-    if save_statistics is not None and (output is not None or report is not None or resume):
-        raise click.UsageError("--save-statistics prunes nothing: leave out --output, --report and --resume")
+    unused = {"--output": output, "--report": report, "--resume": resume or None, "--json": as_json or None}
+    unused |= {f"--{name.replace('_', '-')}": given[name] for name in ("scheme", "damping", "max_shard_size")}
+    if save_statistics is not None and (found := [name for name, value in unused.items() if value is not None]):
+        raise click.UsageError(f"--save-statistics prunes nothing: leave out {' and '.join(found)}")
     options = ss.PruneOptions(**{**given, "method": given["method"] or ""})
     if report is not None:
         check_report(report, model, overwrite)
@@ -78,12 +80,7 @@ def prune(
             say(f"wrote {size_text(save_statistics.stat().st_size)} to {save_statistics}")
             return
         done = ss.prune_checkpoint(model, output, options, run)
-    if report is not None:
-        write_json(report, done.as_dict())
-    if as_json:
-        print_json(done.as_dict())
-    elif not quiet:
-        _print(done, options.pattern, verbose)
+    tell(done, report, as_json, quiet, lambda: _print(done, options.pattern, verbose))
 
 
 def _print(done: ss.PruneReport, pattern: ss.Pattern, verbose: int) -> None:

@@ -30,8 +30,8 @@ from .benchmark.cases import KINDS, MODELS
 from .exit_codes import EXIT_CODES, exits
 from .terminal import command, count, print_json, print_table, say
 
-STORED = {"I8": "int8", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "fp16"}
-"""Types of packed values in a file -> keys of KINDS."""
+STORED = {"I8": "int8", "F8_E4M3": "fp8", "BF16": "bf16", "F16": "fp16", "W4A8": "fp8"}
+"""Types of packed values in a file, or schemes with block scales -> keys of KINDS: what they are multiplied as."""
 
 OUTS = ("bfloat16", "float16", "float32")
 COLUMNS = ("n, k", "pattern", "type", "m", "candidates", "model us", "best us", "gain", "kept")
@@ -114,6 +114,8 @@ def _packed(path: Path) -> Iterator[tuple[int, int, str, str]]:
     if not modules:
         raise ss.UnsupportedError(f"{path}: holds no packed weights; slidesparse pack makes them")
     for module in modules:
+        if module.stored not in STORED:
+            raise ss.UnsupportedError(f"{path}: {module.name}: {module.stored} weights have no kernel for a GPU")
         yield module.n // module.matrices, module.k, str(module.packed), STORED[module.stored]
 
 

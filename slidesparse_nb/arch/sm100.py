@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from ..core.dtypes import CUDA_CODES, FLOAT8, INT8, PACKED, DType
+from ..core.dtypes import CUDA_CODES, INT8, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
 from ..core.scheme import Scheme
 from . import sm100_layout as layout
-from .operand import STAGE, Operand, stages
+from .common import PlainLaunch, Tiled, refuses
+from .operand import STAGE, stages
 from .sm100_layout import arrange
 
 PARAMETERS = {
@@ -44,9 +45,6 @@ RASTER_GROUP = 8
 WITHOUT_INT8 = (10, 3)
 """The GPU that has `tcgen05` but not its kind i8 (PTX ISA, "tcgen05.mma", target ISA notes)."""
 
-FLOAT8_ERROR = 2.0**-10
-"""Error of one float8 instruction relative to the sum of magnitudes: Hopper's, since the manual tells none."""
-
 MMA_TOKENS_PER_CLOCK = 2
 """Ceiling of the tensor cores of a pair: tokens of an instruction (256 outputs, 64 bytes of expanded k) a clock."""
 L2_BYTES_PER_CLOCK = 57
@@ -58,7 +56,7 @@ TILE_CLOCKS, CHUNK_CLOCKS = 3000, 500
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PlainLaunch):
     """One launch of the kernel.
 
     Attributes:
@@ -117,21 +115,6 @@ class Config:
     def arguments(self, problem: GemmProblem) -> dict[str, int]:
         return {"k_tiles": self.k_tiles(problem), "raster_group": RASTER_GROUP}
 
-    def early(self, problem: GemmProblem) -> bool:
-        return False
-
-    def counters(self, problem: GemmProblem) -> int:
-        return 0
-
-    def part_bytes(self, problem: GemmProblem) -> int:
-        return 0
-
-    def derived_bytes(self, problem: GemmProblem) -> int:
-        return 0
-
-    def shares(self) -> dict[str, object]:
-        return {}
-
     def defines(self) -> dict[str, int | str]:
         """The #defines above the #include of the kernel: its type and tile; descriptors and addresses, which it asserts."""
         steps = ", ".join("{" + ", ".join(map(str, step)) + "}" for step in layout.steps(self.dtype, self.tokens))
@@ -155,24 +138,19 @@ class Config:
         }  # fmt: skip
 
 
-class Blackwell:
+class Blackwell(Tiled):
     """See `arch.Arch`."""
 
-    source, parameters, portable = Config.source, PARAMETERS, False
+    source, parameters = Config.source, PARAMETERS
 
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability in ((10, 0), (10, 3))
 
     def refuses(self, capability: tuple[int, int], scheme: Scheme) -> str:
         """`tcgen05.mma.sp` multiplies operands of one type; 10.3 has no int8."""
-        if scheme.activations != scheme.weights or scheme.dtype not in PACKED:
-            return f"packed: {scheme} weights have no kernel for this device; pack as int8 or bfloat16 for it"
         if scheme.dtype is INT8 and capability == WITHOUT_INT8:
             return f"packed: tcgen05 of compute capability 10.3 does not multiply {scheme}; pack as float8_e4m3fn for it"
-        return ""
-
-    def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
-        return Operand(True, pattern, STAGE * stages(pattern, k, scheme.activations.element))
+        return refuses(scheme)
 
     def arrange(self, packed: PackedWeight, xp: Any = np, least_memory: bool = False) -> dict[str, Any]:
         return arrange(packed, xp)
@@ -195,9 +173,6 @@ class Blackwell:
         written = TILE_CLOCKS + config.tokens // layout.CHUNK * CHUNK_CLOCKS
         hidden = max(config.k_tiles(problem) * k_tile, written)  # y is written while the next tile is multiplied
         return rounds * hidden + min(config.k_tiles(problem) * k_tile, written)
-
-    def error(self, scheme: Scheme, ks: int) -> float:
-        return -(-ks // 64) * FLOAT8_ERROR if scheme.dtype is FLOAT8 else 0.0
 
 
 ARCH = Blackwell()

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ..core.dtypes import CUDA_CODES, FLOAT4, FLOAT8, INT8, PACKED, DType
+from ..core.dtypes import CUDA_CODES, FLOAT4, FLOAT8, INT8, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import Device, GemmProblem
 from ..core.scheme import Scheme
 from . import sm80_fp4
+from .common import PlainLaunch, refuses
 from .operand import Operand
 from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout
 
@@ -141,7 +142,7 @@ def stages(layout: Layout, tile: Tile, sm: Sm) -> int:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PlainLaunch):
     """One launch of the kernel.
 
     Attributes:
@@ -196,9 +197,6 @@ class Config:
         """Blocks that cover k."""
         return self.layout.blocks(seen(problem.pattern, problem.k)[1])
 
-    def early(self, problem: GemmProblem) -> bool:
-        return False
-
     def counters(self, problem: GemmProblem) -> int:
         """Tiles that are split."""
         return self.tiles(problem.m, problem.n) if self.splits > 1 else 0
@@ -206,9 +204,6 @@ class Config:
     def part_bytes(self, problem: GemmProblem) -> int:
         """Of the accumulators of split tiles."""
         return self.splits * self.counters(problem) * self.tile.m * self.tile.n * 4
-
-    def derived_bytes(self, problem: GemmProblem) -> int:
-        return 0
 
     def shares(self) -> dict[str, object]:
         return {"splits": self.splits}
@@ -256,10 +251,8 @@ class Portable:
 
     def refuses(self, capability: tuple[int, int], scheme: Scheme) -> str:
         """`mma.sp` multiplies operands of one type, float8 since 8.9."""
-        if scheme.activations != scheme.weights or scheme.dtype not in PACKED:
-            return f"packed: {scheme} weights have no kernel for this device; pack as int8 or bfloat16 for it"
-        if scheme.dtype is not FLOAT8 or capability >= (8, 9):
-            return ""
+        if (why := refuses(scheme)) or scheme.dtype is not FLOAT8 or capability >= (8, 9):
+            return why
         return (
             f"packed: {scheme} weights need compute capability 8.9 or later, this device has {capability[0]}.{capability[1]};"
             " pack as int8 or bfloat16 for it"

@@ -11,13 +11,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..core.dtypes import FLOAT8, PACKED, DType
+from ..core.dtypes import DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
 from ..core.scheme import Scheme
 from . import sm90_cost
-from .operand import STAGE, Operand, stages
+from .common import Tiled, refuses
 from .sm90_launch import (
     BEFORE_REST,
     BOTH,
@@ -36,10 +36,6 @@ from .sm90_launch import (
     residents,
 )
 from .sm90_layout import arrange, expand, has_compact_metadata
-
-FLOAT8_ERROR = 2.0**-10
-"""Error of one float8 instruction (64 expanded columns), relative to the sum of magnitudes. Its accumulator has 13 bits of
-fraction and cuts off what is below (docs/hopper.md)."""
 
 SMALL_M = 128
 """Largest m that small tiles serve: above it larger tiles were faster in every measurement."""
@@ -126,22 +122,17 @@ def _metadata_forms(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, .
     return (True,) if tile.tokens <= sm90_cost.SMALL_TOKENS and dtype.bits == 8 else (True, False)
 
 
-class Hopper:
+class Hopper(Tiled):
     """See `arch.Arch`."""
 
-    source, parameters, portable = Config.source, PARAMETERS, False
+    source, parameters = Config.source, PARAMETERS
 
     def serves(self, capability: tuple[int, int]) -> bool:
         return capability == (9, 0)
 
     def refuses(self, capability: tuple[int, int], scheme: Scheme) -> str:
         """`wgmma` multiplies operands of one type."""
-        if scheme.activations == scheme.weights and scheme.dtype in PACKED:
-            return ""
-        return f"packed: {scheme} weights have no kernel for this device; pack as int8 or bfloat16 for it"
-
-    def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
-        return Operand(True, pattern, STAGE * stages(pattern, k, scheme.activations.element))
+        return refuses(scheme)
 
     def arrange(self, packed: PackedWeight, xp: Any, least_memory: bool = False) -> dict[str, Any]:
         """With both forms of the metadata, or the smaller alone."""
@@ -176,9 +167,6 @@ class Hopper:
         products = [launch for launch in candidate if isinstance(launch, Config)]
         derived = sum(launch.derived_bytes(problem) for launch in candidate)
         return sm90_cost.nanoseconds(products, problem, along_k(problem)) + sm90_cost.expansion_nanoseconds(derived)
-
-    def error(self, scheme: Scheme, ks: int) -> float:
-        return -(-ks // 64) * FLOAT8_ERROR if scheme.dtype is FLOAT8 else 0.0
 
 
 ARCH = Hopper()

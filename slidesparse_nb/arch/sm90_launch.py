@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from ..core.dtypes import CUDA_CODES, DType
 from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
+from .common import PlainLaunch
 from .operand import STAGE, stages
 from .sm90_layout import VALUE_BYTES, has_compact_metadata, metadata_bytes, row_tiles
 
@@ -122,21 +123,8 @@ TILES = (
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-class NoScratch:
-    """What a launch needs of the workspace: nothing."""
-
-    def counters(self, problem: GemmProblem) -> int:
-        return 0
-
-    def part_bytes(self, problem: GemmProblem) -> int:
-        return 0
-
-    def derived_bytes(self, problem: GemmProblem) -> int:
-        return 0
-
-
 @dataclass(frozen=True)
-class Config(NoScratch):
+class Config(PlainLaunch):
     """One launch of the kernel; without `blocks`, the kernel alone.
 
     Attributes:
@@ -259,7 +247,7 @@ class Config(NoScratch):
 
 
 @dataclass(frozen=True)
-class Expansion(NoScratch):
+class Expansion(PlainLaunch):
     """The launch that derives expanded metadata from compact, for the launches after it.
 
     Attributes:
@@ -282,17 +270,11 @@ class Expansion(NoScratch):
     def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
         return along_k(problem) * -(-row_tiles(problem.n) // EXPAND_ROW_TILES), 1, 1
 
-    def arguments(self, problem: GemmProblem) -> dict[str, int]:
-        return {}
-
     def early(self, problem: GemmProblem) -> bool:
         return True
 
     def derived_bytes(self, problem: GemmProblem) -> int:
         return along_k(problem) * row_tiles(problem.n) * metadata_bytes(self.dtype, False)
-
-    def shares(self) -> dict[str, object]:
-        return {}
 
     def defines(self) -> dict[str, int | str]:
         """The #defines above the #include of the kernel."""

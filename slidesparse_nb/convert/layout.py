@@ -19,7 +19,7 @@ from ..checkpoint.safetensors import header_bytes, naming, open_regular, tensor_
 from ..core.dtypes import NUMPY_OF
 from ..core.file_kind import LOOKED_AT, POINTER, is_pointer
 from ..core.reference import dequantize
-from ..errors import FormatError
+from ..errors import FormatError, OperandError
 from .module import Module
 from .options import UNIT_BYTES
 
@@ -236,8 +236,13 @@ def output_layout(
         source: whose companions (tokenizer and the like) are copied, if the output is a folder.
         config: the new config.json, None if there is none.
         single: name of the one output file; None for a folder.
+
+    Raises:
+        OperandError: a size for the one output file. FormatError: a companion is a pointer of Git LFS.
     """
     if single is not None:
+        if max_shard_size is not None:
+            raise OperandError(f"max_shard_size: {single} is one file and is not split; name a folder as the output")
         return Layout([Shard(single, tuple(items), metadata)], [])
     plan = shard_plan([(i, item.nbytes) for i, item in enumerate(items)], max_shard_size or DEFAULT_SHARD)
     names = [shard_name(i, len(plan), source.stem) for i in range(len(plan))]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..core import prune as pruning
-from ..core.checks import real_numbers
+from ..core.checks import real_numbers, whole_number
 from ..core.pattern import Pattern
 from ..core.scheme import SCHEMES as BY_NAME
 from ..core.scheme import Scheme
@@ -27,6 +27,32 @@ UNIT_BYTES = 2**20
 
 Progress = Callable[[str, int, int], None]
 """Called with the phase ("packing", "verifying" ...), bytes of the source done, and bytes in all."""
+
+T = TypeVar("T")
+
+
+def instance_of(name: str, value: object, kind: type[T]) -> T:
+    """`value`, or what `kind` is by default in place of None. Raises OperandError for anything else."""
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise OperandError(f"{name}: {type(value).__name__} must be slidesparse_nb.{kind.__name__}(...)")
+    return value
+
+
+def settle(options: Any) -> None:
+    """Bring the options of every conversion into one form: pattern, names and size of files. Raises OperandError."""
+    found: dict[str, Any] = {"pattern": Pattern.of(options.pattern)}
+    for name in ("targets", "ignore"):
+        value = getattr(options, name)
+        names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
+        if not all(isinstance(each, str) for each in names):
+            raise OperandError(f"{name}: {shown(value)} must be names of modules, such as 'model.layers.0.*'")
+        found[name] = names
+    if options.max_shard_size is not None:
+        found["max_shard_size"] = whole_number("max_shard_size", options.max_shard_size, 1)
+    for name, value in found.items():
+        object.__setattr__(options, name, value)
 
 
 @dataclass(frozen=True)
@@ -60,7 +86,7 @@ class Options:
     statistics: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", Pattern.of(self.pattern))
+        settle(self)
         with contextlib.suppress(OperandError):  # then the check below tells
             object.__setattr__(self, "scheme", "auto" if str(self.scheme).lower() == "auto" else Scheme.of(self.scheme).name)
         if scheme := BY_NAME.get(str(self.scheme)):
@@ -71,14 +97,9 @@ class Options:
                 )
         elif self.pattern.unit > 1 and self.scheme == "auto":
             raise OperandError(f"pattern: {self.pattern} needs a scheme that keeps pairs; pass scheme NVFP4")
-        for name in ("targets", "ignore"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for name, allowed in {"scheme": SCHEMES, "prune": tuple(pruning.PRUNERS), "format": FORMATS}.items():
             if (value := getattr(self, name)) not in allowed:
                 raise OperandError(f"{name}: {value!r} must be one of {', '.join(allowed)}")
-        if self.max_shard_size is not None and self.max_shard_size < 1:
-            raise OperandError(f"max_shard_size: {self.max_shard_size} must be at least one byte")
         if not isinstance(self.statistics, Mapping):
             raise OperandError(f"statistics: {type(self.statistics).__name__} must be a mapping of modules to arrays")
         if not pruning.takes_statistics(self.prune):
@@ -121,10 +142,12 @@ class Run:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        if self.max_workers is not None and self.max_workers < 1:
-            raise OperandError(f"max_workers: {self.max_workers} must be at least 1")
-        if self.max_memory < MIN_MEMORY:
+        if self.max_workers is not None:
+            whole_number("max_workers", self.max_workers, 1)
+        if whole_number("max_memory", self.max_memory, 1) < MIN_MEMORY:
             raise OperandError(f"max_memory: {self.max_memory} bytes are too few; give at least {MIN_MEMORY >> 20} MiB")
+        if self.progress is not None and not callable(self.progress):
+            raise OperandError(f"progress: {type(self.progress).__name__} must be a function of (phase, done, in all)")
 
     @property
     def workers(self) -> int:

@@ -199,7 +199,7 @@ class Conversion:
             may_replace = partial(_is_ours, target, single) if run.overwrite else None
             staging = Staging(target, self.layout, fingerprint, single=single, resume=run.resume, may_replace=may_replace)
         except OSError as error:
-            raise OSError(error.errno, f"cannot be written ({error.strerror}); name another place", str(target)) from error
+            raise with_way(error, target) from error
         report.resumed = bool(staging.done)
         try:
             start = time.perf_counter()
@@ -220,9 +220,7 @@ class Conversion:
             raise KeyboardInterrupt(f"what is done is kept in {staging.folder}: {CONTINUE}") from None
         except OSError as error:
             staging.keep()
-            raise OSError(
-                error.errno, f"{error.strerror}; what is done is kept: {CONTINUE}", str(error.filename or target)
-            ) from error
+            raise with_way(error, target, f"what is done is kept: {CONTINUE}") from error
         except BaseException:
             staging.discard()
             raise
@@ -248,6 +246,12 @@ class Conversion:
         if written.root is not None:
             prove_files(written.root, self.layout)
         _refuse_changed(self.checkpoint)
+
+
+def with_way(error: OSError, target: Path, kept: str = "") -> OSError:
+    """The error to raise where writing `target` failed; `kept`: what can be continued, and how."""
+    told = f"{error.strerror}; {kept}" if kept else f"cannot be written ({error.strerror}); name another place"
+    return OSError(error.errno, told, str(error.filename or target))
 
 
 def _refuse_changed(source: Checkpoint) -> None:

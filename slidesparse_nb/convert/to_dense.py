@@ -19,7 +19,7 @@ from ..core.scheme import Scheme
 from ..errors import UnsupportedError, VerificationError
 from .layout import Item, dense_entries, dense_item, row_ranges
 from .module import Module
-from .options import UNIT_BYTES, Report, Run
+from .options import UNIT_BYTES, Report, Run, instance_of
 from .proof import prove_copies, prove_dequantized
 from .run import Conversion, output_target
 from .sources import read_packed_source
@@ -35,7 +35,7 @@ def unpack_checkpoint(source: str | os.PathLike[str], out: str | os.PathLike[str
             config.json would have to describe weights of several types.
         VerificationError: `source` is not in canonical form, or what was written does not equal it.
     """
-    run, source = run or Run(), checked_path(source, "source")
+    run, source = instance_of("run", run, Run), checked_path(source, "source")
     with Checkpoint.open(source) as checkpoint:
         weights = read_packed(checkpoint)
         if not weights:

@@ -12,12 +12,12 @@ from ..checkpoint.safetensors import checked_path
 from ..core import prune as pruning
 from ..core.scheme import Scheme
 from ..core.untrusted_json import frozen, uncollected
-from ..errors import OperandError, PatternError, UnsupportedError, shown
+from ..errors import PatternError, UnsupportedError, shown
 from .bitnet import BitnetFile
 from .config_json import is_renamed
 from .kinds import in_block
 from .module import Module
-from .options import Options, Report, Run
+from .options import Options, Report, Run, instance_of
 from .rows import SKIP, Broken, Maker
 from .run import Conversion, output_target
 from .select import APART, Selection, select
@@ -47,7 +47,8 @@ def pack_checkpoint(
         VerificationError: what was written is not what was meant.
         OSError: reading or writing failed; what is done is kept for `resume`. In every other case nothing is left behind.
     """
-    options, run, source = options or Options(), run or Run(), checked_path(source, "source")
+    options, run = instance_of("options", options, Options), instance_of("run", run, Run)
+    source = checked_path(source, "source")
     with open_source(source) as checkpoint:
         with uncollected():
             selection = select(
@@ -63,8 +64,6 @@ def pack_checkpoint(
         skipped = _settle_bad(checkpoint, selection, options, run)
         scheme = selection.modules[0].scheme
         target, single = output_target(source, checkpoint, out, _label(options, scheme))
-        if single and options.max_shard_size is not None:
-            raise OperandError(f"max_shard_size: {target} is one file and is not split; name a folder as the output")
         form = options.pattern, scheme, options.format
         conversion = Conversion(source, checkpoint, selection.source, target, single, selection.modules, *form)
         with uncollected():

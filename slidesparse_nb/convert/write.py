@@ -80,14 +80,11 @@ class Staging:
         out.parent.mkdir(parents=True, exist_ok=True)
         ours = self.journal.is_file() and not self.journal.is_symlink()
         if ours and not (resume or may_replace):
-            with contextlib.suppress(FileNotFoundError), _lock(self.journal, os.O_RDWR, out) as file:  # says so if it is alive
-                if _read_journal(file, self.journal)[2]:
-                    raise OperandError(
-                        f"out: an unfinished run of {out} is stored at {self.folder}; continue it with --resume, or start over"
-                        " with --overwrite"
-                    )
+            with contextlib.suppress(FileNotFoundError), lock(self.journal, os.O_RDWR, out) as file:  # says so if it is alive
+                if read_journal(file, self.journal)[2]:
+                    raise unfinished(out, self.folder)
         self._refuse_foreign(ours)
-        self._file = _lock(self.journal, os.O_RDWR | os.O_CREAT, out)
+        self._file = lock(self.journal, os.O_RDWR | os.O_CREAT, out)
         try:
             self._take_over(fingerprint, layout, resume)
         except BaseException as error:
@@ -104,20 +101,17 @@ class Staging:
         foreign += [self.journal] if os.path.lexists(self.journal) and not ours else []
         for path in foreign:
             if os.path.lexists(path):
-                raise _not_ours(path)
+                raise not_ours(path)
 
     def _take_over(self, fingerprint: str, layout: Layout, resume: bool) -> None:
         """Continue what the journal tells of, or start anew."""
-        found, self.done, whole = _read_journal(self._file, self.journal)
+        found, self.done, whole = read_journal(self._file, self.journal)
         if found is None:  # new, or cut in its first line: then it vouches for nothing but what looks like this output
             self._refuse_unvouched(layout.names)
         elif os.path.lexists(self.aside) and not os.path.lexists(self.out):
             os.rename(self.aside, self.out)  # killed between two renames: what stood there comes back first
         if resume and found is not None and found != fingerprint and not self.may_replace:
-            raise OperandError(
-                f"out: the unfinished run at {self.folder} was started with other options or another source; start over with"
-                " --overwrite"
-            )
+            raise begun_otherwise(self.folder)
         self.resumed = resume and found == fingerprint
         if self.resumed:
             self._file.truncate(whole)
@@ -139,9 +133,9 @@ class Staging:
     def _refuse_unvouched(self, names: set[str]) -> None:
         """Raise OperandError where a side folder holds what this output would not."""
         if os.path.lexists(self.aside):
-            raise _not_ours(self.aside)
+            raise not_ours(self.aside)
         if self.folder.is_dir() and any(entry.name not in names for entry in os.scandir(self.folder)):
-            raise _not_ours(self.folder)
+            raise not_ours(self.folder)
 
     def _append(self, *records: dict[str, Any]) -> None:
         lines = memoryview("".join(json.dumps(record) + "\n" for record in records).encode())
@@ -198,12 +192,26 @@ def _places(out: Path) -> tuple[Path, Path, Path]:
     return tuple(out.with_name(out.name + end) for end in (".partial", ".journal", ".replaced"))  # type: ignore[return-value]
 
 
-def _not_ours(path: Path) -> OperandError:
+def not_ours(path: Path) -> OperandError:
     """The error to raise where something of the user's has the name of a side file."""
     return OperandError(f"out: {path} stands in the way and is not an unfinished run of this tool; move it first")
 
 
-def _lock(journal: Path, flags: int, out: Path) -> Any:
+def unfinished(out: Path, at: Path) -> OperandError:
+    """The error to raise where a run was cut that is not to be continued."""
+    return OperandError(
+        f"out: an unfinished run of {out} is stored at {at}; continue it with --resume, or start over with --overwrite"
+    )
+
+
+def begun_otherwise(at: Path) -> OperandError:
+    """The error to raise where the run to be continued is another one."""
+    return OperandError(
+        f"out: the unfinished run at {at} was started with other options or another source; start over with --overwrite"
+    )
+
+
+def lock(journal: Path, flags: int, out: Path) -> Any:
     """The journal, open for appending and locked.
 
     Raises:
@@ -224,7 +232,7 @@ def _lock(journal: Path, flags: int, out: Path) -> Any:
         file.close()  # between opening and locking it, the run that held it ended and removed it: look again
 
 
-def _read_journal(file: Any, path: Path) -> tuple[str | None, dict[str, Done], int]:
+def read_journal(file: Any, path: Path) -> tuple[str | None, dict[str, Done], int]:
     """The fingerprint of a journal, its finished units, and its length in bytes up to the end of its last whole line.
 
     The fingerprint is None, and the length 0, where it is empty or was cut in its first line, as a power failure may do.
@@ -238,11 +246,11 @@ def _read_journal(file: Any, path: Path) -> tuple[str | None, dict[str, Done], i
     if not whole:
         begun = text.rstrip(b"\0")
         if not begun.startswith(JOURNAL_HEAD) and not JOURNAL_HEAD.startswith(begun):
-            raise _not_ours(path)
+            raise not_ours(path)
         return None, {}, 0
     lines = [_record(line) for line in whole.splitlines()]
     if lines[0].get("slidesparse") != 1 or not isinstance(lines[0].get("fingerprint"), str):
-        raise _not_ours(path)
+        raise not_ours(path)
     done = {}
     for record in lines[1:]:
         unit, spans, crc = record.get("unit"), record.get("spans"), record.get("crc")
@@ -270,8 +278,8 @@ def clear_leftovers(out: Path) -> None:
     folder, journal, aside = _places(out)
     if journal.is_symlink() or not journal.is_file():
         return
-    with contextlib.suppress(FileNotFoundError), _lock(journal, os.O_RDWR, out) as file:
-        if _read_journal(file, journal)[0] is not None:
+    with contextlib.suppress(FileNotFoundError), lock(journal, os.O_RDWR, out) as file:
+        if read_journal(file, journal)[0] is not None:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(aside, ignore_errors=True)
             journal.unlink(missing_ok=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import OperandError, shown
+from ..errors import OperandError
 from . import reference
-from .checks import check_activations
+from .checks import check_activations, number
 from .dtypes import FLOAT32, FLOATS, DType
 
 
@@ -95,14 +95,13 @@ class Before:
     def check(self, x: Any, k: int | None) -> int:
         """The columns of the result; `k`: what they must be, None if they may be any. OperandError if operands do not fit."""
         if self.kind != "rms_norm":
-            check_activations(x, None if k is None else 2 * k)
-            if x.shape[-1] % 2:
-                raise OperandError(f"x: shape {x.shape} must be [..., 2k], the gate's columns before those that it multiplies")
+            check_activations(x)
+            if x.shape[-1] % 2 or k not in (None, x.shape[-1] // 2):
+                wide = "2k" if k is None else f"{2 * k}, twice the k of packed"
+                raise OperandError(f"x: shape {x.shape} must be [..., {wide}]: the gate, then what it multiplies")
             return int(x.shape[-1]) // 2
         check_activations(x, k)
-        epsilon: object = self.epsilon
-        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float | np.floating) or not 0 <= epsilon < math.inf:
-            raise OperandError(f"epsilon: {shown(epsilon)} must be a finite number, 0 or more")
+        number("epsilon", self.epsilon, float(np.finfo(np.float32).max), "a number from 0 to the largest of float32")
         k = int(x.shape[-1])
         others = ("gamma", self.gamma, (k,)), ("residual", self.residual, x.shape)
         for name, array, shape in others:

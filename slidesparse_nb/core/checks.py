@@ -5,6 +5,8 @@ One clear sentence for each way to be wrong. What is said of products holds of N
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,23 @@ def is_real(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "biuf" or (dtype.kind != "c" and dtype in CODE_OF)
 
 
+def whole_number(name: str, value: Any, least: int) -> int:
+    """`value` as Python's integer. Raises OperandError unless it is one, of Python or NumPy, and `least` or more."""
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, bool | np.bool_) and (found := operator.index(value)) >= least:
+            return found
+    raise OperandError(f"{name}: {shown(value)} must be a whole number of at least {least}")
+
+
+def number(name: str, value: Any, most: float, rule: str) -> float:
+    """`value` as Python's float. Raises OperandError, with the rule, unless it is a number from 0 to `most`."""
+    with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+        real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        if real and 0 <= float(value) <= most:
+            return float(value)
+    raise OperandError(f"{name}: {shown(value)} must be {rule}")
+
+
 # ---- weights -----------------------------------------------------------------------------------------------------
 
 
@@ -81,10 +100,10 @@ def require_size(pattern: Pattern, shape: tuple[int, int], scheme: Scheme | DTyp
 
 
 def require_kernel(scheme: Scheme) -> None:
-    """Raise UnsupportedError for a scheme that no GPU kernel packs or multiplies yet."""
+    """Raise UnsupportedError for a scheme that no GPU kernel packs or unpacks yet."""
     if scheme.blocks or scheme.weights != scheme.activations:  # kernels know one type, of both operands
         raise UnsupportedError(
-            f"packed: {scheme} weights have no kernel for a GPU yet; use NumPy arrays, or pack as int8, fp8 or bfloat16"
+            f"packed: {scheme} weights are packed and unpacked on the CPU only; use NumPy arrays, or int8, fp8 or bfloat16"
         )
 
 

@@ -41,7 +41,7 @@ class GemmProblem:
 
     Attributes:
         pattern: of the weights.
-        scheme: of the product.
+        scheme: of the product: that of the weights, or the one that it is multiplied as on GPUs.
         out: name of the type of y.
         groups: such products at once, each with weights of its own.
     """
@@ -56,7 +56,7 @@ class GemmProblem:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scheme", Scheme.of(self.scheme))
+        object.__setattr__(self, "scheme", Scheme.of(self.scheme).kernel)
 
     @property
     def dtype(self) -> DType:

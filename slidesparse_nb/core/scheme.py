@@ -75,6 +75,7 @@ class Scheme:
         lift_first: activations are lifted and then quantized, as scales along k demand; otherwise quantized and then lifted.
         accumulator: dtype of the sums of products.
         unit: elements that share one metadata position: 1, or 2 where the hardware keeps pairs.
+        multiplied_as: a scheme of the same activations whose kernels multiply it on GPUs, converted exactly; None: its own.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Scheme:
     lift_first: bool = False
     accumulator: np.dtype[Any] = FLOAT32
     unit: int = 1
+    multiplied_as: Scheme | None = None
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -106,9 +108,17 @@ class Scheme:
         """Weights have scales along k, within those of the rows."""
         return self.weights.block is not None
 
+    @property
+    def kernel(self) -> Scheme:
+        """The scheme whose kernels multiply it on a GPU, for which arch/multiplied_as.py converts the weights."""
+        return self.multiplied_as or self
+
     @classmethod
-    def of(cls, value: object) -> Scheme:
+    def of(cls, value: object, operand: str = "dtype") -> Scheme:
         """The scheme of a name ("int8", "fp8", "INT8_W8A8", "nvfp4" ...), a `DType` or NumPy dtype of weights, or a `Scheme`.
+
+        Args:
+            operand: what errors call it.
 
         Raises:
             OperandError: `value` is none, or a type that several schemes store.
@@ -126,10 +136,10 @@ class Scheme:
                 return found[0]
             if found:
                 both = " and ".join(scheme.name for scheme in found)
-                raise OperandError(f"dtype: {shown(str(value))} is the type of {both}; name one of them")
+                raise OperandError(f"{operand}: {shown(str(value))} is the type of {both}; name one of them")
         names = ", ".join(map(str, SCHEMES.values()))
         told = shown(str(value) if isinstance(value, DType) else value)
-        raise OperandError(f"dtype: {told} is not a packed type; it must be one of {names}")
+        raise OperandError(f"{operand}: {told} is not a packed type; it must be one of {names}")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -160,14 +170,16 @@ class Scheme:
 _E4M3 = Storage(FLOAT4, True, Block(32, FLOAT8, 448.0, 2.0**-9, up=False))
 _E8M0 = Storage(FLOAT4, True, Block(64, EXPONENT8, 1.0, 2.0**-126, up=True))  # the smallest normal float32
 
+_FP8 = Scheme("FP8_DYNAMIC", Storage(FLOAT8), Storage(FLOAT8))
+
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
         Scheme("INT8_W8A8", Storage(INT8), Storage(INT8), accumulator=np.dtype(np.int32)),
-        Scheme("FP8_DYNAMIC", Storage(FLOAT8), Storage(FLOAT8)),
+        _FP8,
         Scheme("BF16", Storage(BFLOAT16, False), Storage(BFLOAT16, False)),
         Scheme("FP16", Storage(FLOAT16, False), Storage(FLOAT16, False)),
-        Scheme("W4A8", _E8M0, Storage(FLOAT8)),
+        Scheme("W4A8", _E8M0, Storage(FLOAT8), multiplied_as=_FP8),
         Scheme("NVFP4", _E4M3, _E4M3, lift_first=True, unit=2),
     )
 }

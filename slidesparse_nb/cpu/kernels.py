@@ -9,7 +9,6 @@ stay in L2 between one step and the next.
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +20,11 @@ import numpy as np
 from numba.core import caching
 from numpy.typing import NDArray
 
+from ..core.checks import whole_number
 from ..core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, DType
 from ..core.pattern import Pattern
 from ..core.reference import TINY, nonzero_units, unit_scores
 from ..core.scheme import Scheme
-from ..errors import OperandError, shown
 
 Array = NDArray[Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -406,11 +405,7 @@ def over_blocks(work: Callable[[slice], Any], n: int, k: int, max_workers: int |
     """`work` of every block of rows, in order of rows, on up to `max_workers` threads."""
     todo = list(blocks(n, k))
     if max_workers is not None:
-        try:
-            if isinstance(max_workers, bool | np.bool_) or (max_workers := operator.index(max_workers)) < 1:
-                raise TypeError
-        except TypeError:
-            raise OperandError(f"max_workers: {shown(max_workers)} must be a whole number of at least 1") from None
+        max_workers = whole_number("max_workers", max_workers, 1)
     workers = min(len(todo), min(8, os.cpu_count() or 1) if max_workers is None else max_workers)
     if workers <= 1:
         yield from map(work, todo)

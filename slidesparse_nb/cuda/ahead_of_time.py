@@ -78,7 +78,7 @@ def build_kernels(
         UnsupportedError: there is no compiler, or it does not know an architecture.
         KernelError: a kernel does not compile.
     """
-    schemes, out = [Scheme.of(d) for d in dtypes], FLOATS[float_dtype("out", out)]
+    schemes, out = list(dict.fromkeys(Scheme.of(d).kernel for d in dtypes)), FLOATS[float_dtype("out", out)]
     work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, schemes, out))
     built = compile_all([job for job, _ in work], workers=workers)
     sparse = [sparse_instructions(b) if multiplies(job) else None for b, (job, _) in zip(built, work, strict=True)]

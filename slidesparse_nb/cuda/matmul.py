@@ -24,9 +24,8 @@ from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.scheme import Scheme
 from ..errors import OperandError
-from . import quantize as kernels
 from .arrays import as_cupy, as_stream, device_of, require_own_memory
-from .plan import Plan, device_facts, fused_writer, norm_numbers, rows_writer
+from .plan import Plan, device_facts, fused_writer, norm_numbers, rows_writer, writer
 from .weight import DeviceWeight, to_device
 
 
@@ -194,37 +193,41 @@ def quantize(
     else:
         before = _on(ordinal, before)
         k = before.check(x, known)
-    lead, source = x.shape[:-1], x.dtype
-    m = math.prod(lead)
-    flat = x if x.ndim == 2 else x.reshape(m, x.shape[-1])
     if packed is not None:
         form = to_device(packed, ordinal).operand
     else:
         scheme = Scheme.of(dtype)
         form = for_capability(device_facts(ordinal)[0], scheme=scheme).operand(pattern, k, scheme)
+    if not form.tiled:  # the values as they are: `matmul` lifts them for a kernel that does not
+        form = Operand(False, None, k * dtype.bits // 8)
+    lead, source = x.shape[:-1], x.dtype
+    flat = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
+    m, scaled = len(flat), Scheme.of(dtype).scaled
+    values = cupy.empty(*_shape(form, m, k, pattern, dtype))
+    scale = cupy.empty((m, 1), np.float32) if scaled else None
+    stream, to = cupy.cuda.get_current_stream().ptr, (values.data.ptr, 0 if scale is None else scale.data.ptr)
+    written = False
     if before is not None:
-        made = _fused(flat, before, form, ordinal, k, pattern, dtype)
-        if made is None:
+        written, kept = _fused(flat, before, form, ordinal, k, dtype, stream, to)
+        if not written:
             flat, kept = before(flat)
-        else:
-            values, scale, kept = made
         kept = None if kept is None else kept.reshape(x.shape)
-        if made is not None:
-            if form.tiled:
-                return TiledActivations(values, pattern, k, scale, lead, dtype, source), kept
-            return QuantizedActivations(values[:, :k], scale, lead, dtype, source), kept
+    if not written and m and (values.size or scaled):
+        address, name = flat.data.ptr, FLOATS[source]
+        write = writer(ordinal, form, k, dtype, name, flat.strides, address % 16)
+        if write is None:  # x is such rows already, which the caller may change
+            write = rows_writer(ordinal, k, name, dtype, flat.strides, form.pitch, 0)
+        write(m, stream, address, *to)
     if form.tiled:
-        tiles, scale = kernels.tiles(flat, dtype, pattern)
-        return TiledActivations(tiles, pattern, k, scale, lead, dtype, source), kept
-    if Scheme.of(dtype).scaled:
-        values, scale = kernels.quantize(flat, dtype)
-        return QuantizedActivations(values[:, :k], scale, lead, dtype, source), kept
-    pitch = -(-2 * k // 16) * 16
-    values = cupy.empty((m, pitch // 2), dtype.raw)
-    if m and k:
-        write = rows_writer(ordinal, k, FLOATS[source], dtype, flat.strides, pitch, 0)
-        write(m, cupy.cuda.get_current_stream().ptr, flat.data.ptr, values.data.ptr, 0)
-    return QuantizedActivations(values[:, :k], None, lead, dtype, source), kept
+        return TiledActivations(values, pattern, k, scale, lead, dtype, source), kept
+    return QuantizedActivations(values[:, :k], scale, lead, dtype, source), kept
+
+
+def _shape(form: Operand, m: int, k: int, pattern: Pattern, dtype: DType) -> tuple[tuple[int, ...], Any]:
+    """Shape and type of the array that holds the operand of m tokens."""
+    if form.tiled:
+        return (stages(pattern, k, dtype), -(-m // 8), 8, STAGE), np.uint8
+    return (m, form.pitch * 8 // dtype.bits), np.int8 if dtype is INT8 else dtype.raw
 
 
 def _on(ordinal: int, before: Before) -> Before:
@@ -236,30 +239,24 @@ def _on(ordinal: int, before: Before) -> Before:
     return replace(before, **views)
 
 
-def _fused(x: Any, before: Before, form: Operand, ordinal: int, k: int, pattern: Pattern, dtype: DType) -> Any:
-    """(values or tiles, scale, sum) in one launch of x [m, k or 2k]; None where no kernel does it."""
+def _fused(
+    x: Any, before: Before, form: Operand, ordinal: int, k: int, dtype: DType, stream: int, to: tuple[int, int]
+) -> tuple[bool, Any]:
+    """Whether one launch did all of it to x [m, k or 2k]; and the sum, if there is one. `to`: where values and scales go."""
     m, (pitch, step) = len(x), x.strides
     others = [a for a in (before.residual, before.gamma) if a is not None]
-    whole = (
-        x.dtype.itemsize == 2 and m and step == 2 and x.data.ptr % 16 == pitch % 16 == 0 and (form.tiled or form.lift is None)
-    )
+    whole = x.dtype.itemsize == 2 and m and step == 2 and x.data.ptr % 16 == pitch % 16 == 0
     if not whole or not all(a.flags.c_contiguous and a.data.ptr % 16 == 0 for a in others):
-        return None
+        return False, None
     kind = "add_rms_norm" if before.residual is not None else before.kind
     write = fused_writer(ordinal, form, k, dtype, FLOATS[x.dtype], pitch, kind)
     if write is None:
-        return None
-    scaled, normed = Scheme.of(dtype).scaled, before.kind == "rms_norm"
-    shape = (stages(pattern, k, dtype), -(-m // 8), 8, STAGE) if form.tiled else (m, form.pitch)
-    made = cupy.empty(shape, np.uint8 if form.tiled else dtype.raw)
-    scale = cupy.empty((m, 1), np.float32) if scaled else None
-    kept = None if before.residual is None else cupy.empty((m, k), x.dtype)
+        return False, None
+    kept, normed = None if before.residual is None else cupy.empty((m, k), x.dtype), before.kind == "rms_norm"
     given = (x, before.residual, before.gamma, kept) if normed else (x,)
-    write(
-        m, cupy.cuda.get_current_stream().ptr, tuple(0 if a is None else a.data.ptr for a in given), made.data.ptr,
-        0 if scale is None else scale.data.ptr, norm_numbers(before.epsilon, k) if normed else (),
-    )  # fmt: skip
-    return made, scale, kept
+    addresses = (0 if a is None else a.data.ptr for a in given)
+    write(m, stream, *addresses, *to, *(norm_numbers(before.epsilon, k) if normed else ()))
+    return True, kept
 
 
 # ---- operands --------------------------------------------------------------------------------------------------------

@@ -43,11 +43,9 @@ Given = tuple[int, int, int, int, int, int, int, int, int, int]
 Launch = Callable[[int, Given], None]
 """Launches a kernel of a plan, bound to the buffers of a weight: (stream, what a call gives)."""
 
-Writer = Callable[[int, int, int, int, int], None]
-"""Launches the kernel that writes an operand: (m, stream, x, operand, scale), addresses but m."""
-
-FusedWriter = Callable[[int, int, tuple[int, ...], int, int, tuple[int, ...]], None]
-"""The same for `quantize.KINDS`: (m, stream, addresses of what the kernel reads and keeps, operand, scale, more integers)."""
+Writer = Callable[..., None]
+"""Launches the kernel that writes an operand: (m, stream, x, operand, scale), addresses but m. For `quantize.KINDS` x is
+followed by what else the kernel reads and keeps, and scale by more integers."""
 
 ROWS_KERNEL, ROWS_THREADS = "common/rows.cu", 256
 ROWS_PARAMETERS = {
@@ -227,15 +225,7 @@ def writer(
     """
     scaled = Scheme.of(dtype).scaled and source != dtype.name
     if form.tiled or scaled:
-        width, newest = None if form.tiled else form.pitch, quantize.architecture(ordinal)
-        found = quantize.plan(source, dtype.name, k, strides, offset == 0, newest, form.lift, width=width)
-        run, programmatic = found.kernel.on(ordinal, found.shared), found.kernel.programmatic
-        blocks, integers, block, shared = found.blocks, found.integers, (found.threads, 1, 1), found.shared
-
-        def write(m: int, stream: int, x: int, operand: int, scale: int) -> None:
-            run((blocks(m), 1, 1), block, shared, stream, programmatic, x, operand, scale, *integers(m))
-
-        return write
+        return _quantizer(ordinal, form, k, dtype, source, strides, offset == 0)
     loadable = offset == 0 and form.row_bytes % 16 == strides[0] % 16 == 0 and strides[1] == dtype.bits // 8
     if form.lift is None and source == dtype.name and loadable:
         return None
@@ -243,19 +233,24 @@ def writer(
 
 
 @functools.lru_cache(maxsize=1024)
-def fused_writer(ordinal: int, form: Operand, k: int, dtype: DType, source: str, pitch: int, kind: str) -> FusedWriter | None:
+def fused_writer(ordinal: int, form: Operand, k: int, dtype: DType, source: str, pitch: int, kind: str) -> Writer | None:
     """The launch that does `kind` to rows of `pitch` bytes, 16-byte aligned, and makes an operand of it; None if none does."""
-    width, newest = None if form.tiled else form.pitch, quantize.architecture(ordinal)
     try:
-        strides = pitch, Scheme.of(source).dtype.bits // 8
-        found = quantize.plan(source, dtype.name, k, strides, True, newest, form.lift, width=width, kind=kind)
+        return _quantizer(ordinal, form, k, dtype, source, (pitch, Scheme.of(source).dtype.bits // 8), True, kind)
     except UnsupportedError:
         return None
+
+
+def _quantizer(
+    ordinal: int, form: Operand, k: int, dtype: DType, source: str, strides: tuple[int, int], aligned: bool, kind: str = ""
+) -> Writer:
+    width, newest = None if form.tiled else form.pitch, quantize.architecture(ordinal)
+    found = quantize.plan(source, dtype.name, k, strides, aligned, newest, form.lift, width=width, kind=kind)
     run, programmatic = found.kernel.on(ordinal, found.shared), found.kernel.programmatic
     blocks, integers, block, shared = found.blocks, found.integers, (found.threads, 1, 1), found.shared
 
-    def write(m: int, stream: int, given: tuple[int, ...], operand: int, scale: int, numbers: tuple[int, ...]) -> None:
-        run((blocks(m), 1, 1), block, shared, stream, programmatic, *given, operand, scale, *numbers, *integers(m))
+    def write(m: int, stream: int, *arguments: int) -> None:
+        run((blocks(m), 1, 1), block, shared, stream, programmatic, *arguments, *integers(m))
 
     return write
 

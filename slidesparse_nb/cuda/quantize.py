@@ -1,9 +1,11 @@
 """Activations on the GPU as GEMM kernels load them: quantized per token or rounded, lifted, in rows or tiles.
 
-    x [m, k] --> values [m, pitch], scale [m, 1]                            `quantize`: rows, lifted if a kernel needs that
-    x [m, k] --> tiles [stages, ceil(m / 8), 8, 128], scale [m, 1]          `tiles`: the swizzled layout of arch/operand.py
+    x [m, k] --> values [m, pitch], scale [m, 1]                            rows, lifted if a kernel needs that
+    x [m, k] --> tiles [stages, ceil(m / 8), 8, 128], scale [m, 1]          the swizzled layout of arch/operand.py
 
-One launch, a thread block a token; the kernels are in kernels/quantize.py.
+Values are those of `reference.quantize`, float8 as its bits; columns past k, tokens past m are zero. x may have any strides:
+whole 16-byte vectors of neighbouring elements are read once; other rows, and those of more than 8192 vectors, are read a second
+time from cache. One launch, a thread block a token; the kernels are in kernels/quantize.py.
 """
 
 from __future__ import annotations
@@ -12,15 +14,13 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ..arch.operand import STAGE, stages
-from ..core.dtypes import FLOAT8, FLOATS, INT8, DType
+from ..core.dtypes import FLOAT8
 from ..core.pattern import Pattern
 from ..core.reference import norm_threads
 from ..core.scheme import Scheme
 from ..errors import UnsupportedError
-from .jit.numba import SIMULATED, Kernel, arrays, current_device
+from .jit.numba import SIMULATED, Kernel, arrays
 from .kernels.numbers import ROUND_TWO
 from .kernels.quantize import kernel
 from .kernels.quantize_stages import Variant
@@ -40,73 +40,6 @@ def architecture(device: int) -> int:
 def native_float8(device: int) -> bool:
     """Whether the device converts to float8_e4m3fn itself."""
     return architecture(device) >= 89
-
-
-def row_pitch(k: int, pattern: Pattern | None = None) -> int:
-    """Bytes of a row of quantized values: k, or ks if they are lifted by `pattern`, padded to 16 bytes."""
-    return -(-(k if pattern is None else pattern.slid_k(k)) // 16) * 16
-
-
-def quantize(x: Any, dtype: DType) -> tuple[Any, Any]:
-    """`reference.quantize` of every row of x on its device, without waiting for it.
-
-    Args:
-        x: [m, k] CuPy array of bfloat16, float16 or float32, any strides. Whole 16-byte vectors of neighbouring elements are
-            read once; other rows, and those of more than 8192 vectors, are read a second time from cache.
-        dtype: int8 or float8_e4m3fn.
-
-    Returns:
-        values: [m, row_pitch(k)], int8, or uint8 that holds float8 bits; columns past k are zero.
-        scale: [m, 1] float32, x ~= values * scale; NaN for a row that holds NaN or infinity, whose values are zeros.
-    """
-    m, k = x.shape
-    values = arrays.empty((m, row_pitch(k)), np.int8 if dtype is INT8 else np.uint8)
-    scale = arrays.empty((m, 1), np.float32)
-    write(x, dtype, values, scale, width=row_pitch(k))
-    return values, scale
-
-
-def tiles(x: Any, dtype: DType, pattern: Pattern) -> tuple[Any, Any]:
-    """x quantized (8-bit `dtype`) or rounded (16-bit), lifted by `pattern`, in tiles; the Numba version of `operand.image`.
-
-    Args:
-        x: as of `quantize`.
-
-    Returns:
-        tiles: uint8 [stages, ceil(m / 8), 8, 128]; tokens past m and columns past ks are zero.
-        scale: [m, 1] float32, as of `quantize`; None where nothing is quantized.
-    """
-    m, k = x.shape
-    made = arrays.empty((stages(pattern, k, dtype), -(-m // 8), 8, STAGE), np.uint8)
-    scale = arrays.empty((m, 1), np.float32) if Scheme.of(dtype).scaled else None
-    write(x, dtype, made, scale, pattern)
-    return made, scale
-
-
-def write(
-    x: Any, dtype: DType, out: Any, scale: Any, pattern: Pattern | None = None, width: int | None = None, source: str = ""
-) -> None:
-    """Launch on x [m, k] into arrays that are there; nothing is checked, allocated or awaited.
-
-    Args:
-        scale: [m, 1] float32; None where nothing is quantized.
-        pattern: lift the values by it.
-        width: bytes of the rows of `out`, a multiple of 16; None for tiles.
-        source: name of the type of x's elements, `dtype` itself for values that are quantized already; by default x's own type.
-    """
-    m, k = x.shape
-    if m:
-        name = source or FLOATS[x.dtype]
-        launch = plan(name, dtype.name, k, x.strides, aligned(x), architecture(current_device()), pattern, width=width)
-        launch(m, x, out, 0 if scale is None else scale)
-
-
-def aligned(x: Any) -> bool:
-    """Whether x starts at a multiple of 16 bytes."""
-    return int(x.ctypes.data if SIMULATED else x.data.ptr) % 16 == 0
-
-
-# ---- launches --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +12,8 @@ import cupy
 
 from .. import arch
 from ..arch import Config
-from ..core.packed import PackedWeight, require_matrix
+from ..arch.multiplied_as import as_multiplied
+from ..core.packed import PackedWeight, part_arrays, part_dtypes, require_matrix
 from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
 from ..core.scheme import Scheme
@@ -21,7 +22,6 @@ from . import self_test
 from .arrays import as_cupy
 from .driver import unusable
 from .plan import (
-    FusedWriter,
     Launch,
     Plan,
     Writer,
@@ -50,7 +50,7 @@ class DeviceWeight:
     """A packed weight on one GPU, arranged for its kernel; nothing of the packed tensors is held.
 
     Args:
-        pattern, scheme, shape: of the packed weight; shape is (n, k).
+        pattern, scheme, shape: of the packed weight; shape is (n, k). The attribute `scheme` is what it is multiplied as.
         buffers: name -> CuPy array: what the architecture's kernels load, and "scale", float32 [n]. They are held.
         ordinal: number of the GPU, which must be the current one.
 
@@ -61,6 +61,7 @@ class DeviceWeight:
     def __init__(
         self, pattern: Pattern, scheme: Scheme, shape: tuple[int, int], buffers: Mapping[str, Any], ordinal: int
     ) -> None:
+        scheme = scheme.kernel
         self.pattern, self.scheme, self.shape, self.ordinal = pattern, scheme, shape, ordinal
         self.dtype, self.scaled = scheme.dtype, scheme.scaled
         self.device = self_test.device_for(ordinal, pattern, scheme)
@@ -70,7 +71,7 @@ class DeviceWeight:
         self.buffers = dict(buffers)
         self.plans: dict[tuple[int, str], Bound] = {}
         self.writers: dict[tuple[str, tuple[int, int], int], Writer | None] = {}
-        self.fused: dict[tuple[str, int, str], FusedWriter | None] = {}
+        self.fused: dict[tuple[str, int, str], Writer | None] = {}
         self.counters = counters(ordinal).of if "arrived" in self.arch.parameters else lambda stream: 0
 
     @property
@@ -95,17 +96,17 @@ class DeviceWeight:
 
         Raises:
             OperandError: `packed` is a stack of matrices.
-            UnsupportedError: as for DeviceWeight.
+            UnsupportedError: as for DeviceWeight; or `as_multiplied` would round.
             FormatError: the tensors of `packed` do not fit its shape.
         """
         require_matrix(packed).check_shapes()
         with cupy.cuda.Device(ordinal):
             made = cls(packed.pattern, packed.scheme, (packed.n, packed.k), {}, ordinal)
-            values, meta = (cupy.asarray(a) for a in (packed.values.view(packed.dtype.raw), packed.meta))
-            there = PackedWeight(values, meta, None, packed.pattern, packed.shape, packed.scheme)
+            bits = {part: a.view(part_dtypes(part, packed.scheme)[-1]) for part, a in part_arrays(packed).items()}
+            there = as_multiplied(replace(packed, **{part: cupy.asarray(a) for part, a in bits.items()}), cupy)
             made.buffers = made.arch.arrange(there, cupy, least_memory)
-            if packed.scale is not None:
-                made.buffers["scale"] = cupy.asarray(packed.scale).reshape(-1)
+            if there.scale is not None:
+                made.buffers["scale"] = there.scale.reshape(-1)
             cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
         return made
 
@@ -210,17 +211,17 @@ class DeviceWeight:
         """
         write = self._fused(source, pitch, "add_rms_norm" if residual else "rms_norm")
         if write is not None:
-            write(m, stream, (x, residual, gamma, kept), operand, scale, norm_numbers(epsilon, self.k))
+            write(m, stream, x, residual, gamma, kept, operand, scale, *norm_numbers(epsilon, self.k))
         return write is not None
 
     def gate_and_mul(self, kind: str, m: int, x: int, source: str, pitch: int, operand: int, scale: int, stream: int) -> bool:
         """The operand of `reference`'s "silu_and_mul" or "gelu_and_mul" of x [m, 2k]; arguments and result as of `rms_norm`."""
         write = self._fused(source, pitch, kind)
         if write is not None:
-            write(m, stream, (x,), operand, scale, ())
+            write(m, stream, x, operand, scale)
         return write is not None
 
-    def _fused(self, *key: Any) -> FusedWriter | None:
+    def _fused(self, *key: Any) -> Writer | None:
         """What does `kind` to rows of `source` and `pitch`, remembered; None if no kernel does."""
         if key not in self.fused:
             self.fused[key] = fused_writer(self.ordinal, self.operand, self.k, self.dtype, *key)

@@ -10,10 +10,11 @@ operators, never addresses or counters in a graph, so that compiled graphs may b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,17 +25,17 @@ import slidesparse_nb as ss
 
 from .. import env
 
-NUMPY = {
-    torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int8: "int8",
-    torch.float8_e4m3fn: "float8_e4m3fn", torch.uint8: "uint8", torch.int64: "int64",
-}  # fmt: skip
+MISSING = ("bfloat16", "float8_e4m3fn", "float8_e8m0fnu")
+"""Types that NumPy and CuPy lack; NumPy has them by ml_dtypes."""
+
+NUMPY = {getattr(torch, name): name for name in ("float32", "float16", "int8", "uint8", "int64", *MISSING)}
 """PyTorch dtype -> NumPy's or ml_dtypes' name of it."""
 
 TORCH = {name: dtype for dtype, name in NUMPY.items()}
 FLOATS = {torch.float32: ("float32", 4, 4), torch.float16: ("float16", 2, 3), torch.bfloat16: ("bfloat16", 2, 2)}
 """Types of activations, results and biases -> name, bytes, code of the kernels."""
 
-PACKED = ("weight_packed", "weight_meta", "weight_scale", "weight_shape")
+PACKED = ("weight_packed", "weight_meta", "weight_scale", "weight_block_scale", "weight_shape")
 
 
 # ---- tensors of one library as arrays of another ---------------------------------------------------------------------
@@ -43,7 +44,7 @@ PACKED = ("weight_packed", "weight_meta", "weight_scale", "weight_shape")
 def as_numpy(tensor: Tensor) -> Any:
     """A CPU tensor as a NumPy array of the same memory, bfloat16 and float8 as ml_dtypes has them."""
     name = NUMPY[tensor.dtype]
-    if name in ("bfloat16", "float8_e4m3fn"):
+    if name in MISSING:
         bits = torch.int16 if name == "bfloat16" else torch.uint8
         return tensor.detach().view(bits).numpy().view(np.dtype(_ml_dtypes(name)))
     return tensor.detach().numpy()
@@ -52,7 +53,7 @@ def as_numpy(tensor: Tensor) -> Any:
 def from_numpy(array: Any) -> Tensor:
     """The inverse of `as_numpy`."""
     name = array.dtype.name
-    if name in ("bfloat16", "float8_e4m3fn"):
+    if name in MISSING:
         return torch.from_numpy(array.view(f"i{array.itemsize}")).view(TORCH[name])
     return torch.from_numpy(array)
 
@@ -68,7 +69,7 @@ def as_cupy(tensor: Tensor) -> Any:
     import cupy
 
     name = NUMPY[tensor.dtype]
-    dtype = np.dtype(_ml_dtypes(name) if name == "bfloat16" else "uint8" if name == "float8_e4m3fn" else name)
+    dtype = np.dtype(_ml_dtypes(name) if name == "bfloat16" else "uint8" if name in MISSING else name)
     memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), max(1, tensor.nbytes), None, tensor.get_device())
     return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0))
 
@@ -108,8 +109,8 @@ def _packed(weight: Sequence[Tensor], n: int, k: int, facts: str) -> ss.PackedWe
     pattern, scheme = facts.split(" ")
     if len(weight) == 1:
         raise ss.OperandError("weight: is arranged for a GPU, but on the CPU; call settle() of its layer")
-    values, meta, *scale = map(as_numpy, weight)
-    tensors = dict(zip(PACKED, (values, meta, scale[0] if scale else None, np.array([n, k])), strict=True))
+    names = ss.PackedConfig.of(pattern, scheme).tensors(n, k)
+    tensors = dict(zip(names, (*map(as_numpy, weight), np.array([n, k])), strict=True))
     return ss.PackedWeight.from_tensors(tensors, pattern, scheme)
 
 
@@ -139,6 +140,15 @@ def arrange(packed: ss.PackedWeight, device: torch.device) -> Tensor:
     return weight
 
 
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors inside name the layer."""
+    try:
+        yield
+    except ss.SlideSparseError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
 def facts_of(packed: Any) -> str:
     """The operators' `facts` of a packed weight, or of whatever has a pattern and a scheme."""
     return f"{packed.pattern} {packed.scheme}"
@@ -146,7 +156,8 @@ def facts_of(packed: Any) -> str:
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 #
-# weight: what `arrange` made, or weight_packed, weight_meta, weight_scale on the CPU. facts: pattern and scheme, "6:8 int8".
+# weight: what `arrange` made; on the CPU the tensors of `PACKED` that the scheme has, but weight_shape. facts: pattern and
+# scheme, "6:8 int8".
 
 LIBRARY = torch.library.Library("slidesparse", "DEF")
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
@@ -447,10 +458,11 @@ def _product_cpu(
     _check_places(operand, weight, bias, n)
     packed = _packed(weight, n, k, facts)
     m = len(scale)
-    values = as_numpy(operand).view(packed.dtype.numpy).reshape(m, k)
+    stored = packed.scheme.activations.element
+    values = as_numpy(operand).view(stored.numpy).reshape(m, k)
     scales = as_numpy(scale).reshape(m, 1) if packed.scheme.scaled else None
     source = np.dtype(_ml_dtypes("bfloat16") if out == torch.bfloat16 else NUMPY[out])
-    q = ss.QuantizedActivations(values, scales, (m,), packed.dtype, source)
+    q = ss.QuantizedActivations(values, scales, (m,), stored, source)
     return from_numpy(ss.matmul(q, packed, bias=None if bias is None else as_numpy(bias)))
 
 

@@ -25,6 +25,7 @@ import transformers
 
 import slidesparse_nb as ss
 
+from ..pruning.model import read_text, require_room, tokenizer_of
 from . import transformers as _registered  # noqa: F401  (packed folders load)
 
 LOGITS = 1 << 27
@@ -82,21 +83,6 @@ def load(folder: Path | str, device: str = "cpu") -> Any:
     return model.eval().requires_grad_(False)
 
 
-def tokenizer_of(folder: Path | str) -> Any:
-    """The tokenizer of a folder.
-
-    Raises:
-        UnsupportedError: there is none, or transformers cannot read it.
-    """
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    if not any(Path(folder, name).is_file() for name in names):
-        raise ss.UnsupportedError(f"{folder}: holds no tokenizer; copy that of its model (tokenizer.json) into the folder")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a file of the folder makes transformers or tokenizers raise
-        raise ss.UnsupportedError(f"{folder}: transformers cannot read its tokenizer: {error}") from error
-
-
 def tokens_of(folder: Path | str, text: str) -> tuple[list[int], list[int]]:
     """A text in tokens, and the tokens that this tokenizer puts before every text: none, or the one for its beginning."""
     tokenizer = tokenizer_of(folder)
@@ -150,12 +136,12 @@ def measure(
 
     Raises:
         OperandError: as `windows`; a token that the model does not know; more tokens in a window than the model has positions.
-        SlideSparseError: a model's logits are not finite.
+        UnsupportedError: a model's logits are not finite.
     """
     cuts = list(windows(len(tokens), window, stride))
     models = [model] if against is None else [model, against]
     for each in models:
-        _require_room(each, tokens, window + len(prefix))
+        require_room(each, window + len(prefix), max(tokens))
     batch = max(1, at_once // (window * model.config.get_text_config().vocab_size))
     totals = torch.zeros(4, dtype=torch.float64)
     queue, done, predicted = iter(cuts), 0, 0
@@ -185,7 +171,7 @@ def _log_probabilities(model: Any, ids: torch.Tensor, skipped: int, done: int) -
     with torch.no_grad():
         logits = model(ids.to(model.device), use_cache=False).logits[:, skipped:-1].float()
     if not bool(torch.isfinite(logits).all()):
-        raise ss.SlideSparseError(
+        raise ss.UnsupportedError(
             f"model: logits of {type(model).__name__} are not finite in window {done}; are its weights whole, and is"
             f" {model.dtype} wide enough for it?"
         )
@@ -207,18 +193,9 @@ def _sums(logs: list[torch.Tensor], targets: torch.Tensor, counts: torch.Tensor)
     return torch.stack([column[counts].double().sum() for column in columns])
 
 
-def _require_room(model: Any, tokens: Sequence[int], length: int) -> None:
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and length > positions:
-        raise ss.OperandError(f"window: {length} tokens must be at most {positions}, the positions of {type(model).__name__}")
-    if (top := max(tokens)) >= config.vocab_size:
-        raise ss.OperandError(f"tokens: {top} must be below {config.vocab_size}, the vocabulary of {type(model).__name__}")
-
-
 def evaluate(
     folder: Path | str,
-    text: str,
+    text: Path | str,
     window: int = 512,
     stride: int = 512,
     limit: int | None = None,
@@ -228,9 +205,14 @@ def evaluate(
 ) -> Measured:
     """`measure` of the first `limit` tokens of a text by the model of a folder, and by that of the folder `against`.
 
+    Args:
+        text: a file of it, in UTF-8; or itself.
+
     Raises:
+        FormatError: the file is not UTF-8.
         OperandError: the two folders cut the text into different tokens; and as `load`, `tokens_of` and `measure`.
     """
+    text = read_text(text) if isinstance(text, Path) else text
     tokens, prefix = tokens_of(folder, text)
     if against is not None and tokens_of(against, text) != (tokens, prefix):
         raise ss.OperandError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import slidesparse_nb as ss
 
-from .operators import FLOATS, PACKED, TORCH, arrange, as_cupy, as_numpy, facts_of, from_numpy, require_no_grad
+from .operators import FLOATS, NUMPY, PACKED, TORCH, arrange, as_cupy, as_numpy, facts_of, from_numpy, require_no_grad
 
 
 class Quantized(NamedTuple):
@@ -32,12 +32,12 @@ class SparseLinear(nn.Module):
     """y = x @ w.T + bias with a packed weight [out_features, in_features]; inference only.
 
     The tensors of the packed format (docs/format.md) are its state: `weight_packed`, `weight_meta`, `weight_scale`,
-    `weight_shape`, `bias`. On a GPU the weight is arranged in memory of PyTorch's there, and the packed tensors stay on the
-    host; `drop_packed` frees them.
+    `weight_block_scale`, `weight_shape`, `bias`. On a GPU the weight is arranged in memory of PyTorch's there, and the packed
+    tensors stay on the host; `drop_packed` frees them.
 
     Args:
         pattern: "6:8", (6, 8) or a Pattern.
-        scheme: "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16", or another name of the type of weights.
+        scheme: "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16", "W4A8", or the type of weights that tells it.
         bias: whether there is one, of `dtype`.
         device, dtype: as of torch.nn.Linear; the packed tensors keep their types whatever `dtype` and later casts say.
     """
@@ -58,13 +58,14 @@ class SparseLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         config = ss.PackedConfig.of(pattern, scheme)
         self.pattern, self.scheme = config.pattern, config.scheme
-        if self.scheme.blocks:
-            raise ss.UnsupportedError(f"scheme: {self.scheme} has scales along k, which these operators lack; use int8 or fp8")
+        if self.scheme.kernel.blocks:
+            raise ss.UnsupportedError(f"scheme: {self.scheme} has scales along k, which these operators lack; use W4A8 or fp8")
         self._kind = str(self.pattern), str(self.scheme), in_features
         for name, (kind, shape) in config.tensors(out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=TORCH[kind], device=device))
-        if "weight_scale" not in self._buffers:
-            self.register_buffer("weight_scale", None)
+        for name in PACKED:
+            if name not in self._buffers:
+                self.register_buffer(name, None)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), False) if bias else None
         )
@@ -78,11 +79,9 @@ class SparseLinear(nn.Module):
         """Of a packed weight on the host or a GPU."""
         with torch.device("meta"):
             made = cls(packed.k, packed.n, packed.pattern, packed.scheme, bias=False)
-        on_gpu = not isinstance(packed.values, np.ndarray)
         for name, array in packed.tensors().items():
-            if on_gpu and not isinstance(array, np.ndarray):
-                array = array.get().view(packed.dtype.numpy) if name == "weight_packed" else array.get()
-            made._buffers[name] = from_numpy(np.array(array))
+            held = from_numpy(np.array(array.get() if hasattr(array, "get") else array))
+            made._buffers[name] = held.view(made._buffers[name].dtype)
         if bias is not None:
             made.bias = nn.Parameter(bias.detach(), False)
         return made.settle(device)
@@ -98,10 +97,10 @@ class SparseLinear(nn.Module):
                 f"linear: its weight is {weight.dtype} on {weight.device}, must be float32, float16 or bfloat16, on the CPU or"
                 " a GPU"
             )
-        if weight.is_cuda:
+        found = ss.Scheme.of(scheme)
+        if on_gpu := weight.is_cuda and not found.blocks:  # whose weights are packed on the CPU
             torch.cuda.synchronize(weight.device)  # CuPy's stream is not PyTorch's
-        w = as_cupy(weight) if weight.is_cuda else as_numpy(weight)
-        packed = ss.pack(w, pattern, ss.Scheme.of(scheme), prune=prune)
+        packed = ss.pack(as_cupy(weight) if on_gpu else as_numpy(weight.cpu()), pattern, found, prune=prune)
         return cls.from_packed(packed, linear.bias, weight.device)
 
     # ---- where they are
@@ -202,8 +201,8 @@ class SparseLinear(nn.Module):
     def _operands(self) -> list[Tensor]:
         if self.arranged:
             return self.arranged
-        held = [self._buffers[name] for name in PACKED[:3] if self._buffers[name] is not None]
-        return [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in held]  # whose bits are all that is read
+        held = [self._buffers[name] for name in PACKED[:-1] if self._buffers[name] is not None]
+        return [t.view(torch.uint8) if NUMPY[t.dtype].startswith("float8") else t for t in held]  # bits are all that is read
 
     def quantize(self, x: Tensor) -> Quantized:
         """x [..., k], quantized for this layer and others of the same pattern, scheme and k (q/k/v, gate/up)."""

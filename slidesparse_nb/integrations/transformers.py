@@ -10,10 +10,9 @@ Linear layers become `SparseLinear`; embeddings, the output head, norms, experts
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import slidesparse_nb as ss
 
+from .operators import named
 from .torch import SparseLinear
 
 NAME = "slidesparse"
@@ -42,7 +42,7 @@ class SlideSparseConfig(QuantizationConfigMixin):
 
     Args:
         pattern: "6:8", (6, 8) or a Pattern.
-        scheme: "INT8_W8A8", "FP8_DYNAMIC", "BF16" or "FP16".
+        scheme: "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16" or "W4A8".
         prune: "magnitude", "random", or "none" for a model that obeys the pattern.
         ignore: layers that stay dense: exact names, or "re:" and a regular expression that matches from the name's start.
     """
@@ -202,15 +202,6 @@ def require_places(model: Any, modules: set[str]) -> None:
                 f"{name}: is packed, but {type(model).__name__} has no torch.nn.Linear there (experts in one parameter, or a"
                 " class of its own); pack the model with it dense (--ignore)"
             )
-
-
-@contextlib.contextmanager
-def named(name: str) -> Iterator[None]:
-    """Errors inside name the layer."""
-    try:
-        yield
-    except ss.SlideSparseError as error:
-        raise type(error)(f"{name}: {error}") from error
 
 
 if NAME not in AUTO_QUANTIZER_MAPPING:

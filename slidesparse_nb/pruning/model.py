@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .. import cuda
-from ..errors import OperandError, UnsupportedError, shown
+from ..errors import FormatError, OperandError, UnsupportedError, shown
 from .statistics import Moments, Statistics
 
 BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 14}
@@ -41,22 +41,50 @@ def libraries() -> tuple[Any, Any]:
         ) from None
 
 
+def read_text(path: Path) -> str:
+    """A text. Raises FormatError if it is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
+
+
+def tokenizer_of(folder: Path | str) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        UnsupportedError: there is none, or transformers cannot read it.
+    """
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any(Path(folder, name).is_file() for name in names):
+        raise UnsupportedError(f"{folder}: holds no tokenizer; copy that of its model (tokenizer.json) into the folder")
+    transformers = libraries()[1]
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a file of the folder makes transformers or tokenizers raise
+        raise UnsupportedError(f"{folder}: transformers cannot read its tokenizer: {error}") from error
+
+
+def require_room(model: Any, window: int, largest: int) -> None:
+    """Raise OperandError where windows of so many tokens, the largest of this id, do not fit a model of transformers."""
+    config, kind = model.config.get_text_config(), type(model).__name__
+    positions, vocabulary = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    if isinstance(positions, int) and window > positions:
+        raise OperandError(f"window: {window} tokens must be at most {positions}, the positions of {kind}; shorten it")
+    if isinstance(vocabulary, int) and largest >= vocabulary:
+        raise OperandError(
+            f"tokens: {largest} must be below {vocabulary}, the vocabulary of {kind}; give the tokenizer that belongs to it"
+        )
+
+
 def read_windows(folder: Path, text: Path, tokens: int, window: int) -> Any:
     """The first tokens of a text by the model's own tokenizer: int64 [windows, window] of PyTorch, no special tokens added.
 
     Raises:
-        OperandError: the text is no UTF-8, or shorter than a window. UnsupportedError: the folder has no tokenizer.
+        FormatError: the text is no UTF-8. OperandError: it is shorter than a window. UnsupportedError: as `tokenizer_of`.
     """
-    torch, transformers = libraries()
-    try:
-        words = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise OperandError(f"calibration: {text} is no text in UTF-8 ({error}); convert it first") from None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise UnsupportedError(f"{folder}: its tokenizer cannot be loaded ({error}); give statistics made elsewhere") from None
-    ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+    torch, words = libraries()[0], read_text(text)
+    ids = tokenizer_of(folder)(words, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
     if len(ids) < window:
         raise OperandError(
             f"calibration: {text} has {len(ids)} tokens, less than one window of {window}; give more text, or a shorter window"
@@ -82,7 +110,6 @@ class BlockwiseModel:
         self.torch, _ = libraries()
         model.config.use_cache = False
         self.model, self.device, self.xp = model, device, namespace_of(device)
-        self.most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         name, self.blocks = _blocks(self.model, self.torch)
         self.linears: list[dict[str, Any]] = [{} for _ in self.blocks]
         for at, module in self.model.named_modules():
@@ -140,13 +167,11 @@ class BlockwiseModel:
             (i, what the linear layers of block i read).
 
         Raises:
-            OperandError: windows that are longer than the model allows, or inputs that hold NaN or infinity.
-            UnsupportedError: a model that cannot be run block by block. MemoryError: the device's is too small.
+            OperandError: windows that are longer than the model allows, or tokens that it does not know.
+            UnsupportedError: a model that cannot be run block by block, or inputs of a layer that hold NaN or infinity.
+            MemoryError: the device's is too small.
         """
-        if self.most is not None and windows.shape[1] > self.most:
-            raise OperandError(
-                f"window: {windows.shape[1]} tokens are more than the {self.most} positions of the model; shorten it"
-            )
+        require_room(self.model, windows.shape[1], int(windows.max()))
         batches = windows.to(self.model.device).split(max(1, BATCH_TOKENS[self.device] // windows.shape[1]))
         with self.torch.no_grad(), self._memory():
             hidden = [self._moved(self._arguments(0, ids)[0]) for ids in batches]

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..checkpoint.safetensors import checked_path, open_regular
 from ..convert import Report
-from ..convert.options import DEFAULT_PATTERN
+from ..convert.options import DEFAULT_PATTERN, settle
+from ..core.checks import whole_number
 from ..core.pattern import Pattern
-from ..core.scheme import Scheme
-from ..errors import OperandError
-from .sparsegpt import DAMPING
+from ..errors import OperandError, shown
+from .sparsegpt import DAMPING, checked_damping, checked_scheme
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 CALIBRATED = METHODS[1:]
@@ -34,13 +34,13 @@ class PruneOptions:
         scores: in place of a method, a .safetensors file of scores or masks made elsewhere: "X" or "X.weight" -> [n, k]. A
             tensor of zeros and ones is a mask: zeros go.
         scheme: of sparsegpt, INT8_W8A8, FP8_DYNAMIC, BF16 or FP16: make up for its rounding, too.
-        damping: of sparsegpt, share of the diagonal of the Hessian that is added to it.
+        damping: of sparsegpt, share of the diagonal of the Hessian that is added to it; None for 0.1.
         device: "cpu" or "cuda", for the model and the mathematics.
         targets, ignore: which modules, as for `Options`.
         max_shard_size: as for `Options`.
 
     Raises:
-        OperandError: a value is none of these, or they do not go together.
+        OperandError: a value is none of these, or they do not go together. UnsupportedError: a scheme with scales along k.
     """
 
     pattern: Pattern = DEFAULT_PATTERN
@@ -51,36 +51,36 @@ class PruneOptions:
     statistics: str | os.PathLike[str] | None = None
     scores: str | os.PathLike[str] | None = None
     scheme: str | None = None
-    damping: float = DAMPING
+    damping: float | None = None
     device: str = "cpu"
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     max_shard_size: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", Pattern.of(self.pattern))
-        for name in ("targets", "ignore"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        settle(self)
         if self.scores is not None and self.method:
             raise OperandError(f"scores: take the place of method {self.method!r}; give one of them")
         if self.scores is None and self.method not in METHODS:
-            raise OperandError(f"method: {self.method!r} must be one of {', '.join(METHODS)}, or give scores")
+            raise OperandError(f"method: {shown(self.method)} must be one of {', '.join(METHODS)}, or give scores")
         given = [name for name in ("calibration", "statistics") if getattr(self, name) is not None]
         if self.method in CALIBRATED and len(given) != 1:
             raise OperandError(f"method: {self.method} needs a calibration text, or statistics made of one, and not both")
         if self.method not in CALIBRATED and given:
             raise OperandError(f"{given[0]}: is of methods {' and '.join(CALIBRATED)}; leave it out")
-        if self.scheme is not None:
-            if self.method != "sparsegpt":
-                raise OperandError(
-                    "scheme: is of method sparsegpt, which makes up for rounding; otherwise pack rounds, afterwards"
-                )
-            object.__setattr__(self, "scheme", Scheme.of(self.scheme).name)
+        if self.method == "sparsegpt":
+            object.__setattr__(self, "scheme", None if self.scheme is None else checked_scheme(self.scheme).name)
+            object.__setattr__(self, "damping", DAMPING if self.damping is None else checked_damping(self.damping))
+        elif self.scheme is not None:
+            raise OperandError("scheme: is of method sparsegpt, which makes up for rounding; otherwise pack rounds, afterwards")
+        elif self.damping is not None:
+            raise OperandError("damping: is of method sparsegpt; leave it out")
         if self.device not in DEVICES:
-            raise OperandError(f"device: {self.device!r} must be one of {', '.join(DEVICES)}")
-        if self.window < 1 or self.tokens < self.window:
-            raise OperandError(f"tokens: {self.tokens} must be at least one window of {self.window}, and a window one token")
+            raise OperandError(f"device: {shown(self.device)} must be one of {', '.join(DEVICES)}")
+        for name in ("window", "tokens"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
+        if self.tokens < self.window:
+            raise OperandError(f"tokens: {shown(self.tokens)} must be at least one window of {shown(self.window)}")
 
     @property
     def label(self) -> str:

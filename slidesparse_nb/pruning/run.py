@@ -31,9 +31,9 @@ from ..convert import Run
 from ..convert.config_json import output_metadata
 from ..convert.layout import Item, Piece, dense_item, output_layout, row_ranges
 from ..convert.module import Module
-from ..convert.options import UNIT_BYTES
+from ..convert.options import UNIT_BYTES, instance_of
 from ..convert.proof import prove_copies
-from ..convert.run import CONTINUE, Conversion, all_items, output_target, refuse_existing
+from ..convert.run import CONTINUE, Conversion, all_items, output_target, refuse_existing, with_way
 from ..convert.select import Selection, select
 from ..core.checks import infinite, require_finite
 from ..core.dtypes import NUMPY_OF
@@ -45,7 +45,8 @@ from .model import BlockwiseModel, load_model, namespace_of, read_windows
 from .options import CALIBRATED, PruneOptions, PruneReport
 from .parts import Parts, clear_parts
 from .scores import Given, Rows, Scored
-from .statistics import Statistics
+from .sparsegpt import LARGER
+from .statistics import Statistics, crc32
 from .together import prune_together
 
 
@@ -62,10 +63,11 @@ def prune_checkpoint(
         out: as for `pack_checkpoint`. options: how to prune. run: how to work.
 
     Raises:
-        As `pack_checkpoint`; OperandError also for a text, statistics or scores that do not fit, or activations that are not
-        finite; PatternError for a mask that breaks the pattern; UnsupportedError for a model that transformers cannot run.
+        As `pack_checkpoint`; OperandError also for a text, statistics or scores that do not fit; PatternError for a mask that
+        breaks the pattern; UnsupportedError for a model that transformers cannot run, or whose activations are not finite.
     """
-    options, run, source = options or PruneOptions(method="magnitude"), run or Run(), checked_path(source, "source")
+    options = PruneOptions(method="magnitude") if options is None else instance_of("options", options, PruneOptions)
+    run, source = instance_of("run", run, Run), checked_path(source, "source")
     with Checkpoint.open(source) as checkpoint:
         work = _Work(checkpoint, options, run, *_selected(checkpoint, options))
         target, single = output_target(
@@ -80,16 +82,16 @@ def prune_checkpoint(
         if not complete:
             refuse_existing(target, single, run.overwrite)
             work.begin(target, report)
+        keep = True
         try:
             with frozen():
                 conversion.carry_out(work.facts, work.run, report, "writing", work.prove)
         except VerificationError:
-            if work.parts is not None:
-                work.parts.discard()
+            keep = False
             raise
         finally:
             if work.parts is not None:
-                work.parts.close()
+                work.parts.close(keep=keep)
         report.seconds += work.seconds
         clear_parts(target)
     return report
@@ -101,13 +103,13 @@ def collect_statistics(
     """Run the dense model on the calibration text of `options`, and write the statistics of all its layers to one file.
 
     They serve every pattern. Method "wanda" asks for column norms alone, "sparsegpt" for Hessians, too; all of them are in the
-    host's memory until the end, 4 k^2 bytes each.
+    host's memory until the end, 4 k^2 bytes each. Scheme and damping play no part.
 
     Raises:
         As `prune_checkpoint`.
     """
-    run, source = run or Run(), checked_path(source, "source")
-    out = checked_path(out, "out")
+    options, run = instance_of("options", options, PruneOptions), instance_of("run", run, Run)
+    source, out = checked_path(source, "source"), checked_path(out, "out")
     if os.path.lexists(out) and not run.overwrite:
         raise OperandError(f"out: {out} exists; --overwrite replaces it, or name another place")
     if options.calibration is None:
@@ -115,13 +117,16 @@ def collect_statistics(
     with Checkpoint.open(source) as checkpoint:
         work = _Work(checkpoint, options, run, *_selected(checkpoint, options))
         model, windows = work.model()
-        found = Statistics(facts={"tokens": windows.numel(), "window": options.window})
+        found = Statistics(model=work.checksums(), facts={"tokens": windows.numel(), "window": options.window})
         add = run.counter("calibrating", sum(m.nbytes for m in work.modules))
         for i, made in model.walk(windows, gram=options.method == "sparsegpt", prunes=False):
             found.inputs |= made.inputs
             found.moments |= {name: moments.on(np) for name, moments in made.moments.items()}
             add(sum(work.by_name[name].nbytes for name in model.linears[i]))
-        found.save(out)
+        try:
+            found.save(out)
+        except OSError as error:
+            raise with_way(error, out) from error
 
 
 def _selected(checkpoint: Checkpoint, options: PruneOptions) -> tuple[Selection, list[Module]]:
@@ -214,7 +219,7 @@ class _Work:
 
     def begin(self, target: Path, report: PruneReport) -> None:
         """Make `rows`, after all that is slow; fill in the report."""
-        start = time.perf_counter()
+        start, self.notes = time.perf_counter(), report.notes
         if self.options.method == "magnitude":
             self.rows = Scored(self.checkpoint, self.options.pattern).rows
             return
@@ -223,28 +228,32 @@ class _Work:
             return
         files = [(str(f.path.resolve()), f.path.stat().st_size, f.path.stat().st_mtime_ns) for f in self.checkpoint.files]
         fingerprint = hashlib.sha256(json.dumps([self.facts, files], sort_keys=True, default=str).encode()).hexdigest()
-        self.parts = Parts(target, fingerprint, resume=self.run.resume, overwrite=self.run.overwrite)
         try:
-            errors = self.by_statistics() if self.options.statistics is not None else self.by_blocks(report)
-        except SlideSparseError:
-            if self.parts.resumed:  # of another run, whose work is not lost
-                self.parts.close()
+            parts = self.parts = Parts(target, fingerprint, resume=self.run.resume, overwrite=self.run.overwrite)
+        except OSError as error:
+            raise with_way(error, target) from error
+        if parts.broken:
+            many = f"{parts.broken} blocks" if parts.broken > 1 else "1 block"
+            self.notes.append(f"{many} of the run before had been damaged, and had to be made again")
+        try:
+            if self.options.statistics is not None:
+                self.by_statistics()
             else:
-                self.parts.discard()
+                self.by_blocks(report)
+        except BaseException as error:  # what an earlier run has done is not lost
+            kept = parts.close(keep=parts.resumed or not isinstance(error, SlideSparseError))
+            way = f"what is done is kept in {parts.folder}: {CONTINUE}" if kept else ""
+            if isinstance(error, KeyboardInterrupt) and kept:
+                raise KeyboardInterrupt(way) from None
+            if isinstance(error, OSError):
+                raise with_way(error, target, way) from error
             raise
-        except BaseException as error:
-            self.parts.close()
-            if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(f"what is done is kept in {self.parts.folder}: {CONTINUE}") from None
-            raise
-        report.errors = {module.name: errors[module.name] for module in self.modules if module.name in errors}
-        resumed, parts = self.parts.resumed, self.parts
+        report.errors = {module.name: parts.errors[module.name] for module in self.modules if module.name in parts.errors}
         self.rows = lambda matrix, first, last: parts.array(matrix.weight)[first:last]
-        self.run = replace(self.run, resume=self.run.resume or resumed)
         self.seconds = time.perf_counter() - start
 
-    def by_statistics(self) -> dict[str, float]:
-        """Prune every layer by statistics of the dense model; returns the errors."""
+    def by_statistics(self) -> None:
+        """Prune every layer by statistics of the dense model."""
         assert self.options.statistics is not None
         found, xp = Statistics.load(self.options.statistics), self.namespace()
         for module in self.modules:
@@ -252,13 +261,16 @@ class _Work:
                 raise OperandError(
                     f"statistics: those of {shown(module.name)} are of another number of columns than its {module.k}"
                 )
+        for name, crc in self.checksums().items() if found.model else ():
+            if found.model.get(name, crc) != crc:
+                raise OperandError(f"statistics: are of another model, whose {shown(name)} holds other numbers; make them anew")
+        if not found.model:
+            self.notes.append(f"{self.options.statistics} does not say of which model its statistics are")
         found.inputs = {module.name: found.inputs[module.name] for module in self.modules}
         done = self.run.counter("pruning", sum(m.nbytes for m in self.modules))
-        errors: dict[str, float] = {}
         for part, (of, names) in enumerate(found.groups().items()):
-            errors |= self.part(part, Statistics(dict.fromkeys(names, of), {of: found.moments[of].on(xp)}))
+            self.part(part, Statistics(dict.fromkeys(names, of), {of: found.moments[of].on(xp)}))
             done(sum(self.by_name[name].nbytes for name in names))
-        return errors
 
     def namespace(self) -> Any:
         """The library of the mathematics, with a note if it is not that of the device."""
@@ -294,46 +306,52 @@ class _Work:
             )
         return model, windows
 
-    def by_blocks(self, report: PruneReport) -> dict[str, float]:
-        """Prune block after block, each by what the pruned ones before it make of the text; returns the errors."""
+    def by_blocks(self, report: PruneReport) -> None:
+        """Prune block after block, each by what the pruned ones before it make of the text."""
         assert self.parts is not None
         model, windows = self.model()
         report.calibration = {"tokens": windows.numel(), "window": self.options.window, "windows": len(windows)}
-        errors = dict[str, float]()
         done = self.run.counter("pruning", sum(m.nbytes for m in self.modules))
         for i, found in model.walk(windows, gram=True, prunes=True, done=self.parts):
-            errors |= self.part(i, found)
+            self.part(i, found)
             for name, linear in model.linears[i].items():
                 model.set(linear, self.parts.array(self.by_name[name].weight).astype(np.float32))
             done(sum(self.by_name[name].nbytes for name in model.linears[i]))
-        return errors
 
-    def part(self, part: int, found: Statistics) -> dict[str, float]:
-        """Prune the modules of some statistics and store them as one part, if it is not there yet; returns the errors."""
+    def part(self, part: int, found: Statistics) -> None:
+        """Prune the modules of some statistics and store them as one part, if it is not there yet."""
         assert self.parts is not None
+        if part in self.parts:
+            return
         options, arrays, errors = self.options, dict[str, Any](), dict[str, float]()
-        if part not in self.parts:
-            for of, names in found.groups().items():
-                moments = found.moments[of]
-                xp = namespace(moments.squares)
-                weights = {name: xp.asarray(self.weight(name)) for name in names}
-                made = prune_together(
-                    weights, moments, options.method, options.pattern, scheme=options.scheme, damping=options.damping
-                )
-                for name, w in weights.items():
-                    arrays[self.by_name[name].weight] = stored = self.stored(name, made[name])
-                    if moments.gram is not None:
-                        errors[name] = relative_error(w, xp.asarray(stored.astype(np.float32)), moments.gram)
-            self.parts.write(part, arrays, errors)
-        return self.parts.read(part)
+        for of, names in found.groups().items():
+            moments = found.moments[of]
+            xp = namespace(moments.squares)
+            weights = {name: xp.asarray(self.weight(name)) for name in names}
+            made = prune_together(
+                weights, moments, options.method, options.pattern, scheme=options.scheme, damping=options.damping
+            )
+            for name, w in weights.items():
+                arrays[self.by_name[name].weight] = stored = self.stored(name, made[name])
+                if moments.gram is not None:
+                    errors[name] = relative_error(w, xp.asarray(stored.astype(np.float32)), moments.gram)
+        self.parts.write(part, arrays, errors)
 
     def stored(self, name: str, made: Any) -> Any:
         """Pruned weights of a module in its type, on the host."""
         with np.errstate(over="ignore"):
             stored = (made if isinstance(made, np.ndarray) else made.get()).astype(NUMPY_OF[self.by_name[name].code])
         if infinite(stored) is not None:
-            raise OperandError(f"{name}: a weight that makes up for others overflows {stored.dtype}; raise the damping")
+            raise OperandError(f"{name}: a weight that makes up for others overflows {stored.dtype}; {LARGER}")
         return stored
+
+    def checksums(self) -> dict[str, int]:
+        """Tensor -> CRC-32 of its bytes, to tell models apart."""
+        found = {}
+        for name in self.checkpoint.tensors:
+            found[name] = crc32(self.checkpoint.raw(name))
+            self.checkpoint.release(name)
+        return found
 
     def weight(self, name: str) -> Any:
         """A dense weight, float32 [n, k]. Raises UnsupportedError for NaN and infinity."""
@@ -347,5 +365,7 @@ class _Work:
 
 def relative_error(w: Any, pruned: Any, gram: Any) -> float:
     """||X (W - W')^T||^2 / ||X W^T||^2 by X^T X; 0 where both are."""
-    lost, whole = ((float(((a @ gram) * a).sum(dtype=np.float64))) for a in (w - pruned, w))
+    size = (float(abs(w).max()) if w.size else 0.0) or 1.0  # products of huge weights leave float32's range
+    dense, pruned = w / size, pruned / size
+    lost, whole = (float(((a @ gram) * a).sum(dtype=np.float64)) for a in (dense - pruned, dense))
     return lost / whole if whole else 0.0

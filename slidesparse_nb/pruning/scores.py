@@ -58,11 +58,14 @@ class Given(Scored):
         """Read the file.
 
         Raises:
-            OperandError: a module has no scores, scores are no module's, or of another shape, negative or not finite.
+            OperandError: a module has no scores, or twice; scores are no module's, or of another shape, negative or not finite.
         """
         super().__init__(checkpoint, pattern)
         self.file = SafetensorsFile(checked_path(path, "scores"))
         homes = {name.removesuffix(".weight"): name for name in self.file.tensors}
+        if twice := self.file.tensors.keys() - homes.values():
+            name = min(twice).removesuffix(".weight")
+            raise OperandError(f"scores: {shown(name)} is there with .weight and without; take one out")
         if missing := next((name for name in modules if name not in homes), None):
             raise OperandError(f"scores: have none for {shown(missing)}; add it, or leave it dense with --ignore")
         if stray := next((name for name in homes if name not in modules), None):

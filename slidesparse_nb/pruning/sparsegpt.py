@@ -15,9 +15,11 @@ With a scheme, weights are rounded as they are fixed, so that later columns make
 its largest stored weight, which is known only in the end. So the columns are gone over twice. The first time nothing is
 rounded; it gives the mask, the weights, and each row's largest one, a, rounded to 8 significant bits. The
 second time those weights are rounded under the same mask: the step of a row is a / t (t = 127 for INT8, 448 for FP8), and the
-row's largest weight becomes exactly a or -a. Hence `pack` finds the scale a / t and the same integers again, even where the
-weights are stored in bfloat16 in between: its rounding moves a value by less than half a step, and a is exact in it. (In
-float16 the same holds unless a is below 2^-14.)
+row's largest weight becomes a or -a, to the last bit of float32. Hence `pack` finds the scale a / t and the same integers
+again, and in float32 the very same values; even where the weights are stored in bfloat16 in between: its rounding moves a value
+by less than half a step, and makes the largest a. (In float16 the same holds unless a is below 2^-14.)
+
+The result is proportional to w. So every row is divided by a power of two first, and no square leaves float32's range.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.checks import number
 from ..core.pattern import Pattern
 from ..core.reference import TINY
 from ..core.scheme import Scheme
@@ -41,8 +44,33 @@ DAMPING = 0.1
 """Share of H's diagonal that is added to it. The paper adds a share of the mean, which a few large inputs decide: in one layer
 of SmolLM2-135M it is 550 times the median, so that 0.01 of it hides what the other inputs say."""
 
+LARGER = "raise the damping, or prune by wanda, which changes no weight"
+"""The way out where a weight that makes up for others becomes too large."""
+
 _FLOATS = {"float8_e4m3fn": (4, -9), "bfloat16": (8, -133), "float16": (11, -24)}
 """Type -> bits of its significand, and the exponent of its smallest number."""
+
+MOST_DAMPING = 1e6
+"""From here on H is its diagonal, and nothing makes up for anything."""
+
+
+def checked_damping(damping: Any) -> float:
+    """The damping as a float. Raises OperandError unless it is one."""
+    return number("damping", damping, MOST_DAMPING, f"a share of the diagonal, 0 to {MOST_DAMPING:g}, such as {DAMPING}")
+
+
+def checked_scheme(scheme: Any) -> Scheme:
+    """The scheme that is meant.
+
+    Raises:
+        OperandError: there is no such scheme. UnsupportedError: it has scales along k.
+    """
+    found = Scheme.of(scheme, "scheme")
+    if found.blocks:
+        raise UnsupportedError(
+            f"scheme: {found} has scales along k, which SparseGPT cannot foresee; prune without a scheme, and pack as {found}"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -74,8 +102,7 @@ def inverse_factor(hessian: Any, damping: float = DAMPING) -> InverseFactor:
     xp = namespace(hessian)
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
         raise OperandError(f"hessian: shape {hessian.shape} must be [k, k], X^T X of the inputs")
-    if not 0 <= damping < np.inf:
-        raise OperandError(f"damping: {damping} must be a share of the diagonal, such as 0.01")
+    damping = checked_damping(damping)
     h = matrix("hessian", hessian, hessian.shape).astype(np.float64)
     diagonal = xp.diagonal(h).copy()
     if bool((diagonal < 0).any()):
@@ -93,10 +120,11 @@ def inverse_factor(hessian: Any, damping: float = DAMPING) -> InverseFactor:
     except np.linalg.LinAlgError:
         upper = xp.full(h.shape, np.nan, np.float32)
     if not bool((xp.diagonal(upper) > 0).all()):
-        raise OperandError(f"hessian: is not positive definite with damping {damping}; raise the damping, or calibrate on more")
+        raise OperandError(f"hessian: is not positive definite with damping {damping:g}; raise it, or calibrate on more")
     return InverseFactor(xp.ascontiguousarray(upper), (h / mean).astype(np.float32), dead)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def sparsegpt(
     w: Any,
     hessian: Any,
@@ -122,14 +150,11 @@ def sparsegpt(
         float32 [n, k], new: with a scheme, the values times the scales that `pack` will store (see above).
 
     Raises:
-        OperandError: an operand of another shape or type, or with NaN or infinity; a damping that is too small.
+        OperandError: an operand of another shape or type, or with NaN or infinity; a damping that is too small; weights that
+            overflow float32.
         UnsupportedError: a scheme with scales along k.
     """
-    scheme = None if scheme is None else Scheme.of(scheme)
-    if scheme is not None and scheme.blocks:
-        raise UnsupportedError(
-            f"scheme: {scheme} has scales along k, which SparseGPT cannot foresee; prune without a scheme, and pack as {scheme}"
-        )
+    scheme = None if scheme is None else checked_scheme(scheme)
     pattern, w = Pattern.of(pattern), matrix("w", w)
     factor = hessian if isinstance(hessian, InverseFactor) else inverse_factor(hessian, damping)
     if factor.dead.shape != w.shape[1:]:
@@ -140,12 +165,17 @@ def sparsegpt(
         return w
     xp = namespace(w)
     transposed = xp.ascontiguousarray(xp.where(factor.dead, np.float32(0), w).T)  # a column's weights lie side by side
+    exponent = xp.frexp(xp.abs(transposed).max(axis=0))[1] - 1
+    transposed = xp.ldexp(transposed, -exponent)
     mask = None if keep is None else xp.array(keep.T, order="C")
     columns, mask = _Sweep(factor.upper, pattern).run(transposed.copy(), mask)
     if refined:
         columns, mask = refine(columns, transposed, factor.damped, mask, pattern if keep is None else None)
+    columns = xp.ldexp(columns, exponent)
     if scheme is not None:
         columns, _ = _Sweep(factor.upper, pattern, _rounding(columns, scheme)).run(columns, mask)
+    if not bool(xp.isfinite(columns).all()):
+        raise OperandError(f"w: a weight that makes up for others overflows float32; {LARGER}")
     return xp.ascontiguousarray(columns.T)
 
 
@@ -212,7 +242,7 @@ def _rounding(columns: Any, scheme: Scheme) -> Rounding:
 
     def rounding(fixed: Any, j: int) -> Any:
         q = xp.where(pinned == j, sign * t, to_grid(fixed * (t / a), element.name, float(t)))
-        return xp.where(live, q * a / t, np.float32(0))
+        return xp.where(live, q * (a / t), np.float32(0))
 
     return rounding
 

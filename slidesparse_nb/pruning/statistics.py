@@ -10,15 +10,17 @@ exact for the first block, an approximation for the others.
     X.column_squares  F64 [k]     sum over tokens of x^2
     X.gram            F32 [k, k]  sum over tokens of x x^T; absent where only column sums were asked for
     X.tokens          I64 [1]
-    metadata          "slidesparse_statistics": {"version": 1, "inputs": {module: X}, ...facts}
+    metadata          "slidesparse_statistics": {"version": 1, "inputs": {module: X}, "model": {tensor: CRC-32}, ...facts}
 
-Modules that read the same tensor (q/k/v, gate/up) share one X, the name of the first of them.
+Modules that read the same tensor (q/k/v, gate/up) share one X, the name of the first of them. The CRC-32 of the bytes of every
+tensor of the checkpoint tells of which model the statistics are; a file that was made elsewhere may lack it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +30,7 @@ import numpy as np
 from ..checkpoint.safetensors import SafetensorsFile, SafetensorsWriter, TensorFile, checked_path
 from ..core.dtypes import CODE_OF
 from ..core.untrusted_json import parse_json
-from ..errors import FormatError, OperandError, shown
+from ..errors import FormatError, OperandError, UnsupportedError, shown
 from .groups import namespace
 
 METADATA = "slidesparse_statistics"
@@ -59,17 +61,20 @@ class Moments:
         """Add inputs: float32 [tokens, k] of the same library.
 
         Raises:
-            OperandError: another shape, or NaN or infinity.
+            OperandError: another shape. UnsupportedError: NaN or infinity.
         """
         if x.ndim != 2 or x.shape[1] != len(self.squares):
             raise OperandError(f"{shown(self.name)}: inputs of shape {x.shape} must be [tokens, {len(self.squares)}]")
         squares = namespace(x).square(x, dtype=np.float64).sum(axis=0)
         if not bool(namespace(x).isfinite(squares).all()):
-            raise OperandError(f"{shown(self.name)}: its inputs hold NaN or infinity on the calibration text; check the model")
+            raise UnsupportedError(
+                f"{shown(self.name)}: its inputs hold NaN or infinity on the calibration text; check the model"
+            )
         self.squares += squares
         self.tokens += len(x)
         if self.gram is not None:
-            self.gram += x.T @ x
+            with np.errstate(over="ignore", invalid="ignore"):  # infinity is refused where it is used
+                self.gram += x.T @ x
 
     def on(self, xp: Any) -> Moments:
         """The same with arrays of `xp`, NumPy or CuPy."""
@@ -118,11 +123,13 @@ class Statistics:
         inputs: module -> name of the moments that it reads.
         moments: by name.
         facts: what else the file says: of the text, the window and the model.
+        model: tensor of the checkpoint -> CRC-32 of its bytes; may be empty.
     """
 
     inputs: dict[str, str] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, int] = field(default_factory=dict)
 
     def of(self, module: str) -> Moments:
         """Those of a module's inputs. Raises OperandError if there are none."""
@@ -149,7 +156,8 @@ class Statistics:
             if moments.gram is not None:
                 arrays[f"{name}.gram"] = moments.on(np).gram
             arrays[f"{name}.tokens"] = np.array([moments.tokens], np.int64)
-        write_whole(path, arrays, {METADATA: json.dumps({"version": 1, "inputs": self.inputs, **self.facts})})
+        told = {"version": 1, "inputs": self.inputs, "model": self.model, **self.facts}
+        write_whole(path, arrays, {METADATA: json.dumps(told)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
@@ -160,18 +168,17 @@ class Statistics:
         """
         with SafetensorsFile(path) as file:  # the arrays are views of it
             told = parse_json(file.metadata.get(METADATA, "{}").encode(), path, strict=True)
-            inputs = told.pop("inputs", None)
-            well = isinstance(inputs, dict) and all(isinstance(name, str) for name in inputs.values())
-            if told.pop("version", None) != 1 or not isinstance(inputs, dict) or not well:
+            inputs, model = told.pop("inputs", None), told.pop("model", {})
+            if told.pop("version", None) != 1 or not _maps(inputs, str) or not _maps(model, int):
                 raise FormatError(f"{path}: is no file of statistics of version 1; make one with --save-statistics")
-            return cls(inputs, {name: _read(file, name) for name in dict.fromkeys(inputs.values())}, told)
+            return cls(inputs, {name: _read(file, name) for name in dict.fromkeys(inputs.values())}, told, model)
 
 
 def _read(file: TensorFile, name: str) -> Moments:
     """The moments of that name. Raises FormatError."""
     names = [f"{name}.{part}" for part in ("column_squares", "gram", "tokens")]
     squares, gram, tokens = (file.array(each) if each in file.tensors else None for each in names)
-    if squares is None or tokens is None or squares.dtype != np.float64 or squares.ndim != 1 or tokens.shape != (1,):
+    if squares is None or tokens is None or squares.dtype != np.float64 or squares.ndim != 1 or not _counts(tokens):
         raise FormatError(f"{file.path}: lacks column_squares, F64 [k], or tokens, I64 [1], of {shown(name)}; make it anew")
     if gram is not None and (gram.dtype != np.float32 or gram.shape != 2 * squares.shape):
         raise FormatError(
@@ -179,7 +186,38 @@ def _read(file: TensorFile, name: str) -> Moments:
         )
     if not np.isfinite(squares).all() or (squares < 0).any():
         raise FormatError(f"{file.path}: {shown(names[0])} holds NaN, infinity or a negative number; make it anew")
+    if gram is not None and not _is_gram(gram, squares):
+        raise FormatError(
+            f"{file.path}: {shown(names[1])} is not X^T X, symmetric and with column_squares on its diagonal; make it anew"
+        )
+    for each in (names[0], *names[1:2] * (gram is not None)):
+        file.release(each)
     return Moments(name, squares, gram, int(tokens[0]))
+
+
+def _maps(value: Any, kind: type) -> bool:
+    return isinstance(value, dict) and all(type(each) is kind for each in value.values())
+
+
+def _counts(tokens: Any) -> bool:
+    return bool(tokens.shape == (1,) and tokens.dtype == np.int64 and tokens[0] >= 0)
+
+
+def _is_gram(gram: Any, squares: Any) -> bool:
+    """Whether it can be X^T X of these column sums, float32's rounding apart; |x y| <= |x| |y| says how large that may be."""
+    norms = np.sqrt(squares)
+    for first in range(0, len(gram), 256):
+        rows = slice(first, first + 256)
+        with np.errstate(invalid="ignore"):
+            unlike = np.abs(gram[rows, first:] - gram[first:, rows].T)
+        if not (unlike <= 1e-3 * norms[rows, None] * norms[first:]).all():
+            return False
+    return bool(np.allclose(gram.diagonal(), squares, rtol=1e-2, atol=1e-35))
+
+
+def crc32(a: Any, crc: int = 0) -> int:
+    """CRC-32 of the bytes of a NumPy array, in row-major order, after those that `crc` is of."""
+    return zlib.crc32(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data, crc)
 
 
 def write_whole(path: str | os.PathLike[str], arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:

@@ -23,14 +23,14 @@ def prune_together(
     pattern: Pattern,
     *,
     scheme: Scheme | str | None = None,
-    damping: float = DAMPING,
+    damping: float | None = None,
 ) -> dict[str, Any]:
     """Prune layers by what they read.
 
     Args:
         weights: layer -> [n, k] of NumPy or CuPy, at least one.
         moments: of their inputs, in arrays of the same library.
-        method: "wanda" or "sparsegpt", to which `scheme` and `damping` apply.
+        method: "wanda" or "sparsegpt", to which `scheme` and `damping` (None: the usual) apply.
 
     Returns:
         layer -> float32 [n, k].
@@ -41,7 +41,8 @@ def prune_together(
     xp = namespace(moments.squares)
     w, known = xp.concatenate(list(weights.values())), moments.norms if method == "wanda" else moments.hessian
     try:
-        made = wanda(w, known, pattern) if method == "wanda" else sparsegpt(w, known, pattern, scheme, damping)
+        usual = DAMPING if damping is None else damping
+        made = wanda(w, known, pattern) if method == "wanda" else sparsegpt(w, known, pattern, scheme, usual)
     except OperandError as error:
         raise OperandError(f"{next(iter(weights))}: {error}") from None
     ends = np.cumsum([len(each) for each in weights.values()])[:-1]

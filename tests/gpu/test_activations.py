@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import cupy as cp
 import numpy as np
 import pytest
-from device_cases import SOURCES, awkward_rows, bits, imaged, quantized, same
+from device_cases import SOURCES, awkward_rows, bits, imaged, made_on_device, quantized, row_pitch, same, write
 from fused_cases import check_fused
 
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.core.scheme import Scheme
+from slidesparse_nb.cuda import quantize as activations
 from slidesparse_nb.cuda.kernels.quantize import KINDS
 
 pytestmark = pytest.mark.gpu
 
 GUARD = 256
 """Bytes before and after every output, which must stay as they were."""
-
-
-@pytest.fixture(scope="module")
-def activations():
-    from slidesparse_nb.cuda import quantize as activations
-
-    return activations
 
 
 def on_device(x):
@@ -40,25 +34,28 @@ def guarded(shape, itemsize):
     return whole[GUARD : whole.size - GUARD].reshape(rows, width * itemsize), whole
 
 
-def check(activations, x, dtype, pattern=None, placed=None, more=0):
+def assert_guarded(*wholes) -> None:
+    for whole in wholes:
+        assert (whole[:GUARD] == 0x5A).all()
+        assert (whole[-GUARD:] == 0x5A).all()
+
+
+def check(x, dtype, pattern=None, placed=None, more=0):
     """Quantize x on the device into guarded, poisoned arrays and compare every byte."""
-    width = activations.row_pitch(x.shape[1], pattern) + more
+    width = row_pitch(x.shape[1], pattern) + more
     out, out_whole = guarded((x.shape[0], width), 1)
     scale, scale_whole = guarded((x.shape[0], 1), 4)
     given = on_device(x) if placed is None else placed
-    activations.write(given, dtype, out, scale.view(cp.float32), pattern, width)
+    write(given, dtype, out, scale.view(cp.float32), pattern, width)
     same(out.get(), scale.view(cp.float32).get(), quantized(x, dtype, pattern, width))
-    for whole in (out_whole, scale_whole):
-        host = whole.get()
-        assert (host[:GUARD] == 0x5A).all()
-        assert (host[host.size - GUARD :] == 0x5A).all()
+    assert_guarded(out_whole, scale_whole)
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
 @pytest.mark.parametrize("source", SOURCES, ids=str)
-def test_equals_the_reference(activations, source, dtype) -> None:
+def test_equals_the_reference(source, dtype) -> None:
     for m, k in [(12, 1), (12, 31), (13, 64), (12, 1000), (37, 3584), (12, 3583), (5, 18944), (2, 65536), (2, 70000)]:
-        check(activations, awkward_rows(m, k, source), dtype)
+        check(awkward_rows(m, k, source), dtype)
 
 
 @pytest.mark.parametrize(
@@ -67,25 +64,25 @@ def test_equals_the_reference(activations, source, dtype) -> None:
     + [(source, dtype, "6:8") for source in SOURCES for dtype in (INT8, FLOAT8)],
     ids=str,
 )
-def test_lifted_equals_the_reference(activations, source, dtype, pattern) -> None:
+def test_lifted_equals_the_reference(source, dtype, pattern) -> None:
     pattern = Pattern.of(pattern)
     for m, k in [(12, 1), (12, 41), (13, 64), (37, 3584), (12, 3583), (5, 18944)]:
-        check(activations, awkward_rows(m, k, source), dtype, pattern)
+        check(awkward_rows(m, k, source), dtype, pattern)
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
-def test_every_bfloat16_is_rounded_right(activations, dtype) -> None:
+def test_every_bfloat16_is_rounded_right(dtype) -> None:
     """Rows of every finite bfloat16 up to some magnitude: many scales meet every mantissa."""
     every = np.arange(1 << 16, dtype=np.uint16).view(BFLOAT16.numpy)
     every = every[np.isfinite(every.astype(np.float32))]
     size = np.abs(every.astype(np.float32))
     rows = [np.where(size <= np.float32(1.37 * 2.0**e), every, np.zeros((), every.dtype)) for e in (-99, -3, 0, 9, 60, 127)]
-    check(activations, np.stack(rows), dtype)
+    check(np.stack(rows), dtype)
 
 
 @pytest.mark.parametrize("architecture", [80, 89, 90])
 @pytest.mark.parametrize("source", SOURCES, ids=str)
-def test_every_architecture(activations, source, architecture) -> None:
+def test_every_architecture(source, architecture) -> None:
     rng = np.random.default_rng(5)
     x = np.exp2(rng.uniform(-14, 0, (64, 4096))).astype(np.float32) * rng.choice([-1, 1], (64, 4096))
     x = np.concatenate([x.astype(source), awkward_rows(12, 4096, source)])
@@ -98,11 +95,11 @@ def test_every_architecture(activations, source, architecture) -> None:
 
 
 @pytest.mark.parametrize("vectors", [1, 2, 4, 8])
-def test_every_number_of_vectors(activations, vectors) -> None:
+def test_every_number_of_vectors(vectors) -> None:
     k = 3584
     x = awkward_rows(20, k, BFLOAT16.numpy)
     for pattern in (None, Pattern(6, 8)):
-        width = activations.row_pitch(k, pattern)
+        width = row_pitch(k, pattern)
         launch = activations.plan("bfloat16", "int8", k, x.strides, True, 90, pattern, width=width, vectors=vectors)
         out, scale = cp.empty((20, width), cp.uint8), cp.empty((20, 1), cp.float32)
         launch(20, on_device(x), out, scale)
@@ -128,7 +125,7 @@ def one_nan(tiles, dtype):
     return np.where(np.isnan(values.astype(np.float32)), dtype.inf_bits | 1, bits(values))
 
 
-def check_tiles(activations, x, dtype, pattern, placed=None):
+def check_tiles(x, dtype, pattern, placed=None):
     """Lay out x on the device, into guarded, poisoned arrays, and compare every byte."""
     expected, expected_scale = imaged(x, dtype, pattern)
     out, out_whole = guarded((1, expected.size), 1)
@@ -136,16 +133,13 @@ def check_tiles(activations, x, dtype, pattern, placed=None):
     given = on_device(x) if placed is None else placed
     source = dtype.name if x.dtype == dtype.numpy else ""
     scales = None if expected_scale is None else scale.view(cp.float32)
-    activations.write(given, dtype, out.reshape(expected.shape), scales, pattern, source=source)
+    write(given, dtype, out.reshape(expected.shape), scales, pattern, source=source)
     np.testing.assert_array_equal(one_nan(out.get().reshape(expected.shape), dtype), one_nan(expected, dtype))
     if expected_scale is None:
         assert (scale.get() == 0x5A).all()
     else:
         np.testing.assert_array_equal(bits(scale.view(cp.float32).get()), bits(expected_scale))
-    for whole in (out_whole, scale_whole):
-        host = whole.get()
-        assert (host[:GUARD] == 0x5A).all()
-        assert (host[host.size - GUARD :] == 0x5A).all()
+    assert_guarded(out_whole, scale_whole)
 
 
 SHAPES = [(9, 41), (1, 64), (13, 64), (1, 3584), (8, 3584), (37, 3584), (3, 3583), (2, 18944)]
@@ -153,7 +147,7 @@ SHAPES = [(9, 41), (1, 64), (13, 64), (1, 3584), (8, 3584), (37, 3584), (3, 3583
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
 @pytest.mark.parametrize("source", [*SOURCES, "same"], ids=str)
-def test_tiles_equals_the_reference(activations, source, dtype) -> None:
+def test_tiles_equals_the_reference(source, dtype) -> None:
     for m, k in SHAPES:
         if source != "same":
             x = awkward_rows(m, k, source)
@@ -161,31 +155,31 @@ def test_tiles_equals_the_reference(activations, source, dtype) -> None:
             x = awkward_rows(m, k, dtype.numpy)
         else:
             x = quantized(awkward_rows(m, k, BFLOAT16.numpy), dtype, None, k)[0].view(dtype.numpy)
-        check_tiles(activations, x, dtype, Pattern(6, 8))
+        check_tiles(x, dtype, Pattern(6, 8))
 
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
 @pytest.mark.parametrize("pattern", ["2:4", "4:6", "8:10", "10:12", "14:16", "62:64"])
-def test_tiles_of_every_pattern(activations, pattern, dtype) -> None:
+def test_tiles_of_every_pattern(pattern, dtype) -> None:
     for m, k in SHAPES:
-        check_tiles(activations, awkward_rows(m, k, BFLOAT16.numpy), dtype, Pattern.of(pattern))
+        check_tiles(awkward_rows(m, k, BFLOAT16.numpy), dtype, Pattern.of(pattern))
 
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
-def test_tiles_of_long_rows(activations, dtype) -> None:
+def test_tiles_of_long_rows(dtype) -> None:
     for k in (65536, 70000):
-        check_tiles(activations, awkward_rows(3, k, BFLOAT16.numpy), dtype, Pattern(6, 8))
+        check_tiles(awkward_rows(3, k, BFLOAT16.numpy), dtype, Pattern(6, 8))
 
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
 @pytest.mark.parametrize("layout", ["odd address", "padded rows", "transposed", "every second", "backwards"])
-def test_tiles_strides(activations, layout, dtype) -> None:
+def test_tiles_strides(layout, dtype) -> None:
     x = awkward_rows(40, 512, FLOAT16.numpy)
-    check_tiles(activations, x, dtype, Pattern(6, 8), placed=laid_out(x, layout))
+    check_tiles(x, dtype, Pattern(6, 8), placed=laid_out(x, layout))
 
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
-def test_tiles_of_many_rows(activations, dtype) -> None:
+def test_tiles_of_many_rows(dtype) -> None:
     """Tiles of more than 2^31 bytes, of x of more than 2^31 elements; a few groups of tokens are looked at."""
     m, k, pattern = (1 << 31) // 4096 + 61, 4096, Pattern(6, 8)
     if cp.cuda.runtime.memGetInfo()[0] < 7 * m * k:
@@ -195,7 +189,7 @@ def test_tiles_of_many_rows(activations, dtype) -> None:
     for group in (0, m // 16, m // 8):
         rows = slice(8 * group, min(8 * group + 8, m))
         x[rows] = cp.asarray(host[: rows.stop - rows.start])
-    made, scale = activations.tiles(x, dtype, pattern)
+    made, scale = made_on_device(x, dtype, pattern)
     for group in (0, m // 16, m // 8):
         count = min(8, m - 8 * group)
         expected, expected_scale = imaged(host[:count], dtype, pattern)
@@ -204,21 +198,21 @@ def test_tiles_of_many_rows(activations, dtype) -> None:
             np.testing.assert_array_equal(bits(scale[8 * group : 8 * group + count].get()), bits(expected_scale))
 
 
-def test_a_thousand_tiles_agree_while_launches_overlap(activations) -> None:
+def test_a_thousand_tiles_agree_while_launches_overlap() -> None:
     """Each launch may start before the one before is complete: its operand is written by that one, and it must wait for it."""
     pattern = Pattern(6, 8)
     xs = [on_device(awkward_rows(300, 3584, BFLOAT16.numpy, seed)) for seed in range(2)]
     x = cp.empty((300, 3584), cp.uint16).view(BFLOAT16.numpy)
-    wanted = [activations.tiles(x, FLOAT8, pattern)[0] for x in xs]
+    wanted = [made_on_device(x, FLOAT8, pattern)[0] for x in xs]
     differ = cp.zeros((), cp.int64)
     values, scale = cp.empty((300, 3584), cp.uint8), cp.empty((300, 1), cp.float32)
     again, unscaled = cp.empty_like(wanted[0]), cp.empty((300, 1), cp.float32)
     for i in range(1000):
         x.view(cp.uint16)[...] = xs[i % 2].view(cp.uint16)
-        activations.write(x, FLOAT8, values, scale, width=3584)  # then, from what it writes, the tiles
-        activations.write(values, FLOAT8, again, None, pattern, source=FLOAT8.name)
+        write(x, FLOAT8, values, scale, width=3584)  # then, from what it writes, the tiles
+        write(values, FLOAT8, again, None, pattern, source=FLOAT8.name)
         differ += (again != wanted[i % 2]).any()
-        activations.write(x, FLOAT8, again, unscaled, pattern)
+        write(x, FLOAT8, again, unscaled, pattern)
         differ += (again != wanted[i % 2]).any() + (unscaled.view(cp.uint32) != scale.view(cp.uint32)).any()
     assert int(differ) == 0
 
@@ -244,12 +238,12 @@ def laid_out(x, layout):
 
 
 @pytest.mark.parametrize("layout", ["odd address", "padded rows", "transposed", "every second", "backwards"])
-def test_strides(activations, layout) -> None:
+def test_strides(layout) -> None:
     x = awkward_rows(40, 512, FLOAT16.numpy)
-    check(activations, x, FLOAT8, placed=laid_out(x, layout), more=112)
+    check(x, FLOAT8, placed=laid_out(x, layout), more=112)
 
 
-def test_many_rows(activations) -> None:
+def test_many_rows() -> None:
     """More than 2^31 bytes of values; three rows are looked at."""
     m, k = (1 << 31) // 4096 + 64, 4096
     if cp.cuda.runtime.memGetInfo()[0] < 4 * m * k:
@@ -259,30 +253,27 @@ def test_many_rows(activations) -> None:
     rows = [0, m // 2, m - 1]
     for i, row in enumerate(rows):
         x[row] = cp.asarray(host[i])
-    out, scale = activations.quantize(x, INT8)
+    out, scale = made_on_device(x, INT8)
     got = np.stack([out[row].get() for row in rows]), np.stack([scale[row].get() for row in rows])
     same(*got, quantized(host, INT8, None, k))
 
 
-def test_streams_threads_and_graph(activations) -> None:
+def test_streams_threads_and_graph() -> None:
     """The same numbers from four threads, each with a stream, and from a captured graph replayed on new data."""
     xs = [awkward_rows(64, 3584, BFLOAT16.numpy, seed) for seed in range(4)]
     expected = [quantized(x, INT8, None, 3584) for x in xs]
     given = [on_device(x) for x in xs]
-    results: list = [None] * 4
 
-    def work(i: int) -> None:
+    def work(i: int):
         with cp.cuda.Stream(non_blocking=True) as stream:
             for _ in range(50):
-                results[i] = activations.quantize(given[i], INT8)
+                made = made_on_device(given[i], INT8)
             stream.synchronize()
+        return made
 
     cp.cuda.get_current_stream().synchronize()
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(work, range(4)))
     for (values, scale), wanted in zip(results, expected, strict=True):
         same(values.get(), scale.get(), wanted)
 
@@ -291,7 +282,7 @@ def test_streams_threads_and_graph(activations) -> None:
     stream = cp.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
-        activations.write(x, INT8, out, scale, width=3584)
+        write(x, INT8, out, scale, width=3584)
         graph = stream.end_capture()
         for i in (1, 2):
             x[...] = given[i]
@@ -301,15 +292,15 @@ def test_streams_threads_and_graph(activations) -> None:
             same(out.get(), scale.get(), expected[i])
 
 
-def test_a_thousand_launches_agree(activations) -> None:
+def test_a_thousand_launches_agree() -> None:
     x = on_device(awkward_rows(300, 18944, BFLOAT16.numpy))
     pattern = Pattern(6, 8)
-    width = activations.row_pitch(18944, pattern)
+    width = row_pitch(18944, pattern)
     first, again = (cp.empty((300, width), cp.uint8) for _ in range(2))
     differ, scale = cp.zeros((), cp.int64), cp.empty((300, 1), cp.float32)
-    activations.write(x, FLOAT8, first, scale, pattern, width)
+    write(x, FLOAT8, first, scale, pattern, width)
     for _ in range(1000):
-        activations.write(x, FLOAT8, again, scale, pattern, width)
+        write(x, FLOAT8, again, scale, pattern, width)
         differ += (again != first).any()
     assert int(differ) == 0
 
@@ -320,7 +311,4 @@ def test_a_thousand_launches_agree(activations) -> None:
     ("m", "k", "pattern"), [(1, 3584, "6:8"), (37, 3584, "6:8"), (9, 18944, "6:8"), (300, 8192, "4:6"), (5, 584, "14:16")]
 )
 def test_norms_and_gates(kind, dtype, m, k, pattern) -> None:
-    def launch(plan, m, *given) -> None:
-        plan.kernel((plan.blocks(m),), plan.threads, *given, *plan.integers(m), shared=plan.shared)
-
-    check_fused(kind, BFLOAT16, dtype, m, k, Pattern.of(pattern), launch, cp.asarray, lambda a: a.get())
+    check_fused(kind, BFLOAT16, dtype, m, k, Pattern.of(pattern), cp.asarray, lambda a: a.get())

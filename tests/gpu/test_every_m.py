@@ -27,7 +27,7 @@ from gemm_cases import (
 )
 
 import slidesparse_nb as ss
-from slidesparse_nb.arch import choose, sm80, sm90
+from slidesparse_nb.arch import choose, operand, sm80, sm90
 from slidesparse_nb.arch import multiplied as multiplied_by
 from slidesparse_nb.core.dtypes import BFLOAT16, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
@@ -237,7 +237,7 @@ def test_as_many_tiles_as_processors_and_few_stages(gemm, family, dtype, stages)
             n = outputs * columns - 3
             part = weights[n] = weights.get(n) or packed.rows(0, n)
             device = gemm.to_device(part)
-            for way in shared_out(config, m, n, sm90.stages(P, packed.k, dtype), sms):
+            for way in shared_out(config, m, n, operand.stages(P, packed.k, dtype), sms):
                 device.plans[m, OUT] = device.bind(m, OUT, with_expansion(way, device))
                 y, beyond = multiplied(there, part, m)
                 tally.add((m, *map(str, way)), wanted.off(y), beyond)

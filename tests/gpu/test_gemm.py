@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import cupy as cp
 import numpy as np
@@ -28,6 +28,7 @@ from gemm_cases import (
 
 import slidesparse_nb as ss
 from slidesparse_nb.arch import multiplied, sm80, sm90
+from slidesparse_nb.arch.multiplied_as import as_multiplied
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern, known_patterns
@@ -40,6 +41,8 @@ pytestmark = pytest.mark.gpu
 
 BF16, F16, F32 = BFLOAT16.numpy, FLOAT16.numpy, np.dtype(np.float32)
 SHAPES = [(1, 1, 1), (1, 16, 64), (3, 17, 131), (8, 128, 512), (33, 130, 257), (131, 259, 1031), (70, 512, 3072)]
+SCHEMES = [*PACKED, ss.Scheme.of("W4A8")]
+"""Types of weights that name their scheme, and the one that is multiplied as another."""
 TILED = ["2:4", "4:6", "6:8", "14:16"]
 """Patterns of which every kernel is tested."""
 GUARD = 4096
@@ -79,7 +82,7 @@ def guarded(m, n, dtype, pitch=None):
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("dtype", SCHEMES, ids=str)
 @pytest.mark.parametrize("pattern", known_patterns(), ids=str)
 def test_every_pattern_and_type(pattern, dtype):
     rng = np.random.default_rng(pattern.group)
@@ -96,7 +99,7 @@ def test_every_pattern_and_type(pattern, dtype):
 
 @pytest.mark.parametrize("out", [BF16, F16, F32], ids=str)
 @pytest.mark.parametrize("source", [BF16, F16, F32], ids=str)
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("dtype", SCHEMES, ids=str)
 def test_types_of_x_and_y(dtype, source, out):
     rng = np.random.default_rng(5)
     for m, n, k in ((5, 33, 200), (64, 256, 1024)):
@@ -165,7 +168,7 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
                 del device.plans[m, out]
 
 
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("dtype", SCHEMES, ids=str)
 def test_nan_and_infinity_reach_what_the_reference_says(dtype):
     rng = np.random.default_rng(7)
     for pattern in ("4:6", "6:8", "8:10"):
@@ -335,7 +338,7 @@ def test_y_of_any_strides():
     np.testing.assert_array_equal(host(cp.ascontiguousarray(spaced)).reshape(12, 50), want)
 
 
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("dtype", SCHEMES, ids=str)
 def test_nothing_to_do(dtype):
     rng = np.random.default_rng(14)
     packed = weight(rng, 20, 32, "6:8", dtype)
@@ -381,7 +384,7 @@ def test_activations_quantized_elsewhere_are_laid_out(family):
 # ---- streams, graphs, threads ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize("dtype", SCHEMES, ids=str)
 @pytest.mark.parametrize("m", [5, 200])
 def test_captured_in_a_graph(dtype, m):
     rng = np.random.default_rng(17)
@@ -431,40 +434,34 @@ def test_two_threads():
     rng = np.random.default_rng(19)
     packed = weight(rng, 300, 1024, "6:8", INT8)  # arranged by whoever comes first
     inputs = [tokens(rng, m, 1024, BF16) for m in (7, 150)]
-    failures = []
 
     def work(x):
-        try:
-            with cp.cuda.Stream(non_blocking=True) as stream:
-                a = on_gpu(x)
-                for _ in range(100):
-                    y = ss.matmul(a, packed)
-                stream.synchronize()
-                check(host(y), x, packed)
-        except BaseException as error:
-            failures.append(error)
+        with cp.cuda.Stream(non_blocking=True) as stream:
+            a = on_gpu(x)
+            for _ in range(100):
+                y = ss.matmul(a, packed)
+            stream.synchronize()
+            check(host(y), x, packed)
 
-    threads = [threading.Thread(target=work, args=(x,)) for x in inputs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(work, inputs))
 
 
-def test_to_device_ahead_and_explanation(gemm, family, monkeypatch, capfd):
+@pytest.mark.parametrize("dtype", [INT8, SCHEMES[-1]], ids=str)
+def test_to_device_ahead_and_explanation(gemm, family, dtype, monkeypatch, capfd):
     monkeypatch.setenv("SLIDESPARSE_DEBUG", "1")
     plan_of.cache_clear()
-    packed = weight(np.random.default_rng(20), 64, 128, "6:8", INT8)
+    packed = weight(np.random.default_rng(20), 64, 128, "6:8", dtype)
     there = ss.to_device(packed)
     assert ss.to_device(packed) is there
-    weight_there, wanted = gemm.to_device(packed), family.arrange(packed, np)
-    assert [*weight_there.buffers] == [*wanted, "scale"]
+    converted = as_multiplied(packed, np)
+    weight_there, wanted = gemm.to_device(packed), {**family.arrange(converted, np), "scale": converted.scale.reshape(-1)}
+    assert [*weight_there.buffers] == [*wanted]
     for name, buffer in wanted.items():
         np.testing.assert_array_equal(weight_there.buffers[name].get(), buffer)
     ss.matmul(cp.zeros((3, 128), F32), packed)
     told = capfd.readouterr().err
-    assert "y[3, 64] = x[3, 128] @ w.T, 6:8 (2 zeros in 8) int8 -> float32" in told
+    assert f"y[3, 64] = x[3, 128] @ w.T, 6:8 (2 zeros in 8) {there.scheme} -> float32" in told
     assert "kernel.cu" in told
     ss.matmul(cp.zeros((3, 128), F32), packed)
     assert not capfd.readouterr().err

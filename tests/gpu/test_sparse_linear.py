@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from slidesparse_nb.core import reference
 from slidesparse_nb.integrations import operators
 from slidesparse_nb.integrations.torch import SparseLinear
 
-SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16")
+SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16", "W4A8")
 N, K = 384, 512
 
 
@@ -78,22 +78,17 @@ def test_compiled_and_captured(scheme: str) -> None:
 def test_streams_and_threads() -> None:
     there = layer("INT8_W8A8")
     xs = [tokens(40, seed).cuda() for seed in range(4)]
-    wanted, wrong = [there(x) for x in xs], []
+    wanted = [there(x) for x in xs]
     torch.cuda.synchronize()
     own = [torch.cuda.Stream(), torch.cuda.Stream()]
 
     def work(i: int) -> None:
         with torch.inference_mode(), torch.cuda.stream(own[i // 2]):  # two threads on each stream
             for _ in range(200):
-                if not torch.equal(there(xs[i]), wanted[i]):
-                    wrong.append(i)
+                assert torch.equal(there(xs[i]), wanted[i])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
 
 
 def test_weights_are_forgotten_with_their_layer() -> None:

@@ -17,7 +17,7 @@ from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
 from slidesparse_nb.core.packed import PackedWeight
 from slidesparse_nb.core.pattern import Pattern, known_patterns
-from slidesparse_nb.errors import FormatError, OperandError, PatternError
+from slidesparse_nb.errors import FormatError, OperandError, PatternError, UnsupportedError
 
 pytestmark = pytest.mark.gpu
 
@@ -258,3 +258,24 @@ def test_parts_stay_on_the_device(dtype) -> None:
         np.testing.assert_allclose(y.get(), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
     with pytest.raises(OperandError, match=r"^weights\[1\].place: host must be <CUDA Device 0>"):
         PackedWeight.concat([there, packed])
+
+
+def test_block_scales_are_converted_on_the_device() -> None:
+    """To the bytes that NumPy makes, of many rows of different spans; what would round is refused, and leaves nothing."""
+    from slidesparse_nb.arch.multiplied_as import as_multiplied
+
+    rng = np.random.default_rng(0)
+    for n, k in ((1000, 3000), (3, 61), (0, 64), (3, 0)):
+        down = np.repeat(rng.integers(0, 13, (n, -(-k // 128))), 128, axis=1)[:, :k]
+        w = np.ldexp(rng.standard_normal((n, k)), rng.integers(-90, 90, (n, 1)) - down).astype(np.float32)
+        w[::7] = w[1::7, :128] = 0
+        packed = packing.pack(w, "6:8", "W4A8", prune="magnitude")
+        parts = {name: cp.asarray(getattr(packed, name).view(np.uint8)) for name in ("values", "meta", "block_scale")}
+        there = as_multiplied(replace(packed, **parts, scale=cp.asarray(packed.scale)), cp)
+        same_weight(on_host(there), as_multiplied(packed, np))
+    w = np.ones((2, 256), np.float32)
+    w[1, 128:] = 2.0**-20
+    packed = packing.pack(w, "6:8", "W4A8", prune="magnitude")
+    with pytest.raises(UnsupportedError, match=r"^packed: row 1 has block scales 2\^-20 to 2\^0 and scale .* pack as FP8"):
+        ss.to_device(packed)
+    assert ss.to_device(packed.rows(0, 1)).nbytes

@@ -92,6 +92,8 @@ def test_against_another_model(dense: Path, packed: Path, text: Path, tmp_path: 
     assert (found["tokens"], found["predicted"], found["windows"], found["stride"]) == (101, 94, 7, 16)
     assert "94 tokens predicted of 101" in result.stdout
     assert "7 windows of 16, stride 16" in result.stdout
+    full = call(packed, "--text", text, "--window", 16, "--json", "/dev/full")
+    assert (full.exit_code, "cannot be written (No space left on device); name another place" in full.stderr) == (1, True)
 
 
 def test_what_is_refused(dense: Path, text: Path, tmp_path: Path) -> None:
@@ -106,11 +108,18 @@ def test_what_is_refused(dense: Path, text: Path, tmp_path: Path) -> None:
     refused(2, "stride: 17 must be 1 to 16", dense, "--text", text, "--window", 16, "--stride", 17)
     other = folder_of(tmp_path / "other", bos=True)
     refused(2, "its tokenizer cuts the text into other tokens", dense, "--text", text, "--window", 16, "--against", other)
+    for name, vocabulary in (("few", 20), ("more", 70)):
+        model = AutoModelForCausalLM.from_pretrained(dense)
+        model.resize_token_embeddings(vocabulary)
+        model.save_pretrained(shutil.copytree(dense, tmp_path / name))
+    refused(2, "must be below 20, the vocabulary of LlamaForCausalLM", tmp_path / "few", "--text", text, "--window", 16)
+    more = [tmp_path / "more", "--text", text, "--window", 16, "--against", dense]
+    refused(2, "against: its vocabulary has 60 tokens, not 70; compare models of one vocabulary", *more)
     broken = shutil.copytree(dense, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][3] = math.nan
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    refused(1, "logits of LlamaForCausalLM are not finite in window 0", broken, "--text", text, "--window", 16)
+    refused(5, "logits of LlamaForCausalLM are not finite in window 0", broken, "--text", text, "--window", 16)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (broken / name).unlink()
     refused(5, "holds no tokenizer", broken, "--text", text)

@@ -154,6 +154,8 @@ def test_statistics_serve_every_pattern(model: Path, text: Path, tmp_path: Path)
     one, other = arrays(tmp_path / "6of8"), arrays(tmp_path / "by-text")
     np.testing.assert_array_equal(one["model.layers.0.mlp.up_proj.weight"], other["model.layers.0.mlp.up_proj.weight"])
     assert (one["model.layers.2.mlp.up_proj.weight"] != other["model.layers.2.mlp.up_proj.weight"]).any()
+    other = call("prune", tmp_path / "2of4", "-o", tmp_path / "x", "--method", "sparsegpt", "--statistics", file)
+    assert (other.exit_code, "statistics: are of another model, whose 'model.layers." in other.stderr) == (2, True)
     norms = tmp_path / "n.safetensors"
     assert call(*line[:-1], norms, "--method", "wanda").exit_code == 0
     assert norms.stat().st_size < file.stat().st_size / 4
@@ -232,22 +234,24 @@ def test_what_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     broken = LlamaForCausalLM(LlamaConfig(**SIZES))
     broken.model.layers[1].input_layernorm.weight.data[3] = float("inf")
     sick = folder(tmp_path / "sick", broken)
+    few = folder(tmp_path / "few", LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 64})))
     sizes = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 12}
     moe = folder(tmp_path / "moe", Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)))
     bare = tmp_path / "bare"
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(bare)
     for source, given, code, message in (
         (model, ["--calibration", short, "--window", 32], 2, "has 9 tokens, less than one window of 32; give more text"),
-        (model, ["--calibration", latin, "--window", 1], 2, "is no text in UTF-8"),
-        (model, ["--calibration", text, "--window", 65], 2, "window: 65 tokens are more than the 64 positions of the model"),
+        (model, ["--calibration", latin, "--window", 1], 5, "is not UTF-8 (unexpected end of data at byte 0)"),
+        (model, ["--calibration", text, "--window", 65], 2, "window: 65 tokens must be at most 64, the positions of Llama"),
+        (few, ["--calibration", text, "--window", 32], 2, " must be below 64, the vocabulary of LlamaForCausalLM"),
         (
             sick,
             ["--calibration", text, "--window", 32],
-            2,
+            5,
             "'model.layers.1.self_attn.q_proj': its inputs hold NaN or infinity",
         ),
         (moe, ["--calibration", text, "--window", 32], 5, "is no linear layer of a block that transformers runs"),
-        (bare, ["--calibration", text, "--window", 32], 5, "its tokenizer cannot be loaded"),
+        (bare, ["--calibration", text, "--window", 32], 5, "holds no tokenizer; copy that of its model"),
         (model / "model.safetensors", ["--calibration", text, "--window", 32], 2, "calibration: needs a model's folder"),
         (model, ["--calibration", text, "--window", 32, "--device", "cuda"], 2, "device: PyTorch finds no GPU"),
     ):

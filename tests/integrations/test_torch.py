@@ -20,7 +20,7 @@ from slidesparse_nb.integrations import operators
 from slidesparse_nb.integrations.operators import as_numpy
 from slidesparse_nb.integrations.torch import SparseLinear
 
-SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16")
+SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16", "W4A8", "FP16")
 PATTERN = ss.Pattern.of("6:8")
 
 
@@ -88,7 +88,7 @@ def test_dropped() -> None:
     assert layer(tokens(3, 96)).shape == (3, 40)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[:3])
+@pytest.mark.parametrize("scheme", SCHEMES[:4])
 def test_operators(scheme: str) -> None:
     layer, x = SparseLinear.from_linear(linear(), "6:8", scheme), tokens(7, 96)
     q, facts = layer.quantize(x), (40, 96, layer.facts)
@@ -130,7 +130,7 @@ def refused() -> list[tuple[str, Any]]:
         (r"^x: was quantized for 6:8 int8 of k=96, this layer is 6:8 float8_e4m3fn", lambda: fp8(layer.quantize(x))),
         (r"^bias: torch.float64 \(40,\) on cpu must be float32", lambda: copy.deepcopy(layer).double()(x)),
         (r"^linear: its weight is torch.float64 on cpu", lambda: SparseLinear.from_linear(linear(dtype=torch.float64))),
-        (r"^scheme: W4A8 has scales along k", lambda: SparseLinear(96, 40, "6:8", "W4A8")),
+        (r"^scheme: NVFP4 has scales along k", lambda: SparseLinear(96, 40, "6:8", "NVFP4")),
         (r"^pattern: 5:8 is not of the form", lambda: SparseLinear(96, 40, "5:8")),
         (r"^w: .*more than 6", lambda: SparseLinear.from_linear(linear(), prune="none")),
     ]

@@ -55,7 +55,7 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(TOKENS).logits.float()
 
 
-@pytest.mark.parametrize("scheme", ["INT8_W8A8", "FP8_DYNAMIC", "BF16"])
+@pytest.mark.parametrize("scheme", ["INT8_W8A8", "FP8_DYNAMIC", "BF16", "W4A8"])
 def test_a_packed_folder(dense: Path, scheme: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed(dense, scheme))
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]

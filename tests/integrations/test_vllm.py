@@ -29,8 +29,10 @@ LAYERS, EXPERTS = "vllm.model_executor.layers", "model.layers.0.mlp.experts"
 class Parameter(torch.nn.Parameter):
     """Any of vLLM's, which take the data and where it is cut."""
 
-    def __new__(cls, data: torch.Tensor, **_: Any) -> Any:
-        return super().__new__(cls, data, requires_grad=False)
+    def __new__(cls, data: torch.Tensor, **where: Any) -> Any:
+        made = super().__new__(cls, data, requires_grad=False)
+        made.input_dim = where.get("input_dim")
+        return made
 
 
 class LinearBase(torch.nn.Module):
@@ -83,9 +85,10 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
         "vllm.compilation": {},
         "vllm.compilation.passes": {},
         "vllm.compilation.passes.inductor_pass": {"InductorPass": InductorPass},
-        "vllm.model_executor.parameter": dict.fromkeys(
-            ("BasevLLMParameter", "ChannelQuantScaleParameter", "ModelWeightParameter"), Parameter
-        ),
+        "vllm.model_executor.parameter": {
+            name: type(name, (Parameter,), {})
+            for name in ("BasevLLMParameter", "ChannelQuantScaleParameter", "ModelWeightParameter")
+        },
     }
     for name, content in contents.items():
         module = ModuleType(name)
@@ -115,7 +118,7 @@ def loaded(plugin: Any, scheme: str) -> tuple[Any, Any, SparseLinear]:
     return method, layer, source
 
 
-@pytest.mark.parametrize("scheme", ["INT8_W8A8", "FP8_DYNAMIC", "BF16"])
+@pytest.mark.parametrize("scheme", ["INT8_W8A8", "FP8_DYNAMIC", "BF16", "W4A8"])
 def test_a_layer(plugin: Any, scheme: str) -> None:
     method, layer, source = loaded(plugin, scheme)
     for _ in range(2):
@@ -125,9 +128,30 @@ def test_a_layer(plugin: Any, scheme: str) -> None:
     assert torch.equal(method.apply(layer, x, source.bias), source(x))
 
 
-def test_a_head_whose_vocabulary_is_filled_up(plugin: Any) -> None:
-    config = plugin.method.SlideSparseConfig(ss.PackedConfig.of("6:8", "INT8_W8A8", ("model.embed_tokens",)))
-    layer, source = ParallelLMHead(), SparseLinear.from_linear(torch.nn.Linear(96, 40, bias=False).to(torch.bfloat16))
+@pytest.mark.parametrize("scheme", ["INT8_W8A8", "W4A8"])
+def test_a_layer_whose_k_is_cut_over_gpus(plugin: Any, scheme: str) -> None:
+    """Each of three loads its third of every tensor along k, as vLLM's parameters are cut."""
+    torch.manual_seed(0)
+    source = SparseLinear.from_linear(torch.nn.Linear(384, 40, bias=False), "6:8", scheme)
+    method = plugin.method.SlideSparseMethod(ss.PackedConfig.of("6:8", scheme), "down_proj")
+    for rank in range(3):
+        layer = LinearBase()
+        method.create_weights(layer, 128, [40], 384, 40, torch.float32, weight_loader=None)
+        for name, parameter in layer.named_parameters():
+            tensor, axis = source.state_dict()[name], parameter.input_dim
+            size = 0 if axis is None else parameter.shape[axis]
+            parameter.data.copy_(tensor if axis is None else tensor.narrow(axis, rank * size, size))
+        method.process_weights_after_loading(layer)
+        x = torch.randn(5, 128)
+        part = SparseLinear.from_packed(source.packed().columns(128 * rank, 128 * rank + 128))
+        assert torch.equal(method.apply(layer, x), part(x))
+
+
+@pytest.mark.parametrize("scheme", ["INT8_W8A8", "W4A8"])
+def test_a_head_whose_vocabulary_is_filled_up(plugin: Any, scheme: str) -> None:
+    config = plugin.method.SlideSparseConfig(ss.PackedConfig.of("6:8", scheme, ("model.embed_tokens",)))
+    dense = torch.nn.Linear(96, 40, bias=False).to(torch.bfloat16)
+    layer, source = ParallelLMHead(), SparseLinear.from_linear(dense, "6:8", scheme)
     method = config.get_quant_method(layer, "lm_head")
     method.create_weights(layer, 96, [64], 96, 64, torch.bfloat16, weight_loader=None)
     for name, tensor in source.state_dict().items():  # as vLLM's loader does
@@ -154,10 +178,18 @@ def test_files_of_another_model(plugin: Any) -> None:
     layer.weight_meta.data[3, 3] = 0
     with pytest.raises(ss.FormatError, match=r"the file has a nibble of weight_meta out of order"):
         method.process_weights_after_loading(layer)
+    layer.weight_meta.data[3, 3], layer.weight_scale.data[3] = 0x44, -1
+    with pytest.raises(ss.FormatError, match=r"^model.layers.0.qkv_proj: packed.scale: -1.0 at row 3"):
+        method.process_weights_after_loading(layer)
 
 
 def test_what_is_refused(plugin: Any) -> None:
     method, layer, _ = loaded(plugin, "INT8_W8A8")
+    for scheme, unit in (("NVFP4", None), ("W4A8", 128)):
+        other = plugin.method.SlideSparseMethod(ss.PackedConfig.of("6:8", scheme), "down_proj")
+        message = "NVFP4 weights have no kernel in vLLM" if unit is None else f"must be a multiple of {unit}"
+        with pytest.raises(ss.UnsupportedError, match=message):
+            other.create_weights(layer, 96, [40], 192, 40, torch.bfloat16, weight_loader=None)
     with pytest.raises(ss.UnsupportedError, match="k=180 over 2 GPUs gives 90 columns each, which must be a multiple of 16"):
         method.create_weights(layer, 90, [40], 180, 40, torch.bfloat16, weight_loader=None)
     plugin.config.lora_config = object()

@@ -37,10 +37,10 @@ def sample(count: int, most: int, rng: np.random.Generator) -> NDArray[np.int64]
 
 
 def quantized(x: Array, packed: ss.PackedWeight) -> tuple[Array, Array | None]:
-    """Tokens x [r, k] in the type of the weights, and their scales [r, 1]; 16-bit types have none."""
+    """Tokens x [r, k] as the scheme of the weights stores them, and their scales [r, 1]; 16-bit types have none."""
     if not packed.scheme.scaled:
         return x.astype(packed.dtype.numpy), None
-    return ss.reference.quantize(x, packed.dtype)
+    return ss.reference.quantize(x, packed.scheme.activations.element)
 
 
 def product(x: Array, packed: ss.PackedWeight, bias: Array | None = None) -> tuple[Array, Array]:
@@ -78,7 +78,7 @@ def allowed(
     if packed.scheme.accumulator == np.int32:
         return np.zeros_like(magnitude), 0.0
     rounding = ROUNDING[y_type.name]
-    if short_sums and packed.dtype.name == "float8_e4m3fn":
+    if short_sums and packed.scheme.activations.element.name == "float8_e4m3fn":
         steps = -(-packed.ks // 64)
         bound, overall = steps * FLOAT8_STEP * magnitude, FLOAT8_STEP / 2 * steps**0.5
     else:

@@ -26,7 +26,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 import slidesparse_nb as ss
 
 from ... import env
-from ..operators import TORCH, arrange, as_cupy, as_numpy, facts_of
+from ..operators import TORCH, arrange, as_cupy, as_numpy, facts_of, named
 
 try:
     from .fusion import install
@@ -40,11 +40,12 @@ PLACED = {
     "weight_packed": ModelWeightParameter,
     "weight_meta": ModelWeightParameter,
     "weight_scale": ChannelQuantScaleParameter,
+    "weight_block_scale": ModelWeightParameter,
 }
 """Tensor of the packed format -> the class of parameters that knows how vLLM cuts it."""
 
-EMPTY = 0x44
-"""Metadata of two windows that hold zeros."""
+EMPTY = {"weight_meta": 0x44, "weight_block_scale": 1}
+"""Of weights that are all zero: the metadata of two windows, and the code of the smallest block scale."""
 
 
 class SlideSparseConfig(QuantizationConfig):
@@ -125,8 +126,8 @@ class SlideSparseMethod(LinearMethodBase):
         if get_current_vllm_config().lora_config is not None:
             raise ss.UnsupportedError(f"{self.name}: packed layers take no LoRA adapters; merge them before packing")
         pattern, scheme = self.packed.pattern, self.packed.scheme
-        if scheme.blocks:
-            raise ss.UnsupportedError(f"{self.name}: {scheme} weights have no kernel in vLLM; pack as int8 or fp8")
+        if scheme.kernel.blocks:
+            raise ss.UnsupportedError(f"{self.name}: {scheme} weights have no kernel in vLLM; pack as W4A8, int8 or fp8")
         k, unit = input_size_per_partition, scheme.slice_unit(pattern)
         if k != input_size and k % unit:
             gpus = input_size // k
@@ -155,16 +156,19 @@ class SlideSparseMethod(LinearMethodBase):
         pattern, scheme = self.packed.pattern, self.packed.scheme
         held = {name: getattr(layer, name).data for name in (*PLACED, "weight_shape") if hasattr(layer, name)}
         if isinstance(layer, ParallelLMHead):  # the rows that fill up its vocabulary are all zeros, which no metadata is
-            held["weight_meta"][held["weight_meta"].sum(1) == 0] = EMPTY
+            rows = held["weight_meta"].sum(1) == 0
+            for name in EMPTY.keys() & held.keys():
+                held[name].view(torch.uint8)[rows] = EMPTY[name]
         self._check(held["weight_shape"], held["weight_meta"], layer.slidesparse_whole_k)
         on_gpu = held["weight_packed"].is_cuda
         view = as_cupy if on_gpu else as_numpy
         tensors = {name: view(tensor) for name, tensor in held.items() if name != "weight_shape"}
-        packed = ss.PackedWeight.from_tensors({**tensors, "weight_shape": [n, k]}, pattern, scheme)
-        if on_gpu:
-            buffers = {"arranged": arrange(packed, held["weight_packed"].device)}
-        else:
-            buffers = {name: tensor for name, tensor in held.items() if name != "weight_shape"}
+        with named(self.name):
+            packed = ss.PackedWeight.from_tensors({**tensors, "weight_shape": [n, k]}, pattern, scheme)
+            if on_gpu:
+                buffers = {"arranged": arrange(packed, held["weight_packed"].device)}
+            else:
+                buffers = {name: tensor for name, tensor in held.items() if name != "weight_shape"}
         for name in held:
             delattr(layer, name)
         for name, tensor in buffers.items():
