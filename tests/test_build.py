@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from compilers import most_spilled
 
 from slidesparse_nb.arch import multiplied, sm80
-from slidesparse_nb.core.dtypes import FLOAT4, FLOAT8, FLOAT16, PACKED, DType
+from slidesparse_nb.core.dtypes import FLOAT8, FLOAT16, PACKED, DType
 from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.cuda import ahead_of_time
@@ -106,9 +106,7 @@ def test_float8_at_full_rate(capability: tuple[int, int]) -> None:
 
 
 def fp4(capability: tuple[int, int]) -> list[Work]:
-    target = jit.architecture(capability) + "a"
-    found = sm80.ARCH.kernels(Pattern(2, 4, 2), FLOAT4, "bfloat16", capability)
-    return [((c.source, c.defines(), target), (target, "2:4 pairs", "NVFP4", str(c), c.shared_bytes)) for c in found]
+    return list(ahead_of_time._jobs([capability], [Pattern(6, 8)], [Scheme.of("nvfp4")], "bfloat16"))
 
 
 @pytest.mark.parametrize("capability", sm80.BLOCK_SCALED, ids=jit.architecture)
@@ -151,6 +149,12 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     named.clear()
     assert CliRunner().invoke(main, ["build", "--arch", "sm_120a", "--pattern", "6:8", "--dtype", "fp8"]).exit_code == 0
     assert {told[0] for _, told in named} == {"sm_120", "sm_120a"}
+    named.clear()
+    shown = CliRunner().invoke(main, ["build", "--arch", "sm_121", "--pattern", "6:8", "--dtype", "nvfp4", "--json"])
+    assert {told[:3] for _, told in named} == {("sm_121a", "6:8 pairs", "NVFP4")}
+    assert [report["dtype"] for report in json.loads(shown.output)] == ["NVFP4"] * 2
+    shown = CliRunner().invoke(main, ["build", "--arch", "sm_90", "--dtype", "nvfp4"])
+    assert (shown.exit_code, "dtypes: NVFP4 weights have no kernel for sm_90; name another" in shown.output) == (5, True)
     assert CliRunner().invoke(main, ["build", "--arch", "hopper"]).exit_code == 2
     assert CliRunner().invoke(main, ["build", "--arch", "sm_70"]).exit_code == 5
 

@@ -14,22 +14,24 @@ if not SIMULATED:
         run_in_simulator(__file__)
 
     @pytest.mark.parametrize("source", ["bfloat16", "float16", "float32"])
-    def test_it_compiles_without_spills(source: str, tmp_path, monkeypatch) -> None:
-        from slidesparse_nb.cuda.kernels.quantize import blocks_kernel
+    @pytest.mark.parametrize("vectors", [0, 1])
+    def test_it_compiles_without_spills(source: str, vectors: int, tmp_path, monkeypatch) -> None:
+        from slidesparse_nb.core.dtypes import FLOAT4
+        from slidesparse_nb.cuda.kernels.quantize import kernel
+        from slidesparse_nb.cuda.kernels.quantize_stages import Variant
 
         monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path))
         for capability in ((12, 0), (12, 1)):
-            built = blocks_kernel(source, 3).build(capability)
+            built = kernel(Variant(source, FLOAT4.name, vectors, 3, architecture=90)).build(capability)
             assert (built.spills, built.stack) == (0, 0)
 
 else:
-    from device_cases import SOURCES, at_address, awkward_rows, bits
+    from device_cases import SOURCES, at_address, awkward_rows, bits, write
 
-    from slidesparse_nb.arch import sm80_fp4
+    from slidesparse_nb.arch.operand import scaled_rows
     from slidesparse_nb.core import reference
     from slidesparse_nb.core.dtypes import FLOAT4
     from slidesparse_nb.core.scheme import SCHEMES
-    from slidesparse_nb.cuda import quantize_blocks
     from slidesparse_nb.cuda.kernels.numbers import to_float4
 
     NVFP4 = SCHEMES["NVFP4"]
@@ -38,14 +40,14 @@ else:
         pattern = NVFP4.pattern(text)
         with np.errstate(invalid="ignore", over="ignore"):
             q, block_scale, scale = reference.quantize_blocks(reference.lift(x, pattern), NVFP4.activations)
-        wanted = sm80_fp4.rows(reference.pack_nibbles(q), block_scale.view(np.uint8))
+        wanted = scaled_rows(reference.pack_nibbles(q), block_scale.view(np.uint8))
         made, of_rows = np.full(wanted.shape, 0x55, np.uint8), np.zeros((len(x), 1), np.float32)
-        quantize_blocks.write(x, pattern, made, of_rows)
+        write(x, FLOAT4, made, of_rows, pattern, made.shape[1])
         np.testing.assert_array_equal(made, wanted)
         np.testing.assert_array_equal(bits(of_rows), bits(scale))
 
     @pytest.mark.parametrize("source", SOURCES, ids=str)
-    @pytest.mark.parametrize(("text", "k"), [("2:4", 9), ("4:6", 60), ("6:8", 203), ("8:10", 40), ("14:16", 300)])
+    @pytest.mark.parametrize(("text", "k"), [("2:4", 9), ("4:6", 60), ("6:8", 203), ("6:8", 192), ("8:10", 40), ("14:16", 300)])
     def test_the_references_bits(source, text, k) -> None:
         check(at_address(awkward_rows(12, k, source)), text)
 

@@ -6,17 +6,21 @@ weights and rows of x must give the reference's products, and every way to load 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy_gpu import numpy_for_cupy
 
 from slidesparse_nb.arch import sm80, sm80_fp4, sm80_layout
+from slidesparse_nb.arch.operand import scaled_rows
 from slidesparse_nb.arch.sm80_fp4 import LAYOUT
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import FLOAT4, FLOAT8
 from slidesparse_nb.core.packed import ORDERED_NIBBLES, PackedWeight
 from slidesparse_nb.core.pattern import Pattern
+from slidesparse_nb.core.problem import Device, GemmProblem
 from slidesparse_nb.core.scheme import SCHEMES
 
 NVFP4 = SCHEMES["NVFP4"]
@@ -87,10 +91,22 @@ def loads(weights: Array, rows: Array, step: int) -> tuple[Array, ...]:
     return a, e, b, scale_a, words[G, (16 * LAYOUT.words + 4 * step) // 4]
 
 
-def product(packed: PackedWeight, x: Array, change: Any = lambda *given: given) -> Array:
-    """acc [8, n] of x [8, k] by the kernel's steps in its order, in float64; `change` spoils what an instruction is given."""
+Change = Callable[..., tuple[Array, ...]]
+"""Spoils what an instruction is given."""
+
+
+def unchanged(*given: Array) -> tuple[Array, ...]:
+    return given
+
+
+def product(packed: PackedWeight, x: Array, change: Change = unchanged) -> Array:
+    """acc [8, n] of x [8, k] by the kernel's steps."""
     q, block_scale, _ = reference.quantize_blocks(reference.lift(x, packed.pattern), NVFP4.activations)
-    rows = sm80_fp4.rows(reference.pack_nibbles(q), block_scale.view(np.uint8))
+    return multiplied(packed, scaled_rows(reference.pack_nibbles(q), block_scale.view(np.uint8)), change)
+
+
+def multiplied(packed: PackedWeight, rows: Array, change: Change = unchanged) -> Array:
+    """acc [8, n] of eight rows as the kernel loads them, by its steps in its order, in float64."""
     assert rows.shape == (8, sm80_fp4.row_bytes(packed.pattern, packed.k))
     arranged = sm80_fp4.arrange(packed)
     blocks, tiles, size = arranged.shape
@@ -141,7 +157,7 @@ def test_every_nibble_and_value_in_every_lane() -> None:
     assert len(np.unique(packed.block_scale.view(np.uint8))) > 50
 
 
-def only(place: int, change: Any) -> Any:
+def only(place: int, change: Callable[[Array], Array]) -> Change:
     def changed(*given: Array) -> tuple[Array, ...]:
         made = list(given)
         made[place] = change(given[place].copy())
@@ -177,11 +193,37 @@ def test_a_wrong_load_is_seen(name: str) -> None:
     assert (product(packed, x, FAULTS[name]) != exactly(packed, x)).any()
 
 
+@pytest.fixture(scope="module")
+def first_test() -> Callable[[Change], bool]:
+    """Whether the test before the first product passes of the kernel's steps, given how their operands are spoilt."""
+    with pytest.MonkeyPatch.context() as patch, numpy_for_cupy(patch, False, (12, 0)) as gpu:
+        problem = GemmProblem(13, 280, 2092, Pattern(6, 8, 2), NVFP4, "float32", Device((12, 0), 84))
+        given, form = gpu.self_test.case(problem), sm80.ARCH.operand(problem.pattern, problem.k, NVFP4)
+        rows = gpu.self_test._operand(form, given.x, problem.pattern, given.block_scale)[:8]
+    packed, right = given.packed.rows(248, 280), given.y[:8, 248:]
+
+    def passes(change: Change) -> bool:
+        acc = multiplied(packed, rows, change).astype(np.float32)
+        y = (acc * given.scale_x[:8, None]) * np.asarray(packed.scale)[:, 0] + given.bias[248:]
+        return bool((y == right).all())
+
+    return passes
+
+
+def test_the_test_before_the_first_product_passes(first_test: Callable[[Change], bool]) -> None:
+    assert first_test(unchanged)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_test_before_the_first_product_sees_a_wrong_load(name: str, first_test: Callable[[Change], bool]) -> None:
+    assert not first_test(FAULTS[name])
+
+
 @pytest.mark.parametrize("threads", [(1, 0), (0, 1), (0, 3), (1, 2)])
 def test_all_lanes_that_selectors_can_name_hold_scales(threads: tuple[int, int]) -> None:
     """The kernel selects lanes 0 and 1 of a quad, and 0; the others hold the same words, whatever hardware reads."""
     packed, _ = operands("6:8", 16, 301)
-    here = sm80_fp4.rows(*(np.zeros((8, size), np.uint8) for size in (128, 8)))
+    here = scaled_rows(*(np.zeros((8, size), np.uint8) for size in (128, 8)))
     here[:] = np.arange(here.size).reshape(here.shape) % 97
     given = loads(sm80_fp4.arrange(packed)[0, 0], here, 1)
     np.testing.assert_array_equal(mma_sp_nvf4(*given, threads), mma_sp_nvf4(*given))
@@ -205,4 +247,6 @@ def test_every_tile_fits(capability: tuple[int, int]) -> None:
     found = list(sm80.ARCH.kernels(Pattern(6, 8, 2), FLOAT4, "bfloat16", capability))
     assert len(found) == len(sm80.TILES)
     assert all(config.suffix == "a" and config.stages >= 2 for config in found)
+    assert all(config.mma_clocks(Device(capability, 84, "NVIDIA GeForce RTX of some year")) == 4 for config in found)
+    assert all("stages of 128 pairs" in str(config) for config in found)
     assert all(config.shared_bytes <= sm80.sm_of(capability).block_shared for config in found)

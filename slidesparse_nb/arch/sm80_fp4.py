@@ -52,19 +52,3 @@ def arrange(packed: PackedWeight, xp: Any = np) -> Any:
     scales[: packed.n, : packed.block_scale.shape[1]] = packed.block_scale.view(np.uint8)
     words = scales.reshape(row_tiles, 2, 8, blocks, LAYOUT.steps, 4).transpose(3, 0, 4, 2, 1, 5)  # row = 8 half + g
     return xp.concatenate([plain, xp.ascontiguousarray(words).reshape(blocks, row_tiles, 64 * LAYOUT.steps)], axis=2)
-
-
-def rows(values: Any, block_scale: Any, xp: Any = np) -> Any:
-    """Lifted, quantized x as the kernel loads it: uint8 [m, blocks * stride].
-
-    Args:
-        values: uint8 [m, ks / 2], two e2m1 a byte.
-        block_scale: uint8 [m, ceil(ks / 32)], ue4m3.
-    """
-    m, blocks = len(values), LAYOUT.blocks(values.shape[1])
-    made = xp.zeros((m, blocks, LAYOUT.stride), np.uint8)
-    for part, at, each in ((values, 0, LAYOUT.row_bytes), (block_scale, LAYOUT.row_bytes, LAYOUT.row_bytes // 16)):
-        padded = xp.zeros((m, blocks * each), np.uint8)
-        padded[:, : part.shape[1]] = part
-        made[:, :, at : at + each] = padded.reshape(m, blocks, each)
-    return made.reshape(m, blocks * LAYOUT.stride)
