@@ -153,6 +153,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = CliRunner().invoke(main, ["build", "--arch", "sm_121", "--pattern", "6:8", "--dtype", "nvfp4", "--json"])
     assert {told[:3] for _, told in named} == {("sm_121a", "6:8 pairs", "NVFP4")}
     assert [report["dtype"] for report in json.loads(shown.output)] == ["NVFP4"] * 2
+    named.clear()
     shown = CliRunner().invoke(main, ["build", "--arch", "sm_90", "--dtype", "nvfp4"])
     assert (shown.exit_code, "dtypes: NVFP4 weights have no kernel for sm_90; name another" in shown.output) == (5, True)
     assert CliRunner().invoke(main, ["build", "--arch", "hopper"]).exit_code == 2
