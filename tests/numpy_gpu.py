@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from device_cases import blocked
 
 from slidesparse_nb.arch import sm90, sm90_layout
 from slidesparse_nb.arch.multiplied_as import as_multiplied
-from slidesparse_nb.arch.operand import SCALED_BLOCK, image, image_rows, scaled_rows, stages
+from slidesparse_nb.arch.operand import SCALED_BLOCK, image, image_rows, stages
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT4, FLOAT8, FLOAT16, DType
 from slidesparse_nb.core.packed import PackedWeight
@@ -239,10 +240,9 @@ class Activations:
             values = at(x, (m, k), held, (ld * held.itemsize, stride * held.itemsize))
             pattern = Pattern(2 * self.windows, 2 * self.windows + 2, 2)
             assert 32 * filled >= pattern.slid_k(k)
-            with np.errstate(invalid="ignore", over="ignore"):
-                q, codes, made = reference.quantize_blocks(reference.lift(values, pattern), self.scheme.activations)
+            rows, made = blocked(values, pattern)
             at(scale, (m, 1), F32)[...] = made
-            at(out, (m, runs // 8 * SCALED_BLOCK), np.uint8)[...] = scaled_rows(reference.pack_nibbles(q), codes.view(np.uint8))
+            at(out, (m, runs // 8 * SCALED_BLOCK), np.uint8)[...] = rows
             self.gpu.launched.append(f"blocks {self.source} {self.stored}")
             return
         if self.any:

@@ -26,25 +26,19 @@ if not SIMULATED:
             assert (built.spills, built.stack) == (0, 0)
 
 else:
-    from device_cases import SOURCES, at_address, awkward_rows, bits, write
+    from device_cases import SOURCES, at_address, awkward_rows, blocked, same, write
 
-    from slidesparse_nb.arch.operand import scaled_rows
     from slidesparse_nb.core import reference
     from slidesparse_nb.core.dtypes import FLOAT4
-    from slidesparse_nb.core.scheme import SCHEMES
+    from slidesparse_nb.core.pattern import Pattern
     from slidesparse_nb.cuda.kernels.numbers import to_float4
 
-    NVFP4 = SCHEMES["NVFP4"]
-
     def check(x, text) -> None:
-        pattern = NVFP4.pattern(text)
-        with np.errstate(invalid="ignore", over="ignore"):
-            q, block_scale, scale = reference.quantize_blocks(reference.lift(x, pattern), NVFP4.activations)
-        wanted = scaled_rows(reference.pack_nibbles(q), block_scale.view(np.uint8))
+        pattern = Pattern.of(f"{text} pairs")
+        wanted, of_wanted = blocked(x, pattern)
         made, of_rows = np.full(wanted.shape, 0x55, np.uint8), np.zeros((len(x), 1), np.float32)
         write(x, FLOAT4, made, of_rows, pattern, made.shape[1])
-        np.testing.assert_array_equal(made, wanted)
-        np.testing.assert_array_equal(bits(of_rows), bits(scale))
+        same(made, of_rows, (wanted, of_wanted))
 
     @pytest.mark.parametrize("source", SOURCES, ids=str)
     @pytest.mark.parametrize(("text", "k"), [("2:4", 9), ("4:6", 60), ("6:8", 203), ("6:8", 192), ("8:10", 40), ("14:16", 300)])

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from device_cases import blocked, same
 from numpy_gpu import BF16, F16, F32, Array, array, close, numpy_for_cupy, ops, wanted, weight
 
 import slidesparse_nb as ss
 from slidesparse_nb import arch, doctor
 from slidesparse_nb.arch import sm80, sm80_fp4
-from slidesparse_nb.arch.operand import scaled_rows
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.packed import ORDERED_NIBBLES, part_arrays
 from slidesparse_nb.core.pattern import Pattern, known_patterns
@@ -161,11 +161,7 @@ def test_by_addresses(trusted: Any) -> None:
     size, scaled = ops().operand_bytes(7, 200, "6:8", "NVFP4", trusted.capability)
     operand, scale = array(np.full(size, 0x55, np.uint8)), array(np.zeros(7, np.float32))
     there.quantize(7, x.data.ptr, "bfloat16", x.strides, operand.data.ptr, scale.data.ptr, 7)
-    q, codes, rows = reference.quantize_blocks(reference.lift(np.asarray(x), PAIRS), NVFP4.activations)
-    np.testing.assert_array_equal(
-        np.asarray(operand).reshape(7, -1), scaled_rows(reference.pack_nibbles(q), codes.view(np.uint8))
-    )
-    np.testing.assert_array_equal(np.asarray(scale), rows[:, 0])
+    same(np.asarray(operand).reshape(7, -1), np.asarray(scale).reshape(7, 1), blocked(np.asarray(x), PAIRS))
     assert scaled
     at = x.data.ptr
     assert not there.rms_norm(7, at, "bfloat16", 400, 0, at, 0, 1e-5, operand.data.ptr, scale.data.ptr, 7)
