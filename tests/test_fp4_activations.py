@@ -31,6 +31,7 @@ else:
     from slidesparse_nb.core import reference
     from slidesparse_nb.core.dtypes import FLOAT4
     from slidesparse_nb.core.pattern import Pattern
+    from slidesparse_nb.core.scheme import SCHEMES
     from slidesparse_nb.cuda.kernels.numbers import to_float4
 
     def check(x, text) -> None:
@@ -57,6 +58,13 @@ else:
             }[place],
             "6:8",
         )
+
+    def test_products_above_the_limit() -> None:
+        """Rows whose largest magnitude, times the inverse of its scale, rounds to more than the limit."""
+        limit, x = np.float32(SCHEMES["NVFP4"].activations.limit), np.linspace(1, 2, 4096, dtype=np.float32)
+        above = x[x * (limit / x) > limit][:6, None]
+        assert len(above) == 6
+        check(np.concatenate([above, -above, above / 3, above / 500], axis=1), "2:4")
 
     def test_to_float4() -> None:
         """Every value, every tie, their neighbours, and what is clipped, of both signs."""

@@ -151,6 +151,9 @@ def test_what_is_arranged(trusted: Any) -> None:
         made = ops().to_device(weight_)
         assert (made.scheme, made.buffers.keys()) == (NVFP4, {"weights", "scale"})
         np.testing.assert_array_equal(np.asarray(made.buffers["weights"]), sm80_fp4.arrange(packed))
+    (config,) = made.bind(7, "bfloat16").plan.configs
+    blocks = config.arguments(made.problem(7, "bfloat16"))["blocks"]
+    assert (blocks, blocks * 144) == (len(made.buffers["weights"]), made.operand.row_bytes)
     again = ops().device_weight(made.buffers, "6:8", "NVFP4", (40, 400))
     assert (again.scheme, again.pattern, again.addresses) == (NVFP4, PAIRS, made.addresses)
 

@@ -47,7 +47,7 @@ from .ptx import (
     warp_max,
     warp_sum,
 )
-from .quantize_blocks import LIMIT, block_scale, clipped, inverse_scale, quad_loader
+from .quantize_blocks import LIMIT, block_scale, inverse_scale, quad_loader
 from .quantize_stages import ZERO, Variant, converter, lifter, loader, placer, storer, word_maker
 
 WORD = np.dtype(np.uint32)
@@ -374,7 +374,10 @@ def row_from_memory(variant: Variant) -> Any:
 
 
 def row_in_blocks(variant: Variant) -> Any:
-    """A block reads its row twice, four columns at a time; thread t writes the runs t, t + threads ... of 32 lifted columns."""
+    """A block reads its row twice, four columns at a time; thread t writes the runs t, t + threads ... of 32 lifted columns.
+
+    A product with the inverse may round to just above the limit, which the scale of its block and `to_float4` clip.
+    """
     load, windows, dependent = quad_loader(variant), variant.windows, variant.architecture >= 90
 
     def kernel(
@@ -411,8 +414,8 @@ def row_in_blocks(variant: Variant) -> Any:
                 a, b, c, d = NOTHING, NOTHING, NOTHING, NOTHING
                 if column < columns:
                     a, b, c, d = load(x, row * ld + column * stride, stride, columns - column)
-                held[i], held[i + 1] = clipped(a, inverse), clipped(b, inverse)
-                held[i + 2], held[i + 3] = clipped(c, inverse), clipped(d, inverse)
+                held[i], held[i + 1] = multiply(a, inverse), multiply(b, inverse)
+                held[i + 2], held[i + 3] = multiply(c, inverse), multiply(d, inverse)
             for i in range(32):
                 peak = larger(peak, as_word(held[i]) & MAGNITUDE)
             code = block_scale(as_float(peak)) if run < filled else ZERO

@@ -34,13 +34,6 @@ def inverse_scale(code: Word) -> Float:
     return divide(ONE, multiply(as_float(np.uint32(code << np.uint32(20))), np.float32(2.0**120)))
 
 
-@device_function("f32", "f32", "f32")
-def clipped(value: Float, inverse: Float) -> Float:
-    """value * inverse within the limits of the scheme."""
-    y = multiply(value, inverse)
-    return LIMIT if y > LIMIT else -LIMIT if y < -LIMIT else y
-
-
 def quad_loader(variant: Variant) -> Any:
     """A device function: four neighbouring columns of x, from index `at` on, of which `left` are there; the others are 0."""
     low: Any = LOW[variant.source]
