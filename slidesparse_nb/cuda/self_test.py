@@ -90,7 +90,7 @@ def _integers(rng: np.random.Generator, shape: tuple[int, ...], largest: int, dt
 
 
 def _fours(rng: np.random.Generator, shape: tuple[int, int], magnitudes: tuple[float, ...], kept: Array) -> Array:
-    """Float4 values of these magnitudes and both signs, zeros also; `kept`: [any, 2] pairs of 0 and 1, by which pairs are."""
+    """Float4 values of these magnitudes and of both signs; each pair of columns is multiplied by one of the pairs in `kept`."""
     pairs = np.asarray(kept)[rng.integers(0, len(kept), (shape[0], -(-shape[1] // 2)))].reshape(shape[0], -1)
     return (rng.choice(magnitudes, shape) * rng.choice((-1, 1), shape) * pairs[:, : shape[1]]).astype(FLOAT4.numpy)
 
