@@ -14,11 +14,11 @@ import numpy as np
 from . import arch, env, ops, packing
 from .checkpoint.packed_format import on_host
 from .core import reference
-from .core.dtypes import BFLOAT16, FLOAT8, FLOAT32, INT8, PACKED, DType
+from .core.dtypes import BFLOAT16, FLOAT8, FLOAT32, INT8, PACKED
 from .core.packed import PackedWeight
 from .core.pattern import Pattern
 from .core.problem import Device
-from .core.scheme import SCHEMES
+from .core.scheme import SCHEMES, Scheme
 from .cuda import driver
 from .cuda.jit import cache
 from .errors import SlideSparseError, UnsupportedError
@@ -77,8 +77,8 @@ def diagnose() -> Iterator[Finding]:
     yield finding("GPU", first_gpu)
     for number, gpu in enumerate(gpus[1:], 1):
         yield finding(f"GPU {number}", functools.partial(_gpu, gpu))
-    dtypes = _multiplied(gpus[0].capability) if gpus else ()
-    usable = gpus[0].capability if dtypes else None
+    schemes = _multiplied(gpus[0].capability) if gpus else ()
+    usable = gpus[0].capability if schemes else None
     needed = []
     for part, look in (("CuPy", _cupy), ("Numba CUDA", _numba), ("NVRTC", _nvrtc)):
         needed.append(finding(part, functools.partial(look, usable)))
@@ -92,30 +92,29 @@ def diagnose() -> Iterator[Finding]:
         return
     yield finding("activations", _activations)
     yield finding("weights", _weights)
-    for dtype in dtypes:
-        yield finding(f"matmul {dtype}", functools.partial(_matmul, dtype))
+    for scheme in schemes:
+        yield finding(f"matmul {scheme}", functools.partial(_matmul, scheme))
     yield from self_tests()
 
 
 # ---- what there is -----------------------------------------------------------------------------------------------
 
 
-def _multiplied(capability: tuple[int, int]) -> tuple[DType, ...]:
-    """The types of weights that a GPU multiplies; none if it has no sparse tensor cores."""
+def _multiplied(capability: tuple[int, int]) -> tuple[Scheme, ...]:
+    """The schemes that a GPU multiplies, by whatever kernel; none if it has no sparse tensor cores."""
     try:
         of_each = [arch.multiplied(own, capability) for own in arch.serving(capability)]
-        return tuple(dict.fromkeys(scheme.dtype for schemes in of_each for scheme in schemes))
     except UnsupportedError:
         return ()
+    return tuple(scheme for scheme in SCHEMES.values() if any(scheme.kernel in schemes for schemes in of_each))
 
 
 def _gpu(gpu: driver.Gpu) -> str:
     text = f"{gpu.name}, {gpu.memory / 2**30:.0f} GiB, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
-    if not (dtypes := _multiplied(gpu.capability)):
+    if not (schemes := _multiplied(gpu.capability)):
         raise driver.AbsentError(f"{text}: has no sparse tensor cores, which came with 8.0; NumPy arrays need none")
     advice = arch.advice(Device(gpu.capability, 0, gpu.name))
-    schemes = ", ".join(str(scheme) for scheme in SCHEMES.values() if scheme.kernel.dtype in dtypes)
-    return f"{text}: {schemes}{advice and f'; {advice}'}"
+    return f"{text}: {', '.join(map(str, schemes))}{advice and f'; {advice}'}"
 
 
 Capability = tuple[int, int] | None
@@ -174,12 +173,12 @@ def _cache() -> str:
 # ---- whether it is right -----------------------------------------------------------------------------------------
 
 
-def _operands(dtype: DType) -> tuple[Any, Any, PackedWeight]:
+def _operands(scheme: Scheme) -> tuple[Any, Any, PackedWeight]:
     """x [M, K] float32 that bfloat16 holds, w [N, K] that obeys the pattern, and w packed by the reference."""
-    rng = np.random.default_rng(0)
+    rng, pattern = np.random.default_rng(0), scheme.pattern(PATTERN)
     x = rng.standard_normal((M, K)).astype(BFLOAT16.numpy).astype(np.float32)
-    w = reference.prune(rng.standard_normal((N, K)).astype(np.float32), PATTERN)
-    return x, w, reference.pack(w, PATTERN, dtype)
+    w = reference.prune(rng.standard_normal((N, K)).astype(np.float32), pattern)
+    return x, w, reference.pack(w, pattern, scheme)
 
 
 def _same(name: str, got: Any, wanted: Any) -> None:
@@ -199,33 +198,34 @@ def _compare(y: Any, x: Any, packed: PackedWeight, error: float = ADDITIONS) -> 
     if packed.dtype is INT8:
         _same("products", y, wanted)
         return "equals the reference"
-    magnitudes = packed.values.view(packed.dtype.raw) & packed.dtype.raw.type(packed.dtype.nonzero_mask)
-    size = reference.matmul(np.abs(x), replace(packed, values=magnitudes.view(packed.dtype.numpy)))
+    mask = packed.dtype.nonzero_mask * (17 if packed.dtype.bits == 4 else 1)  # of both nibbles of a byte
+    magnitudes = packed.values.view(packed.dtype.raw) & packed.dtype.raw.type(mask)
+    size = reference.matmul(np.abs(x), replace(packed, values=magnitudes.view(packed.dtype.stored)))
     off = np.abs(y - wanted)
     if (off > error * size).any() or not np.isfinite(y).all():
         raise ArithmeticError(f"products differ from the reference by up to {off.max():.3g}")
     return f"equals the reference to {off.max():.1g}, by order of addition"
 
 
-def _packs(dtype: DType, move: Callable[[Any], Any]) -> tuple[Any, PackedWeight, PackedWeight]:
+def _packs(scheme: Scheme, move: Callable[[Any], Any]) -> tuple[Any, PackedWeight, PackedWeight]:
     """x, and w packed where `move` puts it and by the reference, once they are known to be equal."""
-    x, w, wanted = _operands(dtype)
-    packed = packing.pack(move(w), PATTERN, dtype)
-    _same(f"{dtype} values", packed.values, wanted.values)
-    _same(f"{dtype} indices", packed.meta, wanted.meta)
+    x, w, wanted = _operands(scheme)
+    packed = packing.pack(w if scheme.blocks else move(w), PATTERN, scheme)  # with blocks on the CPU only
+    _same(f"{scheme} values", packed.values, wanted.values)
+    _same(f"{scheme} indices", packed.meta, wanted.meta)
     return x, packed, wanted
 
 
 def _cpu() -> str:
-    for dtype in PACKED:
-        x, packed, wanted = _packs(dtype, lambda w: w)
+    for scheme in SCHEMES.values():
+        x, packed, wanted = _packs(scheme, lambda w: w)
         _compare(ops.matmul(x, packed), x, wanted)
     return "pack and matmul equal the reference"
 
 
 def _activations() -> str:
     cupy: Any = importlib.import_module("cupy")
-    x, _, _ = _operands(INT8)
+    x, _, _ = _operands(Scheme.of(INT8))
     for dtype in (INT8, FLOAT8):
         wanted, wanted_scale = reference.quantize(x, dtype)
         made = ops.quantize(cupy.asarray(x), PATTERN, dtype)
@@ -237,18 +237,16 @@ def _activations() -> str:
 def _weights() -> str:
     cupy: Any = importlib.import_module("cupy")
     for dtype in PACKED:
-        _packs(dtype, cupy.asarray)
+        _packs(Scheme.of(dtype), cupy.asarray)
     return "pack equals the reference"
 
 
-def _matmul(dtype: DType) -> str:
+def _matmul(scheme: Scheme) -> str:
     cupy: Any = importlib.import_module("cupy")
-    x, packed, wanted = _packs(dtype, cupy.asarray)
-    y = ops.matmul(cupy.asarray(x), packed, out_dtype=FLOAT32).get()
+    x, packed, wanted = _packs(scheme, cupy.asarray)
+    y, kernel = ops.matmul(cupy.asarray(x), packed, out_dtype=FLOAT32).get(), scheme.kernel
     capability = divmod(int(cupy.cuda.Device().compute_capability), 10)
-    return _compare(
-        y, x, wanted, max(ADDITIONS, arch.for_capability(capability, scheme=packed.scheme).error(packed.scheme, packed.ks))
-    )
+    return _compare(y, x, wanted, max(ADDITIONS, arch.for_capability(capability, scheme=kernel).error(kernel, packed.ks)))
 
 
 def self_tests() -> Iterator[Finding]:

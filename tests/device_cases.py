@@ -8,12 +8,12 @@ from typing import Any
 import cases
 import numpy as np
 
-from slidesparse_nb.arch.operand import STAGE, image, stages
+from slidesparse_nb.arch.operand import STAGE, image, scaled_rows, stages
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOATS, DType
 from slidesparse_nb.core.packed import part_arrays
 from slidesparse_nb.core.pattern import Pattern
-from slidesparse_nb.core.scheme import Scheme
+from slidesparse_nb.core.scheme import SCHEMES, Scheme
 
 SOURCES = [BFLOAT16.numpy, FLOAT16.numpy, FLOAT32]
 
@@ -113,6 +113,13 @@ def imaged(x: Any, dtype: DType, pattern: Pattern) -> tuple[Any, Any]:
             return image(x.astype(dtype.numpy), pattern), None
         q, scale = reference.quantize(x, dtype)
     return image(q, pattern), scale
+
+
+def blocked(x: Any, pattern: Pattern) -> tuple[Any, Any]:
+    """What a device must give for NVFP4: rows of blocks, and scale float32 [m, 1]."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        q, codes, scale = reference.quantize_blocks(reference.lift(x, pattern), SCHEMES["NVFP4"].activations)
+    return scaled_rows(reference.pack_nibbles(q), codes.view(np.uint8)), scale
 
 
 def same(values: Any, scale: Any, expected: tuple[Any, Any]) -> None:

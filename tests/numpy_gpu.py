@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from device_cases import blocked
 
 from slidesparse_nb.arch import sm90, sm90_layout
 from slidesparse_nb.arch.multiplied_as import as_multiplied
-from slidesparse_nb.arch.operand import image, image_rows, stages
+from slidesparse_nb.arch.operand import SCALED_BLOCK, image, image_rows, stages
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT16, DType
+from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT4, FLOAT8, FLOAT16, DType
 from slidesparse_nb.core.packed import PackedWeight
 from slidesparse_nb.core.pattern import Pattern
-from slidesparse_nb.core.scheme import Scheme
+from slidesparse_nb.core.scheme import SCHEMES, Scheme
 
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
@@ -114,7 +115,8 @@ class NumPy:
 class Gpu:
     """Launches, memory that was taken, and the streams in which other libraries' arrays were viewed."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.capability = capability
         self.launched: list[str] = []
         self.allocated = 0
         self.streams = [7]
@@ -177,8 +179,8 @@ class Gpu:
             CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {}),
             getDevice=lambda: 0,
             getDeviceProperties=lambda _: {
-                "major": 9,
-                "minor": 0,
+                "major": gpu.capability[0],
+                "minor": gpu.capability[1],
                 "multiProcessorCount": 132,
                 "name": b"NumPy in CuPy's place",
             },
@@ -194,7 +196,10 @@ class Gpu:
         cupy.cuda.Device = type(
             "Device",
             (contextlib.nullcontext,),
-            {"compute_capability": "90", "__init__": lambda self, _=0: contextlib.nullcontext.__init__(self)},
+            {
+                "compute_capability": "{}{}".format(*gpu.capability),
+                "__init__": lambda self, _=0: contextlib.nullcontext.__init__(self),
+            },
         )
         return cupy
 
@@ -210,12 +215,14 @@ class Activations:
         name = re.sub(rf"^{self.kind}[0-9]*_", "", kernel.name)
         self.any = name.split("_")[1] == "any"
         rest = name.split("_", 2)[2]
-        names = [*FLOATS, "int8", "float8_e4m3fn"]
+        names = [*FLOATS, "int8", "float8_e4m3fn", FLOAT4.name]
         self.source = next(n for n in names if rest.startswith(n))
         rest = rest[len(self.source) + 1 :]
-        self.stored = Scheme.of(next(n for n in names if rest.startswith(n))).dtype
-        form = rest[len(self.stored.name) + 1 :]
-        self.tiled = "tiles" in form
+        stored = next(n for n in names if rest.startswith(n))
+        form = rest[len(stored) + 1 :]
+        self.scheme = SCHEMES["NVFP4"] if stored == FLOAT4.name else Scheme.of(stored)
+        self.stored, self.tiled = self.scheme.dtype, "tiles" in form
+        self.windows = int(form.split("_")[0].removeprefix("lift")) if self.scheme.blocks else 0
 
     def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
         assert programmatic
@@ -228,6 +235,16 @@ class Activations:
         m, ld, *rest = arguments
         assert grid == ((m + 7) // 8 * 8 if self.tiled else m, 1, 1)
         held = FLOATS.get(self.source, self.stored.numpy)
+        if self.scheme.blocks:
+            stride, k, filled, runs = rest
+            values = at(x, (m, k), held, (ld * held.itemsize, stride * held.itemsize))
+            pattern = Pattern(2 * self.windows, 2 * self.windows + 2, 2)
+            assert 32 * filled >= pattern.slid_k(k)
+            rows, made = blocked(values, pattern)
+            at(scale, (m, 1), F32)[...] = made
+            at(out, (m, runs // 8 * SCALED_BLOCK), np.uint8)[...] = rows
+            self.gpu.launched.append(f"blocks {self.source} {self.stored}")
+            return
         if self.any:
             stride, k, pitch, _ = rest
             strides, row_bytes = (ld * held.itemsize, stride * held.itemsize), 16 * pitch
@@ -326,21 +343,27 @@ class Gemm:
             expanded = sm90_layout.expand(np.asarray(there.buffers["compact"]), problem.pattern, dtype)
             np.testing.assert_array_equal(at(it.metadata, expanded.shape, np.uint8), expanded)
             assert not programmatic or self.config.order == sm90.REST, "metadata are read before the launch before is complete"
-        if there.operand.tiled:
+        if there.operand.blocked:
+            rows = at(it.x, (m, it.x_bytes // SCALED_BLOCK, SCALED_BLOCK), np.uint8, (it.x_pitch, SCALED_BLOCK, 1))
+            q = reference.unpack_nibbles(rows[..., :128].reshape(m, -1))
+            codes = rows[..., 128:136].reshape(m, -1).view(FLOAT8.numpy)
+            xs = reference.times_blocks(q, codes, 32)[:, : problem.pattern.slid_k(k)].astype(np.float64)
+        elif there.operand.tiled:
             made = at(it.x, (there.operand.row_bytes // 128, (m + 7) // 8, 8, 128), np.uint8)
             q = image_rows(made, m, k, P, dtype).view(dtype.numpy)
         else:
             assert it.x_bytes == k * dtype.bits // 8
             assert it.x % 16 == it.x_pitch % 16 == 0
             q = at(it.x, (m, k), dtype.numpy, (it.x_pitch, dtype.bits // 8))
+        if not there.operand.blocked:
+            xs = reference.lift(q.astype(np.float64), weight.pattern)
         if plan.part_bytes:
             at(it.parts, (plan.part_bytes,), np.uint8)[...] = 0x77
             assert not at(it.arrived, (self.config.counters(problem),), np.uint32).any()
         with np.errstate(invalid="ignore", over="ignore"):
-            slid = reference.decompress(reference.stored_values(weight), weight.meta).astype(np.float64)
-            acc = reference.lift(q.astype(np.float64), weight.pattern) @ slid.T
-            value = acc.astype(np.float32)
-            if Scheme.of(dtype).scaled:
+            slid = reference.decompress(reference.stored_values(weight), weight.meta, weight.pattern.unit).astype(np.float64)
+            value = (xs @ slid.T).astype(np.float32)
+            if weight.scheme.scaled:
                 value = value * at(it.scale_x, (m, 1), F32) * at(it.scale_w, (n,), F32)
             if it.bias:
                 value = value + at(it.bias, (n,), FLOATS[NAMED[it.bias_type]]).astype(np.float32)
@@ -367,10 +390,10 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @contextlib.contextmanager
-def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool) -> Iterator[Any]:
+def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool, capability: tuple[int, int] = (9, 0)) -> Iterator[Any]:
     """The device modules, imported afresh over a CuPy of NumPy arrays."""
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", str(int(portable)))
-    made = Gpu()
+    made = Gpu(capability)
     cupy = made.module()
     names = [name for name in sys.modules if name.startswith("slidesparse_nb.cuda")]
     kept = {name: sys.modules.pop(name) for name in names}

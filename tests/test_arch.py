@@ -140,7 +140,7 @@ def test_a_row_of_the_table_is_all_that_an_architecture_needs(monkeypatch: pytes
             other = weight(40, 96, BFLOAT16)
             close(ops().matmul(x, other), wanted(x, other))
             assert gpu.gemm.to_device(other).arch is sm90.ARCH, "what the toy refuses is the next one's"
-        assert doctor._multiplied((9, 0)) == PACKED
+        assert [str(scheme) for scheme in doctor._multiplied((9, 0))] == [*map(str, PACKED), "W4A8"]
         jobs = [
             job for job, _ in ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [Scheme.of("int8"), Scheme.of("fp8")], "bfloat16")
         ]
@@ -188,9 +188,10 @@ def test_what_no_kernel_multiplies() -> None:
     problem = GemmProblem.of((3, 64, 128, "6:8", "int8", "bfloat16"), Device((9, 0), 132))
     with pytest.raises(UnsupportedError, match=r"^problem: 2 x y\[3, 64\] = .*: no kernel multiplies groups"):
         arch.choose(replace(problem, groups=2))
-    for device in (Device((9, 0), 132), Device((12, 0), 188)):
-        with pytest.raises(UnsupportedError, match="packed: NVFP4 weights have no kernel for this device"):
-            arch.choose(replace(problem, device=device, scheme="NVFP4"))
+    for capability, told in (((9, 0), "have no kernel for this device"), ((8, 9), r"need compute capability 12\.0 or 12\.1")):
+        device, pairs = Device(capability, 132, portable=False), Pattern(6, 8, 2)
+        with pytest.raises(UnsupportedError, match=f"^packed: NVFP4 weights {told}.*; pack as int8 or bfloat16 for it$"):
+            arch.choose(replace(problem, device=device, pattern=pairs, scheme="NVFP4"))
 
 
 @pytest.mark.parametrize("own", [sm80.ARCH, sm90.ARCH], ids=["portable", "own"])

@@ -105,6 +105,26 @@ def test_float8_at_full_rate(capability: tuple[int, int]) -> None:
         assert set(ahead_of_time.matrix_instructions(jit.build(*work[0])) or ()) == {name}
 
 
+def fp4(capability: tuple[int, int]) -> list[Work]:
+    return list(ahead_of_time._jobs([capability], [Pattern(6, 8)], [Scheme.of("nvfp4")], "bfloat16"))
+
+
+@pytest.mark.parametrize("capability", sm80.BLOCK_SCALED, ids=jit.architecture)
+def test_a_sample_of_nvfp4(capability: tuple[int, int]) -> None:
+    """One tile of those with many sums and one with few, of which every instruction is the one that is named."""
+    work = [fp4(capability)[place] for place in (sm80.BLOCK_SCALED.index(capability), -1)]
+    compiles(work)
+    for job, _ in work:
+        found = ahead_of_time.matrix_instructions(jit.build(*job))
+        assert found is None or set(found) == {"OMMA.SF.SP.168128.F32.E2M1.E2M1.UE4M3.4X"}
+
+
+@pytest.mark.every_kernel
+@pytest.mark.parametrize("capability", sm80.BLOCK_SCALED, ids=jit.architecture)
+def test_every_tile_of_nvfp4(capability: tuple[int, int]) -> None:
+    compiles(fp4(capability))
+
+
 def test_portable_kernels_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", "1")
     jobs = ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [Scheme.of(PACKED[0])], "bfloat16")
@@ -129,6 +149,13 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     named.clear()
     assert CliRunner().invoke(main, ["build", "--arch", "sm_120a", "--pattern", "6:8", "--dtype", "fp8"]).exit_code == 0
     assert {told[0] for _, told in named} == {"sm_120", "sm_120a"}
+    named.clear()
+    shown = CliRunner().invoke(main, ["build", "--arch", "sm_121", "--pattern", "6:8", "--dtype", "nvfp4", "--json"])
+    assert {told[:3] for _, told in named} == {("sm_121a", "6:8 pairs", "NVFP4")}
+    assert [report["dtype"] for report in json.loads(shown.output)] == ["NVFP4"] * 2
+    named.clear()
+    shown = CliRunner().invoke(main, ["build", "--arch", "sm_90", "--dtype", "nvfp4"])
+    assert (shown.exit_code, "dtypes: NVFP4 weights have no kernel for sm_90; name another" in shown.output) == (5, True)
     assert CliRunner().invoke(main, ["build", "--arch", "hopper"]).exit_code == 2
     assert CliRunner().invoke(main, ["build", "--arch", "sm_70"]).exit_code == 5
 

@@ -115,7 +115,8 @@ def _packed(path: Path) -> Iterator[tuple[int, int, str, str]]:
         raise ss.UnsupportedError(f"{path}: holds no packed weights; slidesparse pack makes them")
     for module in modules:
         if module.stored not in STORED:
-            raise ss.UnsupportedError(f"{path}: {module.name}: {module.stored} weights have no kernel for a GPU")
+            rule = f"{module.stored} weights are not tuned; their launches are the model's choice"
+            raise ss.UnsupportedError(f"{path}: {module.name}: {rule}")
         yield module.n // module.matrices, module.k, str(module.packed), STORED[module.stored]
 
 

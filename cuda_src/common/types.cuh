@@ -15,6 +15,7 @@ typedef unsigned long long u64;
 #define TYPE_BFLOAT16 2
 #define TYPE_FLOAT16 3
 #define TYPE_FLOAT32 4
+#define TYPE_FLOAT4 5  // e2m1, two a byte
 
 // PTX ISA, "cvt": round to nearest even; overflow gives infinity.
 INLINE u16 bfloat16_bits(float v) {

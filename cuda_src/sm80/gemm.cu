@@ -6,6 +6,8 @@
 //   8-bit    a window is one register. At an even unit it is a word of x as loaded; at an odd unit, one byte permute of two.
 //   16-bit   a window is a register of an even lane and one of the odd lane beside it. The even lane only ever needs even
 //            units, the odd lane odd ones; at an odd unit of the window each takes one of two words that it has.
+//   FP4      a byte is a pair of columns. x was lifted before it was quantized, since its scales are those of lifted columns: a
+//            register is a word as it lies, and those of four lanes share a scale. Scales lie beside values (arch/sm80_fp4.py).
 //
 // A thread block makes TILE_M tokens x TILE_N outputs; a warp WARP_M x WARP_N of it, as WARP_N/16 row tiles x WARP_M/8 groups.
 //
@@ -57,8 +59,11 @@ constexpr bool WIDE = DTYPE == TYPE_BFLOAT16 || DTYPE == TYPE_FLOAT16;
 constexpr int UNITS = GROUP / 2, WINDOWS = UNITS - 1;           // per group
 constexpr int STEPS = 2 * WORDS / UNITS * WINDOWS / 4;          // instructions along k in a block
 constexpr int META_WORDS = WIDE ? (STEPS + 1) / 2 : STEPS;      // an index word serves two 16-bit instructions
-constexpr int BLOCK_BYTES = 512 * STEPS + 128 * META_WORDS;     // of one row tile
-constexpr int ROW_BYTES = 16 * WORDS, CHUNKS = ROW_BYTES / 16;  // of one row of x, in chunks of 16 bytes
+constexpr bool FP4 = DTYPE == TYPE_FLOAT4;
+constexpr int SCALES_AT = 512 * STEPS + 128 * META_WORDS;       // in a row tile: FP4's scales, a word an instruction and row
+constexpr int BLOCK_BYTES = SCALES_AT + 64 * FP4 * STEPS;       // of one row tile
+constexpr int HELD = WORDS + FP4 * STEPS;                       // of one row of x: its words, then FP4's scales
+constexpr int ROW_BYTES = 16 * (WORDS + FP4), CHUNKS = ROW_BYTES / 16;  // of one row of x, in chunks of 16 bytes
 constexpr bool MIRRORED = WIDE && RUN % 4 == 0;                 // the second pair of lanes reads runs backwards: other banks
 constexpr int WARPS = WARPS_N * WARPS_M;
 constexpr int WARP_N = TILE_N / WARPS_N, WARP_M = TILE_M / WARPS_M;
@@ -71,6 +76,7 @@ constexpr int PASSES = (STEPS + AT_ONCE - 1) / AT_ONCE, PASS = (STEPS + PASSES -
 
 static_assert(TILE_N % (16 * WARPS_N) == 0 && TILE_M % (8 * WARPS_M) == 0, "a warp takes whole row tiles and groups of 8 tokens");
 static_assert(2 * WORDS % UNITS == 0 && (2 * WORDS / UNITS * WINDOWS) % 4 == 0, "a block takes whole groups and instructions");
+static_assert(!FP4 || (GROUP == 4 && RUN == 2 && STEPS <= 4), "words of lifted x as they lie; scales in 16 bytes of a row");
 static_assert(STRIDE % 16 == 0 && STRIDE >= ROW_BYTES && CHUNKS <= 32 && STAGES >= 2, "rows are copied in 16-byte chunks");
 
 typedef Stage<TILE_N / 16, BLOCK_BYTES, TILE_M, STRIDE> StageT;
@@ -84,9 +90,12 @@ typedef float Accumulator;
 INLINE float as_float(float v) { return v; }
 #endif
 
-template <int STEP> INLINE void multiply(Accumulator (&d)[4], const uint4& a, const u32 (&b)[4], u32 e) {
+template <int STEP>
+INLINE void multiply(Accumulator (&d)[4], const uint4& a, const u32 (&b)[4], u32 e, u32 scale_a, u32 scale_b) {
     e ^= FAULT;
-#if DTYPE == TYPE_INT8
+#if DTYPE == TYPE_FLOAT4
+    mma_sp_nvf4(d, a, b, e, scale_a, scale_b);
+#elif DTYPE == TYPE_INT8
     mma_sp_s8<0>(d, a, b, e);
 #elif DTYPE == TYPE_FLOAT8 && BLOCK_SCALED
     mma_sp_mxf8_unscaled(d, a, b, e);
@@ -140,9 +149,18 @@ struct Lane {
         high = backwards ? odd : !odd;
     }
 
-    // Words of one pass, from a row of a stage.
-    INLINE void load(u32 (&w)[WORDS], const u8* row, int pass) const {
-        const u8* mine = row + start;
+    // Words of one pass, from eight rows of a stage.
+    INLINE void load(u32 (&w)[HELD], const u8 (*rows)[STRIDE], int pass) const {
+        if constexpr (FP4) {
+            const int index = 4 * g + q;
+#pragma unroll
+            for (int step = PASS * pass; step < PASS * (pass + 1) && step < STEPS; step++) {
+                ldmatrix_x4(w + 4 * step, rows[index % 8] + 64 * step + index / 8 * 16);
+                w[WORDS + step] = *(const u32*)(rows[g] + 16 * WORDS + 4 * step);
+            }
+            return;
+        }
+        const u8* mine = rows[g] + start;
 #pragma unroll
         for (int i = 0; i < WORDS; i += LOAD / 4) {
             if (i + LOAD / 4 <= slots.first[pass] || i > slots.last[pass]) continue;
@@ -164,7 +182,7 @@ struct Lane {
     }
 
     // The lift: this lane's register of one window.
-    INLINE u32 window(const u32 (&w)[WORDS], int slot) const {
+    INLINE u32 window(const u32 (&w)[HELD], int slot) const {
         const int unit = slots.unit[slot];
         u32 low = w[unit / 2];
         if (unit % 2 == 0) return low;
@@ -220,12 +238,12 @@ struct Copies {
 
 // ---- the kernel ------------------------------------------------------------------------------------------------------------
 extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
-    const u8* __restrict__ x,         // [M, K] of DTYPE, 16-byte aligned rows
+    const u8* __restrict__ x,         // [M, K] of DTYPE, 16-byte aligned rows; FP4: [M, blocks, ROW_BYTES]
     i64 x_pitch,                      // bytes from row to row, a multiple of 16
-    i64 x_bytes,                      // bytes of K elements
+    i64 x_bytes,                      // bytes of a row
     const u8* __restrict__ weights,   // [blocks, row tiles, BLOCK_BYTES], arranged; row tiles a multiple of 16
-    const float* __restrict__ scale_x,  // [M], 8-bit types
-    const float* __restrict__ scale_w,  // [N], 8-bit types
+    const float* __restrict__ scale_x,  // [M], types of 8 bits or less
+    const float* __restrict__ scale_w,  // [N], likewise
     const void* __restrict__ bias,    // [N] of bias_type, or null
     i64 bias_type,
     Output<OUT>::Storage* __restrict__ y,  // [M, N]
@@ -252,17 +270,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
 
     Accumulator acc[ROW_TILES][GROUPS][4] = {};
     uint4 a[PASS][ROW_TILES];
-    u32 e[PASS][ROW_TILES];
-    u32 words[2][WORDS];
+    u32 e[PASS][ROW_TILES], scales[PASS][ROW_TILES];
+    u32 words[2][HELD];
 
     auto load_a = [&](const StageT& stage, int pass, int s, int i) {
         const u8* row_tile = stage.weights[warp_n / 16 + i];
         int step = pass * PASS + s, index = threadIdx.x % 32;
         a[s][i] = ((const uint4*)row_tile)[32 * step + index];
         if (!WIDE || step % 2 == 0 || s == 0) e[s][i] = ((const u32*)(row_tile + 512 * STEPS))[32 * (WIDE ? step / 2 : step) + index];
+        scales[s][i] = FP4 ? ((const u32*)(row_tile + SCALES_AT))[16 * step + 2 * lane.g + lane.q % 2] : 0;
     };
-    auto load_x = [&](u32 (&w)[WORDS], const StageT& stage, int pass, int group) {
-        lane.load(w, stage.x[warp_m + 8 * group + lane.g], pass);
+    auto load_x = [&](u32 (&w)[HELD], const StageT& stage, int pass, int group) {
+        lane.load(w, stage.x + warp_m + 8 * group, pass);
     };
 
 #pragma unroll
@@ -304,13 +323,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
                 for (int s = 0; s < PASS; s++) {
                     const int step = pass * PASS + s;
                     if (step < STEPS) {
-                        u32 b[4];
+                        u32 b[4], scale = words[turn][FP4 ? WORDS + step : 0];
 #pragma unroll
                         for (int r = 0; r < 4; r++) b[r] = lane.window(words[turn], 4 * step + r);
 #pragma unroll
                         for (int i = 0; i < ROW_TILES; i++) {
-                            if (step % 2 == 0) multiply<0>(acc[i][group], a[s][i], b, e[s][i]);
-                            else multiply<1>(acc[i][group], a[s][i], b, e[WIDE && s > 0 ? s - 1 : s][i]);
+                            if (step % 2 == 0) multiply<0>(acc[i][group], a[s][i], b, e[s][i], scales[s][i], scale);
+                            else multiply<1>(acc[i][group], a[s][i], b, e[WIDE && s > 0 ? s - 1 : s][i], scales[s][i], scale);
                         }
                     }
                 }
@@ -324,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
         }
         if (PASSES * GROUPS % 2)  // the words of the next block's first group stand in words[1]
 #pragma unroll
-            for (int i = 0; i < WORDS; i++) words[0][i] = words[1][i];
+            for (int i = 0; i < HELD; i++) words[0][i] = words[1][i];
     }
     cp_async_wait_group<0>();
     __syncthreads();

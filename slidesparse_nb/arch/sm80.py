@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ..core.dtypes import CUDA_CODES, FLOAT8, INT8, DType
+from ..core.dtypes import CUDA_CODES, FLOAT4, FLOAT8, INT8, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import Device, GemmProblem
 from ..core.scheme import Scheme
+from . import sm80_fp4
 from .common import PlainLaunch, refuses
 from .operand import Operand
 from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout
@@ -31,7 +32,9 @@ OUT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def seen(pattern: Pattern, k: int) -> tuple[Pattern, int]:
-    """Pattern and k as the kernel sees them: of the slid weight, if groups are too wide for its lift."""
+    """Pattern and k as the kernel sees them: of the slid weight, if groups are too wide for its lift or over pairs."""
+    if pattern.unit == 2:
+        return sm80_fp4.LAYOUT.pattern, sm80_fp4.bytes_of(pattern, k)
     return (Pattern(2, 4), pattern.slid_k(k)) if pattern.group > LARGEST_GROUP else (pattern, k)
 
 
@@ -41,7 +44,7 @@ def emulated(capability: tuple[int, int], dtype: DType) -> bool:
 
 
 BLOCK_SCALED = ((12, 0), (12, 1))
-"""Compute capabilities whose float8 `mma.sp` has a form with block scales, which are all 1 here: sm_120a and sm_121a."""
+"""Compute capabilities whose `mma.sp` has forms with block scales: of float8, where they are all 1 here, and of NVFP4."""
 
 HALVED = ((8, 6), (8, 9), (12, 0))
 """Compute capabilities whose GeForce GPUs multiply floats of 16 and 8 bits at half rate into float32, but for BLOCK_SCALED."""
@@ -148,7 +151,7 @@ class Config(PlainLaunch):
         dtype, out: type of weights and activations; name of the type of y.
         stages: k-blocks that are loaded ahead.
         splits: thread blocks that share the k of a tile.
-        block_scaled: float8 is multiplied by the instruction with block scales.
+        block_scaled: the instruction is one with block scales.
     """
 
     dtype: DType
@@ -163,7 +166,8 @@ class Config(PlainLaunch):
     def __str__(self) -> str:
         shared = f", split-K {self.splits}" if self.splits > 1 else ""
         scaled = ", block-scaled MMA" if self.block_scaled else ""
-        return f"{self.tile}, {self.stages} stages of {self.layout.columns} columns{shared}{scaled}"
+        columns = f"{self.layout.columns} {'pairs' if self.dtype is FLOAT4 else 'columns'}"
+        return f"{self.tile}, {self.stages} stages of {columns}{shared}{scaled}"
 
     @property
     def suffix(self) -> str:
@@ -249,28 +253,35 @@ class Portable:
         return capability >= (8, 0)
 
     def refuses(self, capability: tuple[int, int], scheme: Scheme) -> str:
-        """`mma.sp` multiplies operands of one type, float8 since 8.9."""
-        if (why := refuses(scheme)) or scheme.dtype is not FLOAT8 or capability >= (8, 9):
+        """`mma.sp` multiplies operands of one type, float8 since 8.9, pairs of e2m1 where it has forms with block scales."""
+        pairs = scheme.unit == 2 and scheme.activations == scheme.weights
+        if not pairs and (why := refuses(scheme)):
             return why
+        if capability in BLOCK_SCALED if pairs else scheme.dtype is not FLOAT8 or capability >= (8, 9):
+            return ""
         return (
-            f"packed: {scheme} weights need compute capability 8.9 or later, this device has {capability[0]}.{capability[1]};"
-            " pack as int8 or bfloat16 for it"
+            f"packed: {scheme} weights need compute capability {'12.0 or 12.1' if pairs else '8.9 or later'}, this device has"
+            f" {capability[0]}.{capability[1]}; pack as int8 or bfloat16 for it"
         )
 
     def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
+        if pattern.unit == 2:
+            return Operand(False, pattern, sm80_fp4.row_bytes(pattern, k))
         loaded, k = seen(pattern, k)
         return Operand(False, pattern if loaded != pattern else None, k * scheme.activations.element.bits // 8)
 
     def arrange(self, packed: PackedWeight, xp: Any = np, least_memory: bool = False) -> dict[str, Any]:
+        if packed.pattern.unit == 2:
+            return {"weights": sm80_fp4.arrange(packed, xp)}
         pattern, k = seen(packed.pattern, packed.k)
         return {"weights": arrange(replace(packed, pattern=pattern, shape=(packed.n, k)), xp)}
 
     def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
         """Of every tile that fits the device, k not split; the block-scaled form of float8 first where there is one."""
-        sm, lay = sm_of(capability), layout(pattern, dtype.bits)
-        forms = (True, False) if dtype is FLOAT8 and capability in BLOCK_SCALED else (False,)
+        sm, lay = sm_of(capability), sm80_fp4.LAYOUT if dtype is FLOAT4 else layout(pattern, dtype.bits)
+        forms = {FLOAT8: (True, False), FLOAT4: (True,)}.get(dtype, (False,)) if capability in BLOCK_SCALED else (False,)
         for tile in EMULATED_TILES if emulated(capability, dtype) else TILES:
-            if pattern.group > 8 and (tile.accumulators > 64 or (emulated(capability, dtype) and tile.m > 16)):
+            if lay.pattern.group > 8 and (tile.accumulators > 64 or (emulated(capability, dtype) and tile.m > 16)):
                 continue  # the words of a row and of the weights would not fit in registers beside the sums
             if (count := stages(lay, tile, sm)) >= 2:
                 yield from (Config(dtype, out, lay, tile, count, 1, block_scaled) for block_scaled in forms)

@@ -49,6 +49,7 @@ class Layout:
         run: units that an owner holds side by side before the next owner's begin.
         load: bytes of one shared-memory load.
         stride: bytes from one row of x to the next in shared memory.
+        scales: bytes are pairs of 4-bit values, which have block scales (sm80_fp4.py).
     """
 
     pattern: Pattern
@@ -57,6 +58,7 @@ class Layout:
     run: int
     load: int
     stride: int
+    scales: bool = False
 
     @property
     def owners(self) -> int:
@@ -99,8 +101,8 @@ class Layout:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of arranged weights for 16 rows and one block: 512 of values an instruction, then the index words."""
-        return 512 * self.steps + 128 * self.meta_words
+        """Bytes of arranged weights for 16 rows and one block: 512 of values an instruction, the index words, the scales."""
+        return 512 * self.steps + 128 * self.meta_words + 64 * self.steps * self.scales
 
     def blocks(self, k: int) -> int:
         """Blocks that cover k columns."""
@@ -205,7 +207,7 @@ SWAPPED_VALUES = _TURNED[0] > _TURNED[1]
 """Whether the two kept values then change places too, to keep the indices in order."""
 
 
-def arrange(packed: PackedWeight, xp: Any = np) -> Any:
+def arrange(packed: PackedWeight, xp: Any = np, lay: Layout | None = None) -> Any:
     """Packed weights in the order in which lanes load them: uint8 [blocks, row tiles, block_bytes].
 
     A k-block of a row tile of 16 rows is contiguous, neighbouring row tiles side by side. In each, for every instruction, 32
@@ -215,8 +217,9 @@ def arrange(packed: PackedWeight, xp: Any = np) -> Any:
 
     Args:
         xp: numpy or cupy, whichever made packed.values.
+        lay: another layout than that of its pattern; scales are not in the result.
     """
-    lay = layout(packed.pattern, packed.dtype.bits)
+    lay = lay or layout(packed.pattern, packed.dtype.bits)
     n, row_tiles, blocks = packed.n, -(-packed.n // (16 * ROW_TILES)) * ROW_TILES, lay.blocks(packed.k)
     have = packed.ks // 4
     values = xp.zeros((16 * row_tiles, blocks * lay.windows, 2), packed.dtype.raw)

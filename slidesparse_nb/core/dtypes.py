@@ -86,5 +86,5 @@ CODE_OF = {t: code for code, t in NUMPY_OF.items()}
 """NumPy dtype -> safetensors code."""
 
 
-CUDA_CODES = {"int8": 0, "float8_e4m3fn": 1, "bfloat16": 2, "float16": 3, "float32": 4}
+CUDA_CODES = {"int8": 0, "float8_e4m3fn": 1, "bfloat16": 2, "float16": 3, "float32": 4, "float4_e2m1fn": 5}
 """dtype name -> TYPE_* of cuda_src/common/types.cuh."""

@@ -15,10 +15,11 @@ from pathlib import Path
 from .. import env
 from ..arch import Config, choose, serving
 from ..core.checks import float_dtype
-from ..core.dtypes import FLOATS, PACKED, DType
+from ..core.dtypes import FLOATS, DType
 from ..core.pattern import Pattern, known_patterns
 from ..core.problem import Asked, Device, GemmProblem
-from ..core.scheme import Scheme
+from ..core.scheme import SCHEMES, Scheme
+from ..errors import UnsupportedError
 from .jit import cache, nvrtc
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
@@ -60,7 +61,7 @@ class Report:
 def build_kernels(
     capabilities: Sequence[tuple[int, int]] = CAPABILITIES,
     patterns: Sequence[Pattern] | None = None,
-    dtypes: Sequence[DType | str] = PACKED,
+    dtypes: Sequence[Scheme | DType | str] = tuple(SCHEMES.values()),
     out: str = "bfloat16",
     workers: int | None = None,
 ) -> list[Report]:
@@ -69,17 +70,20 @@ def build_kernels(
     Args:
         capabilities: compute capabilities, such as (9, 0).
         patterns: by default 2:4 to 14:16.
-        dtypes: of the weights; a type that an architecture does not multiply is left out there.
+        dtypes: of the weights, or schemes; by default all. One that an architecture does not multiply is left out there.
         out: name of the type of y.
         workers: kernels compiled at a time; by default as many as there are processors.
 
     Raises:
         OperandError: a type that is none of weights, or of y.
-        UnsupportedError: there is no compiler, or it does not know an architecture.
+        UnsupportedError: there is no compiler, or it does not know an architecture; or there is nothing to compile.
         KernelError: a kernel does not compile.
     """
     schemes, out = list(dict.fromkeys(Scheme.of(d).kernel for d in dtypes)), FLOATS[float_dtype("out", out)]
     work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, schemes, out))
+    if not work and schemes:
+        there = " and ".join(map(cache.architecture, capabilities))
+        raise UnsupportedError(f"dtypes: {', '.join(map(str, schemes))} weights have no kernel for {there}; name another")
     built = compile_all([job for job, _ in work], workers=workers)
     sparse = [sparse_instructions(b) if multiplies(job) else None for b, (job, _) in zip(built, work, strict=True)]
     return [
@@ -98,9 +102,10 @@ def _jobs(
                 continue
             for pattern in patterns:
                 for scheme in (scheme for scheme in schemes if not arch.refuses(capability, scheme)):
-                    for config in arch.kernels(pattern, scheme.dtype, out, capability):
+                    over = scheme.pattern(pattern)
+                    for config in arch.kernels(over, scheme.dtype, out, capability):
                         target = cache.architecture(capability) + config.suffix
-                        told = (target, str(pattern), str(scheme), str(config), config.shared_bytes)
+                        told = (target, str(over), str(scheme), str(config), config.shared_bytes)
                         yield (config.source, config.defines(), target), told
 
 
@@ -173,9 +178,9 @@ def matrix_instructions(built: cache.Built) -> list[str] | None:
 
 
 def sparse_instructions(built: cache.Built) -> int | None:
-    """How many of them are sparse (HMMA.SP, IGMMA.SP, QMMA.SF.SP ...).
+    """How many of them are sparse (HMMA.SP, IGMMA.SP, QMMA.SF.SP, OMMA.SF.SP ...).
 
     UTCQMMA and its like, of tcgen05, are sparse by a bit of a descriptor, which their kernel asserts.
     """
     found = matrix_instructions(built)
-    return None if found is None else sum(bool(re.match(r"[HIQ]G?MMA(\.SF)?\.SP\b|UTC[HIQ]MMA\b", name)) for name in found)
+    return None if found is None else sum(bool(re.match(r"[HIOQ]G?MMA(\.SF)?\.SP\b|UTC[HIQ]MMA\b", name)) for name in found)

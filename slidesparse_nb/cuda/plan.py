@@ -223,8 +223,7 @@ def writer(
         strides: of x, in bytes.
         offset: of its address, modulo 16.
     """
-    scaled = Scheme.of(dtype).scaled and source != dtype.name
-    if form.tiled or scaled:
+    if form.tiled or form.blocked or (Scheme.of(dtype).scaled and source != dtype.name):
         return _quantizer(ordinal, form, k, dtype, source, strides, offset == 0)
     loadable = offset == 0 and form.row_bytes % 16 == strides[0] % 16 == 0 and strides[1] == dtype.bits // 8
     if form.lift is None and source == dtype.name and loadable:

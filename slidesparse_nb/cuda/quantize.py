@@ -2,6 +2,7 @@
 
     x [m, k] --> values [m, pitch], scale [m, 1]                            rows, lifted if a kernel needs that
     x [m, k] --> tiles [stages, ceil(m / 8), 8, 128], scale [m, 1]          the swizzled layout of arch/operand.py
+    x [m, k] --> blocks [m, blocks, 144], scale [m, 1]                      lifted, with the scales of blocks
 
 Values are those of `reference.quantize`, float8 as its bits; columns past k, tokens past m are zero. x may have any strides:
 whole 16-byte vectors of neighbouring elements are read once; other rows, and those of more than 8192 vectors, are read a second
@@ -14,15 +15,15 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..arch.operand import STAGE, stages
-from ..core.dtypes import FLOAT8
+from ..arch.operand import SCALED_BLOCK, STAGE, stages
+from ..core.dtypes import FLOAT4, FLOAT8
 from ..core.pattern import Pattern
 from ..core.reference import norm_threads
 from ..core.scheme import Scheme
 from ..errors import UnsupportedError
 from .jit.numba import SIMULATED, Kernel, arrays
 from .kernels.numbers import ROUND_TWO
-from .kernels.quantize import kernel
+from .kernels.quantize import FROM_MEMORY, kernel
 from .kernels.quantize_stages import Variant
 
 VECTORS = {1: 32, 2: 128, 4: 4096, 8: 8192}
@@ -94,7 +95,7 @@ def plan(
     """The launch for rows of k elements of these strides (bytes), from an address `aligned` to 16 bytes.
 
     Args:
-        width: bytes of the rows that are written, a multiple of 16; None for tiles.
+        width: bytes of the rows that are written, a multiple of 16, of 4-bit types of SCALED_BLOCK; None for tiles.
         vectors: overrides the choice made here of those that a thread holds.
         kind: what is done before, of `kernels.quantize.KINDS`; "" for nothing.
 
@@ -106,7 +107,17 @@ def plan(
         architecture = 80  # one variant where it makes no difference
     variant = Variant(source, stored, 1, windows, width is None, architecture)
     size, words = variant.source_bytes, variant.words
-    columns = 16 // size
+    columns, neighbours = 16 // size, strides[1] == variant.source_bytes or k == 1
+    whole = aligned and neighbours and k % columns == 0 and strides[0] % 16 == 0  # 16-byte vectors
+    elements = strides[0] // size, strides[1] // size, k
+    if stored == FLOAT4.name:
+        assert pattern is not None
+        assert width is not None
+        if kind:
+            raise UnsupportedError(f"kind: {kind} to blocks of {stored} has no kernel; quantize what it makes")
+        variant, runs = replace(variant, vectors=int(whole)), width // SCALED_BLOCK * 8
+        threads, filled = min(FROM_MEMORY, max(32, -(-runs // 32) * 32)), -(-pattern.slid_k(k) // 32)
+        return Launch(variant, kernel(variant), threads, (*elements, filled), runs, (), 0)
     if width is None:
         assert pattern is not None
         width = STAGE * stages(pattern, k, Scheme.of(stored).dtype)
@@ -116,9 +127,7 @@ def plan(
         window = (chunks - 1) * (4 // variant.stored_bytes)
         first = (window + window // windows) // (2 // variant.stored_bytes)
         total = -(-(first + 4) // words)
-    neighbours = strides[1] == size or k == 1
     normed = norm_threads(k) if kind.endswith("rms_norm") else 0  # who adds what decides the sum
-    whole = aligned and neighbours and k % columns == 0 and strides[0] % 16 == 0  # 16-byte vectors
     if whole and k > 0 and total <= max(VECTORS.values()) and normed <= 1024:
         if vectors is None:
             lengths = GATED if kind else VECTORS.items()
@@ -137,6 +146,5 @@ def plan(
     if kind:
         raise UnsupportedError(f"kind: {kind} of k={k}, strides {strides} has no kernel; quantize what it makes")
     variant = replace(variant, vectors=0)
-    threads = min(256, max(32, -(-k // 128) * 32))
-    before = (strides[0] // size, strides[1] // size, k)
-    return Launch(variant, kernel(variant), threads, before, chunks, (4 * chunks,), 0)
+    threads = min(FROM_MEMORY, max(32, -(-k // 128) * 32))
+    return Launch(variant, kernel(variant), threads, elements, chunks, (4 * chunks,), 0)

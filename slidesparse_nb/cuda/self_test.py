@@ -24,13 +24,13 @@ import numpy as np
 
 from .. import arch, env
 from ..arch import Candidate
-from ..arch.operand import Operand, image
+from ..arch.operand import Operand, image, scaled_rows
 from ..core import reference
-from ..core.dtypes import CUDA_CODES, FLOATS, INT8, DType
+from ..core.dtypes import CUDA_CODES, FLOAT4, FLOATS, INT8, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import Device, GemmProblem
-from ..core.scheme import Scheme
+from ..core.scheme import Block, Scheme
 from ..core.untrusted_json import parse_json
 from ..errors import FormatError, SlideSparseError, UnsupportedError
 from . import driver, tuned_store
@@ -39,8 +39,8 @@ from .launch import LaunchError
 from .plan import Plan, compiled, counters, device_facts
 
 SHAPES = ((300, 280, 1046), (13, 280, 1046), (803, 280, 1046))
-"""m, n and k of the products: no multiple of any tile; of many tokens and of few; k long enough to be split. The last is
-planned for two SMs, so that a block computes several tiles."""
+"""m, n and k (in columns, or pairs) of the products: no multiple of any tile; of many tokens and of few; k long enough to be
+split. The last is planned for two SMs, so that a block computes several tiles."""
 
 TRIED = 3
 """Kernels made for an architecture that are tested before it is left to the portable kernel."""
@@ -70,12 +70,15 @@ class Case:
 
     Attributes:
         packed: weights [n, k] with every nibble in every fragment position.
-        x: [m, k] of the type of the weights; scale_x: [m] float32, None for 16-bit types.
+        x: [m, k] of the type of the weights; [m, ks] where the scheme lifts first.
+        block_scale: of x, [m, ceil(ks / columns)], None for schemes without blocks.
+        scale_x: [m] float32, None for 16-bit types.
         bias: [n] float32.
     """
 
     packed: PackedWeight
     x: Array
+    block_scale: Array | None
     scale_x: Array | None
     bias: Array
     y: Array
@@ -84,6 +87,18 @@ class Case:
 def _integers(rng: np.random.Generator, shape: tuple[int, ...], largest: int, dtype: DType) -> Array:
     """Integers of both signs up to `largest`, none of them 0."""
     return (rng.integers(1, largest + 1, shape) * rng.choice((-1, 1), shape)).astype(dtype.numpy)
+
+
+def _fours(rng: np.random.Generator, shape: tuple[int, int], magnitudes: tuple[float, ...], kept: Array) -> Array:
+    """Float4 values of these magnitudes and of both signs; each pair of columns is multiplied by one of the pairs in `kept`."""
+    pairs = np.asarray(kept)[rng.integers(0, len(kept), (shape[0], -(-shape[1] // 2)))].reshape(shape[0], -1)
+    return (rng.choice(magnitudes, shape) * rng.choice((-1, 1), shape) * pairs[:, : shape[1]]).astype(FLOAT4.numpy)
+
+
+def _block_scales(rng: np.random.Generator, rows: int, ks: int, block: Block) -> Array:
+    """Scales of blocks [rows, ceil(ks / columns)], which have a power of two of the row in common, so that sums are exact."""
+    scales = rng.choice((1, 1, 2, 3), (rows, -(-ks // block.columns))) * np.exp2(rng.integers(-4, 1, (rows, 1)))
+    return scales.astype(block.scale.numpy)
 
 
 def _scores(rng: np.random.Generator, shape: tuple[int, int], group: int) -> Array:
@@ -98,27 +113,40 @@ def _scores(rng: np.random.Generator, shape: tuple[int, int], group: int) -> Arr
 
 @lru_cache(maxsize=4)
 def case(problem: GemmProblem) -> Case:
-    """Sums stay below 2^24, and of float types below 2^13, which the shortest accumulator holds."""
-    m, n, k, pattern, dtype = problem.m, problem.n, problem.k, problem.pattern, problem.dtype
-    rng = np.random.default_rng(0)
-    most_w, most_x = (127, 127) if dtype is INT8 else (4, 3)
-    w, x = _integers(rng, (n, k), most_w, dtype), _integers(rng, (m, k), most_x, dtype)
-    w = reference.prune(w, pattern, _scores(rng, (n, k), pattern.group))
-    values, meta = reference.compress(reference.slide(w, pattern))
+    """Sums stay below 2^24, and of float types below 2^13 of their smallest step, which the shortest accumulator holds."""
+    m, n, k, pattern, scheme, dtype = problem.m, problem.n, problem.k, problem.pattern, problem.scheme, problem.dtype
+    rng, ks, block = np.random.default_rng(0), pattern.slid_k(k), scheme.weights.block
+    if block:
+        w = _fours(rng, (n, k), (0.5, 1, 1.5, 2, 3, 4, 6), ((1, 0), (0, 1), (1, 1)))
+        x = _fours(rng, (m, ks), (1, 1, 2, 3), ((1, 0), (0, 1), *6 * ((0, 0),)))
+    else:
+        most_w, most_x = (127, 127) if dtype is INT8 else (4, 3)
+        w, x = _integers(rng, (n, k), most_w, dtype), _integers(rng, (m, k), most_x, dtype)
+    scores = _scores(rng, (n, -(-k // pattern.unit)), pattern.group)
+    w = reference.prune(w, pattern, scores.repeat(pattern.unit, axis=1)[:, :k])
+    values, meta = reference.compress(reference.slide(w, pattern), pattern.unit)
     scale_x, scale_w = (rng.uniform(0.5, 2, (rows, 1)).astype(np.float32) for rows in (m, n))
     bias = rng.standard_normal(n).astype(np.float32)
-    y = (x.astype(np.float64) @ w.astype(np.float64).T).astype(np.float32)
-    if scaled := problem.scheme.scaled:
+    packed = PackedWeight(values, meta, scale_w if scheme.scaled else None, pattern, (n, k), scheme)
+    block_scale, xs, ws = None, x, w
+    if block:
+        block_scale, of_w = _block_scales(rng, m, ks, block), _block_scales(rng, n, ks, block)
+        packed = replace(packed, values=reference.pack_nibbles(values), block_scale=of_w)
+        xs = reference.times_blocks(x, block_scale, block.columns)
+        ws = reference.decompress(reference.stored_values(packed), meta, pattern.unit)
+    y = (xs.astype(np.float64) @ ws.astype(np.float64).T).astype(np.float32)
+    if scheme.scaled:
         y = (y * scale_x) * scale_w[:, 0]
     out = next(of for of, name in FLOATS.items() if name == problem.out)
-    packed = PackedWeight(values, meta, scale_w if scaled else None, pattern, (n, k), problem.scheme)
-    return Case(packed, x, scale_x[:, 0] if scaled else None, bias, (y + bias).astype(out))
+    return Case(packed, x, block_scale, scale_x[:, 0] if scheme.scaled else None, bias, (y + bias).astype(out))
 
 
-def _operand(form: Operand, x: Array, pattern: Pattern) -> Array:
-    """x [m, k] as bytes in the layout that a kernel loads."""
+def _operand(form: Operand, x: Array, pattern: Pattern, block_scale: Array | None = None) -> Array:
+    """x of a case as bytes in the layout that a kernel loads."""
     if form.tiled:
         return image(x, pattern)
+    if block_scale is not None:
+        return scaled_rows(reference.pack_nibbles(x), block_scale.view(np.uint8))
     values = np.ascontiguousarray(reference.lift(x, form.lift) if form.lift else x).view(np.uint8)
     return np.pad(values, ((0, 0), (0, form.pitch - values.shape[1])))
 
@@ -134,7 +162,8 @@ def multiplied(problem: GemmProblem, candidate: Candidate, ordinal: int) -> Arra
     """y [m, n] of the `case` of a problem, computed on the current device, `ordinal`, with whatever memory held before: NaN."""
     given, plan = case(problem), Plan(problem, candidate, ordinal)
     buffers = arranged(problem, given.packed)
-    x, bias = cupy.asarray(_operand(plan.operand, given.x, problem.pattern)), cupy.asarray(given.bias)
+    x = cupy.asarray(_operand(plan.operand, given.x, problem.pattern, given.block_scale))
+    bias = cupy.asarray(given.bias)
     scale_x = None if given.scale_x is None else cupy.asarray(given.scale_x)
     y = cupy.full(given.y.nbytes, 0xFF, np.uint8)
     workspace, stream = cupy.empty(max(1, plan.bytes), np.uint8), cupy.cuda.get_current_stream().ptr
@@ -169,7 +198,7 @@ def tested(problem: GemmProblem, candidate: Candidate, buffers: tuple[str, ...] 
     where = f"{name} on {_named(problem.device)}"
     for m, n, k in SHAPES:
         few = replace(problem.device, sms=2) if (m, n, k) == SHAPES[-1] else problem.device
-        small = replace(problem, m=m, n=n, k=k, device=few)
+        small = replace(problem, m=m, n=n, k=k * problem.pattern.unit, device=few)
         for launches in own.candidates(small, buffers):
             if not kernels(launches) <= wanted:
                 continue
@@ -271,7 +300,7 @@ def best(problem: GemmProblem, buffers: tuple[str, ...] | None, ordinal: int) ->
     others = (candidate for _, candidate in tuned_store.ranked(problem, buffers))
     for candidate in passing(problem, itertools.chain([tuned_store.best(problem, buffers)], others), buffers, ordinal):
         return candidate
-    way = "" if problem.device.portable else "; SLIDESPARSE_PORTABLE=1 uses the kernel for every GPU"
+    way = "" if arch.of(problem).portable else "; SLIDESPARSE_PORTABLE=1 uses the kernel for every GPU"
     raise UnsupportedError(
         f"device: no kernel for {problem} passes its self-test on {problem.device.name}; `slidesparse doctor` tells what failed"
         f", please report it{way}"

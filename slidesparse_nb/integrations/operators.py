@@ -85,7 +85,7 @@ _weights: dict[tuple[int, int, int, str], Any] = {}
 
 def _device_weight(weight: Sequence[Tensor], n: int, k: int, facts: str) -> Any:
     """The DeviceWeight in this tensor, made where it is not known: after a copy, or in another process."""
-    pattern, scheme = facts.split(" ")
+    pattern, scheme = facts.rsplit(" ", 1)
     head = bytes(weight[0][:ALIGNED].cpu().numpy()).rstrip() if len(weight) == 1 else b""
     if not head.startswith(f"{facts} {n} {k} ".encode()):
         raise ss.OperandError(f"weight: is not arranged for a GPU as {facts} [{n}, {k}]; call settle() of its layer")
@@ -106,7 +106,7 @@ def _forget(key: tuple[int, int, int, str], made: Any) -> None:
 
 def _packed(weight: Sequence[Tensor], n: int, k: int, facts: str) -> ss.PackedWeight:
     """The PackedWeight of operands on the CPU."""
-    pattern, scheme = facts.split(" ")
+    pattern, scheme = facts.rsplit(" ", 1)
     if len(weight) == 1:
         raise ss.OperandError("weight: is arranged for a GPU, but on the CPU; call settle() of its layer")
     names = ss.PackedConfig.of(pattern, scheme).tensors(n, k)
@@ -299,7 +299,7 @@ def _quantize_cpu(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: st
 def _quantize_fake(x: Tensor, weight: Sequence[Tensor], n: int, k: int, facts: str) -> tuple[Tensor, Tensor]:
     m = math.prod(x.shape[:-1])  # Size.numel would fix a symbolic number of tokens
     _require_place(x, weight)
-    pattern, dtype = facts.split(" ")
+    pattern, dtype = facts.rsplit(" ", 1)
     capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
     size, scaled = ss.operand_bytes(m, k, pattern, dtype, capability)
     return x.new_empty(size, dtype=torch.uint8), _scale(x, m, scaled)

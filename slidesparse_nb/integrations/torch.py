@@ -58,8 +58,6 @@ class SparseLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         config = ss.PackedConfig.of(pattern, scheme)
         self.pattern, self.scheme = config.pattern, config.scheme
-        if self.scheme.kernel.blocks:
-            raise ss.UnsupportedError(f"scheme: {self.scheme} has scales along k, which these operators lack; use W4A8 or fp8")
         self._kind = str(self.pattern), str(self.scheme), in_features
         for name, (kind, shape) in config.tensors(out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=TORCH[kind], device=device))

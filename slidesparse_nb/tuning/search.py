@@ -15,7 +15,7 @@ from ..core.problem import Asked, GemmProblem
 from ..cuda import tuned_store
 from ..cuda.ahead_of_time import compile_all, kernels_of
 from ..cuda.jit import cache
-from ..errors import OperandError
+from ..errors import OperandError, UnsupportedError
 
 LEAST_GAIN = 0.02
 """Share of the model's choice's time that another candidate must save to be kept; a smaller gain may not repeat."""
@@ -72,7 +72,8 @@ def tune_products(
 
     Raises:
         OperandError: a product that cannot be.
-        UnsupportedError: there is no GPU, or it does not multiply such weights, or the cache folder cannot be written.
+        UnsupportedError: there is no GPU, or it does not multiply such weights, or they are not tuned, or the cache folder
+            cannot be written.
     """
     wanted = [_checked(product) for product in products]
     capability = _capability()
@@ -92,6 +93,8 @@ def _checked(asked: Asked) -> GemmProblem:
     for name in ("m", "n", "k"):
         if (value := getattr(problem, name)) < 1:
             raise OperandError(f"{name}: {value} must be 1 or more")
+    if problem.scheme.blocks:
+        raise UnsupportedError(f"product: {problem.scheme} weights are not tuned; their launches are the model's choice")
     if why := size_problem(problem.pattern, (problem.n, problem.k), problem.scheme):
         raise OperandError(f"product: {why}")
     return problem

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import cupy as cp
 import numpy as np
 import pytest
-from device_cases import SOURCES, awkward_rows, bits, imaged, made_on_device, quantized, row_pitch, same, write
+from device_cases import SOURCES, awkward_rows, bits, blocked, imaged, made_on_device, quantized, row_pitch, same, write
 from fused_cases import check_fused
 
-from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT4, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.cuda import quantize as activations
@@ -68,6 +69,22 @@ def test_lifted_equals_the_reference(source, dtype, pattern) -> None:
     pattern = Pattern.of(pattern)
     for m, k in [(12, 1), (12, 41), (13, 64), (37, 3584), (12, 3583), (5, 18944)]:
         check(awkward_rows(m, k, source), dtype, pattern)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_blocks_equal_the_reference(source) -> None:
+    """Those of NVFP4, which every GPU can write that converts to float8, whether or not it can multiply them."""
+    if not activations.native_float8(cp.cuda.runtime.getDevice()):
+        return
+    for text, (m, k) in itertools.product(
+        ("2:4", "4:6", "6:8", "14:16"), [(12, 1), (12, 41), (13, 64), (37, 3584), (12, 3583), (5, 18944), (2, 70000)]
+    ):
+        x, pattern = awkward_rows(m, k, source), Pattern.of(f"{text} pairs")
+        expected = blocked(x, pattern)
+        (out, out_whole), (scale, scale_whole) = guarded(expected[0].shape, 1), guarded((m, 1), 4)
+        write(on_device(x), FLOAT4, out, scale.view(cp.float32), pattern, out.shape[1])
+        same(out.get(), scale.view(cp.float32).get(), expected)
+        assert_guarded(out_whole, scale_whole)
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)

@@ -53,7 +53,7 @@ GUARD = 4096
 def compiled_ahead(family):
     """What the tests launch, compiled by all processors at once, as `slidesparse build` does it."""
     capability = capability_here()
-    dtypes = [scheme.dtype for scheme in multiplied(family, capability)]
+    dtypes = [scheme.dtype for scheme in multiplied(family, capability) if not scheme.blocks]
     wanted = [(Pattern.of(p), d, "bfloat16") for p in TILED for d in dtypes]
     if family is sm80.ARCH:  # of Hopper's many tiles, these types of y take few
         wanted += [(Pattern(6, 8), d, out) for d in dtypes for out in ("float32", "float16")]

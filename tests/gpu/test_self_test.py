@@ -63,12 +63,18 @@ def test_right_kernels_pass(monkeypatch, portable, dtype, pattern):
     assert all(outcome.passed for outcome in self_test.outcomes(device()))
 
 
-def test_every_portable_tile_passes(monkeypatch):
+@pytest.mark.parametrize("scheme", ["int8", "NVFP4"])
+def test_every_portable_tile_passes(monkeypatch, scheme):
+    """Of NVFP4 where the GPU has the instruction; elsewhere it is refused."""
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", "1")
-    packed = weight(np.random.default_rng(2), 64, 96, "6:8", INT8)
+    packed = weight(np.random.default_rng(2), 64, 96, "6:8", scheme)
+    if sm80.ARCH.refuses(capability_here(), packed.scheme):
+        with pytest.raises(ss.UnsupportedError, match=f"^packed: {scheme} weights need compute capability"):
+            ss.to_device(packed)
+        return
     there = ss.to_device(packed)
-    problem = GemmProblem.of((40, 64, 96, "6:8", "int8", "bfloat16"), Device(capability_here(), sms_here(), portable=True))
-    configs = list(sm80.ARCH.kernels(problem.pattern, INT8, "bfloat16", capability_here()))
+    problem = GemmProblem.of((40, 64, 96, "6:8", scheme, "bfloat16"), Device(capability_here(), sms_here(), portable=True))
+    configs = list(sm80.ARCH.kernels(problem.pattern, problem.dtype, "bfloat16", capability_here()))
     compile_ahead(configs)
     for config in configs:
         outcome = self_test.tested(problem, (config,), tuple(there.buffers), there.ordinal, str(config))

@@ -91,6 +91,20 @@ def to_float8x4_early(a: Float, b: Float, c: Float, d: Float) -> Word:
     return low_halves(low_bytes(to_float8(a), to_float8(b)), low_bytes(to_float8(c), to_float8(d)))
 
 
+@device_function("u32", "f32")
+def to_float4(value: Float) -> Word:
+    """One float as float4_e2m1fn, nearest even, clipped to +-6; -0 becomes 0."""
+    bits = as_word(value)
+    size = min(bits & np.uint32(0x7FFFFFFF), np.uint32(0x40C00000))
+    if size < np.uint32(0x3F800000):  # below 1 a step is 1/2: adding 2^22, whose own step that is, rounds to it
+        code = np.uint32(as_word(add(as_float(size), np.float32(4194304))) - np.uint32(0x4A800000))
+    else:  # 22 mantissa bits go, to nearest even; the exponent's bias falls from 127 to 1
+        code = np.uint32(
+            (size + np.uint32(0x1FFFFF) + (size >> np.uint32(22) & np.uint32(1)) >> np.uint32(22)) - np.uint32(252)
+        )
+    return code | (bits >> np.uint32(28) & np.uint32(8)) if code > np.uint32(0) else np.uint32(0)
+
+
 @device_function(("f32", "f32"), "f32", "f32")
 def row_scale(absmax: Float, t: Float) -> tuple[Float, Float]:
     """scale and inverse of a row; the inverse is 0 where the row becomes zeros: it is tiny, or not finite (scale NaN)."""

@@ -24,6 +24,12 @@ LANES = 1 if SIMULATED else 32
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
+@load_vector("u32*", "i64", 2)
+def load2(words: Any, i: Any) -> tuple[Word, Word]:
+    """Words 2i and 2i+1 in one 8-byte load (ld.global.v2.u32)."""
+    return words[2 * i], words[2 * i + 1]
+
+
 @load_vector("u32*", "i64", 4)
 def load4(words: Any, i: Any) -> tuple[Word, Word, Word, Word]:
     """Words 4i to 4i+3 in one 16-byte load (ld.global.v4.u32)."""
@@ -40,6 +46,14 @@ def store2(words: Any, i: Any, a: Word, b: Word) -> None:
 def store4(words: Any, i: Any, a: Word, b: Word, c: Word, d: Word) -> None:
     """Words 4i to 4i+3 in one 16-byte store (st.global.v4.u32)."""
     words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = a, b, c, d
+
+
+@store_vector("u8*", "i64", 4)
+def store4_in_bytes(octets: Any, i: Any, a: Word, b: Word, c: Word, d: Word) -> None:
+    """Bytes 16i to 16i+15 in one store."""
+    for place, word in enumerate((a, b, c, d)):
+        for byte in range(4):
+            octets[16 * i + 4 * place + byte] = word >> np.uint32(8 * byte) & np.uint32(0xFF)
 
 
 # Atomics return the old value ("Parallel Synchronization and Communication: atom"). In the simulator a thread may be

@@ -10,7 +10,8 @@
                                                              lifted: --> shared memory --> gather --> 16-byte stores
 
 `row_from_memory` reads x element by element, twice, the second time from cache: for rows that are not 16-byte aligned, whose
-elements are not neighbours, or that are too long for registers. `rms_norm` and `gate_and_mul` hold a token in registers, too.
+elements are not neighbours, or that are too long for registers. `row_in_blocks`, of NVFP4, reads every row twice. `rms_norm`
+and `gate_and_mul` hold a token in registers, too.
 All give the bits of the reference: products and sums are rounded one by one, never fused; divisions and roots are correctly
 rounded.
 
@@ -24,37 +25,44 @@ from typing import Any
 
 import numpy as np
 
+from ...core.dtypes import FLOAT4
 from ...core.scheme import Scheme
 from ..jit.numba import SIMULATED, Kernel, cuda, device_function
-from .numbers import HIGH, LOW, ROUND_TWO, gate_two, gelu, row_scale, silu
+from .numbers import HIGH, LOW, ROUND_TWO, gate_two, gelu, row_scale, silu, to_float4
 from .ptx import (
     LANES,
     Float,
     Word,
     add,
     as_float,
+    as_word,
     divide,
     larger,
     launch_later_grid,
     multiply,
     square_root,
     store4,
+    store4_in_bytes,
     wait_for_earlier_grids,
     warp_max,
     warp_sum,
 )
+from .quantize_blocks import LIMIT, block_scale, inverse_scale, quad_loader
 from .quantize_stages import ZERO, Variant, converter, lifter, loader, placer, storer, word_maker
 
 WORD = np.dtype(np.uint32)
 ALIGNMENT = None if SIMULATED else 16
 SLOTS = 1024 // LANES
-ALL = np.uint32(0xFFFFFFFF)
+ALL, MAGNITUDE = np.uint32(0xFFFFFFFF), np.uint32(0x7FFFFFFF)
 WARP = np.uint32(32)
 ONE, NOTHING = np.float32(1), np.float32(0)
 
 GATES = {"silu_and_mul": silu, "gelu_and_mul": gelu}
 KINDS = "rms_norm", "add_rms_norm", *GATES
 """What a kernel may do to a row before it quantizes it."""
+
+FROM_MEMORY = 256
+"""Threads of a block that reads its row twice, at most."""
 
 
 @device_function("u32", "u32")
@@ -137,12 +145,15 @@ def kernel(variant: Variant, kind: str = "", threads: int = 1024) -> Kernel:
         parameters = (*["u32*"] * 5, "f32*", *["i64"] * 10)
         name, made = f"{kind}{threads}_{variant.name}", rms_norm(variant, kind == "add_rms_norm")
         return Kernel(name, made, *parameters, max_threads=threads, programmatic=dependent)
+    if variant.stored == FLOAT4.name:
+        parameters = ("u32*" if variant.vectors else f"u{8 * variant.source_bytes}*", "u8*", "f32*", *["i64"] * 6)
+        return Kernel(variant.name, row_in_blocks(variant), *parameters, max_threads=FROM_MEMORY, programmatic=dependent)
     if variant.vectors:
         parameters = ("u32*", "u32*", "f32*", *["i64"] * 8)
         registers = 40 if variant.windows and variant.vectors <= 4 else 0  # 12 blocks of 128 threads an SM, not 10
         return Kernel(variant.name, row_in_registers(variant), *parameters, max_registers=registers, programmatic=dependent)
     parameters = (f"u{8 * variant.source_bytes}*", "u32*", "f32*", *["i64"] * 6)
-    return Kernel(variant.name, row_from_memory(variant), *parameters, max_threads=256, programmatic=dependent)
+    return Kernel(variant.name, row_from_memory(variant), *parameters, max_threads=FROM_MEMORY, programmatic=dependent)
 
 
 def row_in_registers(variant: Variant) -> Any:
@@ -359,5 +370,65 @@ def row_from_memory(variant: Variant) -> Any:
                 column = window // windows * group + window % windows * 2 + inside
             at = 4 * place(np.uint32(word >> 2), row, pitch) + (word & 3)
             out[at] = make_word(x, row * ld + column * stride, stride, columns - column, inverse)
+
+    return kernel
+
+
+def row_in_blocks(variant: Variant) -> Any:
+    """A block reads its row twice, four columns at a time; thread t writes the runs t, t + threads ... of 32 lifted columns.
+
+    A product with the inverse may round to just above the limit, which the scale of its block and `to_float4` clip.
+    """
+    load, windows, dependent = quad_loader(variant), variant.windows, variant.architecture >= 90
+
+    def kernel(
+        x: Any,  # [m, k] elements of strides ld, stride; whole words in vectors
+        out: Any,  # [m, blocks, 144] bytes: 128 of values, 8 scales, 8 zeros
+        scale: Any,  # [m]
+        m: int,
+        ld: int,
+        stride: int,
+        k: int,
+        filled: int,  # runs of a row
+        runs: int,  # and with those that fill the last block, which are zeros and have scale 0
+    ) -> None:
+        if dependent:
+            wait_for_earlier_grids()
+            launch_later_grid()
+        row, thread, threads = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
+        held = cuda.local.array(32, np.float32)
+        words = cuda.local.array(4, np.uint32)
+        peak = ZERO
+        for column in range(4 * thread, k, 4 * threads):
+            for y in load(x, row * ld + column * stride, stride, k - column):
+                peak = larger(peak, as_word(y) & MAGNITUDE)
+        of_row, inverse = row_scale(as_float(block_max(peak)), LIMIT)
+        if thread == 0:
+            scale[row] = of_row
+        columns = k if inverse > NOTHING else 0
+        for run in range(thread, runs, threads):
+            peak = ZERO
+            for i in range(0, 32, 4):
+                window = run * 4 + (i >> 3)
+                group = window // windows
+                column = group * (4 * windows + 4) + (window - group * windows) * 4 + (i & 4)
+                a, b, c, d = NOTHING, NOTHING, NOTHING, NOTHING
+                if column < columns:
+                    a, b, c, d = load(x, row * ld + column * stride, stride, columns - column)
+                held[i], held[i + 1] = multiply(a, inverse), multiply(b, inverse)
+                held[i + 2], held[i + 3] = multiply(c, inverse), multiply(d, inverse)
+            for i in range(32):
+                peak = larger(peak, as_word(held[i]) & MAGNITUDE)
+            code = block_scale(as_float(peak)) if run < filled else ZERO
+            by = inverse_scale(code) if run < filled else NOTHING
+            for w in range(4):
+                word = ZERO
+                for i in range(8):
+                    word |= np.uint32(to_float4(multiply(held[8 * w + i], by)) << np.uint32(4 * i))
+                words[w] = word
+            block, place = (row * runs + run) // 8, run & 7
+            store4_in_bytes(out, 9 * block + place, words[0], words[1], words[2], words[3])
+            out[144 * block + 128 + place] = code
+            out[144 * block + 136 + place] = ZERO
 
     return kernel

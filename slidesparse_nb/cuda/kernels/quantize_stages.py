@@ -38,8 +38,9 @@ class Variant:
 
     Attributes:
         source: type of x: "bfloat16", "float16" or "float32"; or that of `stored`, whose values are moved as they are.
-        stored: "int8" or "float8_e4m3fn"; for tiles also "bfloat16" or "float16".
-        vectors: 16-byte loads a thread makes, of rows of up to 1024 times as many; 0: element by element, any row.
+        stored: "int8" or "float8_e4m3fn"; for tiles also "bfloat16" or "float16"; "float4_e2m1fn" in blocks.
+        vectors: 16-byte loads a thread makes, of rows of up to 1024 times as many; 0: element by element, any row. In blocks 1:
+            four columns at a time.
         windows: of the pattern, if values are lifted; else 0.
         tiled: lifted values are written in swizzled tiles (arch/operand.py); else in rows.
         architecture: the oldest it runs on: 80; 89: converts to float8 by an instruction; 90: packed maxima, and PDL.
