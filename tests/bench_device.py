@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import slidesparse_nb as ss
+from slidesparse_nb.tuning import clock as timing
 from tools.benchmark import gpu, measure, peers
 from tools.benchmark.cases import Call, Calls, Case, Linear
 from tools.benchmark.peers import TorchPeers as TorchPeers
@@ -168,7 +169,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, device: Device | None = None) -> F
         monkeypatch.setattr(peers, name, lambda stream: FakePeers(made))
     monkeypatch.setattr(measure, "COPIED", 1 << 10)
     clock = SimpleNamespace(perf_counter=lambda: made.device.now * 1e-6, sleep=made.device.sleep)
-    for module in (gpu, measure):
+    for module in (gpu, measure, timing):
         monkeypatch.setattr(module, "time", clock)
     return made
 

@@ -9,9 +9,10 @@ import pytest
 from bench_device import Device, FakeGpu, stand_in
 
 import slidesparse_nb as ss
+from slidesparse_nb.tuning.clock import CACHES, MOST_CALLS, poison
 from tools.arguments import token_range
 from tools.benchmark import check, gpu, show
-from tools.benchmark.cases import ALL, CACHES, KINDS, MODELS, MOST_CALLS, OURS, Linear, copies, in_turn, is_curve, plan
+from tools.benchmark.cases import ALL, KINDS, MODELS, OURS, Linear, copies, in_turn, is_curve, plan
 from tools.benchmark.peers import FULL, QUICK
 from tools.benchmark.results import CEILINGS, Cell, Results, rows, work
 
@@ -23,7 +24,7 @@ def test_bursts_time_the_device_alone(monkeypatch: pytest.MonkeyPatch, us: float
     """Launches that are queued behind others cost the device's time, not the host's; before each burst it idles."""
     device = Device(lambda at, calls: us)
     made = stand_in(monkeypatch, device)
-    found = made.burst(made.capture([lambda: None]))
+    found = made.bursts(made.capture([lambda: None]))
     assert found == pytest.approx([max(us, 5.0)] * 5, rel=0.01)  # the host needs 5 us to queue one
     gaps = np.diff(device.starts)
     assert (gaps[gaps > us + 100] >= 20_000).sum() == (gaps > us + 100).sum() == 5
@@ -63,7 +64,7 @@ def test_operands() -> None:
     for dtype in ("bfloat16", "float16"):
         assert made.normal(3, 5, dtype).dtype == np.dtype(dtype)
         y = made.empty(6, 7, dtype)
-        made.poison(y)
+        poison(y)
         assert np.isnan(y.astype(np.float32)).all()
         assert made.unwritten(y) == 42
         y[...] = np.arange(42, dtype=y.dtype).reshape(6, 7)

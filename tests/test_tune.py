@@ -316,7 +316,7 @@ def test_wrong_results_are_told_and_not_timed(
 def tuner(gpu: Any, timing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`tune_products` on the stand-in: nothing is compiled, packing is the reference's, the clock is told."""
     clock = ToldClock({i: 80.0 for i in range(1, 400, 2)})
-    timing.GpuClock = lambda: clock
+    monkeypatch.setattr(search, "GpuClock", lambda: clock)
     gpu.cupy = sys.modules["cupy"]
     gpu.cupy.cuda.runtime.getDeviceCount = lambda: 1
     monkeypatch.setattr(search, "compile_all", lambda jobs, compiler: len(jobs))
