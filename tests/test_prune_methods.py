@@ -17,7 +17,7 @@ from models import MODULES, folder, tensors, write
 import slidesparse_nb as ss
 from slidesparse_nb import FormatError, OperandError, Pattern, UnsupportedError
 from slidesparse_nb.core import reference
-from slidesparse_nb.pruning.refine import admm, least_squares
+from slidesparse_nb.pruning import refine
 from slidesparse_nb.pruning.run import relative_error
 from slidesparse_nb.pruning.sparsegpt import InverseFactor, inverse_factor, sparsegpt, to_grid
 from slidesparse_nb.pruning.statistics import Moments, Statistics, crc32
@@ -113,14 +113,15 @@ def test_sparsegpt_is_the_papers(pattern: str, k: int) -> None:
 
 
 @patterns
-def test_retained_weights_are_those_of_least_squares(pattern: str) -> None:
+def test_retained_weights_are_those_of_least_squares(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row by row, the normal equations of the columns that stay, in float64; ten steps go most of the way."""
     x, w = inputs(600, 77), np.random.default_rng(2).standard_normal((6, 77)).astype(np.float32)
     h = gram(x).astype(np.float64)
     h += 0.1 * np.diag(np.diag(h))
     first = sparsegpt(w, gram(x), pattern, refined=False)
     some = sparsegpt(w, gram(x), pattern, keep=first != 0)
-    many = least_squares(first.T, w.T, (h / h.diagonal().mean()).astype(np.float32), (first != 0).T, 200).T
+    monkeypatch.setattr(refine, "STEPS", 200)
+    many = refine.least_squares(first.T, w.T, (h / h.diagonal().mean()).astype(np.float32), (first != 0).T).T
     best = np.zeros(w.shape)
     for row, stays, dense in zip(best, first != 0, w, strict=True):
         row[stays] = np.linalg.solve(h[np.ix_(stays, stays)], h[stays] @ dense)
@@ -154,7 +155,7 @@ def test_a_better_mask_is_that_of_admm(pattern: str) -> None:
     h += 0.1 * np.diag(np.diag(h))
     first = sparsegpt(w, gram(x), pattern, refined=False)
     start = sparsegpt(w, gram(x), pattern, keep=first != 0)
-    _, mask = admm(start.T, w.T, (h / h.diagonal().mean()).astype(np.float32), of)
+    _, mask = refine.admm(start.T, w.T, (h / h.diagonal().mean()).astype(np.float32), of)
     assert (plain_admm(w, h, start, of) == mask.T).all(axis=1).mean() > 0.9, "float32 does not tell all weights apart"
     found = sparsegpt(w, gram(x), pattern)
     assert not len(reference.violations(found, of))

@@ -151,6 +151,6 @@ class Pattern:
         return (groups + windows + np.arange(4 * self.unit)).ravel()
 
 
-def known_patterns(largest: int = 16) -> list[Pattern]:
-    """2:4, 4:6, 6:8 ... up to groups of `largest` columns."""
-    return [Pattern(group - 2, group) for group in range(4, largest + 1, 2)]
+def known_patterns() -> list[Pattern]:
+    """2:4, 4:6, 6:8 ... 14:16: those that files are searched for, and kernels compiled for."""
+    return [Pattern(group - 2, group) for group in range(4, 17, 2)]
