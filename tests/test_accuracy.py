@@ -106,7 +106,3 @@ def test_a_store_of_something_else(tmp_path: Path) -> None:
     store.path.write_text("[]")
     with pytest.raises(ss.FormatError, match="is no JSON object"):
         store.read()
-    document = tmp_path / "page.md"
-    document.write_text("nothing")
-    with pytest.raises(ss.FormatError, match="lacks the line"):
-        page.insert(document.read_text(), "")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 import slidesparse_nb as ss
 
+from ..documents import write_whole
 from .cases import ALL, KINDS, OURS, Kind, Linear, slid_k
 from .engines import ENGINES
 from .peers import PEERS
@@ -152,19 +152,6 @@ class Results:
         lines = [f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in facts.items()]
         listed = ",\n".join(f"  {json.dumps(cell, allow_nan=False)}" for cell in cells)
         write_whole(path, "{\n" + ",\n".join(lines) + f',\n "cells": [\n{listed}\n ]\n}}\n')
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside `path`, then rename it: whole, or as it was before."""
-    path = path.resolve()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except BaseException:
-        if beside.parent.is_dir() and len(beside.name) < 256:
-            beside.unlink(missing_ok=True)
-        raise
 
 
 def load(path: Path) -> Results:
