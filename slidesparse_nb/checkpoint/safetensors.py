@@ -16,6 +16,7 @@ import errno
 import json
 import mmap
 import os
+import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -489,3 +490,29 @@ class SafetensorsWriter:
                     os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_whole(
+    path: Path,
+    entries: Iterable[tuple[str, str, tuple[int, ...]]],
+    arrays: Mapping[str, NDArray[Any]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a file beside `path` and rename it, so that nobody sees half of one; a failure leaves what was there.
+
+    Raises:
+        OperandError: the entries make no file (see `header_bytes`).
+        OSError: it cannot be written; it names `path`.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with SafetensorsWriter(beside, entries, metadata) as writer:
+            for name, array in arrays.items():
+                writer.write(name, array)
+        os.replace(beside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error  # the user's file, not the one beside it
+        raise

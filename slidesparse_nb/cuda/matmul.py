@@ -277,8 +277,6 @@ def _result(shape: tuple[int, ...], source: np.dtype[Any], out: Any, out_dtype: 
 
 def _rows(y: Any, m: int, n: int) -> Any:
     """y as [m, n] with neighbouring columns, for the kernel to write; new memory where y's strides are not like that."""
-    if y.ndim == 2 and (y.strides[1] == y.itemsize or n == 1):
-        return y
     return y.reshape(m, n) if y.flags.c_contiguous else cupy.empty((m, n), y.dtype)
 
 
