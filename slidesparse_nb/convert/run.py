@@ -23,7 +23,8 @@ from .module import Module
 from .options import UNIT_BYTES, ModuleReport, Report, Run
 from .proof import prove_files
 from .sources import Source
-from .write import Staging, clear_leftovers, write_layout
+from .staging import Staging, clear_leftovers
+from .write import write_layout
 
 CONTINUE = "the same command with --resume continues"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.safetensors import SafetensorsFile
-from ..convert.write import JOURNAL_HEAD, begun_otherwise, lock, not_ours, read_journal, unfinished
+from ..convert.staging import JOURNAL_HEAD, begun_otherwise, lock, not_ours, read_journal, unfinished
 from ..errors import FormatError, UnsupportedError
 from .statistics import crc32, write_arrays
 
