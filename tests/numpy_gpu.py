@@ -18,7 +18,7 @@ import pytest
 
 from slidesparse_nb.arch import sm90, sm90_layout
 from slidesparse_nb.arch.multiplied_as import as_multiplied
-from slidesparse_nb.arch.operand import image, image_rows, stages
+from slidesparse_nb.arch.operand import from_tiles, stages, to_tiles
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT16, DType
 from slidesparse_nb.core.packed import PackedWeight
@@ -254,14 +254,14 @@ class Activations:
         if made is not None:
             at(scale, (m, 1), F32)[...] = made
         if self.tiled:
-            picture = image(values, P)
+            picture = to_tiles(values, P)
             assert pitch == 64 * ((m + 7) // 8)
             at(out, picture.shape, np.uint8)[...] = picture
         else:
             rows = at(out, (m, row_bytes), np.uint8)
             rows[...] = 0
             rows[:, :k] = values.view(np.uint8)
-        self.gpu.launched.append(f"{self.kind or ('image' if self.tiled else 'rows')} {self.source} {self.stored}")
+        self.gpu.launched.append(f"{self.kind or ('tiles' if self.tiled else 'rows')} {self.source} {self.stored}")
 
 
 def named(parameters: Any, arguments: tuple[int, ...]) -> Any:
@@ -328,7 +328,7 @@ class Gemm:
             assert not programmatic or self.config.order == sm90.REST, "metadata are read before the launch before is complete"
         if there.operand.tiled:
             made = at(it.x, (there.operand.row_bytes // 128, (m + 7) // 8, 8, 128), np.uint8)
-            q = image_rows(made, m, k, P, dtype).view(dtype.numpy)
+            q = from_tiles(made, m, k, P, dtype).view(dtype.numpy)
         else:
             assert it.x_bytes == k * dtype.bits // 8
             assert it.x % 16 == it.x_pitch % 16 == 0

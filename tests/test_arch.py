@@ -204,9 +204,9 @@ def test_wide_groups_are_lifted_in_memory_where_registers_are_too_few() -> None:
     wide = Pattern(16, 18)
     int8 = Scheme.of("int8")
     assert sm80.ARCH.operand(Pattern(14, 16), 100, int8) == Operand(False, None, 100)
-    assert sm80.ARCH.operand(wide, 100, int8) == Operand(False, wide, wide.slid_k(100))
+    assert sm80.ARCH.operand(wide, 100, int8) == Operand(False, wide, wide.expanded_k(100))
     (config,) = arch.choose(GemmProblem(8, 64, 100, wide, INT8, "bfloat16", Device((8, 6), 84)))
     assert config.layout.pattern == Pattern(2, 4)
     assert config.arguments(GemmProblem(8, 64, 100, wide, INT8, "bfloat16", Device((8, 6), 84))) == {
-        "blocks": config.layout.blocks(wide.slid_k(100))
+        "blocks": config.layout.blocks(wide.expanded_k(100))
     }

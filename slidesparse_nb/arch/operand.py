@@ -66,21 +66,21 @@ def chunk_from(size: int) -> Any:
 
 def stages(pattern: Pattern, k: int, dtype: DType) -> int:
     """Stages that cover a row of k columns: an even number, since kernels for few tokens take two at a time."""
-    return _stages_of(pattern.slid_k(k) * dtype.bits // 8)
+    return _stages_of(pattern.expanded_k(k) * dtype.bits // 8)
 
 
 def _stages_of(slid_bytes: int) -> int:
     return max(2, -(-slid_bytes // (2 * STAGE)) * 2)
 
 
-def image(x: Any, pattern: Pattern) -> Any:
+def to_tiles(x: Any, pattern: Pattern) -> Any:
     """Activations [m, k] of a packed type, lifted, in the swizzled tile layout: uint8 [stages, ceil(m / 8), 8, 128].
 
     Chunk p of 16 bytes of a token's stage is stored at `chunk_at`, which swizzles.
     """
     m, k = x.shape
     size = x.dtype.itemsize
-    ks = pattern.slid_k(k)
+    ks = pattern.expanded_k(k)
     count = _stages_of(ks * size)
     raw = x.view(f"u{size}")
     padded = np.zeros((-(-m // 8) * 8, pattern.padded_k(k)), raw.dtype)
@@ -92,8 +92,8 @@ def image(x: Any, pattern: Pattern) -> Any:
     return np.ascontiguousarray(slid.transpose(3, 2, 0, 1, 4)).reshape(count, -1, 8, STAGE)
 
 
-def image_rows(made: Any, m: int, k: int, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
-    """Inverse of `image`: activations [m, k] as their bits (`dtype.raw`), from the first window that holds each.
+def from_tiles(made: Any, m: int, k: int, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
+    """Inverse of `to_tiles`: activations [m, k] as their bits (`dtype.raw`), from the first window that holds each.
 
     Args:
         xp: numpy or cupy, whichever made the tiles.

@@ -32,7 +32,7 @@ OUT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 def seen(pattern: Pattern, k: int) -> tuple[Pattern, int]:
     """Pattern and k as the kernel sees them: of the slid weight, if groups are too wide for its lift."""
-    return (Pattern(2, 4), pattern.slid_k(k)) if pattern.group > LARGEST_GROUP else (pattern, k)
+    return (Pattern(2, 4), pattern.expanded_k(k)) if pattern.group > LARGEST_GROUP else (pattern, k)
 
 
 def emulated(capability: tuple[int, int], dtype: DType) -> bool:

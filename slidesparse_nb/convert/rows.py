@@ -212,7 +212,7 @@ class Maker:
     # ---- many small modules
 
     def key(self, module: Module) -> object:
-        """Modules of one key can be packed and proved as one matrix, row below row; None for those that must stand alone."""
+        """Modules of one key can be packed and proved as one matrix, row below row; None for those that are made alone."""
         small = module.stacked is None and module.nbytes <= SMALL and pruning.by_row(self.options.prune)
         return (module.k, module.code, module.scheme.name) if small else None
 

@@ -266,7 +266,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def refuse_existing(target: Path, single: bool, overwrite: bool) -> None:
-    """Raise OperandError where something stands at `target` that must not be replaced."""
+    """Raise OperandError where something is at `target` that must not be replaced."""
     if not os.path.lexists(target) or (not single and _is_empty(target)):
         return
     if not overwrite:

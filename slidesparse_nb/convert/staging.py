@@ -2,7 +2,7 @@
 
     OUT.partial/    every shard at full size from the start, filled piece by piece (write)
     OUT.journal     line 1: fingerprint of source, options and layout; then one line a finished piece, with its CRC-32
-    OUT.replaced    what stood at OUT, between two renames
+    OUT.replaced    what was at OUT, between two renames
 
 A finished output is renamed to OUT in one step, so OUT is whole or absent. The journal vouches for what is beside it: nothing
 else there is touched.

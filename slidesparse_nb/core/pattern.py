@@ -116,8 +116,8 @@ class Pattern:
         """k rounded up to the slice unit."""
         return -(-k // self.slice_unit) * self.slice_unit
 
-    def slid_k(self, k: int) -> int:
-        """ks: length of a row of k columns after it is slid."""
+    def expanded_k(self, k: int) -> int:
+        """ks, the expanded k: length of a row of k columns after it is slid."""
         return self.padded_k(k) // self.columns * self.windows * 4 * self.unit
 
     def bits_per_weight(self, bits: float) -> float:

@@ -16,7 +16,7 @@ import cupy
 import numpy as np
 
 from ..arch import for_capability
-from ..arch.operand import STAGE, Operand, image_rows, stages
+from ..arch.operand import STAGE, Operand, from_tiles, stages
 from ..core.activations import Before, QuantizedActivations
 from ..core.checks import check_activations, check_bias, float_dtype, result_dtype
 from ..core.dtypes import CUDA_CODES, FLOATS, INT8, DType
@@ -72,7 +72,7 @@ class TiledActivations(QuantizedActivations):
     def rows(self) -> Any:
         """`values`, made anew in the current stream."""
         with cupy.cuda.Device(self.tiles.data.device_id):
-            rows = image_rows(self.tiles, self.m, self.k, self.pattern, self.dtype, cupy)
+            rows = from_tiles(self.tiles, self.m, self.k, self.pattern, self.dtype, cupy)
             return rows.view(np.int8) if self.dtype is INT8 else rows
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from .. import arch, env
 from ..arch import Candidate
-from ..arch.operand import Operand, image
+from ..arch.operand import Operand, to_tiles
 from ..core import reference
 from ..core.dtypes import CUDA_CODES, FLOATS, INT8, DType
 from ..core.packed import PackedWeight
@@ -118,7 +118,7 @@ def case(problem: GemmProblem) -> Case:
 def _operand(form: Operand, x: Array, pattern: Pattern) -> Array:
     """x [m, k] as bytes in the layout that a kernel loads."""
     if form.tiled:
-        return image(x, pattern)
+        return to_tiles(x, pattern)
     values = np.ascontiguousarray(reference.lift(x, form.lift) if form.lift else x).view(np.uint8)
     return np.pad(values, ((0, 0), (0, form.pitch - values.shape[1])))
 

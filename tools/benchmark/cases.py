@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import slidesparse_nb as ss
 from slidesparse_nb.tuning.clock import cold_calls
 
 
@@ -268,11 +267,6 @@ def _cases(selection: Selection, suite: Suite, patterns: Sequence[str], parts: S
     for part, ms in (("quantize", tokens), ("pack", [None])):
         if part in parts:
             yield from cases(part, [OURS], ms)
-
-
-def slid_k(pattern: str, k: int) -> int:
-    """The expanded k, before any padding of a peer's."""
-    return ss.Pattern.of(pattern).slid_k(k)
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Gpu(GpuClock):
         facts = {
             "gpu": _text(properties["name"]),
             "capability": f"{properties['major']}.{properties['minor']}",
-            "processors": properties["multiProcessorCount"],
+            "sms": properties["multiProcessorCount"],
             "l2_bytes": self.l2_bytes,
             "cuda_runtime": f"{number // 1000}.{number % 1000 // 10}",
             "python": platform.python_version(),

@@ -16,7 +16,7 @@ from typing import Any
 import slidesparse_nb as ss
 
 from ..documents import write_whole
-from .cases import ALL, KINDS, OURS, Kind, Linear, slid_k
+from .cases import ALL, KINDS, OURS, Kind, Linear
 from .engines import ENGINES
 from .peers import PEERS
 
@@ -263,7 +263,7 @@ def work(part: str, kind: Kind, pattern: str, m: int, n: int, k: int) -> tuple[f
 
     Activations are counted as they are, not as any kernel lays them out; weights are `PackedWeight.nbytes`.
     """
-    ks = slid_k(pattern, k)
+    ks = ss.Pattern.of(pattern).expanded_k(k)
     weights = n * (ks // 2 * kind.size + ks // 8 + 4 * kind.quantized)
     x16, x = m * k * 2, m * (k * kind.size + 4 * kind.quantized)
     if part == "pack":
