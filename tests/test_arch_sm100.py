@@ -6,7 +6,6 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,8 @@ from slidesparse_nb.core.problem import Device, GemmProblem
 from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.cuda import ahead_of_time
 from slidesparse_nb.cuda.jit import cache as jit
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 P = Pattern(6, 8)
 ALL = [sm100.Config(dtype, "bfloat16", tokens) for dtype in PACKED for tokens in sm100.TOKENS]
@@ -221,12 +222,11 @@ def test_tiles_grow_with_m() -> None:
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
-def test_the_host_launches_it(dtype: DType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_host_launches_it(dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test of the kernel; then from x and a packed weight, its operand made in one launch, to the arguments of the kernel."""
     pytest.importorskip("numba_cuda")
     from numpy_gpu import BF16, array, close, numpy_for_cupy, ops, wanted, weight
 
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(sm100.Blackwell, "serves", lambda own, capability: True)  # the GPU of the fakes is another
     choose.cache_clear()
     with numpy_for_cupy(monkeypatch, False) as gpu:
@@ -269,11 +269,6 @@ def compiles(capability: tuple[int, int], config: sm100.Config) -> None:
         word = sm100_layout.instruction_descriptor(config.dtype, config.tokens) | selector
         assert word & 4, "sparse"
         assert f"{word:#x}" in text or not locked("nvidia-cuda-nvrtc", "nvidia-cuda-nvdisasm")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path))
 
 
 @pytest.mark.parametrize(("capability", "config"), SAMPLE, ids=named)

@@ -19,10 +19,7 @@ import slidesparse_nb as ss
 from slidesparse_nb import doctor
 from slidesparse_nb.cuda import driver
 
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def states() -> dict[str, tuple[str, str]]:

@@ -23,12 +23,6 @@ SOURCES = sorted(str(p.relative_to(jit.source_folder())) for p in jit.source_fol
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of what is compiled from here on."""
     names: list[str] = []

@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,11 +39,10 @@ BLACKWELL = Device((12, 0), 170, "NVIDIA GeForce RTX 5090", False)
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "cache"))
+def nothing_tuned(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("SLIDESPARSE_TUNED", raising=False)
     tuned_store.found.cache_clear()
-    yield tmp_path / "cache"
+    yield
     tuned_store.found.cache_clear()
 
 
