@@ -28,7 +28,8 @@ from .packed_format import packed_entries as packed_entries
 from .packed_format import packed_names as packed_names
 from .packed_format import parse_metadata as parse_metadata
 from .packed_format import slidesparse_metadata as slidesparse_metadata
-from .safetensors import SafetensorsFile, TensorFile, TensorInfo, checked_path, file_state, write_whole
+from .safetensors import SafetensorsFile, TensorFile, TensorInfo, checked_path, file_state
+from .safetensors_writer import write_whole
 from .stacked import MOST_DIMENSIONS, Stacked, stack_problem
 
 

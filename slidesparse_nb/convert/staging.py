@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.safetensors import naming
+from ..checkpoint.safetensors_writer import naming
 from ..errors import OperandError
 from .layout import Layout
 

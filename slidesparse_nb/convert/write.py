@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
-from ..checkpoint.safetensors import SafetensorsWriter
+from ..checkpoint.safetensors_writer import SafetensorsWriter
 from ..errors import FormatError, SlideSparseError
 from .layout import Item, Layout, Piece, Shard, row_ranges
 from .staging import Done, Staging, sync_folder

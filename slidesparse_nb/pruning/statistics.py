@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.safetensors import SafetensorsFile, TensorFile, checked_path, write_whole
+from ..checkpoint.safetensors import SafetensorsFile, TensorFile, checked_path
+from ..checkpoint.safetensors_writer import write_whole
 from ..core.dtypes import CODE_OF
 from ..core.untrusted_json import parse_json
 from ..errors import FormatError, OperandError, UnsupportedError, shown
