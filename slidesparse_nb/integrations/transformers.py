@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import slidesparse_nb as ss
 
-from .operators import named
+from .tensors import named
 from .torch import SparseLinear
 
 NAME = "slidesparse"
