@@ -26,53 +26,26 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Pattern": "core.pattern",
-    "Scheme": "core.scheme",
-    "PackedWeight": "core.packed",
-    "QuantizedActivations": "core.activations",
-    "pack": "packing",
-    "unpack": "packing",
-    "verify": "packing",
-    "matmul": "ops",
-    "quantize": "ops",
-    "rms_norm": "ops",
-    "silu_and_mul": "ops",
-    "gelu_and_mul": "ops",
-    "to_device": "ops",
-    "device_weight": "ops",
-    "operand_bytes": "ops",
-    "workspace_bytes": "ops",
-    "build_kernels": "cuda.ahead_of_time",
-    "build_products": "cuda.ahead_of_time",
-    "tune_products": "tuning.search",
-    "forget_tuned": "tuning.search",
-    "diagnose": "doctor",
-    "self_tests": "doctor",
-    "load": "checkpoint",
-    "save": "checkpoint",
-    "pack_checkpoint": "convert",
-    "unpack_checkpoint": "convert",
-    "verify_checkpoint": "convert",
-    "inspect_checkpoint": "convert",
-    "prune_checkpoint": "pruning.run",
-    "collect_statistics": "pruning.run",
-    "PackedConfig": "checkpoint.packed_config",
-    "Options": "convert",
-    "PruneOptions": "pruning.options",
-    "PruneReport": "pruning.options",
-    "Run": "convert",
-    "Report": "convert",
-    "Facts": "convert",
-    "Verification": "convert",
-    "SlideSparseError": "errors",
-    "OperandError": "errors",
-    "PatternError": "errors",
-    "FormatError": "errors",
-    "VerificationError": "errors",
-    "UnsupportedError": "errors",
+_MODULES = {
+    "packing": "pack unpack verify",
+    "ops": "matmul quantize rms_norm silu_and_mul gelu_and_mul to_device device_weight operand_bytes workspace_bytes",
+    "cuda.ahead_of_time": "build_kernels build_products",
+    "tuning.search": "tune_products forget_tuned",
+    "doctor": "diagnose self_tests",
+    "checkpoint": "load save",
+    "convert": "pack_checkpoint unpack_checkpoint verify_checkpoint inspect_checkpoint Options Run Report Facts Verification",
+    "pruning.run": "prune_checkpoint collect_statistics",
+    "pruning.options": "PruneOptions PruneReport",
+    "checkpoint.packed_config": "PackedConfig",
+    "core.pattern": "Pattern",
+    "core.scheme": "Scheme",
+    "core.packed": "PackedWeight",
+    "core.activations": "QuantizedActivations",
+    "errors": "SlideSparseError OperandError PatternError FormatError VerificationError UnsupportedError",
 }
-"""Public name -> the module that holds it."""
+"""Module -> its public names; imported below for type checkers, too."""
+
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 PUBLIC = (*_HOME, "reference")
 """Every public name."""
@@ -81,51 +54,42 @@ _BRIEF = "device_weight", "operand_bytes", "self_tests", "rms_norm", "silu_and_m
 __all__ = [name for name in _HOME if name.islower() and name not in _BRIEF]  # what help() prints
 
 if TYPE_CHECKING:
-    from .checkpoint import load as load
-    from .checkpoint import save as save
-    from .checkpoint.packed_config import PackedConfig as PackedConfig
-    from .convert import Facts as Facts
-    from .convert import Options as Options
-    from .convert import Report as Report
-    from .convert import Run as Run
-    from .convert import Verification as Verification
-    from .convert import inspect_checkpoint as inspect_checkpoint
-    from .convert import pack_checkpoint as pack_checkpoint
-    from .convert import unpack_checkpoint as unpack_checkpoint
-    from .convert import verify_checkpoint as verify_checkpoint
-    from .core import reference as reference
-    from .core.activations import QuantizedActivations as QuantizedActivations
-    from .core.packed import PackedWeight as PackedWeight
-    from .core.pattern import Pattern as Pattern
-    from .core.scheme import Scheme as Scheme
-    from .cuda.ahead_of_time import build_kernels as build_kernels
-    from .cuda.ahead_of_time import build_products as build_products
-    from .doctor import diagnose as diagnose
-    from .doctor import self_tests as self_tests
-    from .errors import FormatError as FormatError
-    from .errors import OperandError as OperandError
-    from .errors import PatternError as PatternError
-    from .errors import SlideSparseError as SlideSparseError
-    from .errors import UnsupportedError as UnsupportedError
-    from .errors import VerificationError as VerificationError
-    from .ops import device_weight as device_weight
-    from .ops import gelu_and_mul as gelu_and_mul
-    from .ops import matmul as matmul
-    from .ops import operand_bytes as operand_bytes
-    from .ops import quantize as quantize
-    from .ops import rms_norm as rms_norm
-    from .ops import silu_and_mul as silu_and_mul
-    from .ops import to_device as to_device
-    from .ops import workspace_bytes as workspace_bytes
-    from .packing import pack as pack
-    from .packing import unpack as unpack
-    from .packing import verify as verify
-    from .pruning.options import PruneOptions as PruneOptions
-    from .pruning.options import PruneReport as PruneReport
-    from .pruning.run import collect_statistics as collect_statistics
-    from .pruning.run import prune_checkpoint as prune_checkpoint
-    from .tuning.search import forget_tuned as forget_tuned
-    from .tuning.search import tune_products as tune_products
+    from .checkpoint import load, save
+    from .checkpoint.packed_config import PackedConfig
+    from .convert import (
+        Facts,
+        Options,
+        Report,
+        Run,
+        Verification,
+        inspect_checkpoint,
+        pack_checkpoint,
+        unpack_checkpoint,
+        verify_checkpoint,
+    )
+    from .core import reference
+    from .core.activations import QuantizedActivations
+    from .core.packed import PackedWeight
+    from .core.pattern import Pattern
+    from .core.scheme import Scheme
+    from .cuda.ahead_of_time import build_kernels, build_products
+    from .doctor import diagnose, self_tests
+    from .errors import FormatError, OperandError, PatternError, SlideSparseError, UnsupportedError, VerificationError
+    from .ops import (
+        device_weight,
+        gelu_and_mul,
+        matmul,
+        operand_bytes,
+        quantize,
+        rms_norm,
+        silu_and_mul,
+        to_device,
+        workspace_bytes,
+    )
+    from .packing import pack, unpack, verify
+    from .pruning.options import PruneOptions, PruneReport
+    from .pruning.run import collect_statistics, prune_checkpoint
+    from .tuning.search import forget_tuned, tune_products
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ The host queues launches, and the device works them off in the background, as CU
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -13,14 +14,14 @@ from typing import Any
 import ml_dtypes  # noqa: F401  names bfloat16 for NumPy
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from commands import slidesparse
 
 import slidesparse_nb as ss
+from slidesparse_nb.tuning import clock as timing
 from tools.benchmark import gpu, measure, peers
 from tools.benchmark.cases import Call, Calls, Case, Linear
 from tools.benchmark.peers import TorchPeers as TorchPeers
 from tools.benchmark.peers import VllmPeers as VllmPeers
-from tools.cli import main
 
 QUEUE_US = 5.0
 """What a launch costs the host."""
@@ -168,11 +169,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, device: Device | None = None) -> F
         monkeypatch.setattr(peers, name, lambda stream: FakePeers(made))
     monkeypatch.setattr(measure, "COPIED", 1 << 10)
     clock = SimpleNamespace(perf_counter=lambda: made.device.now * 1e-6, sleep=made.device.sleep)
-    for module in (gpu, measure):
+    for module in (gpu, measure, timing):
         monkeypatch.setattr(module, "time", clock)
     return made
 
 
-def call(*args: object) -> Result:
-    """`slidesparse bench` with these arguments."""
-    return CliRunner().invoke(main, ["bench", *map(str, args)])
+call = functools.partial(slidesparse, "bench")
+"""`slidesparse bench` with these arguments."""

@@ -82,6 +82,13 @@ def weights(shape: tuple[int, int], dtype: Any = np.float32, seed: int = 0) -> A
     return w.astype(dtype)
 
 
+def inputs(tokens: int, k: int, seed: int = 0) -> Any:
+    """Correlated activations whose columns differ in size: float32 [tokens, k]."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.standard_normal((tokens, k)) @ (np.eye(k) + 0.2 * rng.standard_normal((k, k)))
+    return (mixed * np.exp(rng.standard_normal(k))).astype(np.float32)
+
+
 def packed_weight(n: int, k: int, pattern: str | Pattern = "6:8", dtype: DType = INT8, seed: int = 0) -> PackedWeight:
     """Normal weights [n, k], pruned by magnitude and packed by the reference."""
     pattern = Pattern.of(pattern)

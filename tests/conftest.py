@@ -66,6 +66,21 @@ def bodies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of this test's own, of compiled kernels, tuned products and outcomes of self-tests."""
+    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of a file's own, so that everything is compiled now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
 def unit_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A function that sets the size of the blocks that checkpoints are converted in."""
 

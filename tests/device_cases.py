@@ -8,7 +8,7 @@ from typing import Any
 import cases
 import numpy as np
 
-from slidesparse_nb.arch.operand import STAGE, image, scaled_rows, stages
+from slidesparse_nb.arch.operand import STAGE, scaled_rows, stages, to_tiles
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOATS, DType
 from slidesparse_nb.core.packed import part_arrays
@@ -64,7 +64,7 @@ def awkward_rows(m: int, k: int, source: np.dtype[Any], seed: int = 0) -> Any:
 
 def row_pitch(k: int, pattern: Pattern | None = None) -> int:
     """Bytes of a row of quantized values: k, or ks if they are lifted by `pattern`, padded to 16 bytes."""
-    return -(-(k if pattern is None else pattern.slid_k(k)) // 16) * 16
+    return -(-(k if pattern is None else pattern.expanded_k(k)) // 16) * 16
 
 
 def write(
@@ -104,15 +104,15 @@ def quantized(x: Any, dtype: DType, pattern: Pattern | None, width: int) -> tupl
     return values, scale
 
 
-def imaged(x: Any, dtype: DType, pattern: Pattern) -> tuple[Any, Any]:
+def tiled(x: Any, dtype: DType, pattern: Pattern) -> tuple[Any, Any]:
     """What a device must give for kernels that load tiles: those, and scales, or None where nothing is quantized."""
     if x.dtype == dtype.numpy:
-        return image(x, pattern), None
+        return to_tiles(x, pattern), None
     with np.errstate(invalid="ignore", over="ignore"):
         if not Scheme.of(dtype).scaled:
-            return image(x.astype(dtype.numpy), pattern), None
+            return to_tiles(x.astype(dtype.numpy), pattern), None
         q, scale = reference.quantize(x, dtype)
-    return image(q, pattern), scale
+    return to_tiles(q, pattern), scale
 
 
 def blocked(x: Any, pattern: Pattern) -> tuple[Any, Any]:

@@ -73,6 +73,16 @@ def killed(work: Callable[[], object], at: int, *, torn: bool = False, names: Se
     return os.WIFSIGNALED(status)
 
 
+def interrupting(when: Callable[[str, int, int], bool]) -> Callable[[str, int, int], None]:
+    """Progress of a run (phase, done, total) on which the user presses Ctrl-C."""
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if when(phase, done, total):
+            raise KeyboardInterrupt
+
+    return progress
+
+
 def contents(path: Path) -> dict[str, bytes]:
     """The bytes of a file, or of every file under a folder; of a link what it says, of a folder "/"."""
     if path.is_file():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from device_cases import bits
 
-from slidesparse_nb.arch.operand import image
+from slidesparse_nb.arch.operand import to_tiles
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import DType
 from slidesparse_nb.core.pattern import Pattern
@@ -58,7 +58,7 @@ def check_fused(
         else:
             wanted, kept = reference.rms_norm(x, gamma, EPSILON, residual if kind == "add_rms_norm" else None)
         values, scale = reference.quantize(wanted, dtype) if scaled else (wanted, None)
-    made = image(values, pattern)
+    made = to_tiles(values, pattern)
     out, got = move(np.full(made.shape, 7, np.uint8)), move(np.full((m, 1), 7, np.float32))
     if gate:
         launch(move(bits(x)), out, got)

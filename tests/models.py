@@ -13,7 +13,7 @@ from cases import same
 import slidesparse_nb as ss
 from slidesparse_nb import Pattern
 from slidesparse_nb.checkpoint import index_bytes
-from slidesparse_nb.checkpoint.safetensors import SafetensorsWriter
+from slidesparse_nb.checkpoint.safetensors_writer import SafetensorsWriter
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import CODE_OF, FLOAT8, INT8
 

@@ -19,7 +19,7 @@ from device_cases import blocked
 
 from slidesparse_nb.arch import sm90, sm90_layout
 from slidesparse_nb.arch.multiplied_as import as_multiplied
-from slidesparse_nb.arch.operand import SCALED_BLOCK, image, image_rows, stages
+from slidesparse_nb.arch.operand import SCALED_BLOCK, from_tiles, stages, to_tiles
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT4, FLOAT8, FLOAT16, DType
 from slidesparse_nb.core.packed import PackedWeight
@@ -239,7 +239,7 @@ class Activations:
             stride, k, filled, runs = rest
             values = at(x, (m, k), held, (ld * held.itemsize, stride * held.itemsize))
             pattern = Pattern(2 * self.windows, 2 * self.windows + 2, 2)
-            assert 32 * filled >= pattern.slid_k(k)
+            assert 32 * filled >= pattern.expanded_k(k)
             rows, made = blocked(values, pattern)
             at(scale, (m, 1), F32)[...] = made
             at(out, (m, runs // 8 * SCALED_BLOCK), np.uint8)[...] = rows
@@ -271,14 +271,14 @@ class Activations:
         if made is not None:
             at(scale, (m, 1), F32)[...] = made
         if self.tiled:
-            picture = image(values, P)
+            picture = to_tiles(values, P)
             assert pitch == 64 * ((m + 7) // 8)
             at(out, picture.shape, np.uint8)[...] = picture
         else:
             rows = at(out, (m, row_bytes), np.uint8)
             rows[...] = 0
             rows[:, :k] = values.view(np.uint8)
-        self.gpu.launched.append(f"{self.kind or ('image' if self.tiled else 'rows')} {self.source} {self.stored}")
+        self.gpu.launched.append(f"{self.kind or ('tiles' if self.tiled else 'rows')} {self.source} {self.stored}")
 
 
 def named(parameters: Any, arguments: tuple[int, ...]) -> Any:
@@ -347,10 +347,10 @@ class Gemm:
             rows = at(it.x, (m, it.x_bytes // SCALED_BLOCK, SCALED_BLOCK), np.uint8, (it.x_pitch, SCALED_BLOCK, 1))
             q = reference.unpack_nibbles(rows[..., :128].reshape(m, -1))
             codes = rows[..., 128:136].reshape(m, -1).view(FLOAT8.numpy)
-            xs = reference.times_blocks(q, codes, 32)[:, : problem.pattern.slid_k(k)].astype(np.float64)
+            xs = reference.times_blocks(q, codes, 32)[:, : problem.pattern.expanded_k(k)].astype(np.float64)
         elif there.operand.tiled:
             made = at(it.x, (there.operand.row_bytes // 128, (m + 7) // 8, 8, 128), np.uint8)
-            q = image_rows(made, m, k, P, dtype).view(dtype.numpy)
+            q = from_tiles(made, m, k, P, dtype).view(dtype.numpy)
         else:
             assert it.x_bytes == k * dtype.bits // 8
             assert it.x % 16 == it.x_pitch % 16 == 0

@@ -44,13 +44,14 @@ def test_texts(tmp_path: Path) -> None:
         texts.brown(tmp_path / "broken.tgz")
 
 
-def test_pieces_are_spread_over_the_whole_text() -> None:
-    found = texts.pieces(range(100), 3, 10)
+def test_pieces_are_spread_over_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "PIECE", 10)
+    found = texts.pieces(range(100), 3)
     assert found.tolist() == [*range(10), *range(45, 55), *range(90, 100)]
     assert found.dtype == np.uint16
-    assert texts.pieces(range(70000), 2, 10).dtype == np.uint32
+    assert texts.pieces(range(70000), 2).dtype == np.uint32
     with pytest.raises(ss.OperandError, match="has 29 tokens, fewer than 3 pieces of 10"):
-        texts.pieces(range(29), 3, 10)
+        texts.pieces(range(29), 3)
 
 
 def figures(perplexity: float, **more: Any) -> dict[str, Any]:
@@ -105,7 +106,3 @@ def test_a_store_of_something_else(tmp_path: Path) -> None:
     store.path.write_text("[]")
     with pytest.raises(ss.FormatError, match="is no JSON object"):
         store.read()
-    document = tmp_path / "page.md"
-    document.write_text("nothing")
-    with pytest.raises(ss.FormatError, match="lacks the line"):
-        page.insert(document.read_text(), "")

@@ -123,52 +123,47 @@ class Toy:
         return 0.0
 
 
-def test_a_row_of_the_table_is_all_that_an_architecture_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(arch, "ARCHITECTURES", (Toy(), *arch.ARCHITECTURES))
-    monkeypatch.setattr(arch, "RAN", arch.RAN | {(Toy.source, (9, 0))})
-    arch.choose.cache_clear()
-    try:
-        with numpy_for_cupy(monkeypatch, False) as gpu:
-            packed, x = weight(40, 96, INT8), array(np.random.default_rng(0).standard_normal((7, 96)).astype(BF16))
-            close(ops().matmul(x, packed), wanted(x, packed))
-            close(ops().matmul(ops().quantize(x, packed), packed), wanted(x, packed))
-            plan = gpu.gemm.to_device(packed).bound(7, "bfloat16").plan
-            assert plan.configs == (Whole(5), Whole(6))
-            assert [launch.grid[0] for launch in plan.launches] == [5, 6]
-            assert gpu.launched == ["rows bfloat16 int8", *["gemm"] * 2, "rows bfloat16 int8", *["gemm"] * 2]
-            other = weight(40, 96, BFLOAT16)
-            close(ops().matmul(x, other), wanted(x, other))
-            assert gpu.gemm.to_device(other).arch is sm90.ARCH, "what the toy refuses is the next one's"
-        assert [str(scheme) for scheme in doctor._multiplied((9, 0))] == [*map(str, PACKED), "W4A8"]
-        jobs = [
-            job for job, _ in ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], [Scheme.of("int8"), Scheme.of("fp8")], "bfloat16")
-        ]
-        assert jobs[0] == ("toy/gemm.cu", {"THREADS": 64, "SHARED_BYTES": 1024}, "sm_90t")
-        assert {job[0] for job in jobs} == {"toy/gemm.cu", "sm90/gemm.cu", "sm90/expand.cu", "sm80/gemm.cu"}
-        assert ahead_of_time.launches_of([(7, 40, 96, "6:8", "int8", "bfloat16")], (9, 0), 132) == [Whole(5), Whole(6)]
-    finally:
-        arch.choose.cache_clear()
-
-
-def test_the_portable_kernel_serves_where_one_that_nobody_ran_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path))
+@pytest.fixture
+def toy_gpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A GPU that the toy serves first."""
     monkeypatch.setattr(arch, "ARCHITECTURES", (Toy(), *arch.ARCHITECTURES))
     monkeypatch.setattr(arch, "LEFT_ASIDE", set())
     arch.choose.cache_clear()
-    try:
-        with numpy_for_cupy(monkeypatch, False) as gpu:
-            gpu.spoil = lambda config, y: np.roll(y, 1, axis=1) if config.source == Toy.source else y
-            packed, x = weight(40, 96, INT8), array(np.random.default_rng(0).standard_normal((7, 96)).astype(BF16))
-            assert ops().operand_bytes(7, 96, "6:8", "int8", (9, 0)) == (Operand(False, None, 96).bytes(7), True)
-            close(ops().matmul(x, packed), wanted(x, packed))
-            there = gpu.gemm.to_device(packed)
-            assert (there.arch, there.device.portable) == (sm80.ARCH, True)
-            assert arch.for_capability((9, 0), scheme=packed.scheme) is sm80.ARCH
-            assert ops().operand_bytes(7, 96, "14:16", "int8", (9, 0))[0] == there.arch.operand(P, 96, packed.scheme).bytes(7)
-            assert isinstance(arch.for_capability((9, 0)), Toy), "other schemes were not tested"
-    finally:
-        arch.choose.cache_clear()
+    with numpy_for_cupy(monkeypatch, False) as gpu:
+        yield gpu
+    arch.choose.cache_clear()
+
+
+def test_a_row_of_the_table_is_all_that_an_architecture_needs(toy_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arch, "RAN", arch.RAN | {(Toy.source, (9, 0))})
+    packed, x = weight(40, 96, INT8), array(np.random.default_rng(0).standard_normal((7, 96)).astype(BF16))
+    close(ops().matmul(x, packed), wanted(x, packed))
+    close(ops().matmul(ops().quantize(x, packed), packed), wanted(x, packed))
+    plan = toy_gpu.gemm.to_device(packed).bound(7, "bfloat16").plan
+    assert plan.configs == (Whole(5), Whole(6))
+    assert [launch.grid[0] for launch in plan.launches] == [5, 6]
+    assert toy_gpu.launched == ["rows bfloat16 int8", *["gemm"] * 2, "rows bfloat16 int8", *["gemm"] * 2]
+    other = weight(40, 96, BFLOAT16)
+    close(ops().matmul(x, other), wanted(x, other))
+    assert toy_gpu.gemm.to_device(other).arch is sm90.ARCH, "what the toy refuses is the next one's"
+    assert [str(scheme) for scheme in doctor._multiplied((9, 0))] == [*map(str, PACKED), "W4A8"]
+    schemes = [Scheme.of("int8"), Scheme.of("fp8")]
+    jobs = [job for job, _ in ahead_of_time._jobs([(9, 0)], [Pattern(6, 8)], schemes, "bfloat16")]
+    assert jobs[0] == ("toy/gemm.cu", {"THREADS": 64, "SHARED_BYTES": 1024}, "sm_90t")
+    assert {job[0] for job in jobs} == {"toy/gemm.cu", "sm90/gemm.cu", "sm90/expand.cu", "sm80/gemm.cu"}
+    assert ahead_of_time.launches_of([(7, 40, 96, "6:8", "int8", "bfloat16")], (9, 0), 132) == [Whole(5), Whole(6)]
+
+
+def test_the_portable_kernel_serves_where_one_that_nobody_ran_is_wrong(toy_gpu: Any) -> None:
+    toy_gpu.spoil = lambda config, y: np.roll(y, 1, axis=1) if config.source == Toy.source else y
+    packed, x = weight(40, 96, INT8), array(np.random.default_rng(0).standard_normal((7, 96)).astype(BF16))
+    assert ops().operand_bytes(7, 96, "6:8", "int8", (9, 0)) == (Operand(False, None, 96).bytes(7), True)
+    close(ops().matmul(x, packed), wanted(x, packed))
+    there = toy_gpu.gemm.to_device(packed)
+    assert (there.arch, there.device.portable) == (sm80.ARCH, True)
+    assert arch.for_capability((9, 0), scheme=packed.scheme) is sm80.ARCH
+    assert ops().operand_bytes(7, 96, "14:16", "int8", (9, 0))[0] == there.arch.operand(P, 96, packed.scheme).bytes(7)
+    assert isinstance(arch.for_capability((9, 0)), Toy), "other schemes were not tested"
 
 
 # ---- problems, and what is refused -----------------------------------------------------------------------------------
@@ -205,9 +200,9 @@ def test_wide_groups_are_lifted_in_memory_where_registers_are_too_few() -> None:
     wide = Pattern(16, 18)
     int8 = Scheme.of("int8")
     assert sm80.ARCH.operand(Pattern(14, 16), 100, int8) == Operand(False, None, 100)
-    assert sm80.ARCH.operand(wide, 100, int8) == Operand(False, wide, wide.slid_k(100))
+    assert sm80.ARCH.operand(wide, 100, int8) == Operand(False, wide, wide.expanded_k(100))
     (config,) = arch.choose(GemmProblem(8, 64, 100, wide, INT8, "bfloat16", Device((8, 6), 84)))
     assert config.layout.pattern == Pattern(2, 4)
     assert config.arguments(GemmProblem(8, 64, 100, wide, INT8, "bfloat16", Device((8, 6), 84))) == {
-        "blocks": config.layout.blocks(wide.slid_k(100))
+        "blocks": config.layout.blocks(wide.expanded_k(100))
     }

@@ -6,7 +6,6 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from compilers import locked, most_spilled
 from tcgen05 import Pair
 
 from slidesparse_nb.arch import choose, for_capability, multiplied, of, sm80, sm90, sm100, sm100_layout
-from slidesparse_nb.arch.operand import image
+from slidesparse_nb.arch.operand import to_tiles
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
 from slidesparse_nb.core.pattern import Pattern, known_patterns
@@ -23,6 +22,8 @@ from slidesparse_nb.core.problem import Device, GemmProblem
 from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.cuda import ahead_of_time
 from slidesparse_nb.cuda.jit import cache as jit
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 P = Pattern(6, 8)
 ALL = [sm100.Config(dtype, "bfloat16", tokens) for dtype in PACKED for tokens in sm100.TOKENS]
@@ -39,11 +40,11 @@ def multiply(
     packed = reference.pack(w, pattern, config.dtype, scale=scales[1][:, None] if config.dtype.bits == 8 else None)
     x, bias = rng.integers(-7, 8, (m, k)).astype(config.dtype.numpy), rng.integers(-7, 8, n).astype(np.float32)
     problem = GemmProblem(m, n, k, pattern, Scheme.of(config.dtype), "float32", Device((10, 0), 2 * pairs))
-    assert image(x, pattern).nbytes == sm100.ARCH.operand(pattern, k, problem.scheme).bytes(m)
+    assert to_tiles(x, pattern).nbytes == sm100.ARCH.operand(pattern, k, problem.scheme).bytes(m)
     y = np.full((m, n), np.nan, np.float32)
     weights = sm100.ARCH.arrange(packed)["weights"]
     for number in range(config.grid(problem)[0] // 2):
-        Pair(config, problem, image(x, pattern), weights, (*scales,), bias, y, number, rng, defines, fault).run()
+        Pair(config, problem, to_tiles(x, pattern), weights, (*scales,), bias, y, number, rng, defines, fault).run()
     wanted = x.astype(np.float32) @ w.astype(np.float32).T
     if config.dtype.bits == 8:
         wanted = wanted * scales[0][:, None] * scales[1]
@@ -221,18 +222,17 @@ def test_tiles_grow_with_m() -> None:
 
 
 @pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
-def test_the_host_launches_it(dtype: DType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_host_launches_it(dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test of the kernel; then from x and a packed weight, its operand made in one launch, to the arguments of the kernel."""
     pytest.importorskip("numba_cuda")
     from numpy_gpu import BF16, array, close, numpy_for_cupy, ops, wanted, weight
 
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(sm100.Blackwell, "serves", lambda own, capability: True)  # the GPU of the fakes is another
     choose.cache_clear()
     with numpy_for_cupy(monkeypatch, False) as gpu:
         packed, x = weight(300, 96, dtype), array(np.random.default_rng(0).standard_normal((7, 96)).astype(BF16))
         close(ops().matmul(x, packed), wanted(x, packed))
-        assert gpu.launched[-2:] == [f"image bfloat16 {dtype}", "gemm"]
+        assert gpu.launched[-2:] == [f"tiles bfloat16 {dtype}", "gemm"]
         assert set(gpu.launched[:-2]) == {"gemm"}  # of the test
         plan = gpu.gemm.to_device(packed).bound(7, "bfloat16").plan
         assert plan.configs == (sm100.Config(dtype, "bfloat16", 32),)
@@ -269,11 +269,6 @@ def compiles(capability: tuple[int, int], config: sm100.Config) -> None:
         word = sm100_layout.instruction_descriptor(config.dtype, config.tokens) | selector
         assert word & 4, "sparse"
         assert f"{word:#x}" in text or not locked("nvidia-cuda-nvrtc", "nvidia-cuda-nvdisasm")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path))
 
 
 @pytest.mark.parametrize(("capability", "config"), SAMPLE, ids=named)

@@ -1,4 +1,4 @@
-"""Hopper's layouts and choices: a model of wgmma.sp multiplies the layouts of arrange and image."""
+"""Hopper's layouts and choices: a model of wgmma.sp multiplies the layouts of arrange and to_tiles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm90, sm90_cost, sm90_launch, sm90_layout
-from slidesparse_nb.arch.operand import image, image_rows, stages
+from slidesparse_nb.arch.operand import from_tiles, stages, to_tiles
 from slidesparse_nb.arch.sm90_layout import arrange, expand, restore
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
@@ -64,7 +64,7 @@ def test_layouts_multiply_to_the_product(pattern: Pattern, dtype: DType, full: b
     n, k, m = 70, 75, 19
     packed = packed_weight(rng, n, k, pattern, dtype, full)
     x = rng.integers(-9, 10, (m, k)).astype(dtype.numpy)
-    arranged, tiles = arrange(packed), image(x, pattern)
+    arranged, tiles = arrange(packed), to_tiles(x, pattern)
     count = stages(pattern, k, dtype)
     assert arranged["values"].shape == (count, 2, 4096)
     assert ("compact" in arranged) == (2 <= pattern.windows <= 7 and (full or dtype.bits == 8))
@@ -89,10 +89,10 @@ def test_layouts_multiply_to_the_product(pattern: Pattern, dtype: DType, full: b
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
 @pytest.mark.parametrize("pattern", [*known_patterns(), Pattern(22, 24)], ids=str)
-def test_image_rows_is_the_inverse_of_image(pattern: Pattern, dtype: DType) -> None:
+def test_from_tiles_is_the_inverse_of_to_tiles(pattern: Pattern, dtype: DType) -> None:
     for m, k in ((19, 75), (8, 64), (1, 1), (0, 16), (3, 0)):
         x = np.random.default_rng(k).integers(-9, 10, (m, k)).astype(dtype.numpy)
-        back = image_rows(image(x, pattern), m, k, pattern, dtype)
+        back = from_tiles(to_tiles(x, pattern), m, k, pattern, dtype)
         np.testing.assert_array_equal(back, x.view(dtype.raw))
 
 

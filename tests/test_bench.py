@@ -124,7 +124,7 @@ def test_a_wrong_kernel_has_no_time(device: bench_device.FakeGpu, monkeypatch: p
 
 def test_a_graph_that_writes_nothing_has_no_time(device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call is right; the clock's launch does not run the calls, as if capture had lost them."""
-    monkeypatch.setattr(device, "burst", lambda launch: [1.0] * 5)
+    monkeypatch.setattr(device, "bursts", lambda launch: [1.0] * 5)
     says(call("--shape", "64,64", "-m", "8", "--dtype", "int8", "--peers", "none"), 4, "results were not written")
 
 
@@ -159,13 +159,13 @@ def test_the_budget_ends_the_run_cleanly(device: bench_device.FakeGpu, tmp_path:
 def test_a_stopped_run_keeps_and_shows_what_it_has(
     device: bench_device.FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stop: signal.Signals, code: int
 ) -> None:
-    def burst(launch: Any) -> list[float]:
+    def bursts(launch: Any) -> list[float]:
         if (tmp_path / "once").exists():
             signal.raise_signal(stop)
         (tmp_path / "once").touch()
         return [10.0] * 5
 
-    monkeypatch.setattr(device, "burst", burst)
+    monkeypatch.setattr(device, "bursts", bursts)
     monkeypatch.setattr(device, "bandwidth", lambda count: {})
     monkeypatch.setattr(device, "unwritten", lambda y: 0)
     monkeypatch.setattr(ours, "check_product", lambda *arrays: None)

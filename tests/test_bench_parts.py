@@ -9,11 +9,13 @@ import pytest
 from bench_device import Device, FakeGpu, stand_in
 
 import slidesparse_nb as ss
+from slidesparse_nb.tuning.clock import CACHES, MOST_CALLS, poison
 from tools.arguments import token_range
 from tools.benchmark import check, gpu, show
-from tools.benchmark.cases import ALL, CACHES, KINDS, MODELS, MOST_CALLS, OURS, Linear, copies, in_turn, is_curve, plan
+from tools.benchmark.cases import ALL, KINDS, MODELS, OURS, Linear, copies, in_turn, is_curve, plan
 from tools.benchmark.peers import FULL, QUICK
 from tools.benchmark.results import CEILINGS, Cell, Results, rows, work
+from tools.documents import rewrite
 
 # ---- clock -----------------------------------------------------------------------------------------------------------
 
@@ -23,8 +25,8 @@ def test_bursts_time_the_device_alone(monkeypatch: pytest.MonkeyPatch, us: float
     """Launches that are queued behind others cost the device's time, not the host's; before each burst it idles."""
     device = Device(lambda at, calls: us)
     made = stand_in(monkeypatch, device)
-    found = made.burst(made.capture([lambda: None]))
-    assert found == pytest.approx([max(us, 5.0)] * 5, rel=0.01)  # the host needs 5 us to queue one
+    found = made.bursts(made.capture([lambda: None]))
+    assert found == pytest.approx([max(us, 5.0)] * 5, rel=0.001)  # the host needs 5 us to queue one
     gaps = np.diff(device.starts)
     assert (gaps[gaps > us + 100] >= 20_000).sum() == (gaps > us + 100).sum() == 5
 
@@ -63,7 +65,7 @@ def test_operands() -> None:
     for dtype in ("bfloat16", "float16"):
         assert made.normal(3, 5, dtype).dtype == np.dtype(dtype)
         y = made.empty(6, 7, dtype)
-        made.poison(y)
+        poison(y)
         assert np.isnan(y.astype(np.float32)).all()
         assert made.unwritten(y) == 42
         y[...] = np.arange(42, dtype=y.dtype).reshape(6, 7)
@@ -248,7 +250,7 @@ def test_what_takes_longer_than_more_tokens_is_named() -> None:
     assert list(show.cliffs(made_up(times))) == [f"FP8 6:8 product, model a: {sentence}"]
 
 
-def test_readme_section(tmp_path: Path) -> None:
+def test_readme_section() -> None:
     results = made_up({16: 10.0, 4096: 14.0})
     results.add(Cell("dense", "gemm", "model", "a", "int8", None, 16, "burst", 9, rows=32))
     results.complete = False
@@ -257,14 +259,18 @@ def test_readme_section(tmp_path: Path) -> None:
         assert f"{line}\n" in text
     assert "time budget; everything shown was measured." in text
     assert "more tokens than m, since they take no fewer: dense INT8 32 at m = 16." in text
+
+
+def test_a_section_of_a_document_is_replaced(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{show.BEGIN.format(show.PUBLISHED[0])}\nold\n{show.END}\nafter\n")
-    assert show.rewrite(page, results)
-    assert page.read_text() == f"before\n{show.BEGIN.format(show.PUBLISHED[0])}\n\n{text}\n{show.END}\nafter\n"
-    assert not show.rewrite(page, results)
-    page.write_text("no markers")
-    with pytest.raises(ss.FormatError, match="must hold the lines"):
-        show.rewrite(page, results)
+    page.write_text("before\n<begin>\nold\n<end>\nafter\n")
+    assert rewrite(page, "<begin>", "<end>", "new\n")
+    assert page.read_text() == "before\n<begin>\n\nnew\n\n<end>\nafter\n"
+    assert not rewrite(page, "<begin>", "<end>", "new\n")
+    for text in ("no lines", "<begin> <begin> <end>", "<end> <begin>"):
+        page.write_text(text)
+        with pytest.raises(ss.FormatError, match="must hold the lines"):
+            rewrite(page, "<begin>", "<end>", "new")
 
 
 def test_a_picture_needs_a_dense_baseline(tmp_path: Path) -> None:

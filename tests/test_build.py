@@ -7,7 +7,7 @@ and element type, the pattern going round so that every tile meets every pattern
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from slidesparse_nb.cuda.jit import cache as jit
 from slidesparse_nb.errors import OperandError
 from tools.cli import main
 
+pytestmark = pytest.mark.usefixtures("module_cache")
+
 Work = tuple[ahead_of_time.Job, tuple[str, str, str, str, int]]
 """How a kernel is built, and what `slidesparse build` says of it."""
 
@@ -35,13 +37,6 @@ CASES = [
     if (d is not FLOAT16 or c == (8, 0)) and (d is FLOAT8 or c != (12, 1))
 ]
 """float16 is bfloat16 with another instruction: once is enough; and 12.1 is 12.0 but for the target of block-scaled float8."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def tiles(capability: tuple[int, int], dtype: DType) -> list[list[Work]]:

@@ -17,7 +17,8 @@ import pytest
 
 import slidesparse_nb as ss
 from slidesparse_nb.checkpoint import Checkpoint
-from slidesparse_nb.checkpoint.safetensors import SafetensorsFile, SafetensorsWriter
+from slidesparse_nb.checkpoint.safetensors import SafetensorsFile
+from slidesparse_nb.checkpoint.safetensors_writer import SafetensorsWriter
 from slidesparse_nb.core import reference
 
 P = ss.Pattern(6, 8)

@@ -20,7 +20,7 @@ from device_cases import awkward_rows
 from numpy_gpu import BF16, F16, F32, Array, Tensor, array, close, empty, gpu, numpy_for_cupy, ops, wanted, weight
 
 from slidesparse_nb.arch import ARCHITECTURES, sm80, sm90
-from slidesparse_nb.arch.operand import image
+from slidesparse_nb.arch.operand import to_tiles
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.activations import QuantizedActivations
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8, PACKED, DType
@@ -39,7 +39,7 @@ def test_matmul(gpu: Any, dtype: DType, source: Any) -> None:
     x = array(awkward_rows(7, 96, F16).astype(source))
     bias = array(np.arange(40, dtype=np.float32))
     close(ops().matmul(x, packed, bias=bias), wanted(x, packed, np.asarray(bias)))
-    form = "image" if gpu.own else "rows" if Scheme.of(dtype).scaled else "copy"
+    form = "tiles" if gpu.own else "rows" if Scheme.of(dtype).scaled else "copy"
     if form == "copy" and source == dtype.numpy:
         assert gpu.launched == ["gemm"]
     else:
@@ -150,7 +150,7 @@ def test_quantized_for_another_pattern(gpu: Any, dtype: DType) -> None:
         reference.quantize(np.asarray(x), dtype) if Scheme.of(dtype).scaled else (np.asarray(x).astype(dtype.numpy), None)
     )
     scale = None if scale is None else array(scale)
-    tiles = array(image(q, Pattern(4, 6)))
+    tiles = array(to_tiles(q, Pattern(4, 6)))
     other = gpu.gemm.TiledActivations(tiles, Pattern(4, 6), 64, scale, (9,), dtype, F32)
     close(ops().matmul(other, packed), wanted(x, packed))
     assert gpu.launched[-1] == "gemm"

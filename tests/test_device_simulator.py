@@ -18,7 +18,7 @@ if not SIMULATED:
         run_in_simulator(__file__)
 
 else:
-    from device_cases import SOURCES, at_address, awkward_rows, bits, imaged, made_on_device, quantized, row_pitch, same, write
+    from device_cases import SOURCES, at_address, awkward_rows, bits, made_on_device, quantized, row_pitch, same, tiled, write
     from fused_cases import check_fused
 
     from slidesparse_nb.arch.operand import STAGE, stages
@@ -105,7 +105,7 @@ else:
             if source.itemsize == 1:
                 with np.errstate(invalid="ignore"):
                     x = reference.quantize(x, dtype)[0]
-            expected, expected_scale = imaged(x, dtype, pattern)
+            expected, expected_scale = tiled(x, dtype, pattern)
             made, scale = (
                 np.full(expected.shape, 0x55, np.uint8),
                 None if expected_scale is None else np.zeros((m, 1), np.float32),
@@ -126,7 +126,7 @@ else:
         made = np.full((stages(pattern, 1032, dtype), 1, 8, STAGE), 0x55, np.uint8)
         scale = np.zeros((1, 1), np.float32)
         launch(1, x, made, scale)
-        np.testing.assert_array_equal(made, imaged(x, dtype, pattern)[0])
+        np.testing.assert_array_equal(made, tiled(x, dtype, pattern)[0])
         if dtype is INT8:
             check_rows(x, dtype, pattern, 48)
 
@@ -138,7 +138,7 @@ else:
             check_rows(placed, FLOAT8, more=48)
         made, scale = made_on_device(placed, dtype, Pattern(6, 8))
         assert (scale is None) == (dtype is BFLOAT16)
-        np.testing.assert_array_equal(made, imaged(placed, dtype, Pattern(6, 8))[0])
+        np.testing.assert_array_equal(made, tiled(placed, dtype, Pattern(6, 8))[0])
 
     def test_long_rows_are_read_twice() -> None:
         k = 8192 * 8 + 8

@@ -12,18 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import slidesparse
 from lacking import LACKS, REASONS, Driver, take_away
 
 import slidesparse_nb as ss
 from slidesparse_nb import doctor
 from slidesparse_nb.cuda import driver
-from tools.cli import main
 
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def states() -> dict[str, tuple[str, str]]:
@@ -33,7 +29,7 @@ def states() -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize("part", LACKS)
 def test_what_is_absent_is_no_failure(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     take_away(part, monkeypatch)
-    done = CliRunner().invoke(main, ["doctor"])
+    done = slidesparse("doctor")
     assert done.exit_code == 0, done.output
     lines = {line[7:27].strip(): line for line in done.stdout.splitlines()[:-1]}
     assert done.stdout.splitlines()[-1] == "nothing is broken; NumPy arrays are computed on the CPU, and no GPU is used"
@@ -56,7 +52,7 @@ def test_what_is_broken_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "file"))
     right = doctor.ops.matmul
     monkeypatch.setattr(doctor.ops, "matmul", lambda *args, **kwargs: right(*args, **kwargs) * 1.001)
-    done = CliRunner().invoke(main, ["doctor", "--json"])
+    done = slidesparse("doctor", "--json")
     assert done.exit_code == 1
     found = {finding["part"]: (finding["state"], finding["text"]) for finding in json.loads(done.stdout)}
     assert found["driver"] == ("ok", "supports CUDA 12.4")

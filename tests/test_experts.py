@@ -15,6 +15,7 @@ import models
 import numpy as np
 import pytest
 from cases import SMALL, Array
+from faults import interrupting
 from hypothesis import given
 from hypothesis import strategies as st
 from toy_pruner import Toy
@@ -342,11 +343,7 @@ def test_blocks_and_interruptions_change_nothing(
         packed = ss.load(tmp_path / "whole")[next(iter(logical))]
         assert len({p.meta.tobytes() for p in packed}) == E  # type: ignore[union-attr]
     unit_bytes(7 * 2 * D)
-
-    def stop(phase: str, done: int, total: int) -> None:
-        if done > total // 2:
-            raise KeyboardInterrupt
-
+    stop = interrupting(lambda phase, done, total: done > total // 2)
     with pytest.raises(KeyboardInterrupt):
         ss.pack_checkpoint(source, tmp_path / "out", options, ss.Run(progress=stop, max_workers=2))
     assert ss.pack_checkpoint(source, tmp_path / "out", options, ss.Run(resume=True, max_workers=2)).resumed

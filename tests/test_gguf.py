@@ -11,12 +11,11 @@ from typing import Any
 import models
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import slidesparse
 from gguf_models import HEAD, HEADS, HIDDEN, INNER, KV_HEADS, VOCABULARY, write
 
 import slidesparse_nb as ss
 from slidesparse_nb.checkpoint import Checkpoint
-from tools.cli import main
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
@@ -149,7 +148,7 @@ def test_truncated_and_damaged_files_get_a_sentence(tmp_path: Path) -> None:
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(path := tmp_path / "m.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    done = CliRunner().invoke(main, ["pack", str(path)])
+    done = slidesparse("pack", path)
     assert done.exit_code == 5
     assert done.stderr.count("\n") == 1
     assert done.stderr.endswith("the library gguf is needed (import of gguf halted; None in sys.modules); pip install gguf\n")

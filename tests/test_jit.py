@@ -11,22 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner
+from commands import slidesparse
 
 from slidesparse_nb import doctor, env
 from slidesparse_nb.cuda.jit import cache as jit
 from slidesparse_nb.cuda.jit import nvrtc
 from slidesparse_nb.errors import UnsupportedError
-from tools.cli import main
 
 SOURCE, DEFINES, ARCH = "common/rows.cu", {"FROM": 4, "TO": 2, "LIFT": 0}, "sm_80"
 SOURCES = sorted(str(p.relative_to(jit.source_folder())) for p in jit.source_folder().rglob("*.cu"))
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -199,7 +192,7 @@ def test_compilers_that_are_too_old(installed: dict[str, tuple[int, int]], monke
     finding = next(finding for finding in doctor.diagnose() if finding.part == "NVRTC")
     assert finding.state == "broken"
     assert finding.text.startswith(sentence)
-    done = CliRunner().invoke(main, ["build", "--arch", "sm_90", "--pattern", "6:8", "--dtype", "int8"])
+    done = slidesparse("build", "--arch", "sm_90", "--pattern", "6:8", "--dtype", "int8")
     assert done.exit_code == 5
     assert done.stderr.startswith(f"error: {sentence}")
     assert done.stderr.count("\n") == 1

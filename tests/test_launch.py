@@ -72,8 +72,10 @@ class Driver:
         return self.statuses.pop(0) if self.statuses else 0
 
 
-def launcher(driver: Driver) -> Launcher:
-    return Launcher(SimpleNamespace(ptr=0x7F00_1234_5678), ["integer"] * driver.parameters, driver.function)
+def launcher(driver: Driver, types: list[str] | None = None) -> Launcher:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "driver", lambda: SimpleNamespace(cuLaunchKernelEx=driver.function))
+        return Launcher(SimpleNamespace(ptr=0x7F00_1234_5678), types or ["integer"] * driver.parameters)
 
 
 def test_structures_are_as_large_as_the_drivers() -> None:
@@ -103,7 +105,7 @@ def test_what_the_driver_sees(parameters: int, programmatic: bool) -> None:
 
 def test_an_address_may_have_its_highest_bit_set() -> None:
     driver = Driver(2)
-    Launcher(SimpleNamespace(ptr=1), ["address", "integer"], driver.function)((1, 1, 1), (32, 1, 1), 0, 0, False, 2**64 - 2, -3)
+    launcher(driver, ["address", "integer"])((1, 1, 1), (32, 1, 1), 0, 0, False, 2**64 - 2, -3)
     assert driver.seen[0]["arguments"] == (-2, -3)
 
 
@@ -121,10 +123,11 @@ def test_a_slot_is_used_again_and_keeps_nothing() -> None:
 def test_threads_and_finalizers_never_share_a_slot() -> None:
     """A launch that is made while another is under way, from another thread or from the same one, leaves it alone."""
     inner = Driver(3)
+    run_inside = launcher(inner)
 
     class Nested(Driver):
         def _launch(self, config: int, function: int, parameters: int, extra: int | None) -> int:
-            launcher(inner)((9, 9, 9), (9, 9, 9), 9, 9, True, 9, 9, 9)
+            run_inside((9, 9, 9), (9, 9, 9), 9, 9, True, 9, 9, 9)
             return super()._launch(config, function, parameters, extra)
 
     outer = Nested(3)

@@ -30,15 +30,9 @@ from slidesparse_nb.cuda.kernels.quantize import KINDS
 from slidesparse_nb.cuda.kernels.quantize_stages import Variant
 
 COMPILERS = "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink"
+pytestmark = pytest.mark.usefixtures("module_cache")
+
 ARCHITECTURES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory):
-    """A cache folder of its own, so that everything is compiled now."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def text(kernel: numba.Kernel, capability: tuple[int, int]) -> str:

@@ -135,7 +135,7 @@ def test_int8_sums_are_exact_whatever_the_windows_hold(pattern: str) -> None:
     """1024 columns, as many largest products over them as windows can store, one of them odd; then others that cancel them."""
     form = Pattern.of(pattern)
     k = 4096
-    slots = form.slid_k(k) // 2
+    slots = form.expanded_k(k) // 2
     windows = form.lift_index(k).reshape(-1, 4)
     index = np.zeros((slots // 2, 2), np.intp)
     index[:, 1] = 1

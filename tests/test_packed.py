@@ -114,10 +114,10 @@ def test_shapes_of_numpy_integers(packed: PackedWeight) -> None:
 @pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(6, 8)], ids=str)
 def test_int8_sums_that_could_overflow(pattern: Pattern) -> None:
     """128 * 128 * slots must stay below 2^31."""
-    longest = max(k for k in range(262_000, 262_200) if pattern.slid_k(k) < 2**18) if pattern.group == 4 else 174_752
-    assert pattern.slid_k(longest) < 2**18 <= pattern.slid_k(longest + pattern.slice_unit)
+    longest = max(k for k in range(262_000, 262_200) if pattern.expanded_k(k) < 2**18) if pattern.group == 4 else 174_752
+    assert pattern.expanded_k(longest) < 2**18 <= pattern.expanded_k(longest + pattern.slice_unit)
     for k, fits in ((longest, True), (longest + pattern.slice_unit, False)):
-        ks = pattern.slid_k(k)
+        ks = pattern.expanded_k(k)
         packed = PackedWeight(
             np.zeros((1, ks // 2), np.int8), np.full((1, ks // 8), 0x44, np.uint8), np.ones((1, 1), np.float32),
             pattern, (1, k), INT8,

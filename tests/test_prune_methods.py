@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import drop_two, weights
-from click.testing import CliRunner
-from faults import failing, killed
-from models import MODULES, folder, tensors, write
+from cases import inputs, weights
+from models import write
 
 import slidesparse_nb as ss
 from slidesparse_nb import FormatError, OperandError, Pattern, UnsupportedError
 from slidesparse_nb.core import reference
-from slidesparse_nb.pruning.refine import admm, least_squares
+from slidesparse_nb.pruning import refine
 from slidesparse_nb.pruning.run import relative_error
 from slidesparse_nb.pruning.sparsegpt import InverseFactor, inverse_factor, sparsegpt, to_grid
-from slidesparse_nb.pruning.statistics import Moments, Statistics, crc32
+from slidesparse_nb.pruning.statistics import Moments, Statistics
 from slidesparse_nb.pruning.wanda import wanda
-from tools.cli import main
 
 PATTERNS = ["2:4", "4:6", "6:8", "8:10", "6:8 pairs"]
 patterns = pytest.mark.parametrize("pattern", PATTERNS)
-
-
-def inputs(tokens: int, k: int, seed: int = 0) -> Any:
-    """Correlated activations whose columns differ in size: float32 [tokens, k]."""
-    rng = np.random.default_rng(seed)
-    mixed = rng.standard_normal((tokens, k)) @ (np.eye(k) + 0.2 * rng.standard_normal((k, k)))
-    return (mixed * np.exp(rng.standard_normal(k))).astype(np.float32)
 
 
 def gram(x: Any) -> Any:
@@ -113,14 +102,15 @@ def test_sparsegpt_is_the_papers(pattern: str, k: int) -> None:
 
 
 @patterns
-def test_retained_weights_are_those_of_least_squares(pattern: str) -> None:
+def test_retained_weights_are_those_of_least_squares(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row by row, the normal equations of the columns that stay, in float64; ten steps go most of the way."""
     x, w = inputs(600, 77), np.random.default_rng(2).standard_normal((6, 77)).astype(np.float32)
     h = gram(x).astype(np.float64)
     h += 0.1 * np.diag(np.diag(h))
     first = sparsegpt(w, gram(x), pattern, refined=False)
     some = sparsegpt(w, gram(x), pattern, keep=first != 0)
-    many = least_squares(first.T, w.T, (h / h.diagonal().mean()).astype(np.float32), (first != 0).T, 200).T
+    monkeypatch.setattr(refine, "STEPS", 200)
+    many = refine.least_squares(first.T, w.T, (h / h.diagonal().mean()).astype(np.float32), (first != 0).T).T
     best = np.zeros(w.shape)
     for row, stays, dense in zip(best, first != 0, w, strict=True):
         row[stays] = np.linalg.solve(h[np.ix_(stays, stays)], h[stays] @ dense)
@@ -154,7 +144,7 @@ def test_a_better_mask_is_that_of_admm(pattern: str) -> None:
     h += 0.1 * np.diag(np.diag(h))
     first = sparsegpt(w, gram(x), pattern, refined=False)
     start = sparsegpt(w, gram(x), pattern, keep=first != 0)
-    _, mask = admm(start.T, w.T, (h / h.diagonal().mean()).astype(np.float32), of)
+    _, mask = refine.admm(start.T, w.T, (h / h.diagonal().mean()).astype(np.float32), of)
     assert (plain_admm(w, h, start, of) == mask.T).all(axis=1).mean() > 0.9, "float32 does not tell all weights apart"
     found = sparsegpt(w, gram(x), pattern)
     assert not len(reference.violations(found, of))
@@ -190,12 +180,6 @@ def test_pack_prunes_by_wanda(pattern: str) -> None:
     ss.verify(packed, w, prune="wanda", statistics=norms)
     if "pairs" not in pattern:
         assert (ss.unpack(ss.pack(w, pattern, prune="wanda", statistics=norms)) == wanda(w, norms, pattern)).all()
-
-
-def test_pack_says_which_command_prunes_by_wanda(tmp_path: Path) -> None:
-    source = write(tmp_path / "m.safetensors", {"a.weight": np.ones((4, 16), np.float32)})
-    result = CliRunner().invoke(main, ["pack", str(source), "--prune", "wanda"])
-    assert (result.exit_code, "run `slidesparse prune --method wanda`, and pack that" in result.stderr) == (2, True)
 
 
 def test_equal_costs_leave_the_leftmost() -> None:
@@ -297,6 +281,20 @@ def test_a_factor_serves_several_layers_and_masks() -> None:
     assert error(w, made_up, x) < error(w, w * mask, x)
 
 
+@pytest.mark.filterwarnings("error")
+def test_huge_and_tiny_weights_are_pruned_alike() -> None:
+    x, w = inputs(300, 48), np.random.default_rng(5).standard_normal((6, 48)).astype(np.float32)
+    norms = np.sqrt((x**2).mean(axis=0))
+    by_norm, second = wanda(w, norms, "6:8"), sparsegpt(w, gram(x), "6:8")
+    for power in (100, -100):
+        other = np.ldexp(w, power)
+        np.testing.assert_array_equal(sparsegpt(other, gram(x), "6:8"), np.ldexp(second, power))
+        np.testing.assert_array_equal(wanda(other, np.ldexp(norms, power), "6:8"), np.ldexp(by_norm, power))
+        assert relative_error(other, np.ldexp(second, power), gram(x)) == pytest.approx(relative_error(w, second, gram(x)))
+    with pytest.raises(OperandError, match=r"^w: a weight that makes up for others overflows float32; raise the damping"):
+        sparsegpt(np.full((2, 8), 3e38, np.float32), np.ones((8, 8)) + 1e-3 * np.eye(8), "6:8")
+
+
 # ---- statistics --------------------------------------------------------------------------------------------------
 
 
@@ -353,307 +351,3 @@ def test_files_that_are_no_statistics(tmp_path: Path) -> None:
         path = write(tmp_path / "s.safetensors", parts, metadata)
         with pytest.raises(FormatError, match=message):
             Statistics.load(path)
-
-
-# ---- checkpoints, without a text ---------------------------------------------------------------------------------
-
-
-def made_up_statistics(path: Path, parts: dict[str, Any], *, hessians: bool) -> Statistics:
-    """Statistics of a random text for every layer of a made-up decoder; q/k/v share theirs."""
-    found = Statistics()
-    for name, w in parts.items():
-        module = name.removesuffix(".weight")
-        if not module.endswith(MODULES):
-            continue
-        first = module.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
-        found.inputs[module] = first
-        if first not in found.moments:
-            found.moments[first] = Moments.empty(first, w.shape[1], gram=hessians)
-            found.moments[first].add(inputs(300, w.shape[1], seed=len(found.moments)))
-    found.save(path)
-    return found
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-def test_a_pruned_checkpoint(dtype: Any, method: str, tmp_path: Path) -> None:
-    parts = tensors(dtype, prune=None)
-    source, out, file = folder(tmp_path / "in", parts, shards=2), tmp_path / "out", tmp_path / "s.safetensors"
-    found = made_up_statistics(file, parts, hessians=method == "sparsegpt")
-    options = ss.PruneOptions(method=method, statistics=None if method == "magnitude" else file)
-    report = ss.prune_checkpoint(source, out, options)
-    assert report.verified
-    assert {m.name for m in report.modules} == found.inputs.keys()
-    made = ss.load(out)
-    assert made.keys() == parts.keys()
-    for name, w in parts.items():
-        got, module = made[name], name.removesuffix(".weight")
-        assert isinstance(got, np.ndarray)
-        assert (got.dtype, got.shape) == (w.dtype, w.shape)
-        if module not in found.inputs:
-            assert got.tobytes() == w.tobytes()
-        elif method == "sparsegpt":
-            wanted = sparsegpt(w, found.of(module).hessian, "6:8").astype(dtype)
-            np.testing.assert_array_equal(got.astype(np.float32), wanted.astype(np.float32))
-            x_squared = found.of(module).hessian
-            lost = got.astype(np.float64) - w.astype(np.float64)
-            whole = np.sum(w.astype(np.float64) @ x_squared * w.astype(np.float64))
-            assert report.errors[module] == pytest.approx(np.sum(lost @ x_squared * lost) / whole, rel=1e-3)
-        else:
-            wanted = reference.prune(w, Pattern(6, 8)) if method == "magnitude" else wanda(w, found.of(module).norms, "6:8")
-            np.testing.assert_array_equal(got.astype(np.float32), wanted.astype(np.float32))
-    ss.pack_checkpoint(out, tmp_path / "packed")  # which prunes nothing, and refuses what breaks the pattern
-    assert ss.prune_checkpoint(source, out, options, ss.Run(resume=True)).already_complete
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "packed", "s.safetensors"]
-
-
-def test_killed_anywhere_it_goes_on(tmp_path: Path) -> None:
-    parts = tensors(prune=None)
-    source, file = folder(tmp_path / "in", parts), tmp_path / "s.safetensors"
-    made_up_statistics(file, parts, hessians=True)
-    options = ss.PruneOptions(method="sparsegpt", statistics=file)
-    ss.prune_checkpoint(source, whole := tmp_path / "whole", options)
-    kills = 0
-    for at in (1, 2, 3, 5, 8, 13, 21, 34, 55, 200):
-        out = tmp_path / f"out{at}"
-        if killed(lambda out=out: ss.prune_checkpoint(source, out, options), at):
-            kills += 1
-        ss.prune_checkpoint(source, out, options, ss.Run(resume=True))
-        assert contents(out) == contents(whole)
-    assert kills > 7
-    assert not list(tmp_path.glob("out*.*"))
-
-
-def test_scores_and_masks_made_elsewhere(tmp_path: Path) -> None:
-    parts = {f"layers.0.{name}.weight": weights((12, 16), seed=i) for i, name in enumerate(("a_proj", "b_proj", "up_proj"))}
-    source, file, out = write(tmp_path / "m.safetensors", parts), tmp_path / "scores.safetensors", tmp_path / "out.safetensors"
-    names, rng = [*parts], np.random.default_rng(0)
-    mask = drop_two(np.ones((12, 16), np.int8), Pattern(6, 8)).astype(np.bool_)
-    mask[:, 0] = False
-    given = {names[0]: rng.random((12, 16)), "layers.0.b_proj": mask, names[2]: mask.astype(np.float32)}
-    report = ss.prune_checkpoint(source, out, ss.PruneOptions(scores=write(file, given)))
-    made = ss.load(out)
-    first, score = parts[names[0]], given[names[0]]
-    wanted = reference.prune(first, Pattern(6, 8), np.where(first == 0, -1, score))
-    np.testing.assert_array_equal(made[names[0]], wanted)
-    for name in names[1:]:
-        np.testing.assert_array_equal(made[name], parts[name] * mask)
-    assert report.prune == "scores"
-    out.unlink()
-    for change, error, message in (
-        ({names[0]: np.ones((12, 16), np.bool_)}, ss.PatternError, r"layers\.0\.a_proj\.weight: its mask leaves more than 6"),
-        ({names[0]: np.full((12, 16), -1.0)}, OperandError, r"layers\.0\.a_proj\.weight: prune: score -1\.0 at row 0"),
-        ({names[0]: np.ones((12, 15))}, OperandError, r"layers\.0\.a_proj\.weight: prune: scores of shape \(12, 15\)"),
-        ({"layers.0.d_proj": mask}, OperandError, r"scores: 'layers\.0\.d_proj' is no module that is pruned"),
-        ({"layers.0.a_proj": mask}, OperandError, r"scores: 'layers\.0\.a_proj' is there with \.weight and without"),
-        ({names[0]: None}, OperandError, r"scores: have none for 'layers\.0\.a_proj'"),
-    ):
-        write(file, {name: a for name, a in {**given, **change}.items() if a is not None})
-        with pytest.raises(error, match=f"^{message}"):
-            ss.prune_checkpoint(source, out, ss.PruneOptions(scores=file))
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors", "scores.safetensors"]
-
-
-def test_options_that_do_not_go_together(tmp_path: Path) -> None:
-    for given, message in (
-        ({}, "method: '' must be one of magnitude, wanda, sparsegpt"),
-        ({"method": "random"}, "method: 'random' must be one of"),
-        ({"method": "wanda"}, "method: wanda needs a calibration text, or statistics"),
-        ({"method": "wanda", "calibration": "a", "statistics": "b"}, "method: wanda needs"),
-        ({"method": "magnitude", "calibration": "a"}, "calibration: is of methods wanda and sparsegpt; leave it out"),
-        ({"method": "magnitude", "scores": "a"}, "scores: take the place of method 'magnitude'"),
-        ({"method": "wanda", "calibration": "a", "scheme": "int8"}, "scheme: is of method sparsegpt"),
-        ({"method": "sparsegpt", "calibration": "a", "scheme": "int9"}, "scheme: 'int9' is not a packed type"),
-        ({"method": "wanda", "calibration": "a", "damping": 0.1}, "damping: is of method sparsegpt; leave it out"),
-        ({"method": "sparsegpt", "calibration": "a", "damping": "a"}, "damping: 'a' must be a share of the diagonal"),
-        ({"method": "sparsegpt", "calibration": "a", "device": "tpu"}, "device: 'tpu' must be one of cpu, cuda"),
-        ({"method": "sparsegpt", "calibration": "a", "window": 0}, "window: 0 must be a whole number of at least 1"),
-        ({"method": "sparsegpt", "calibration": "a", "window": 1.5}, r"window: 1\.5 must be a whole number"),
-        ({"method": "sparsegpt", "calibration": "a", "tokens": "300"}, "tokens: '300' must be a whole number"),
-        ({"method": "sparsegpt", "calibration": "a", "tokens": 9}, "tokens: 9 must be at least one window of 2048"),
-        ({"method": "magnitude", "pattern": "2:8"}, "pattern: 2:8 is not of the form.*6:8 here"),
-    ):
-        with pytest.raises(OperandError, match=f"^{message}"):
-            ss.PruneOptions(**given)  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedError, match=r"^scheme: W4A8 has scales along k"):
-        ss.PruneOptions(method="sparsegpt", calibration="a", scheme="W4A8")
-    source = write(tmp_path / "m.safetensors", {"a.weight": np.ones((4, 16), np.float32)})
-    file = tmp_path / "s.safetensors"
-    Statistics({"a": "a"}, {"a": Moments.empty("a", 16, gram=True)}).save(file)
-    with pytest.raises(OperandError, match=r"^max_shard_size: out\.safetensors is one file and is not split"):
-        ss.prune_checkpoint(source, tmp_path / "out.safetensors", ss.PruneOptions(method="magnitude", max_shard_size=1000))
-    with pytest.raises(OperandError, match=r"^'a': no token of the calibration text reaches it"):
-        ss.prune_checkpoint(source, tmp_path / "out.safetensors", ss.PruneOptions(method="sparsegpt", statistics=file))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors", "s.safetensors"]
-
-
-def test_options_of_another_kind_are_refused(tmp_path: Path) -> None:
-    source = write(tmp_path / "m.safetensors", {"a.weight": np.ones((4, 16), np.float32)})
-    for call, message in (
-        (lambda: ss.prune_checkpoint(source, tmp_path / "out", {}), r"options: dict must be slidesparse_nb\.PruneOptions"),  # type: ignore[arg-type]
-        (lambda: ss.prune_checkpoint(source, tmp_path / "out", None, {}), r"run: dict must be slidesparse_nb\.Run"),  # type: ignore[arg-type]
-        (lambda: ss.collect_statistics(source, tmp_path / "out", ss.Options()), "options: Options must be"),  # type: ignore[arg-type]
-    ):
-        with pytest.raises(OperandError, match=f"^{message}"):
-            call()
-
-
-@pytest.mark.filterwarnings("error")
-def test_huge_and_tiny_weights_are_pruned_alike() -> None:
-    x, w = inputs(300, 48), np.random.default_rng(5).standard_normal((6, 48)).astype(np.float32)
-    norms = np.sqrt((x**2).mean(axis=0))
-    by_norm, second = wanda(w, norms, "6:8"), sparsegpt(w, gram(x), "6:8")
-    for power in (100, -100):
-        other = np.ldexp(w, power)
-        np.testing.assert_array_equal(sparsegpt(other, gram(x), "6:8"), np.ldexp(second, power))
-        np.testing.assert_array_equal(wanda(other, np.ldexp(norms, power), "6:8"), np.ldexp(by_norm, power))
-        assert relative_error(other, np.ldexp(second, power), gram(x)) == pytest.approx(relative_error(w, second, gram(x)))
-    with pytest.raises(OperandError, match=r"^w: a weight that makes up for others overflows float32; raise the damping"):
-        sparsegpt(np.full((2, 8), 3e38, np.float32), np.ones((8, 8)) + 1e-3 * np.eye(8), "6:8")
-
-
-def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
-    parts, file, out = tensors(prune=None), tmp_path / "s.safetensors", tmp_path / "out"
-    source = folder(tmp_path / "in", parts)
-    found = made_up_statistics(file, parts, hessians=False)
-    options = ss.PruneOptions(method="wanda", statistics=file)
-    report = ss.prune_checkpoint(source, out, options)
-    assert any("does not say of which model its statistics are" in note for note in report.notes)
-    found.model = {name: crc32(w) for name, w in parts.items()}
-    found.save(file)
-    assert not ss.prune_checkpoint(source, out, options, ss.Run(overwrite=True)).notes
-    changed = next(name for name in parts if name.removesuffix(".weight") not in found.inputs)
-    parts[changed] = parts[changed] + 1
-    with pytest.raises(OperandError, match=f"^statistics: are of another model, whose '{changed}' holds other numbers"):
-        ss.prune_checkpoint(folder(tmp_path / "other", parts), tmp_path / "x", options)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "other", "out", "s.safetensors"]
-
-
-@pytest.mark.parametrize("broken", ["cut", "zeros"])
-def test_a_broken_part_costs_itself_alone(broken: str, tmp_path: Path) -> None:
-    parts, file, out = tensors(prune=None), tmp_path / "s.safetensors", tmp_path / "out"
-    source = folder(tmp_path / "in", parts)
-    made_up_statistics(file, parts, hessians=True)
-    options = ss.PruneOptions(method="sparsegpt", statistics=file)
-    ss.prune_checkpoint(source, whole := tmp_path / "whole", options)
-
-    def stop(phase: str, done: int, total: int) -> None:
-        if phase == "writing":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt, match="--resume continues"):
-        ss.prune_checkpoint(source, out, options, ss.Run(progress=stop))
-    made = sorted((tmp_path / "out.blocks").glob("*.safetensors"))
-    before = {path: path.stat().st_mtime_ns for path in made}
-    data = bytearray(made[1].read_bytes())
-    data[-1000:-900] = bytes(100)
-    made[1].write_bytes(data[:100] if broken == "cut" else data)
-    with pytest.raises(OperandError, match="was started with other options"):  # which loses nothing
-        ss.prune_checkpoint(source, out, replace(options, pattern="2:4"), ss.Run(resume=True))  # type: ignore[arg-type]
-    with pytest.raises(KeyboardInterrupt):
-        ss.prune_checkpoint(source, out, options, ss.Run(resume=True, progress=stop))
-    assert [path for path in made if path.stat().st_mtime_ns != before[path]] == [made[1]]
-    made[0].write_bytes(b"")
-    report = ss.prune_checkpoint(source, out, options, ss.Run(resume=True))
-    assert "1 block of the run before had been damaged, and had to be made again" in report.notes
-    assert contents(out) == contents(whole)
-    assert len(report.errors) == len(report.modules)
-
-
-def test_a_full_disk_and_a_failed_resume_lose_nothing(tmp_path: Path) -> None:
-    parts, file, out = tensors(prune=None), tmp_path / "s.safetensors", tmp_path / "out"
-    source = folder(tmp_path / "in", parts)
-    made_up_statistics(file, parts, hessians=True)
-    options = ss.PruneOptions(method="sparsegpt", statistics=file)
-    for at in (1, 2, 3):
-        with failing(at, lasting=True), pytest.raises(OSError, match=r"cannot be written .*; name another place"):
-            ss.prune_checkpoint(source, out, options)
-        assert not list(tmp_path.glob("out*"))
-    with failing(40, lasting=True), pytest.raises(OSError, match=r"No space .*; what is done is kept in .*resume"):
-        ss.prune_checkpoint(source, out, options)
-    done = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out.blocks").glob("*.safetensors"))]
-    assert done
-
-    def fail(phase: str, done: int, total: int) -> None:
-        raise OperandError("as when a model is gone")
-
-    with pytest.raises(OperandError, match="as when a model is gone"):
-        ss.prune_checkpoint(source, out, options, ss.Run(resume=True, progress=fail))
-    after = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out.blocks").glob("*.safetensors"))]
-    assert after[: len(done)] == done
-    ss.prune_checkpoint(source, out, options, ss.Run(resume=True))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "s.safetensors"]
-
-
-def test_values_beyond_float16_are_kept_for_pack_to_refuse(tmp_path: Path) -> None:
-    w, file = weights((8, 16)) * np.float32(1e6), tmp_path / "s.safetensors"
-    source, out = write(tmp_path / "m.safetensors", {"a.weight": w}), tmp_path / "out.safetensors"
-    moments = Moments.empty("a", 16, gram=True)
-    moments.add(inputs(100, 16))
-    Statistics({"a": "a"}, {"a": moments}).save(file)
-    ss.prune_checkpoint(source, out, ss.PruneOptions(method="sparsegpt", statistics=file, scheme="FP16"))
-    with pytest.raises(UnsupportedError, match="overflows float16"):
-        ss.pack_checkpoint(out, tmp_path / "packed.safetensors", ss.Options(scheme="FP16"))
-
-
-def test_what_is_not_pruned(tmp_path: Path) -> None:
-    eight = {"a.weight": np.ones((4, 16), np.int8), "a.weight_scale": np.ones((4, 1), np.float32)}
-    bad = {"a.weight": np.full((4, 16), np.inf, np.float32)}
-    for parts, message in (
-        (eight, "already quantized to int8|is I8 with a scale"),
-        (bad, r"a\.weight: w: inf at row 0, column 0"),
-    ):
-        source = write(tmp_path / "m.safetensors", parts)
-        with pytest.raises(UnsupportedError, match=message):
-            ss.prune_checkpoint(source, tmp_path / "out.safetensors", ss.PruneOptions(method="magnitude"))
-        assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
-
-
-def test_patterns_in_another_tools_words(tmp_path: Path) -> None:
-    source = folder(
-        tmp_path / "in",
-        config={
-            "quantization_config": {
-                "quant_method": "compressed-tensors",
-                "sparsity_config": {"format": "dense", "sparsity_structure": "2:8"},
-            }
-        },
-    )
-    (source / "recipe.yaml").write_text(
-        'sparsity_stage:\n  SparseGPTModifier:\n    mask_structure: "2:10"\n  other:\n    mask_structure: 2:4\n'
-    )
-    for report in (
-        ss.prune_checkpoint(source, tmp_path / "out", ss.PruneOptions(method="magnitude")),
-        ss.pack_checkpoint(source, tmp_path / "packed"),
-    ):
-        told = [note for note in report.notes if "counts zeros" in note]
-        assert [note.rpartition(", ")[2] for note in told] == ["6:8 here", "8:10 here"]
-        assert "sparsity_structure '2:8' counts zeros, as llm-compressor does: 2 in 8" in told[0]
-
-
-def test_the_command(tmp_path: Path) -> None:
-    source, out = folder(tmp_path / "in", tensors(prune=None)), tmp_path / "out"
-
-    def call(*arguments: object) -> Any:
-        return CliRunner().invoke(main, [str(a) for a in arguments])
-
-    line = ["prune", source, "-o", out, "--method", "magnitude", "--pattern", "4:6"]
-    done = call(*line, "-v")
-    assert done.exit_code == 0, done.output
-    assert "14 modules, 46,080 weights at 4:6 (2 zeros in 6) by magnitude; 4 left dense" in done.stdout
-    assert "model.layers.1.mlp.gate: left dense (a router)" in done.stdout
-    assert call("pack", out, "-o", tmp_path / "packed", "--pattern", "4:6").exit_code == 0
-    assert call("pack", out, "-o", tmp_path / "other", "--pattern", "2:4").exit_code == 3
-    again = call(*line)
-    assert (again.exit_code, "--overwrite replaces it" in again.stderr) == (2, True)
-    assert call(*line, "--overwrite", "--json").exit_code == 0
-    assert "complete already" in call(*line, "--resume").stdout
-    save = ["--save-statistics", tmp_path / "s"]
-    for given in (["--method", "wanda"], [*save, "-o", out], ["--statistics", "none"], []):
-        assert call("prune", source, *given).exit_code == 2
-    damped = call("prune", source, *save, "--method", "sparsegpt", "--calibration", source / "config.json", "--damping", 1)
-    assert (damped.exit_code, "prunes nothing: leave out --damping" in damped.stderr) == (2, True)

@@ -13,14 +13,14 @@ import models
 import numpy as np
 import pytest
 from cases import weights
-from click.testing import CliRunner
+from commands import slidesparse
+from faults import interrupting
 from toy_pruner import Toy
 
 import slidesparse_nb as ss
 from slidesparse_nb import OperandError, Pattern, VerificationError, pack, unpack, verify
 from slidesparse_nb.core import prune as pruning
 from slidesparse_nb.core import reference
-from tools.cli import main
 
 
 @pytest.fixture
@@ -177,11 +177,7 @@ def test_statistics_of_a_checkpoint(toy: Toy, tmp_path: Path, format: str, unit_
     with pytest.raises(OperandError, match=r"^model\.layers\..*: statistics: are missing; prune='toy' needs one number"):
         ss.pack_checkpoint(source, out, ss.Options(**options, skip_bad=True))
     chosen, others = (ss.Options(**options, statistics=s) for s in (norms, {name: a[::-1] for name, a in norms.items()}))
-
-    def stop(phase: str, done: int, total: int) -> None:
-        if done:
-            raise KeyboardInterrupt
-
+    stop = interrupting(lambda phase, done, total: done > 0)
     with pytest.raises(KeyboardInterrupt):
         ss.pack_checkpoint(source, out, chosen, ss.Run(progress=stop))
     with pytest.raises(OperandError, match="was started with other options"):
@@ -200,6 +196,6 @@ def test_a_new_method_on_the_command_line(toy: Toy, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Toy, "scores", lambda self, w, *_: 1 / (1 + np.abs(w)))
     source = models.folder(tmp_path / "in", models.tensors(prune=None))
     for method, code in {"toy": 0, "sgd": 2}.items():
-        result = CliRunner().invoke(main, ["pack", str(source), "-o", str(tmp_path / method), "--prune", method])
+        result = slidesparse("pack", source, "-o", tmp_path / method, "--prune", method)
         assert result.exit_code == code, result.output
     assert "prune: 'sgd' must be one of none, magnitude, random, wanda, toy" in result.stderr

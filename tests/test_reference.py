@@ -23,7 +23,7 @@ def check_slide(w: np.ndarray, pattern: Pattern) -> None:
     """Everything that must hold of slide, lift, compress and their inverses, for int8 w [n, k]."""
     n, k = w.shape
     slid = reference.slide(w, pattern)
-    assert slid.shape == (n, pattern.slid_k(k))
+    assert slid.shape == (n, pattern.expanded_k(k))
     windows = slid.reshape(n, slid.shape[1] // 4, 4)
     assert (np.count_nonzero(windows, axis=2) <= 2).all()
     assert (reference.unslide(slid, pattern, k) == w).all()

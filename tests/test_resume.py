@@ -17,7 +17,7 @@ import pytest
 from faults import contents, failing, killed
 
 import slidesparse_nb as ss
-from slidesparse_nb.convert import write as streaming
+from slidesparse_nb.convert import staging, write
 
 START_OVER = {"overwrite": True}
 
@@ -113,8 +113,8 @@ def test_a_resumed_run_makes_again_only_what_is_missing(
     kept = len((source.parent / "out.journal").read_bytes().splitlines()) - 1
     assert kept > 20
     made: list[Any] = []
-    real = streaming._write
-    monkeypatch.setattr(streaming, "_write", lambda *args: (made.append(args), real(*args))[1])
+    real = write._write
+    monkeypatch.setattr(write, "_write", lambda *args: (made.append(args), real(*args))[1])
     assert pack(source, resume=True).resumed
     first = len(made)
     shutil.rmtree(source.parent / "out")
@@ -265,7 +265,7 @@ def test_a_journal_cut_in_its_first_line_blocks_nothing(source: Path, small_unit
 
 
 def test_a_journal_that_is_removed_before_it_is_locked_is_made_anew(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, opened = streaming.fcntl.flock, []
+    real, opened = staging.fcntl.flock, []
 
     def flock(file: object, how: int) -> None:
         opened.append(file)
@@ -274,7 +274,7 @@ def test_a_journal_that_is_removed_before_it_is_locked_is_made_anew(source: Path
         real(file, how)
 
     with monkeypatch.context() as patched:
-        patched.setattr(streaming.fcntl, "flock", flock)
+        patched.setattr(staging.fcntl, "flock", flock)
         pack(source)
     assert len(opened) == 2
     assert sorted(os.listdir(source.parent)) == ["in", "out"]

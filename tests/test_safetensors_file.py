@@ -15,8 +15,9 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidesparse_nb.checkpoint import safetensors as safetensors_file
-from slidesparse_nb.checkpoint.safetensors import SafetensorsFile, SafetensorsWriter, header_bytes, tensor_bytes
+from slidesparse_nb.checkpoint import safetensors_writer
+from slidesparse_nb.checkpoint.safetensors import SafetensorsFile, tensor_bytes
+from slidesparse_nb.checkpoint.safetensors_writer import SafetensorsWriter, header_bytes
 from slidesparse_nb.core.dtypes import NUMPY_OF, SAFETENSORS_BITS
 from slidesparse_nb.errors import FormatError, OperandError, UnsupportedError
 
@@ -125,8 +126,8 @@ def test_layouts_that_cannot_be(entries: Any, metadata: Any, message: str) -> No
 
 
 def test_headers_that_no_reader_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert safetensors_file.LARGEST_HEADER == 100_000_000
-    monkeypatch.setattr(safetensors_file, "LARGEST_HEADER", 1000)
+    assert safetensors_writer.LARGEST_HEADER == 100_000_000
+    monkeypatch.setattr(safetensors_writer, "LARGEST_HEADER", 1000)
     assert len(header_bytes([("a" * 900, "I8", (1,))], {})[0]) <= 1008
     with pytest.raises(OperandError, match="the header would take 1056 bytes, above the limit of 1000"):
         header_bytes([("a" * 1000, "I8", (1,))], {})

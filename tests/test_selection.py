@@ -137,7 +137,6 @@ def test_scales_per_tensor_and_per_channel(tmp_path: Path, shape: tuple[int, ...
         ({f"{LAYER}.x.weight": np.ones((8, 16), np.int8)}, "without"),
         ({**with_scale((8, 1)), f"{LAYER}.x.weight_scale_inv": np.ones((1, 1), np.float32)}, "block-wise"),
         ({**with_scale((8, 1)), f"{LAYER}.x.weight_zero_point": np.ones((8, 1), np.int8)}, "zero point"),
-        ({f"{LAYER}.mlp.experts.down_proj": np.ones((2, 8, 8), np.float32)}, "stacked experts"),
         ({f"{LAYER}.x.weight": np.zeros((8, 16), np.float64)}, "F64 weights cannot be packed"),
     ],
 )

@@ -23,15 +23,11 @@ from slidesparse_nb.core.scheme import Scheme
 from slidesparse_nb.errors import SlideSparseError, UnsupportedError
 
 __all__ = ["gpu"]
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def here() -> Device:
     return Device((9, 0), 132, "NumPy in CuPy's place")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture
@@ -125,11 +121,11 @@ def test_a_right_kernel_is_tested_once_for_a_device_and_driver(unknown_gpu: Any,
     assert len(list(tests.folder(here()).parent.iterdir())) == 2
 
 
-def test_nothing_is_tested_where_we_ran_the_kernel(gpu: Any, tmp_path: Path) -> None:
+def test_nothing_is_tested_where_we_ran_the_kernel(gpu: Any, cache: Path) -> None:
     packed, x = weight(40, 96, INT8), tokens(7)
     close(ops().matmul(x, packed), wanted(x, packed))
     assert len(gpu.launched) <= 3
-    assert not (tmp_path / "self-test").exists()
+    assert not (cache / "self-test").exists()
     assert not list(doctor.self_tests())
 
 

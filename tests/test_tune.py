@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import models
 import numpy as np
 import pytest
 from cases import packed_weight
-from click.testing import CliRunner
+from commands import slidesparse
 from lacking import LACKS, assert_refused, take_away
 from numpy_gpu import BF16, array, close, gpu, ops, wanted, weight
 
@@ -28,7 +29,6 @@ from slidesparse_nb.core.problem import Device, GemmProblem
 from slidesparse_nb.cuda import tuned_store
 from slidesparse_nb.errors import OperandError, UnsupportedError
 from slidesparse_nb.tuning import search
-from tools.cli import main
 
 __all__ = ["gpu"]  # the fixture
 
@@ -39,11 +39,10 @@ BLACKWELL = Device((12, 0), 170, "NVIDIA GeForce RTX 5090", False)
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("SLIDESPARSE_CACHE_DIR", str(tmp_path / "cache"))
+def nothing_tuned(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("SLIDESPARSE_TUNED", raising=False)
     tuned_store.found.cache_clear()
-    yield tmp_path / "cache"
+    yield
     tuned_store.found.cache_clear()
 
 
@@ -316,7 +315,7 @@ def test_wrong_results_are_told_and_not_timed(
 def tuner(gpu: Any, timing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`tune_products` on the stand-in: nothing is compiled, packing is the reference's, the clock is told."""
     clock = ToldClock({i: 80.0 for i in range(1, 400, 2)})
-    timing.GpuClock = lambda: clock
+    monkeypatch.setattr(search, "GpuClock", lambda: clock)
     gpu.cupy = sys.modules["cupy"]
     gpu.cupy.cuda.runtime.getDeviceCount = lambda: 1
     monkeypatch.setattr(search, "compile_all", lambda jobs, compiler: len(jobs))
@@ -327,12 +326,8 @@ def tuner(gpu: Any, timing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(clock=clock, tuned=here, monkeypatch=monkeypatch)
 
 
-def call(*arguments: object) -> Any:
-    return CliRunner().invoke(main, ["tune", *map(str, arguments)])
-
-
 def test_command(gpu: Any, tuner: Any) -> None:
-    done = call("--shape", "300,512", "--pattern", "6:8", "--dtype", "int8,bf16", "-m", "1,16", "--json", "-q")
+    done = slidesparse("tune", "--shape", "300,512", "--pattern", "6:8", "--dtype", "int8,bf16", "-m", "1,16", "--json", "-q")
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert [(one["m"], one["n"], one["k"], one["dtype"], one["out"]) for one in told] == [
@@ -345,12 +340,12 @@ def test_command(gpu: Any, tuner: Any) -> None:
         of = gpu.gemm.to_device(packed).problem(one["m"], one["out"])
         assert [str(config) for config in tuned_store.best(of)] == one["best"]
     assert any(one["kept"] for one in told)
-    assert call("--forget").stdout == f"{sum(one['kept'] for one in told)} results forgotten\n"
-    assert call("--forget").stdout == "0 results forgotten\n"
+    assert slidesparse("tune", "--forget").stdout == f"{sum(one['kept'] for one in told)} results forgotten\n"
+    assert slidesparse("tune", "--forget").stdout == "0 results forgotten\n"
 
 
 def test_command_for_readers(gpu: Any, tuner: Any) -> None:
-    done = call("--shape", "300,512", "-m", "16", "-v")
+    done = slidesparse("tune", "--shape", "300,512", "-m", "16", "-v")
     assert done.exit_code == 0, done.output
     head, row, *_, last = done.stdout.splitlines()
     assert head.split() == ["n,", "k", "pattern", "type", "m", "candidates", "model", "us", "best", "us", "gain", "kept"]
@@ -360,10 +355,10 @@ def test_command_for_readers(gpu: Any, tuner: Any) -> None:
 
 
 def test_a_result_that_no_longer_holds_is_dropped(gpu: Any, tuner: Any) -> None:
-    assert json.loads(call("--shape", "300,512", "-m", "16", "--json").stdout)[0]["kept"]
+    assert json.loads(slidesparse("tune", "--shape", "300,512", "-m", "16", "--json").stdout)[0]["kept"]
     tuner.clock.us = {}
-    assert not json.loads(call("--shape", "300,512", "-m", "16", "--json").stdout)[0]["kept"]
-    assert call("--forget").stdout == "0 results forgotten\n"
+    assert not json.loads(slidesparse("tune", "--shape", "300,512", "-m", "16", "--json").stdout)[0]["kept"]
+    assert slidesparse("tune", "--forget").stdout == "0 results forgotten\n"
 
 
 def test_an_interrupt_keeps_what_was_found(gpu: Any, tuner: Any, timing: Any) -> None:
@@ -375,16 +370,16 @@ def test_an_interrupt_keeps_what_was_found(gpu: Any, tuner: Any, timing: Any) ->
         return race(track, m, *rest)
 
     tuner.monkeypatch.setattr(timing.Track, "race", interrupted)
-    done = call("--shape", "300,512", "-m", "1,16", "--json")
+    done = slidesparse("tune", "--shape", "300,512", "-m", "1,16", "--json")
     assert done.exit_code == 130
     assert done.stderr.endswith("error: interrupted; what was found until now is kept\n")
     assert [one["m"] for one in json.loads(done.stdout)] == [1]
-    assert call("--forget").stdout == "1 result forgotten\n"
+    assert slidesparse("tune", "--forget").stdout == "1 result forgotten\n"
 
 
 def test_time_that_is_up(gpu: Any, tuner: Any) -> None:
     tuner.monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=iter(range(0, 1000, 2)).__next__))
-    done = call("--shape", "300,512", "-m", "1,16-64:48", "--seconds", "3", "--json")
+    done = slidesparse("tune", "--shape", "300,512", "-m", "1,16-64:48", "--seconds", "3", "--json")
     assert done.exit_code == 0
     assert [one["m"] for one in json.loads(done.stdout)] == [1]
     assert done.stderr.endswith("time is up: 2 of 3 products were not begun\n")
@@ -393,7 +388,7 @@ def test_time_that_is_up(gpu: Any, tuner: Any) -> None:
 def test_wrong_results_fail_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     one = search.Tuned(16, 300, 512, "6:8", "int8", "bfloat16", 3, ("a",), ("a",), 2.0, 2.0, False, ("b",))
     monkeypatch.setattr("slidesparse_nb.tune_products", lambda *_: iter([one]), raising=False)
-    done = call("--shape", "300,512", "-m", "16")
+    done = slidesparse("tune", "--shape", "300,512", "-m", "16")
     assert done.exit_code == 4
     assert "1 result differed from that of the model's choice" in done.stderr
     assert "300, 512" in done.stdout
@@ -410,7 +405,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_a_packed_checkpoint(tmp_path: Path, asked: list[Any]) -> None:
     packed = packed_weight(48, 64)
     ss.save(tmp_path / "packed.safetensors", {"a": packed, "b": packed})
-    assert call(tmp_path / "packed.safetensors", "-m", "1,8", "--out", "float16").exit_code == 0
+    assert slidesparse("tune", tmp_path / "packed.safetensors", "-m", "1,8", "--out", "float16").exit_code == 0
     assert asked == [(1, 48, 64, "6:8", "int8", "float16"), (8, 48, 64, "6:8", "int8", "float16")]
     for scheme, code, told in (
         ("W4A8", 0, ""),
@@ -418,16 +413,16 @@ def test_a_packed_checkpoint(tmp_path: Path, asked: list[Any]) -> None:
     ):
         asked.clear()
         ss.save(tmp_path / "packed.safetensors", {"a": ss.pack(np.zeros((48, 64), np.float32), "6:8", scheme)})
-        done = call(tmp_path / "packed.safetensors", "-m", "8")
+        done = slidesparse("tune", tmp_path / "packed.safetensors", "-m", "8")
         assert (done.exit_code, told in done.stderr) == (code, True)
         assert asked == [(8, 48, 64, "6:8", "float8_e4m3fn", "bfloat16")][code:]
-    done = call(models.folder(tmp_path / "dense"))
+    done = slidesparse("tune", models.folder(tmp_path / "dense"))
     assert done.exit_code == 5
     assert "holds no packed weights; slidesparse pack makes them" in done.stderr
 
 
 def test_model_names_are_the_benchs(asked: list[Any]) -> None:
-    assert call("--model", "qwen2.5-7b", "--dtype", "fp8,fp16", "-m", "16").exit_code == 0
+    assert slidesparse("tune", "--model", "qwen2.5-7b", "--dtype", "fp8,fp16", "-m", "16").exit_code == 0
     assert (16, 4608, 3584, "6:8", "float8_e4m3fn", "bfloat16") in asked
     assert (16, 4608, 3584, "6:8", "float16", "float16") in asked
     assert len(asked) == 8
@@ -441,13 +436,13 @@ def test_model_names_are_the_benchs(asked: list[Any]) -> None:
     ids=lambda arguments: " ".join(arguments) or "nothing",
 )  # fmt: skip
 def test_wrong_usage(arguments: tuple[str, ...]) -> None:
-    assert call(*arguments).exit_code == 2
+    assert slidesparse("tune", *arguments).exit_code == 2
 
 
 @pytest.mark.parametrize("part", LACKS)
 def test_machines_that_lack_a_part(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     take_away(part, monkeypatch)
-    assert_refused(call("--shape", "64,64"), "tune", part)
+    assert_refused(slidesparse("tune", "--shape", "64,64"), "tune", part)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import numpy as np
 import slidesparse_nb as ss
 
 from .arguments import Listed, Seconds, one_of
+from .documents import rewrite
 from .exit_codes import EXIT_CODES, exits
 from .study.store import Store
 from .terminal import say
@@ -148,7 +149,7 @@ def page(json_file: Path, document: Path | None, picture: Path | None) -> None:
     if document is None:
         click.echo(tables)
     else:
-        document.write_text(written.insert(document.read_text(), tables))
+        rewrite(document, written.START, written.END, tables)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from .benchmark.measure import Tell, measure
 from .benchmark.peers import FULL, PEERS, QUICK, default
 from .benchmark.processes import measure_engines
 from .benchmark.results import Results, load
+from .documents import rewrite
 from .exit_codes import EXIT_CODES, exits
 from .terminal import command, say
 
@@ -214,7 +215,9 @@ def _write_readme(path: Path) -> None:
         raise click.UsageError("--readme works in a checkout, where README.md is")
     if path.resolve() not in [root / each for each in show.PUBLISHED]:
         raise click.UsageError(f"--readme: {path} is not {' or '.join(show.PUBLISHED)}, which README names as its sources")
-    say(f"{where}: {'rewritten' if show.rewrite(where, load(path)) else 'as it was'}")
+    results = load(path)
+    changed = rewrite(where, show.BEGIN.format(show.published(results)), show.END, show.section(results))
+    say(f"{where}: {'rewritten' if changed else 'as it was'}")
 
 
 if __name__ == "__main__":

@@ -9,32 +9,18 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "tools"
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 import slidesparse_nb as ss
 
+from .conversion import check_report, conversion, tell
 from .exit_codes import EXIT_CODES, exits
-from .terminal import Size, command, count, print_json, print_table, progress_bar, say, size_text, write_json
+from .terminal import Size, command, count, print_table, progress_bar, say, size_text
 
 SCHEMES = ("auto", *ss.Scheme.names(), "int8", "fp8")
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def reported(function: F) -> F:
-    """The options of a command that converts a checkpoint and reports on every module."""
-    for option in (
-        click.option("-v", "--verbose", count=True, help="List every module; -vv also where an error came from."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress, no table."),
-        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table."),
-        click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the whole report as JSON."),
-    ):
-        function = option(function)
-    return function
 
 
 @command(epilog=EXIT_CODES)
@@ -59,13 +45,6 @@ def reported(function: F) -> F:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of --prune random.")
 @click.option(
-    "--targets",
-    multiple=True,
-    metavar="NAME",
-    help="Pack only these modules: exact, glob ('*q_proj'), or 're:...'. Repeatable.",
-)
-@click.option("--ignore", multiple=True, metavar="NAME", help="Leave these modules dense. Repeatable.")
-@click.option(
     "--format",
     "format_",
     type=click.Choice(["packed", "dense"]),
@@ -73,21 +52,18 @@ def reported(function: F) -> F:
     show_default=True,
     help="dense: pruned and quantized weights under their own names, for stock engines.",
 )
-@click.option("--max-shard-size", type=Size(), help="Bytes of one output file in a folder.  [default: 5GB]")
 @click.option("--max-workers", type=click.IntRange(1), help="Threads.  [default: all cores]")
 @click.option(
     "--max-memory", type=Size(), default="2GiB", show_default=True, help="Memory to work in, the largest tensor apart."
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if this tool wrote it; start over an unfinished run.")
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Prove the output equal to the source before it appears."
 )
 @click.option(
     "--strict/--skip-bad", default=True, show_default=True, help="Fail on modules that cannot be packed, or leave them dense."
 )
-@reported
+@conversion
 @exits
 def pack(
     input: Path, output: Path | None, quiet: bool, verbose: int, as_json: bool, report: Path | None, dry_run: bool, **given: Any
@@ -125,27 +101,6 @@ def pack(
         total = len({*done.refused, *(m.name for m in done.modules)})
         way = "" if done.unsupported else "; prune with --prune magnitude, or leave such modules dense with --skip-bad"
         raise kind(f"{len(done.refused)} of {count(total, 'module')} would be refused, the first: {first}{way}")
-
-
-def tell(done: ss.Report, report: Path | None, as_json: bool, quiet: bool, in_words: Callable[[], None]) -> None:
-    """Report as the options of `reported` ask for."""
-    if report is not None:
-        write_json(report, done.as_dict())
-    if as_json:
-        print_json(done.as_dict())
-    elif not quiet:
-        in_words()
-
-
-def check_report(report: Path, source: Path, overwrite: bool) -> None:
-    """Refuse a place for the report before the work begins, not after it."""
-    where, origin = report.absolute(), source.resolve()
-    if not where.parent.is_dir() or not os.access(where.parent, os.W_OK):
-        raise click.BadParameter(f"{where.parent} is no folder that can be written", param_hint="--report")
-    if where.resolve() == origin or origin in where.resolve().parents:
-        raise click.BadParameter(f"{report} is in the source", param_hint="--report")
-    if where.exists() and not (overwrite and where.suffix == ".json"):
-        raise click.BadParameter(f"{report} exists; --overwrite replaces a .json file", param_hint="--report")
 
 
 def _pattern(pattern: str | None, zeros: int | None, group: int | None) -> ss.Pattern:

@@ -16,9 +16,9 @@ import click
 
 import slidesparse_nb as ss
 
+from .conversion import check_report, conversion, tell
 from .exit_codes import EXIT_CODES, exits
-from .pack import check_report, reported, tell
-from .terminal import Size, command, count, print_table, progress_bar, say, size_text
+from .terminal import command, count, print_table, progress_bar, say, size_text
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -42,12 +42,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--scores", type=FILE, help="In place of a method: a .safetensors file of scores or 0/1 masks made elsewhere.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--targets", multiple=True, metavar="NAME", help="Prune only these modules, as in pack. Repeatable.")
-@click.option("--ignore", multiple=True, metavar="NAME", help="Leave these modules dense. Repeatable.")
-@click.option("--max-shard-size", type=Size(), help="Bytes of one output file in a folder.  [default: 5GB]")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if this tool wrote it; start over an unfinished run.")
-@reported
+@conversion
 @exits
 def prune(
     model: Path,

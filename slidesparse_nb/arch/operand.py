@@ -1,4 +1,4 @@
-"""The layouts in which kernels load activations: rows, or the swizzled tile layout. NumPy, or CuPy by the same lines.
+"""The layouts in which kernels load activations: rows, or the swizzled tile layout.
 
 Rows are x unchanged, 16-byte aligned; for a kernel that cannot lift the pattern they are lifted. The swizzled tile layout is
 that of shared memory, [stages, groups of 8 tokens, 8 x 128 bytes]: a stage is 128 bytes of expanded k, and any run of groups is
@@ -92,34 +92,38 @@ def chunk_from(size: int) -> Any:
 
 def stages(pattern: Pattern, k: int, dtype: DType) -> int:
     """Stages that cover a row of k columns: an even number, since kernels for few tokens take two at a time."""
-    return _stages_of(pattern.slid_k(k) * dtype.bits // 8)
+    return _stages_of(pattern.expanded_k(k) * dtype.bits // 8)
 
 
 def _stages_of(slid_bytes: int) -> int:
     return max(2, -(-slid_bytes // (2 * STAGE)) * 2)
 
 
-def image(x: Any, pattern: Pattern, xp: Any = np) -> Any:
+def to_tiles(x: Any, pattern: Pattern) -> Any:
     """Activations [m, k] of a packed type, lifted, in the swizzled tile layout: uint8 [stages, ceil(m / 8), 8, 128].
 
     Chunk p of 16 bytes of a token's stage is stored at `chunk_at`, which swizzles.
     """
     m, k = x.shape
     size = x.dtype.itemsize
-    ks = pattern.slid_k(k)
+    ks = pattern.expanded_k(k)
     count = _stages_of(ks * size)
     raw = x.view(f"u{size}")
-    padded = xp.zeros((-(-m // 8) * 8, pattern.padded_k(k)), raw.dtype)
+    padded = np.zeros((-(-m // 8) * 8, pattern.padded_k(k)), raw.dtype)
     padded[:m, :k] = raw
-    slid = xp.zeros((padded.shape[0], count * STAGE // size), raw.dtype)
-    slid[:, :ks] = padded[:, xp.asarray(pattern.lift_index(k))]
+    slid = np.zeros((padded.shape[0], count * STAGE // size), raw.dtype)
+    slid[:, :ks] = padded[:, pattern.lift_index(k)]
     slid = slid.view(np.uint8).reshape(-1, 8, count, 8, 16)  # group, token, stage, chunk, byte
-    slid = slid[:, xp.asarray(TOKEN), :, xp.asarray(chunk_from(size))]  # [token, position, group, stage, byte]
-    return xp.ascontiguousarray(slid.transpose(3, 2, 0, 1, 4)).reshape(count, -1, 8, STAGE)
+    slid = slid[:, TOKEN, :, chunk_from(size)]  # [token, position, group, stage, byte]
+    return np.ascontiguousarray(slid.transpose(3, 2, 0, 1, 4)).reshape(count, -1, 8, STAGE)
 
 
-def image_rows(made: Any, m: int, k: int, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
-    """Inverse of `image`: activations [m, k] as their bits (`dtype.raw`), from the first window that holds each."""
+def from_tiles(made: Any, m: int, k: int, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
+    """Inverse of `to_tiles`: activations [m, k] as their bits (`dtype.raw`), from the first window that holds each.
+
+    Args:
+        xp: numpy or cupy, whichever made the tiles.
+    """
     count = made.shape[0]
     chunks = made.reshape(count, -1, 8, 8, 16)[:, :, xp.asarray(TOKEN), xp.asarray(chunk_at(dtype.bits // 8))]
     slid = xp.ascontiguousarray(chunks.transpose(1, 2, 0, 3, 4)).reshape(-1, count * STAGE).view(dtype.raw)

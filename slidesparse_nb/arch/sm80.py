@@ -35,7 +35,7 @@ def seen(pattern: Pattern, k: int) -> tuple[Pattern, int]:
     """Pattern and k as the kernel sees them: of the slid weight, if groups are too wide for its lift or over pairs."""
     if pattern.unit == 2:
         return sm80_fp4.LAYOUT.pattern, sm80_fp4.bytes_of(pattern, k)
-    return (Pattern(2, 4), pattern.slid_k(k)) if pattern.group > LARGEST_GROUP else (pattern, k)
+    return (Pattern(2, 4), pattern.expanded_k(k)) if pattern.group > LARGEST_GROUP else (pattern, k)
 
 
 def emulated(capability: tuple[int, int], dtype: DType) -> bool:

@@ -30,7 +30,7 @@ LAYOUT = Layout(Pattern(2, 4), 8, words=8, run=2, load=16, stride=SCALED_BLOCK, 
 
 def bytes_of(pattern: Pattern, k: int) -> int:
     """Bytes of a lifted row of k columns."""
-    return pattern.slid_k(k) // 2
+    return pattern.expanded_k(k) // 2
 
 
 def row_bytes(pattern: Pattern, k: int) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -30,7 +28,8 @@ from .packed_format import packed_entries as packed_entries
 from .packed_format import packed_names as packed_names
 from .packed_format import parse_metadata as parse_metadata
 from .packed_format import slidesparse_metadata as slidesparse_metadata
-from .safetensors import SafetensorsFile, SafetensorsWriter, TensorFile, TensorInfo, checked_path, file_state
+from .safetensors import SafetensorsFile, TensorFile, TensorInfo, checked_path, file_state
+from .safetensors_writer import write_whole
 from .stacked import MOST_DIMENSIONS, Stacked, stack_problem
 
 
@@ -363,18 +362,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, PackedWeight | NDAr
         stacked = {name: Stacked.plain(name, value.scheme) for name, value in packed.items() if value.lead}
         scheme = schemes.pop() if len(schemes) == 1 else None
         metadata = slidesparse_metadata(patterns[0], scheme, version=version, stacked=stacked)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with SafetensorsWriter(beside, entries, metadata) as writer:
-            for name, array in arrays.items():
-                writer.write(name, array)
-        os.replace(beside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from error  # the user's file, not the one beside it
-        raise
+    write_whole(path, entries, arrays, metadata)
 
 
 def _plain_array(name: str, value: Any) -> NDArray[Any]:

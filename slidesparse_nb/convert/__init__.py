@@ -6,7 +6,7 @@ experts                 how model types store the experts of a layer in one tens
 select, module          which tensors are linear layers to pack, and why the others are not
 config_json             what an output says of itself
 layout                  what the output will look like, before a byte of it is written
-write, run              writes a layout piece by piece, killable and resumable, in the order of steps that both ways share
+staging, write, run     the output as it grows, killable and resumable; its pieces; the order of steps that both ways share
 to_packed, rows         dense -> packed: the whole, and the rows that it is made of
 to_dense                packed -> dense
 proof                   that what was written is what was meant

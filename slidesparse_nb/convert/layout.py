@@ -15,7 +15,8 @@ import numpy as np
 
 from ..checkpoint import Checkpoint, index_bytes, shard_name, shard_plan
 from ..checkpoint.hf_folder import CONFIG, INDEX_SUFFIX
-from ..checkpoint.safetensors import header_bytes, naming, open_regular, tensor_bytes
+from ..checkpoint.safetensors import open_regular, tensor_bytes
+from ..checkpoint.safetensors_writer import header_bytes, naming
 from ..core.dtypes import NUMPY_OF
 from ..core.file_kind import LOOKED_AT, POINTER, is_pointer
 from ..core.reference import dequantize

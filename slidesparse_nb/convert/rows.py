@@ -33,12 +33,12 @@ SKIP = "or leave such modules dense with --skip-bad"
 
 def _packed_pieces(module: Module, block: PackedWeight, first: int) -> Iterator[Piece]:
     """The tensors of a packed module, rows from `first` on."""
-    tensors = (("packed", block.values), ("meta", block.meta), ("scale", block.scale), ("block_scale", block.block_scale))
-    for part, array in tensors:
-        if array is not None:
-            yield f"{module.name}.weight_{part}", first * array.shape[1] * array.itemsize, array
+    shape = f"{module.name}.weight_shape"
+    for name, array in block.tensors(module.name).items():
+        if name != shape:
+            yield name, first * array.shape[1] * array.itemsize, array
     if first == 0:
-        yield f"{module.name}.weight_shape", 0, np.array(module.shape, np.int64)
+        yield shape, 0, np.array(module.shape, np.int64)
 
 
 _Rows = tuple[Module, int, int]
@@ -212,7 +212,7 @@ class Maker:
     # ---- many small modules
 
     def key(self, module: Module) -> object:
-        """Modules of one key can be packed and proved as one matrix, row below row; None for those that must stand alone."""
+        """Modules of one key can be packed and proved as one matrix, row below row; None for those that are made alone."""
         small = module.stacked is None and module.nbytes <= SMALL and pruning.by_row(self.options.prune)
         return (module.k, module.code, module.scheme.name) if small else None
 

@@ -23,7 +23,8 @@ from .module import Module
 from .options import UNIT_BYTES, ModuleReport, Report, Run
 from .proof import prove_files
 from .sources import Source
-from .write import Staging, clear_leftovers, write_layout
+from .staging import Staging, clear_leftovers
+from .write import write_layout
 
 CONTINUE = "the same command with --resume continues"
 
@@ -265,7 +266,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def refuse_existing(target: Path, single: bool, overwrite: bool) -> None:
-    """Raise OperandError where something stands at `target` that must not be replaced."""
+    """Raise OperandError where something is at `target` that must not be replaced."""
     if not os.path.lexists(target) or (not single and _is_empty(target)):
         return
     if not overwrite:

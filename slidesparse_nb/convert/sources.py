@@ -3,7 +3,7 @@
     config.json          at any depth: quantization_config, compression_config, quantization (text_config, thinker_config ...)
     files beside it      hf_quant_config.json, quantize_config.json, quant_config.json, params.json, adapter_config.json
     metadata of files    _quantization_metadata ...
-    tensor names         qweight, weight_scale_inv, lora_A, weight_packed ...
+    tensor names         qweight, weight_scale_inv, lora_A, weight_packed ... (foreign.py)
 
 A statement that packing would lose or misread is refused with the name of what makes it. The rest of this package asks a
 `Source` and never reads a config again.
@@ -15,7 +15,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from ..checkpoint import Checkpoint
@@ -26,6 +26,7 @@ from ..errors import FormatError, UnsupportedError, shown
 from . import kinds
 from .bitnet import read_bitnet
 from .experts import Experts
+from .foreign import refuse_foreign, refuse_no_dense_model
 from .quantization import NOTHING, understood
 
 STATEMENTS = (
@@ -40,7 +41,6 @@ SIGNATURES = {
 """Keys that an object which describes a quantization has, whatever its own key is."""
 SIDE_FILES = re.compile(r".*quant.*\.json|params\.json", re.IGNORECASE)
 KNOWN_SIDE_FILES = re.compile(r"(hf_)?quant(ization|ize)?_config\.json", re.IGNORECASE)
-ADAPTER_FILE = "adapter_config.json"
 RECIPE = "recipe.yaml"
 """Where llm-compressor writes what it did."""
 MASKS = {"mask_structure", "sparsity_structure"}
@@ -48,29 +48,6 @@ MASKS = {"mask_structure", "sparsity_structure"}
 
 TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 """Model types whose layers (Conv1D) store w as [k, n]: packing would group the wrong axis."""
-
-FOREIGN = (
-    (re.compile(r"qweight|qzeros|g_idx|weight_g_idx"), "GPTQ or AWQ"),
-    (re.compile(r"SCB|absmax|quant_map|nested_absmax|nested_quant_map|quant_state.*|weight_format"), "bitsandbytes"),
-    (re.compile(r"qscale_weight|qscale_act"), "Mistral's FP8"),
-    (re.compile(r"scale_weight|scaled_fp8"), "scaled FP8"),
-    (re.compile(r"pre_quant_scale|weight_scale_2|weight_quantizer|input_quantizer"), "ModelOpt"),
-    (re.compile(r"compressed|bitmask|row_offsets"), "a sparse format of compressed-tensors"),
-    (re.compile(r"weight_global_scale|input_global_scale"), "NVFP4"),
-    (re.compile(r"W_q|qmap"), "HQQ"),
-    (re.compile(r"Qidxs|SU|SV"), "QuIP#"),
-    (re.compile(r"suh|svh|trellis"), "EXL3"),
-    (re.compile(r"q_weight|q_scale_max|q_groups|q_perm|q_invperm"), "EXL2"),
-    (re.compile(r"_?weight_qdata"), "torchao"),
-    (re.compile(r"weight_scales|weight_blocks|.*_proj_blocks|.*_proj_scales"), "a block format such as MXFP4"),
-    (re.compile(r"_data|_scale|_zeropoint|_shift"), "quanto"),
-)  # fmt: skip
-"""Last parts of tensor names -> the tool whose loader alone can read such weights."""
-AMBIGUOUS = {"_data", "_scale"}
-"""Of these, the ones that mean it only where they take the place of a module's weight."""
-SCALES = re.compile(r"(?<!logit_)scale|zeros|zero_point|absmax|centroid|codebook")
-INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
-"""Types of quantized values; 64-bit integers are indices."""
 
 TOKENS = re.compile(
     r"wte|shared|embed_in|embeddings?|embed|tok_emb|\w*(tok|token|word|vocab)s?_?embed\w*|embed_(tokens?|words?)\w*|tokens_embed"
@@ -133,9 +110,7 @@ def read_source(checkpoint: Checkpoint) -> Source:
     """
     shapes = checkpoint.shapes
     config: Mapping[str, Any] = checkpoint.config or {}
-    _refuse_packed(shapes)
-    _refuse_adapters(checkpoint, shapes)
-    _refuse_ungathered(shapes)
+    refuse_no_dense_model(checkpoint)
     model_types = _model_types(config)
     for at, kind in model_types.items():
         if kind in TRANSPOSED:
@@ -158,7 +133,7 @@ def read_source(checkpoint: Checkpoint) -> Source:
             raise UnsupportedError(
                 f"{where} and {accepted[0][0]} say different things of the quantization; remove the one that is not true"
             )
-    _refuse_foreign(checkpoint)
+    refuse_foreign(checkpoint)
     if (why := kinds.transposed(shapes)) is not None:
         raise UnsupportedError(f"{why}: weights stored as [k, n] cannot be packed along k; transpose them to [n, k] first")
     quantization = accepted[0][1] if accepted else {}
@@ -320,86 +295,3 @@ def _vocabularies(config: Mapping[str, Any], shapes: kinds.Shapes) -> Iterator[i
         parts = [part for part in name.removesuffix(".weight").split(".") if not part.isdigit()]
         if len(shape) == 2 and shape[0] >= 1000 and parts and TOKENS.fullmatch(parts[-1]):
             yield shape[0]
-
-
-# ---- what is refused -------------------------------------------------------------------------------------------------
-
-
-def _refuse_packed(shapes: kinds.Shapes) -> None:
-    """Refuse a checkpoint that is packed already, by this tool or another."""
-    packed = any(name.endswith(".weight_packed") for name in shapes)
-    stray = next((name for name in shapes if name.endswith((".weight_meta", ".weight_shape"))), None)
-    if packed and stray is not None and any(name.endswith(".weight_meta") for name in shapes):
-        raise UnsupportedError("this checkpoint is packed already; `slidesparse show --unpack OUT` writes it back dense")
-    if packed:
-        raise UnsupportedError("this checkpoint holds another tool's packed weights; start from the unquantized model")
-    if stray is not None:
-        raise UnsupportedError(
-            f"{shown(stray)}: a packed checkpoint could not be told from one of another tool; rename this tensor"
-        )
-
-
-def _refuse_adapters(checkpoint: Checkpoint, shapes: kinds.Shapes) -> None:
-    """Refuse an adapter in place of a model, and one that loaders would add to it."""
-    if checkpoint.root is not None and (checkpoint.root / ADAPTER_FILE).exists():
-        what = (
-            "the folder holds an adapter and no model"
-            if checkpoint.config is None
-            else "loaders add its adapter to the weights"
-        )
-        raise UnsupportedError(
-            f"{ADAPTER_FILE}: {what}; merge the adapter into the model first (in peft: merge_and_unload), and pack that, or"
-            " take the adapter's files out of the folder to pack the model alone"
-        )
-    weights = [name for name in shapes if len(shapes[name]) >= 2]
-    if weights and all(kinds.is_adapter(name) for name in weights):
-        raise UnsupportedError(
-            f"{shown(weights[0])}: the checkpoint is an adapter and no model; merge it into its model first (in peft:"
-            " merge_and_unload), and pack that"
-        )
-
-
-def _refuse_ungathered(shapes: kinds.Shapes) -> None:
-    """Refuse a checkpoint whose weights were left on other processes: their places are empty."""
-    empty = next((name for name, shape in shapes.items() if shape == (0,) and name.endswith(".weight")), None)
-    if empty is not None:
-        raise UnsupportedError(
-            f"{shown(empty)}: is empty ([0]), as a trainer (ZeRO-3) leaves weights that it did not gather; gather and save"
-            " again"
-        )
-
-
-def _refuse_foreign(checkpoint: Checkpoint) -> None:
-    """Refuse weights that only another tool's loader can read."""
-    shapes = checkpoint.shapes
-    scales: dict[str, str] = {}
-    for name in shapes:
-        parent, _, last = name.rpartition(".")
-        if SCALES.search(last):
-            scales.setdefault(parent, last)
-    for name, (info, _) in checkpoint.tensors.items():
-        parent, _, last = name.rpartition(".")
-        tools = _tools(last) + (_tools("quant_state") if parent.endswith(".quant_state") else ())
-        if last in AMBIGUOUS and not _in_place_of_weight(name, last, shapes):
-            tools = ()
-        integers = last != "weight" and not SCALES.search(last) and info.code in INTEGERS and len(info.shape) >= 2
-        if not tools and integers and parent in scales:
-            tools = (f"a tool that stores integers beside {shown(scales[parent])}",)
-        if tools:
-            raise UnsupportedError(
-                f"{shown(name)}: {info.code} {list(info.shape)} is written by {tools[0]}, which packing cannot read; start from"
-                " a checkpoint with plain weights"
-            )
-
-
-@lru_cache(maxsize=1 << 12)
-def _tools(last: str) -> tuple[str, ...]:
-    """The tools that write tensors with this last part of a name."""
-    return tuple(tool for pattern, tool in FOREIGN if pattern.fullmatch(last))
-
-
-def _in_place_of_weight(name: str, hit: str, shapes: kinds.Shapes) -> bool:
-    """Whether a tensor with an ambiguous last part takes the place of a matrix: X.weight_v without X.weight."""
-    head = name[: name.rindex(hit)].rstrip(".")
-    module = head.removesuffix(".weight").removesuffix(".parametrizations")
-    return len(shapes[name]) == 2 and min(shapes[name]) > 1 and f"{module}.weight" not in shapes

@@ -1,4 +1,4 @@
-"""A packed checkpoint -> the dense one that it stands for, bit for bit."""
+"""A packed checkpoint -> the dense one with the same weights, bit for bit."""
 
 from __future__ import annotations
 

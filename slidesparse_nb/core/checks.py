@@ -1,4 +1,4 @@
-"""What callers hand over, checked: weights to be packed and their scales; activations, bias and result of a product.
+"""Operands, checked: weights to be packed and their scales; activations, bias and result of a product.
 
 One clear sentence for each way to be wrong. What is said of products holds of NumPy's arrays and of a GPU's.
 """

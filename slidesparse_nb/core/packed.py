@@ -1,4 +1,4 @@
-"""PackedWeight: one weight matrix in packed form (docs/format.md), on any device; and the activations that meet it."""
+"""PackedWeight: weights in packed form (docs/format.md), on any device; the shapes and types of its arrays."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class PackedWeight:
     @property
     def ks(self) -> int:
         """Expanded k."""
-        return self.pattern.slid_k(self.k)
+        return self.pattern.expanded_k(self.k)
 
     @property
     def slice_unit(self) -> int:
@@ -395,7 +395,7 @@ def _expert(lead: Iterable[int]) -> str:
 def part_shapes(pattern: Pattern, shape: tuple[int, ...], scheme: Scheme | DType) -> dict[str, tuple[int, ...]]:
     """The arrays of a packed weight of a logical shape (*lead, n, k), and their shapes."""
     scheme = Scheme.of(scheme)
-    rows, ks = shape[:-1], pattern.slid_k(shape[-1])
+    rows, ks = shape[:-1], pattern.expanded_k(shape[-1])
     shapes = {"values": (*rows, ks // 2 * min(scheme.dtype.bits, 8) // 8), "meta": (*rows, ks // (8 * pattern.unit))}
     if scheme.scaled:
         shapes["scale"] = (*rows, 1)
@@ -425,7 +425,7 @@ def size_problem(pattern: Pattern, shape: tuple[int, ...], scheme: Scheme | DTyp
         return f"shape {shape} must not be negative"
     if max(math.prod(shape[:-1]), k) > LARGEST_DIMENSION:
         return f"shape {shape} must be below 2^31 in both dimensions" + ", the rows of all experts together" * (len(shape) > 2)
-    if Scheme.of(scheme).accumulator == np.int32 and (slots := pattern.slid_k(k) // 2) > LARGEST_INT8_SLOTS:
+    if Scheme.of(scheme).accumulator == np.int32 and (slots := pattern.expanded_k(k) // 2) > LARGEST_INT8_SLOTS:
         return (
             f"k={k} takes {slots} slots at pattern {pattern}, and {scheme} products of more than {LARGEST_INT8_SLOTS} could"
             " overflow their int32 sums; store the weights in another type, or split k"

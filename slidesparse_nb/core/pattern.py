@@ -116,8 +116,8 @@ class Pattern:
         """k rounded up to the slice unit."""
         return -(-k // self.slice_unit) * self.slice_unit
 
-    def slid_k(self, k: int) -> int:
-        """ks: length of a row of k columns after it is slid."""
+    def expanded_k(self, k: int) -> int:
+        """ks, the expanded k: length of a row of k columns after it is slid."""
         return self.padded_k(k) // self.columns * self.windows * 4 * self.unit
 
     def bits_per_weight(self, bits: float) -> float:
@@ -151,6 +151,6 @@ class Pattern:
         return (groups + windows + np.arange(4 * self.unit)).ravel()
 
 
-def known_patterns(largest: int = 16) -> list[Pattern]:
-    """2:4, 4:6, 6:8 ... up to groups of `largest` columns."""
-    return [Pattern(group - 2, group) for group in range(4, largest + 1, 2)]
+def known_patterns() -> list[Pattern]:
+    """2:4, 4:6, 6:8 ... 14:16: those that files are searched for, and kernels compiled for."""
+    return [Pattern(group - 2, group) for group in range(4, 17, 2)]

@@ -211,7 +211,7 @@ def slide(w: Array, pattern: Pattern) -> Array:
     if left.any():
         bad = violations(w, pattern)
         raise pattern.violated(int(bad[0, 0]), int(bad[0, 1]), len(bad))
-    return slid.reshape(n, pattern.slid_k(w.shape[1]))
+    return slid.reshape(n, pattern.expanded_k(w.shape[1]))
 
 
 def unslide(ws: Array, pattern: Pattern, k: int) -> Array:
@@ -389,7 +389,7 @@ def matmul(x: Array, packed: PackedWeight, bias: Array | None = None, out_dtype:
     acc = np.zeros((x.shape[0], packed.n), scheme.accumulator)
     with np.errstate(invalid="ignore", over="ignore"):
         for row in range(packed.n if packed.k else 0):  # of empty arrays, NumPy's einsum reads memory that is not theirs
-            met = xs[:, windows, index[row]]  # [m, windows, 2, unit]: the activations that this row's stored values meet
+            met = xs[:, windows, index[row]]  # [m, windows, 2, unit]: the activations that multiply this row's stored values
             acc[:, row] = np.einsum("mwiu,wiu->m", met, values[row])
         y = acc.astype(np.float32)
         if scale_x is not None:

@@ -163,7 +163,7 @@ class Scheme:
         unit = pattern.slice_unit
         if self.weights.block is None:
             return unit
-        ks = pattern.slid_k(unit)
+        ks = pattern.expanded_k(unit)
         return unit * (math.lcm(ks, self.weights.block.columns) // ks)
 
 

@@ -90,7 +90,7 @@ def pack_rows(w: Array, pattern: Pattern, scheme: Scheme) -> tuple[PackedWeight,
     slots, meta, over = kernels.slide_compress(numbers, Pattern(pattern.nnz, pattern.group))
     padded = np.concatenate([np.zeros((rows, 1, pattern.unit), np.float32), units], axis=1)
     numbers = slots + np.arange(rows)[:, None] * padded.shape[1]
-    kept = np.take(padded.reshape(-1, pattern.unit), numbers, axis=0).reshape(rows, pattern.slid_k(w.shape[1]) // 2)
+    kept = np.take(padded.reshape(-1, pattern.unit), numbers, axis=0).reshape(rows, pattern.expanded_k(w.shape[1]) // 2)
     q, block_scale, scale = quantize_blocks(kept, storage, storage.block.columns // 2)
     slots = q if pattern.unit == 1 else pack_nibbles(q)
     in_windows = kernels.decompress(slots.view(np.int8), meta, WINDOWS, 2 * slots.shape[1], INT8)

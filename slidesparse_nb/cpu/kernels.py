@@ -333,7 +333,7 @@ def slide_compress(q: Array, pattern: Pattern) -> tuple[Array, Array, int]:
         values [rows, ks/2] of q's dtype; meta uint8 [rows, ks/8]; and how many groups break the pattern: if any does, the
         two arrays are worthless.
     """
-    ks = pattern.slid_k(q.shape[1])
+    ks = pattern.expanded_k(q.shape[1])
     values = np.empty((q.shape[0], ks // 2), q.dtype)
     meta = np.empty((q.shape[0], ks // 8), np.uint8)
     if not q.shape[0]:  # the kernel would work in memory for a whole row, and k alone may be anything

@@ -32,8 +32,8 @@ THREADED = 2**20
 """Weights from which threads are worth their start, about a tenth of a millisecond."""
 
 EXACT = 1024
-"""Products of two int8 values, at most 2^14 each, whose sum float32 holds exactly. So many columns meet as many slots: the
-windows that reach into them from one side reach out on the other. Only inside a longer group two slots more may do."""
+"""Products of two int8 values, at most 2^14 each, whose sum float32 holds exactly. 1024 columns are multiplied by 1024
+slots at most: windows that reach into them on one side reach out on the other; inside a longer group, by two more."""
 
 
 def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | None, out: Array) -> None:
@@ -50,7 +50,7 @@ def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | 
         return
     pattern, dtype, (n, k) = packed.pattern, packed.dtype, packed.shape
     xs = kernels.to_float32(x)
-    odd = np.flatnonzero(~np.isfinite(xs).all(axis=1))  # rows that must meet unused slots too: 0 * infinity is NaN
+    odd = np.flatnonzero(~np.isfinite(xs).all(axis=1))  # rows that unused slots multiply too: 0 * infinity is NaN
     odd_xs = xs[odd]
     xs[odd] = 0
     step = max(1, min(n, max(TILE_ROWS, TILE // max(1, k))))
@@ -121,9 +121,9 @@ def _dot(x: Array, values: Array, meta: Array, windows: int, table: Array, out: 
 def dot(x: Array, values: Array, meta: Array, pattern: Pattern, dtype: DType) -> Array:
     """x float32 [m, k] times packed rows as the hardware does it: float32 [m, rows].
 
-    Every slot of a window meets an activation, an unused one too, so that NaN and infinity in x reach exactly the outputs of
-    `reference.matmul`. This is for the few rows of x that hold them; for finite rows decompressed weights and a dense product
-    are right, and faster.
+    Every slot of a window is multiplied by an activation, an unused one too, so that NaN and infinity in x reach exactly the
+    outputs of `reference.matmul`. This is for the few rows of x that hold them; for finite rows decompressed weights and a
+    dense product are right, and faster.
     """
     columns = np.zeros((pattern.padded_k(x.shape[1]), x.shape[0]), np.float32)
     columns[: x.shape[1]] = x.T

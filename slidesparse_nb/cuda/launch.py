@@ -64,16 +64,15 @@ class Launcher:
     Args:
         function: a CuPy function (`RawKernel.kernel`), or anything that has the address of a CUfunction in `ptr`; it is kept.
         parameters: the types of the kernel's, of TYPES.
-        launch: `cuLaunchKernelEx`; by default the driver's.
     """
 
-    def __init__(self, function: Any, parameters: Collection[str], launch: Callable[..., int] | None = None) -> None:
+    def __init__(self, function: Any, parameters: Collection[str]) -> None:
         if len(parameters) > MOST_PARAMETERS:
             raise AssertionError(f"{len(parameters)} parameters")
         self.function = function
         self._address = ctypes.c_void_p(function.ptr)
         self._pack = struct.Struct(CONFIG + "".join(TYPES[of] for of in parameters)).pack_into
-        self._launch = launch or driver().cuLaunchKernelEx
+        self._launch: Callable[..., int] = driver().cuLaunchKernelEx
 
     def __call__(
         self,

@@ -16,7 +16,7 @@ import cupy
 import numpy as np
 
 from ..arch import for_capability
-from ..arch.operand import STAGE, Operand, image_rows, stages
+from ..arch.operand import STAGE, Operand, from_tiles, stages
 from ..core.activations import Before, QuantizedActivations
 from ..core.checks import check_activations, check_bias, float_dtype, result_dtype
 from ..core.dtypes import CUDA_CODES, FLOATS, INT8, DType
@@ -72,7 +72,7 @@ class TiledActivations(QuantizedActivations):
     def rows(self) -> Any:
         """`values`, made anew in the current stream."""
         with cupy.cuda.Device(self.tiles.data.device_id):
-            rows = image_rows(self.tiles, self.m, self.k, self.pattern, self.dtype, cupy)
+            rows = from_tiles(self.tiles, self.m, self.k, self.pattern, self.dtype, cupy)
             return rows.view(np.int8) if self.dtype is INT8 else rows
 
 
@@ -277,8 +277,6 @@ def _result(shape: tuple[int, ...], source: np.dtype[Any], out: Any, out_dtype: 
 
 def _rows(y: Any, m: int, n: int) -> Any:
     """y as [m, n] with neighbouring columns, for the kernel to write; new memory where y's strides are not like that."""
-    if y.ndim == 2 and (y.strides[1] == y.itemsize or n == 1):
-        return y
     return y.reshape(m, n) if y.flags.c_contiguous else cupy.empty((m, n), y.dtype)
 
 

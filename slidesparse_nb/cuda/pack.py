@@ -138,8 +138,8 @@ def launch(
     """
     n, k = w.shape
     report = _new_report(COUNT)
-    values = arrays.empty((n, pattern.slid_k(k) // 2), stored.numpy if stored in (INT8, FLOAT16) else stored.raw)
-    meta = arrays.empty((n, pattern.slid_k(k) // 8), np.uint8)
+    values = arrays.empty((n, pattern.expanded_k(k) // 2), stored.numpy if stored in (INT8, FLOAT16) else stored.raw)
+    meta = arrays.empty((n, pattern.expanded_k(k) // 8), np.uint8)
     scale = None
     if Scheme.of(stored).scaled:
         scale = arrays.empty((n, 1), np.float32) if scales is None else arrays.asarray(scales)

@@ -116,7 +116,7 @@ def plan(
         if kind:
             raise UnsupportedError(f"kind: {kind} to blocks of {stored} has no kernel; quantize what it makes")
         variant, runs = replace(variant, vectors=int(whole)), width // SCALED_BLOCK * 8
-        threads, filled = min(FROM_MEMORY, max(32, -(-runs // 32) * 32)), -(-pattern.slid_k(k) // 32)
+        threads, filled = min(FROM_MEMORY, max(32, -(-runs // 32) * 32)), -(-pattern.expanded_k(k) // 32)
         return Launch(variant, kernel(variant), threads, (*elements, filled), runs, (), 0)
     if width is None:
         assert pattern is not None

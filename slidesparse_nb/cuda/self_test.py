@@ -24,7 +24,7 @@ import numpy as np
 
 from .. import arch, env
 from ..arch import Candidate
-from ..arch.operand import Operand, image, scaled_rows
+from ..arch.operand import Operand, scaled_rows, to_tiles
 from ..core import reference
 from ..core.dtypes import CUDA_CODES, FLOAT4, FLOATS, INT8, DType
 from ..core.packed import PackedWeight
@@ -115,7 +115,7 @@ def _scores(rng: np.random.Generator, shape: tuple[int, int], group: int) -> Arr
 def case(problem: GemmProblem) -> Case:
     """Sums stay below 2^24, and of float types below 2^13 of their smallest step, which the shortest accumulator holds."""
     m, n, k, pattern, scheme, dtype = problem.m, problem.n, problem.k, problem.pattern, problem.scheme, problem.dtype
-    rng, ks, block = np.random.default_rng(0), pattern.slid_k(k), scheme.weights.block
+    rng, ks, block = np.random.default_rng(0), pattern.expanded_k(k), scheme.weights.block
     if block:
         w = _fours(rng, (n, k), (0.5, 1, 1.5, 2, 3, 4, 6), ((1, 0), (0, 1), (1, 1)))
         x = _fours(rng, (m, ks), (1, 1, 2, 3), ((1, 0), (0, 1), *6 * ((0, 0),)))
@@ -144,7 +144,7 @@ def case(problem: GemmProblem) -> Case:
 def _operand(form: Operand, x: Array, pattern: Pattern, block_scale: Array | None = None) -> Array:
     """x of a case as bytes in the layout that a kernel loads."""
     if form.tiled:
-        return image(x, pattern)
+        return to_tiles(x, pattern)
     if block_scale is not None:
         return scaled_rows(reference.pack_nibbles(x), block_scale.view(np.uint8))
     values = np.ascontiguousarray(reference.lift(x, form.lift) if form.lift else x).view(np.uint8)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import slidesparse_nb as ss
 
-from .operators import FLOATS, NUMPY, PACKED, TORCH, arrange, as_cupy, as_numpy, facts_of, from_numpy, require_no_grad
+from .operators import FLOATS, require_no_grad
+from .tensors import NUMPY, PACKED, TORCH, arrange, as_cupy, as_numpy, facts_of, from_numpy
 
 
 class Quantized(NamedTuple):

@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import slidesparse_nb as ss
 
-from .operators import named
+from .tensors import named
 from .torch import SparseLinear
 
 NAME = "slidesparse"
@@ -181,7 +181,7 @@ def is_new_head(model: Any, name: str, modules: set[str]) -> bool:
 
 
 def require_places(model: Any, modules: set[str]) -> None:
-    """An error where packed modules and packed layers do not meet, and transformers would make up weights.
+    """An error where packed modules and packed layers do not match, and transformers would make up weights.
 
     Where the model lacks a whole branch, such as the head, its modules are left out; renamed ones are told by their number.
 

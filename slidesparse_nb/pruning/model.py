@@ -126,7 +126,7 @@ class BlockwiseModel:
     # ---- blocks
 
     def _interrupted(self, i: int, real: Any) -> Any:
-        """The forward of block i; during `_arguments` it hands on what it is given, or ends the pass."""
+        """The forward of block i; during `_arguments` it returns what it is given, or ends the pass."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.at is None:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.safetensors import SafetensorsFile
-from ..convert.write import JOURNAL_HEAD, begun_otherwise, lock, not_ours, read_journal, unfinished
+from ..convert.staging import JOURNAL_HEAD, begun_otherwise, lock, not_ours, read_journal, unfinished
 from ..errors import FormatError, UnsupportedError
-from .statistics import crc32, write_whole
+from .statistics import crc32, write_arrays
 
 
 class Parts:
@@ -78,7 +78,7 @@ class Parts:
     def write(self, part: int, arrays: Mapping[str, Any], errors: Mapping[str, float]) -> None:
         """Store a part: arrays by the names of their tensors."""
         told = json.dumps(dict(errors))
-        write_whole(self.path(part), arrays, {"errors": told, "crc": str(_crc(told, arrays))})
+        write_arrays(self.path(part), arrays, {"errors": told, "crc": str(_crc(told, arrays))})
         self._take(part)
 
     def _take(self, part: int) -> None:

@@ -56,14 +56,14 @@ def cost(columns: Any, w: Any, hessian: Any) -> Any:
     return (lost * (hessian @ lost)).sum(axis=0)
 
 
-def admm(columns: Any, w: Any, hessian: Any, pattern: Pattern, rounds: int = ROUNDS) -> tuple[Any, Any]:
+def admm(columns: Any, w: Any, hessian: Any, pattern: Pattern) -> tuple[Any, Any]:
     """Weights near the least error that obey the pattern, and their mask; arguments as for `refine`."""
     xp, zero, rho = namespace(columns), np.float32(0), RHO
     scale = xp.sqrt(xp.diagonal(hessian))[:, None]
     values, vectors = xp.linalg.eigh(hessian / scale / scale.T)
     goal = hessian @ w / scale
     obeys, dual, mask = columns * scale, xp.zeros_like(columns), xp.ones(columns.shape, bool)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         free = vectors @ ((vectors.T @ (goal + rho * obeys - dual)) / (values[:, None] + rho))
         drawn = xp.where(w == 0, zero, free + dual / rho)
         mask = kept(xp.where(w == 0, np.float32(-1), drawn * drawn).T, pattern).T
@@ -73,13 +73,13 @@ def admm(columns: Any, w: Any, hessian: Any, pattern: Pattern, rounds: int = ROU
     return obeys / scale, mask
 
 
-def least_squares(columns: Any, w: Any, hessian: Any, keep: Any, steps: int = STEPS) -> Any:
-    """The retained weights after some steps of conjugate gradients towards their optimum; arguments as for `refine`."""
+def least_squares(columns: Any, w: Any, hessian: Any, keep: Any) -> Any:
+    """The retained weights after STEPS steps of conjugate gradients towards their optimum; arguments as for `refine`."""
     xp, zero = namespace(columns), np.float32(0)
     inverse = 1 / xp.diagonal(hessian)[:, None]  # the preconditioner
     left = xp.where(keep, hessian @ (w - columns), zero)
     direction, size = xp.zeros_like(columns), xp.ones(columns.shape[1], np.float32)
-    for _ in range(steps):
+    for _ in range(STEPS):
         scaled = inverse * left
         last, size = size, (left * scaled).sum(axis=0)
         direction = scaled + direction * (size / xp.maximum(last, TINY))

@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.safetensors import SafetensorsFile, SafetensorsWriter, TensorFile, checked_path
+from ..checkpoint.safetensors import SafetensorsFile, TensorFile, checked_path
+from ..checkpoint.safetensors_writer import write_whole
 from ..core.dtypes import CODE_OF
 from ..core.untrusted_json import parse_json
 from ..errors import FormatError, OperandError, UnsupportedError, shown
@@ -157,7 +158,7 @@ class Statistics:
                 arrays[f"{name}.gram"] = moments.on(np).gram
             arrays[f"{name}.tokens"] = np.array([moments.tokens], np.int64)
         told = {"version": 1, "inputs": self.inputs, "model": self.model, **self.facts}
-        write_whole(path, arrays, {METADATA: json.dumps(told)})
+        write_arrays(path, arrays, {METADATA: json.dumps(told)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
@@ -220,15 +221,7 @@ def crc32(a: Any, crc: int = 0) -> int:
     return zlib.crc32(np.ascontiguousarray(a).reshape(-1).view(np.uint8).data, crc)
 
 
-def write_whole(path: str | os.PathLike[str], arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:
     """Write NumPy arrays to a .safetensors file that appears whole or not at all."""
-    target = checked_path(path, "out")
-    beside = target.with_name(f"{target.name}.writing")
     entries = [(name, CODE_OF[array.dtype], array.shape) for name, array in arrays.items()]
-    try:
-        with SafetensorsWriter(beside, entries, metadata) as writer:
-            for name, array in arrays.items():
-                writer.write(name, array)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(checked_path(path, "out"), entries, arrays, metadata)

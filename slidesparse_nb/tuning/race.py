@@ -1,14 +1,11 @@
 """The candidates for a product timed against each other on the current GPU: proved equal, then timed in CUDA graphs.
 
-A graph holds a call for each of several weights, which fill L2 several times over, so that every call finds its weights in
-DRAM. Candidates are timed in turns, a short burst each after a pause, so that a clock that drifts drifts for all of them.
+A graph holds a call for each of several weights, which fill L2 several times over. Candidates are timed in turns, a short burst
+each after a pause, so that a clock that drifts drifts for all of them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,15 +21,7 @@ from ..core.packed import PackedWeight
 from ..core.problem import GemmProblem
 from ..cuda import matmul, self_test, tuned_store
 from ..cuda.weight import to_device
-
-CACHES = 5
-"""L2 caches that a graph's operands fill at least."""
-
-MOST_CALLS = 32
-"""Calls in a graph, at most."""
-
-IDLE_S, BURST_US = 0.02, 2000.0
-"""Pause before a burst of replays (seconds), and the duration of a burst (microseconds)."""
+from .clock import Launch, cold_calls, poison, replays
 
 FINALISTS = 5
 """Candidates that are timed again after one burst each, the model's choice among them."""
@@ -45,11 +34,9 @@ APART = 0.25
 """How far floating-point results may differ, in standard deviations of y. Another order of addition differs by less, even in
 the 13 bits of a float8 sum (docs/hopper.md), and a wrong tile by more."""
 
-Launch = Callable[[], None]
-
 
 class Clock(Protocol):
-    """What captures calls and times them; see GpuClock."""
+    """What captures calls and times them; see clock.GpuClock."""
 
     l2_bytes: int
 
@@ -118,7 +105,7 @@ class Track:
         packed = self.weights[0]
         y_type = next(dtype for dtype, name in FLOATS.items() if name == out)
         touched = packed.nbytes + m * (packed.k * packed.dtype.bits // 8 + packed.n * y_type.itemsize)
-        count = max(1, min(MOST_CALLS, math.ceil(CACHES * self.clock.l2_bytes / touched)))
+        count = cold_calls(touched, self.clock.l2_bytes)
         while len(self.weights) < count:
             self.weights.append(replace(packed))  # to be arranged in memory of its own
         weights = self.weights[:count]
@@ -136,7 +123,7 @@ class Track:
             for candidate, each in plans.items():
                 for weight, plan in zip(there, each, strict=True):
                     weight.plans[m, out] = plan
-                _poison(ys[0])
+                poison(ys[0])
                 calls[0]()
                 if wanted is None:
                     wanted = ys[0].copy()
@@ -161,7 +148,7 @@ def run(lanes: Sequence[Lane], clock: Clock, calls: int, wrong: Sequence[Candida
                 lane.us.append(clock.burst(lane.launch, lane.replays))
 
     for lane in lanes:
-        lane.replays = max(1, round(BURST_US / max(1.0, clock.burst(lane.launch, 1))))
+        lane.replays = replays(clock.burst(lane.launch, 1))
     time_in_turns(lanes, 1)
     model, *others = lanes
     finalists = [model, *sorted(others, key=lambda lane: lane.us[0])[: FINALISTS - 1]]
@@ -172,54 +159,9 @@ def run(lanes: Sequence[Lane], clock: Clock, calls: int, wrong: Sequence[Candida
     return Race(best.candidate, median(model.us) / calls, median(best.us) / calls, len(lanes), tuple(wrong))
 
 
-class GpuClock:
-    """Graphs and bursts on a stream of the current GPU."""
-
-    def __init__(self) -> None:
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        self.l2_bytes = int(cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())["l2CacheSize"])
-
-    def capture(self, calls: Sequence[Callable[[], Any]]) -> Launch:
-        """Run each call once, then capture them all; they allocate nothing."""
-        cupy.cuda.Device().synchronize()  # operands were made on another stream
-        with self.stream:
-            for call in calls:
-                call()
-            self.stream.synchronize()
-            self.stream.begin_capture()
-            try:
-                for call in calls:
-                    call()
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    self.stream.end_capture()
-                raise
-            graph = self.stream.end_capture()
-        graph.upload(self.stream)
-        self.stream.synchronize()
-        return partial(graph.launch, self.stream)
-
-    def burst(self, launch: Launch, replays: int) -> float:
-        """Microseconds a launch, of `replays` launches after a pause."""
-        first, last = cupy.cuda.Event(), cupy.cuda.Event()
-        time.sleep(IDLE_S)
-        launch()  # the device is busy while the others are queued: launch latency stays out of the time
-        first.record(self.stream)
-        for _ in range(replays):
-            launch()
-        last.record(self.stream)
-        last.synchronize()
-        return float(cupy.cuda.get_elapsed_time(first, last)) * 1e3 / replays
-
-
 def normal(rows: int, columns: int) -> Any:
     """Random numbers float32 [rows, columns] on the current GPU; others for other rows: weights are not activations."""
     return cupy.random.default_rng(20240607 + rows).standard_normal((rows, columns), dtype=np.float32)
-
-
-def _poison(y: Any) -> None:
-    """Fill with NaN."""
-    y.view(f"u{y.itemsize}").fill((1 << 8 * y.itemsize - 1) - 1)
 
 
 def _same(y: Any, wanted: Any, exactly: bool) -> bool:

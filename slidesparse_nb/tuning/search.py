@@ -16,6 +16,7 @@ from ..cuda import tuned_store
 from ..cuda.ahead_of_time import compile_all, kernels_of
 from ..cuda.jit import cache
 from ..errors import OperandError, UnsupportedError
+from .clock import GpuClock
 
 LEAST_GAIN = 0.02
 """Share of the model's choice's time that another candidate must save to be kept; a smaller gain may not repeat."""
@@ -109,7 +110,7 @@ def _capability() -> tuple[int, int]:
 
 def _tuned(wanted: list[GemmProblem], end: float | None, tell: Callable[[str], None]) -> Iterator[Tuned]:
     timing = cuda.importing("slidesparse_nb.tuning.race", "tune")
-    clock = timing.GpuClock()
+    clock = GpuClock()
     track: Any = None
     of: Any = None
     for number, asked in enumerate(wanted):

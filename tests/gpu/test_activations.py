@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cupy as cp
 import numpy as np
 import pytest
-from device_cases import SOURCES, awkward_rows, bits, blocked, imaged, made_on_device, quantized, row_pitch, same, write
+from device_cases import SOURCES, awkward_rows, bits, blocked, made_on_device, quantized, row_pitch, same, tiled, write
 from fused_cases import check_fused
 
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT4, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
@@ -123,7 +123,7 @@ def test_every_number_of_vectors(vectors) -> None:
         same(out.get(), scale.get(), quantized(x, INT8, pattern, width))
     for dtype in (INT8, BFLOAT16):
         launch = activations.plan("bfloat16", dtype.name, k, x.strides, True, 90, Pattern(6, 8), vectors=vectors)
-        expected, expected_scale = imaged(x, dtype, Pattern(6, 8))
+        expected, expected_scale = tiled(x, dtype, Pattern(6, 8))
         out, scale = cp.empty(expected.shape, cp.uint8), cp.empty((20, 1), cp.float32)
         launch(20, on_device(x), out, scale)
         np.testing.assert_array_equal(out.get(), expected)  # bfloat16 as it is, NaN too
@@ -144,7 +144,7 @@ def one_nan(tiles, dtype):
 
 def check_tiles(x, dtype, pattern, placed=None):
     """Lay out x on the device, into guarded, poisoned arrays, and compare every byte."""
-    expected, expected_scale = imaged(x, dtype, pattern)
+    expected, expected_scale = tiled(x, dtype, pattern)
     out, out_whole = guarded((1, expected.size), 1)
     scale, scale_whole = guarded((x.shape[0], 1), 4)
     given = on_device(x) if placed is None else placed
@@ -209,7 +209,7 @@ def test_tiles_of_many_rows(dtype) -> None:
     made, scale = made_on_device(x, dtype, pattern)
     for group in (0, m // 16, m // 8):
         count = min(8, m - 8 * group)
-        expected, expected_scale = imaged(host[:count], dtype, pattern)
+        expected, expected_scale = tiled(host[:count], dtype, pattern)
         np.testing.assert_array_equal(one_nan(made[:, group].get(), dtype), one_nan(expected[:, 0], dtype))
         if dtype is INT8:
             np.testing.assert_array_equal(bits(scale[8 * group : 8 * group + count].get()), bits(expected_scale))

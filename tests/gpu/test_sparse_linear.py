@@ -11,7 +11,7 @@ import torch
 
 import slidesparse_nb as ss
 from slidesparse_nb.core import reference
-from slidesparse_nb.integrations import operators
+from slidesparse_nb.integrations import tensors
 from slidesparse_nb.integrations.torch import SparseLinear
 
 SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16", "W4A8")
@@ -92,14 +92,14 @@ def test_streams_and_threads() -> None:
 
 
 def test_weights_are_forgotten_with_their_layer() -> None:
-    before = len(operators._weights)
+    before = len(tensors.WEIGHTS)
     layers = [layer("INT8_W8A8") for _ in range(3)]
     for each in layers:
         each(tokens(3).cuda())
-    assert len(operators._weights) == before + 3
+    assert len(tensors.WEIGHTS) == before + 3
     del layers, each
     gc.collect()
-    assert len(operators._weights) == before
+    assert len(tensors.WEIGHTS) == before
 
 
 @pytest.mark.parametrize("scheme", ["INT8_W8A8", "BF16"])
@@ -117,12 +117,12 @@ def test_linears_of_norms_and_gates(scheme: str, m: int) -> None:
         return added, ops.silu_and_mul_linear(gate, *facts), ops.gelu_and_mul_linear(gate, *facts), normed, kept
 
     *got, kept = products()
-    host = [operators.as_numpy(t.cpu()) for t in (x, residual, gamma, gate)]
+    host = [tensors.as_numpy(t.cpu()) for t in (x, residual, gamma, gate)]
     normed, sums = reference.rms_norm(host[0], host[2], 1e-6, host[1])
     plain = reference.rms_norm(host[0], host[2], 1e-6)[0]
-    assert torch.equal(kept.cpu(), operators.from_numpy(sums))
+    assert torch.equal(kept.cpu(), tensors.from_numpy(sums))
     for y, before in zip(got, (normed, reference.silu_and_mul(host[3]), reference.gelu_and_mul(host[3]), plain), strict=True):
-        assert torch.equal(y, there(operators.from_numpy(before).cuda()))
+        assert torch.equal(y, there(tensors.from_numpy(before).cuda()))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = products()

@@ -7,13 +7,12 @@ import json
 import cupy as cp
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import slidesparse
 from gemm_cases import check, tokens, weight
 
 import slidesparse_nb as ss
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8
 from slidesparse_nb.cuda import matmul, tuned_store
-from tools.cli import main
 
 pytestmark = pytest.mark.gpu
 
@@ -75,7 +74,7 @@ def test_every_way_that_is_kept_is_used_and_right():
 
 
 def test_command():
-    done = CliRunner().invoke(main, ["tune", "--shape", f"{N},{K}", "-m", f"1,{M}", "--json"])
+    done = slidesparse("tune", "--shape", f"{N},{K}", "-m", f"1,{M}", "--json")
     print(done.output)
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)

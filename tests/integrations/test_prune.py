@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import slidesparse
+from faults import contents, interrupting
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -33,7 +34,6 @@ from slidesparse_nb.core import reference
 from slidesparse_nb.pruning.model import BATCH_TOKENS
 from slidesparse_nb.pruning.sparsegpt import sparsegpt
 from slidesparse_nb.pruning.wanda import wanda
-from tools.cli import main
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
@@ -67,14 +67,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arrays(path: Path) -> dict[str, Any]:
     return {name: np.asarray(a, np.float32) for name, a in ss.load(path).items()}
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
-
-
-def call(*arguments: object) -> Any:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -117,7 +109,7 @@ def test_the_command_and_what_pack_makes_of_it(model: Path, text: Path, tmp_path
     out, report = tmp_path / "out", tmp_path / "r.json"
     given = ["--scheme", scheme] if scheme else []
     line = ["prune", model, "-o", out, "--method", "sparsegpt", "--calibration", text, "--tokens", 320, "--window", 32, *given]
-    done = call(*line, "--report", report)
+    done = slidesparse(*line, "--report", report)
     assert done.exit_code == 0, done.output
     assert "21 modules, " in done.stdout
     assert "6:8 (2 zeros in 8) by sparsegpt on 10 windows of 32 tokens" in done.stdout
@@ -128,10 +120,10 @@ def test_the_command_and_what_pack_makes_of_it(model: Path, text: Path, tmp_path
         assert after[name].tobytes() == before[name].tobytes()
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "r.json"]
-    assert call(*line).exit_code == 2
-    assert call(*line, "--resume").exit_code == 0
+    assert slidesparse(*line).exit_code == 2
+    assert slidesparse(*line, "--resume").exit_code == 0
     LlamaForCausalLM.from_pretrained(out)
-    packed = call("pack", out, "-o", tmp_path / "packed", "--scheme", scheme or "BF16")
+    packed = slidesparse("pack", out, "-o", tmp_path / "packed", "--scheme", scheme or "BF16")
     assert packed.exit_code == 0, packed.output
     for name, w in ss.load(tmp_path / "packed").items():
         if isinstance(w, ss.PackedWeight):  # nothing is pruned, and with a scheme nothing rounded anew
@@ -142,24 +134,24 @@ def test_the_command_and_what_pack_makes_of_it(model: Path, text: Path, tmp_path
 def test_statistics_serve_every_pattern(model: Path, text: Path, tmp_path: Path) -> None:
     file = tmp_path / "s.safetensors"
     line = ["prune", model, "--calibration", text, "--tokens", 320, "--window", 32, "--save-statistics", file]
-    assert call(*line, "--method", "sparsegpt").exit_code == 0
-    assert call(*line, "--method", "wanda").exit_code == 2, "the file exists"
+    assert slidesparse(*line, "--method", "sparsegpt").exit_code == 0
+    assert slidesparse(*line, "--method", "wanda").exit_code == 2, "the file exists"
     by_text = ss.PruneOptions(method="sparsegpt", calibration=text, **TEXT)
     ss.prune_checkpoint(model, tmp_path / "by-text", by_text)
     for pattern in ("2:4", "6:8"):
         out = tmp_path / pattern.replace(":", "of")
-        done = call("prune", model, "-o", out, "--method", "sparsegpt", "--statistics", file, "--pattern", pattern)
+        done = slidesparse("prune", model, "-o", out, "--method", "sparsegpt", "--statistics", file, "--pattern", pattern)
         assert done.exit_code == 0, done.output
-        assert call("pack", out, "-o", f"{out}-packed", "--pattern", pattern).exit_code == 0
+        assert slidesparse("pack", out, "-o", f"{out}-packed", "--pattern", pattern).exit_code == 0
     one, other = arrays(tmp_path / "6of8"), arrays(tmp_path / "by-text")
     np.testing.assert_array_equal(one["model.layers.0.mlp.up_proj.weight"], other["model.layers.0.mlp.up_proj.weight"])
     assert (one["model.layers.2.mlp.up_proj.weight"] != other["model.layers.2.mlp.up_proj.weight"]).any()
-    other = call("prune", tmp_path / "2of4", "-o", tmp_path / "x", "--method", "sparsegpt", "--statistics", file)
+    other = slidesparse("prune", tmp_path / "2of4", "-o", tmp_path / "x", "--method", "sparsegpt", "--statistics", file)
     assert (other.exit_code, "statistics: are of another model, whose 'model.layers." in other.stderr) == (2, True)
     norms = tmp_path / "n.safetensors"
-    assert call(*line[:-1], norms, "--method", "wanda").exit_code == 0
+    assert slidesparse(*line[:-1], norms, "--method", "wanda").exit_code == 0
     assert norms.stat().st_size < file.stat().st_size / 4
-    short = call("prune", model, "-o", tmp_path / "x", "--method", "sparsegpt", "--statistics", norms)
+    short = slidesparse("prune", model, "-o", tmp_path / "x", "--method", "sparsegpt", "--statistics", norms)
     assert short.exit_code == 2
     assert "statistics hold column norms alone" in short.stderr
     assert not (tmp_path / "x.blocks").exists()
@@ -182,12 +174,7 @@ def test_killed_and_resumed(model: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(ss.OperandError, match="was started with other options"):
         ss.prune_checkpoint(model, out, ss.PruneOptions(method="wanda", calibration=text, **TEXT), ss.Run(resume=True))
     first = (tmp_path / "out.blocks" / "00000.safetensors").stat()
-    stop = KeyboardInterrupt()
-
-    def interrupt(phase: str, done: int, total: int) -> None:
-        if phase == "pruning":
-            raise stop
-
+    interrupt = interrupting(lambda phase, done, total: phase == "pruning")
     with pytest.raises(KeyboardInterrupt, match="--resume continues"):
         ss.prune_checkpoint(model, out, options, ss.Run(resume=True, progress=interrupt))
     assert (tmp_path / "out.blocks" / "00000.safetensors").stat().st_mtime_ns == first.st_mtime_ns, "made once"
@@ -255,6 +242,6 @@ def test_what_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
         (model / "model.safetensors", ["--calibration", text, "--window", 32], 2, "calibration: needs a model's folder"),
         (model, ["--calibration", text, "--window", 32, "--device", "cuda"], 2, "device: PyTorch finds no GPU"),
     ):
-        done = call("prune", source, "-o", out, "--method", "sparsegpt", *given)
+        done = slidesparse("prune", source, "-o", out, "--method", "sparsegpt", *given)
         assert (done.exit_code, message in done.stderr) == (code, True), done.output
         assert not list(tmp_path.glob("out*")), "leaves nothing behind"

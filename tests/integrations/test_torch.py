@@ -16,8 +16,8 @@ import torch
 
 import slidesparse_nb as ss
 from slidesparse_nb.core import reference
-from slidesparse_nb.integrations import operators
-from slidesparse_nb.integrations.operators import as_numpy
+from slidesparse_nb.integrations import tensors
+from slidesparse_nb.integrations.tensors import as_numpy
 from slidesparse_nb.integrations.torch import SparseLinear
 
 SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16", "W4A8", "FP16", "NVFP4")
@@ -148,18 +148,18 @@ def test_refused(case: Any) -> None:
 def test_an_arranged_weight_tells_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its head, not a graph, has the buffers; another weight at the same address, or none, is no mistake to multiply by."""
     made: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(operators, "as_cupy", lambda tensor: tensor)
-    monkeypatch.setattr(operators.ss, "device_weight", lambda *given: made.append(given) or object())
+    monkeypatch.setattr(tensors, "as_cupy", lambda tensor: tensor)
+    monkeypatch.setattr(tensors.ss, "device_weight", lambda *given: made.append(given) or object())
     weight = torch.zeros(1024, dtype=torch.uint8)
     weight[:256] = torch.frombuffer(bytearray(b"6:8 int8 16 32 values:300,scale:64".ljust(256)), dtype=torch.uint8)
-    operators._device_weight([weight], 16, 32, "6:8 int8")
+    tensors.device_weight([weight], 16, 32, "6:8 int8")
     assert {name: len(part) for name, part in made[0][0].items()} == {"values": 300, "scale": 64}
     assert made[0][0]["scale"].data_ptr() == weight.data_ptr() + 256 + 512
     for operands, facts in (([weight], "6:8 float8_e4m3fn"), ([weight * 0], "6:8 int8"), ([weight, weight], "6:8 int8")):
         with pytest.raises(ss.OperandError, match=r"^weight: is not arranged for a GPU as .* call settle\(\)"):
-            operators._device_weight(operands, 16, 32, facts)
+            tensors.device_weight(operands, 16, 32, facts)
     with pytest.raises(ss.OperandError, match=r"^weight: is arranged for a GPU, but on the CPU; call settle\(\)"):
-        operators._packed([weight], 16, 32, "6:8 int8")
+        tensors.packed_of([weight], 16, 32, "6:8 int8")
 
 
 def test_a_weight_on_meta_multiplies_nothing() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import slidesparse_nb as ss
+from slidesparse_nb.tuning.clock import cold_calls
 
 
 @dataclass(frozen=True)
@@ -270,19 +269,9 @@ def _cases(selection: Selection, suite: Suite, patterns: Sequence[str], parts: S
             yield from cases(part, [OURS], ms)
 
 
-def slid_k(pattern: str, k: int) -> int:
-    """The expanded k, before any padding of a peer's."""
-    return ss.Pattern.of(pattern).slid_k(k)
-
-
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 Call = Callable[[], Any]
-
-CACHES = 5
-"""How many times the operands of a graph fill the L2 cache at least, so that every call finds its weights in memory, cold."""
-
-MOST_CALLS = 32
 
 
 @dataclass
@@ -325,7 +314,7 @@ def told(error: BaseException) -> str:
 
 
 def copies(linears: Sequence[Linear], kind: Kind, m: int | None, l2_bytes: int) -> int:
-    """Calls in a graph, the same for every provider, so that 2:4 weights, the smallest, with x and y fill L2 CACHES times."""
+    """Calls in a graph, the same for every provider, so that 2:4 weights, the smallest, with x and y fill L2 often enough."""
     tokens = m or 0
     touched = sum(x.n * x.k * kind.size // 2 + tokens * (x.k * kind.size + 2 * x.n) for x in linears)
-    return max(1, min(MOST_CALLS, math.ceil(CACHES * l2_bytes / max(1, touched))))
+    return cold_calls(touched, l2_bytes)

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 
 import slidesparse_nb as ss
+from slidesparse_nb.tuning.clock import GpuClock, Launch, replays
 
 from .cases import OURS, Call, Case
 
-IDLE_S, BURST_US, BURSTS = 0.02, 2000.0, 5
+BURSTS = 5
 WARM_S, TIMED_S, SPAN_S = 0.5, 0.5, 0.02
-Launch = Callable[[], None]
 
 
-class Gpu:
+class Gpu(GpuClock):
     """Operands, graphs, clock and sensors of the current device.
 
     Raises:
@@ -42,11 +42,8 @@ class Gpu:
                 )
             if finding.part == "CuPy":
                 break
-        self.cupy: Any = importlib.import_module("cupy")
+        super().__init__()
         importlib.import_module("ml_dtypes")  # names bfloat16 for NumPy
-        self.stream = self.cupy.cuda.Stream(non_blocking=True)
-        self.properties = self.cupy.cuda.runtime.getDeviceProperties(self.cupy.cuda.runtime.getDevice())
-        self.l2_bytes = int(self.properties["l2CacheSize"])
         self._rng = self.cupy.random.default_rng(20240607)
         self._nvml: Any = None
         with contextlib.suppress(Exception):  # no module, no library, no permission: no readings
@@ -62,7 +59,7 @@ class Gpu:
         facts = {
             "gpu": _text(properties["name"]),
             "capability": f"{properties['major']}.{properties['minor']}",
-            "processors": properties["multiProcessorCount"],
+            "sms": properties["multiProcessorCount"],
             "l2_bytes": self.l2_bytes,
             "cuda_runtime": f"{number // 1000}.{number % 1000 // 10}",
             "python": platform.python_version(),
@@ -111,10 +108,6 @@ class Gpu:
             bits = bits[:, self.cupy.asarray(columns)]
         return self.cupy.asnumpy(bits).view(array.dtype)
 
-    def poison(self, array: Any) -> None:
-        """Fill with NaN."""
-        array.view(f"u{array.itemsize}").fill((1 << 8 * array.itemsize - 1) - 1)
-
     def unwritten(self, array: Any) -> int:
         """Elements that are still as `poison` left them."""
         return int((array.view(f"u{array.itemsize}") == (1 << 8 * array.itemsize - 1) - 1).sum())
@@ -129,29 +122,6 @@ class Gpu:
 
     # ---- graphs and clocks ---------------------------------------------------------------------------------------
 
-    def capture(self, calls: Sequence[Call]) -> Launch:
-        """Run each call once, then capture them all; what they return lives as long as the graph."""
-        self.synchronize()  # operands were made on another stream
-        with self.stream:
-            kept = [call() for call in calls]
-            self.stream.synchronize()
-            del kept  # so that the memory pool has as much again, and capture needs no more from the driver
-            self.stream.begin_capture()
-            try:
-                kept = [call() for call in calls]
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    self.stream.end_capture()
-                raise
-            graph = self.stream.end_capture()
-        graph.upload(self.stream)
-        self.stream.synchronize()
-
-        def launch(_kept: list[Any] = kept) -> None:
-            graph.launch(self.stream)
-
-        return launch
-
     def bandwidth(self, count: int) -> dict[str, float]:
         """Bytes a second of a copy of `count` bytes, read and written by a kernel (the driver's is slower), and of a sum."""
         source, target = self.cupy.ones(count // 16, np.complex128), self.cupy.empty(count // 16, np.complex128)
@@ -159,25 +129,19 @@ class Gpu:
         numbers, total = source.view(np.float32), self.cupy.empty((), np.float32)
         read = self.capture([lambda: numbers.sum(out=total)])
         return {
-            name: x * count / median(self.burst(launch)) * 1e6 for name, x, launch in (("copy", 2, copy), ("read", 1, read))
+            name: x * count / median(self.bursts(launch)) * 1e6 for name, x, launch in (("copy", 2, copy), ("read", 1, read))
         }
 
-    def burst(self, launch: Launch) -> list[float]:
-        """Microseconds of one launch, several times over, each in a short run after idleness."""
+    def bursts(self, launch: Launch) -> list[float]:
+        """Microseconds of one launch, BURSTS times over, each in a short run after a pause."""
         launch()
-        count = max(1, round(BURST_US / max(self._timed(launch, 1), 1.0)))
-        times = []
-        for _ in range(BURSTS):
-            time.sleep(IDLE_S)
-            if count > 1:  # the device is busy while the others are queued: launch latency stays out of the time
-                launch()
-            times.append(self._timed(launch, count))
-        return times
+        count = replays(self.timed(launch, 1))
+        return [self.burst(launch, count) for _ in range(BURSTS)]
 
     def sustained(self, launch: Launch) -> tuple[list[float], dict[str, float | None]]:
         """Microseconds of one launch, a span of about 20 ms at a time, after half a second of the same; and mean readings."""
         launch()
-        count = max(1, round(SPAN_S * 1e6 / max(self._timed(launch, 1), 1.0)))
+        count = max(1, round(SPAN_S * 1e6 / max(self.timed(launch, 1), 1.0)))
         event = self.cupy.cuda.Event
         marks, reached, samples = [event()], list[float](), list[dict[str, float]]()
 
@@ -214,15 +178,6 @@ class Gpu:
             self.synchronize()
             times.append((time.perf_counter() - began) * 1e6)
         return times
-
-    def _timed(self, launch: Launch, count: int) -> float:
-        first, last = self.cupy.cuda.Event(), self.cupy.cuda.Event()
-        first.record(self.stream)
-        for _ in range(count):
-            launch()
-        last.record(self.stream)
-        last.synchronize()
-        return float(self.cupy.cuda.get_elapsed_time(first, last)) * 1e3 / count
 
     # ---- sensors -------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import click
 import numpy as np
 
 import slidesparse_nb as ss
+from slidesparse_nb.tuning.clock import poison
 
 from . import gpu, peers
 from .cases import ALL, OURS, Case, Provider, Selection, copies, plan, told
@@ -225,7 +226,7 @@ class Bench:
         made = [provider.prepare(case, linear, count) for linear in linears]
         for calls in made:
             if calls.outputs:
-                self.device.poison(calls.outputs[0])
+                poison(calls.outputs[0])
             calls.calls[0]()
             calls.check(0)
         seen: dict[str, float | None] = {}
@@ -235,13 +236,13 @@ class Bench:
             launch = provider.capture([calls.calls[i] for i in range(count) for calls in made])
             for calls in made:
                 if calls.outputs:
-                    self.device.poison(calls.outputs[-1])
+                    poison(calls.outputs[-1])
             self.device.synchronize()  # another stream's work
             if case.load == "sustained":
                 times, seen = self.device.sustained(launch)
                 seen["mj"] = None if seen["watts"] is None else seen["watts"] * median(times) / count * 1e-3
             else:
-                times = self.device.burst(launch)
+                times = self.device.bursts(launch)
             times = [us / count for us in times]
         for calls in made:
             calls.check(-1)

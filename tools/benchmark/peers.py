@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from .cases import KINDS, MODELS, PARTS, Call, Calls, Case, Kind, Linear, Peer, Selection, slid_k
+import slidesparse_nb as ss
+
+from .cases import KINDS, MODELS, PARTS, Call, Calls, Case, Kind, Linear, Peer, Selection
 
 PEERS = {
     "dense": Peer("cuBLASLt, dense weights of the same type", "dense"),
@@ -134,7 +136,7 @@ class TorchPeers:
     def _cusparselt(self, case: Case, linear: Linear, m: int, copies: int) -> Calls:
         torch, kind = self.torch, case.kind
         assert case.pattern is not None
-        ks = -(-slid_k(case.pattern, linear.k) // 64) * 64
+        ks = -(-ss.Pattern.of(case.pattern).expanded_k(linear.k) // 64) * 64
         rows = -(-m // 32) * 32 if kind.key == "int8" else -(-m // 16) * 16
         ws = [torch._cslt_compress(self._two_of_four(self._random(linear.n, ks, kind))) for _ in range(copies)]
         xs = [self._random(rows, ks, kind) for _ in range(copies)]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from typing import Any
 
 import slidesparse_nb as ss
 
-from .cases import ALL, KINDS, OURS, Kind, Linear, slid_k
+from ..documents import write_whole
+from .cases import ALL, KINDS, OURS, Kind, Linear
 from .engines import ENGINES
 from .peers import PEERS
 
@@ -154,19 +154,6 @@ class Results:
         write_whole(path, "{\n" + ",\n".join(lines) + f',\n "cells": [\n{listed}\n ]\n}}\n')
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside `path`, then rename it: whole, or as it was before."""
-    path = path.resolve()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except BaseException:
-        if beside.parent.is_dir() and len(beside.name) < 256:
-            beside.unlink(missing_ok=True)
-        raise
-
-
 def load(path: Path) -> Results:
     """Read a JSON file of results.
 
@@ -276,7 +263,7 @@ def work(part: str, kind: Kind, pattern: str, m: int, n: int, k: int) -> tuple[f
 
     Activations are counted as they are, not as any kernel lays them out; weights are `PackedWeight.nbytes`.
     """
-    ks = slid_k(pattern, k)
+    ks = ss.Pattern.of(pattern).expanded_k(k)
     weights = n * (ks // 2 * kind.size + ks // 8 + 4 * kind.quantized)
     x16, x = m * k * 2, m * (k * kind.size + 4 * kind.quantized)
     if part == "pack":

@@ -83,7 +83,7 @@ def _fill_packed_layers() -> None:
     torch: Any = importlib.import_module("torch")
     cupy: Any = importlib.import_module("cupy")
     method = importlib.import_module("slidesparse_nb.integrations.vllm.method").SlideSparseMethod
-    as_cupy = importlib.import_module("slidesparse_nb.integrations.operators").as_cupy
+    as_cupy = importlib.import_module("slidesparse_nb.integrations.tensors").as_cupy
     arrange = getattr(method, FILLED)
 
     def fill(self: Any, layer: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import slidesparse_nb as ss
 
@@ -14,7 +13,7 @@ from . import served
 from .cases import ALL, KINDS, OURS, is_curve
 from .engines import ENGINES
 from .peers import PEERS
-from .results import Cell, Results, Row, rows, write_whole
+from .results import Cell, Results, Row, rows
 
 CURVE_ROWS = 24
 """Number of m of a curve that are shown unless all are asked for."""
@@ -308,19 +307,3 @@ def _table(head: str, found: Sequence[Row], text: Callable[[Row], str]) -> Itera
             label = KINDS[type].label + ", sustained" * (load == "sustained")
             yield f"| {label} | {' | '.join(texts.get(m, '') for m in tokens)} |"
     yield ""
-
-
-def rewrite(readme: Path, results: Results) -> bool:
-    """Put the section into a README; True if that changed it.
-
-    Raises:
-        FormatError: the markers are not there, in order and once.
-    """
-    text, begin = readme.read_text(encoding="utf-8"), BEGIN.format(published(results))
-    head, _, rest = text.partition(begin)
-    if text.count(begin) != 1 or END not in rest:
-        raise ss.FormatError(f"{readme}: must hold the lines {begin!r}, once, and {END!r} after it")
-    new = f"{head}{begin}\n\n{section(results)}\n{END}{rest.partition(END)[2]}"
-    if new != text:
-        write_whole(readme, new)
-    return new != text

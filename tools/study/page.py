@@ -156,15 +156,6 @@ def _times(found: Mapping[str, Any]) -> Iterator[str]:
         yield table(["method", "runs", "seconds", "memory"], rows)
 
 
-def insert(text: str, tables: str) -> str:
-    """A document with its generated part replaced. Raises FormatError if it has no such part."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ss.FormatError(f"page: the document lacks the line {START} or {END}; add both")
-    return f"{before}{START}\n\n{tables}\n{END}{after}"
-
-
 def draw(found: Mapping[str, Any], path: Path, scheme: str = "INT8_W8A8") -> None:
     """Perplexity over ideal speed-up, a line a method, a panel a text; mixed patterns are stars. Raises FormatError."""
     points: Points = found.get("points", {})

