@@ -197,8 +197,7 @@ def _rms_norm_linear_cuda(
     x: Tensor, residual: Tensor | None, gamma: Tensor, epsilon: float, weight: Sequence[Tensor], bias: Tensor | None, n: int,
     k: int, facts: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    others = [gamma] if residual is None else [gamma, residual]
-    if _fits(x, k) and all(a.dtype == x.dtype and a.is_contiguous() and a.data_ptr() % 16 == 0 for a in others):
+    if _fits(x, k) and _goes_with(gamma, x, (k,)) and (residual is None or _goes_with(residual, x, x.shape)):
         there = _known(weight, n, k, facts)
         kept = x.new_empty(0) if residual is None else torch.empty_like(residual)
         added, sums = (0, 0) if residual is None else (residual.data_ptr(), kept.data_ptr())
@@ -220,10 +219,16 @@ def _gate_and_mul_linear_cuda(
 
 def _fits(x: Tensor, columns: int) -> bool:
     """Whether a kernel may take it: whole 16-byte vectors of a 16-bit type, some tokens."""
+    shape, strides = x.shape, x.stride()
     return (
-        x.dim() == 2 and x.shape[1] == columns and len(x) > 0 and x.element_size() == 2
-        and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+        len(shape) == 2 and shape[1] == columns and shape[0] > 0 and x.element_size() == 2
+        and strides[1] == 1 and strides[0] % 8 == 0 and x.data_ptr() % 16 == 0
     )  # fmt: skip
+
+
+def _goes_with(a: Tensor, x: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a kernel may read it beside x."""
+    return a.shape == shape and a.dtype is x.dtype and a.is_contiguous() and a.data_ptr() % 16 == 0
 
 
 def _fused(
@@ -236,7 +241,7 @@ def _fused(
         kind: of `there.fused`; given: arguments of `write` between the rows of x and where it writes.
     """
     _check_places(x, weight, bias, there.n)
-    m, (name, _, _), pitch, stream = len(x), FLOATS[x.dtype], x.stride(0) * 2, _stream(x.get_device())
+    m, (name, _, _), pitch, stream = x.shape[0], FLOATS[x.dtype], x.stride(0) * 2, _stream(x.get_device())
     if (name, pitch, kind) not in there.fused:
         _require_no_capture(f"x: rows of {pitch} bytes were not given to {kind} of this weight")
     bound, y = _bound(there, m, name), x.new_empty((m, there.n))

@@ -131,6 +131,9 @@ def test_linears_of_norms_and_gates(scheme: str, m: int) -> None:
     torch.library.opcheck(ops.rms_norm_linear, (x, residual, gamma, 1e-6, *facts))
     torch.library.opcheck(ops.silu_and_mul_linear, (gate, *facts))
     torch.library.opcheck(ops.gelu_and_mul_linear, (gate, *facts))
+    for short in ((residual[:, 8:], gamma), (residual, gamma[8:])):
+        with pytest.raises(RuntimeError, match="size of tensor"):  # nothing is read past their ends
+            ops.rms_norm_linear(x, *short, 1e-6, *facts)
 
 
 def test_another_device_and_bad_operands() -> None:
