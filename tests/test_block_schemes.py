@@ -275,6 +275,11 @@ def test_a_checkpoint(scheme: ss.Scheme, tmp_path: Path) -> None:
     pruned = int(((reference.prune(w, scheme.pattern("6:8")) == 0) & (w != 0)).sum())
     assert ss.verify_checkpoint(out, source).pruned == pruned
     assert ss.inspect_checkpoint(out).modules[0].stored == scheme.name
+    ss.save(source, {"fc.weight": np.where(np.arange(48)[:, None] == 7, -w, w)})
+    otherwise = r"^fc: packed.values: row 7 is not .* by 'magnitude'; if it was pruned otherwise, call verify with its seed"
+    with pytest.raises(ss.VerificationError, match=otherwise):
+        ss.verify_checkpoint(out, source)
+    ss.save(source, {"fc.weight": w})
     with pytest.raises(ss.UnsupportedError, match=rf"holds {scheme} .* weights, .* no dense form"):
         ss.unpack_checkpoint(out, tmp_path / "dense.safetensors")
     with pytest.raises(ss.PatternError, match=r"row 0, group \d \(columns .* prune with --prune magnitude"):
