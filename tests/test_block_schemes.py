@@ -276,7 +276,7 @@ def test_a_checkpoint(scheme: ss.Scheme, tmp_path: Path) -> None:
     assert ss.verify_checkpoint(out, source).pruned == pruned
     assert ss.inspect_checkpoint(out).modules[0].stored == scheme.name
     ss.save(source, {"fc.weight": np.where(np.arange(48)[:, None] == 7, -w, w)})
-    otherwise = r"^fc: packed.values: row 7 is not .* by 'magnitude'; if it was pruned otherwise, call verify with its seed"
+    otherwise = r"^fc: packed.values: row 7 is not .* by 'magnitude'; if pruned otherwise, call verify with its seed"
     with pytest.raises(ss.VerificationError, match=otherwise):
         ss.verify_checkpoint(out, source)
     ss.save(source, {"fc.weight": w})

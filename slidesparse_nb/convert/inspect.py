@@ -235,7 +235,7 @@ def _against(
                     packing.verify_rows(block, w, scale=scale, prune=bind("magnitude", w.shape), first_row=first)
                 except VerificationError as error:
                     if blocks:
-                        raise VerificationError(f"{error}; if it was pruned otherwise, call verify with its seed or scores") from None
+                        raise VerificationError(f"{error}; if pruned otherwise, call verify with its seed or scores") from None
                     result.by_magnitude = False
             if not (result.by_magnitude or blocks):
                 packing.verify_rows(block, w, scale=scale, prune=bind("random", w.shape, None), first_row=first)
