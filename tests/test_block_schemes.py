@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -306,6 +307,17 @@ def test_activations() -> None:
     bad[1, 7] = np.nan
     for name in ("W4A8", "NVFP4"):
         assert np.isnan(ss.matmul(bad, packed[name])).all(axis=1).tolist() == [False, True, False]
+
+
+@schemes
+def test_numbers_that_overflow(scheme: ss.Scheme) -> None:
+    """Scores of pairs and products become infinity, without a warning."""
+    w = np.full((2, 64), 3e38, np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed = ss.pack(w, "6:8", scheme, prune="magnitude")
+        ss.verify(packed, w, prune="magnitude")
+        assert np.isposinf(ss.matmul(np.ones((3, 64), np.float32), packed)).all()
 
 
 @schemes
