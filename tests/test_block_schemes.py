@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -275,6 +276,11 @@ def test_a_checkpoint(scheme: ss.Scheme, tmp_path: Path) -> None:
     pruned = int(((reference.prune(w, scheme.pattern("6:8")) == 0) & (w != 0)).sum())
     assert ss.verify_checkpoint(out, source).pruned == pruned
     assert ss.inspect_checkpoint(out).modules[0].stored == scheme.name
+    ss.save(source, {"fc.weight": np.where(np.arange(48)[:, None] == 7, -w, w)})
+    otherwise = r"^fc: packed.values: row 7 is not .* by 'magnitude'; if pruned otherwise, call verify with its seed"
+    with pytest.raises(ss.VerificationError, match=otherwise):
+        ss.verify_checkpoint(out, source)
+    ss.save(source, {"fc.weight": w})
     with pytest.raises(ss.UnsupportedError, match=rf"holds {scheme} .* weights, .* no dense form"):
         ss.unpack_checkpoint(out, tmp_path / "dense.safetensors")
     with pytest.raises(ss.PatternError, match=r"row 0, group \d \(columns .* prune with --prune magnitude"):
@@ -301,6 +307,17 @@ def test_activations() -> None:
     bad[1, 7] = np.nan
     for name in ("W4A8", "NVFP4"):
         assert np.isnan(ss.matmul(bad, packed[name])).all(axis=1).tolist() == [False, True, False]
+
+
+@schemes
+def test_numbers_that_overflow(scheme: ss.Scheme) -> None:
+    """Scores of pairs and products become infinity, without a warning."""
+    w = np.full((2, 64), 3e38, np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed = ss.pack(w, "6:8", scheme, prune="magnitude")
+        ss.verify(packed, w, prune="magnitude")
+        assert np.isposinf(ss.matmul(np.ones((3, 64), np.float32), packed)).all()
 
 
 @schemes

@@ -175,7 +175,7 @@ def test_named_tensors(dtype: DType, name: str, tmp_path: Path) -> None:
         ({"weight_scale": None}, {}, FormatError, "packed.scale: is missing; int8 weights need it"),
         ({"weight_meta": np.zeros((3, 6), np.uint8)}, {}, FormatError, "packed.meta: byte 0x00 at row 0, column 0"),
         ({}, {"pattern": "3:4"}, OperandError, "pattern: 3:4 is not of the form"),
-        ({"weight_packed": np.zeros((3, 24), np.uint16)}, {}, OperandError, r"dtype: dtype\('uint16'\) is not a packed type"),
+        ({"weight_packed": np.zeros((3, 24), np.uint16)}, {}, OperandError, r"scheme: dtype\('uint16'\) is not a packed type"),
         (None, {}, OperandError, "tensors: list must be a dictionary"),
     ],
 )

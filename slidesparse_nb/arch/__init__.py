@@ -159,14 +159,14 @@ def for_capability(capability: tuple[int, int], portable: bool | None = None, sc
     Args:
         portable: leave aside what is made for one architecture; by default what SLIDESPARSE_PORTABLE says, or whether that
             kernel failed its test for `scheme`.
-        scheme: of the weights; a kernel that refuses them leaves them to the next one, unless all do.
+        scheme: of the weights; a kernel that refuses them leaves them to the next one, the portable one last.
 
     Raises:
         UnsupportedError: the GPU has no sparse tensor cores.
     """
     portable = env.portable() or (capability, scheme) in LEFT_ASIDE if portable is None else portable
     left = [arch for arch in serving(capability) if arch.portable or not portable]
-    return next((arch for arch in left if scheme is None or not arch.refuses(capability, scheme)), left[0])
+    return next((arch for arch in left if scheme is None or not arch.refuses(capability, scheme)), left[-1])
 
 
 def of(problem: GemmProblem) -> Arch[Any]:

@@ -174,7 +174,7 @@ def verify_checkpoint(
     """Prove a packed checkpoint canonical and, with `source`, equal to it.
 
     Against its dense source: every kept weight is the source's, quantized; every dropped one stood in a group with too many
-    non-zeros (whatever rule chose it); every other tensor is equal byte for byte.
+    non-zeros (whatever rule chose it; with block scales: magnitude); every other tensor is equal byte for byte.
 
     Raises:
         FormatError: a checkpoint is broken. UnsupportedError: `path` is not packed. VerificationError: the proof fails.
@@ -229,12 +229,15 @@ def _against(
         def check(i: int, block: PackedWeight, first: int, last: int) -> None:
             w = matrices[i].dense_rows(dense, first, last)  # noqa: B023 (called before the loop goes on)
             scale = matrices[i].scales(dense, first, last)  # noqa: B023
-            if result.by_magnitude:
+            blocks = block.scheme.blocks  # of which `verify` must know how they were pruned
+            if result.by_magnitude or blocks:
                 try:
                     packing.verify_rows(block, w, scale=scale, prune=bind("magnitude", w.shape), first_row=first)
-                except VerificationError:
+                except VerificationError as error:
+                    if blocks:
+                        raise VerificationError(f"{error}; if pruned otherwise, call verify with its seed or scores") from None
                     result.by_magnitude = False
-            if not result.by_magnitude:
+            if not (result.by_magnitude or blocks):
                 packing.verify_rows(block, w, scale=scale, prune=bind("random", w.shape, None), first_row=first)
             pruned, rounded = dropped(block, w)
             result.pruned += pruned

@@ -147,7 +147,7 @@ class PackedWeight:
         for tensor, part in PARTS.items():
             if given[part] is None and part not in ("scale", "block_scale"):
                 raise FormatError(f"tensors: {shown(_full(name, tensor))} is missing; a packed weight needs it")
-        found = Scheme.of(getattr(given["values"], "dtype", None) if scheme is None else scheme)
+        found = Scheme.of(getattr(given["values"], "dtype", None) if scheme is None else scheme, "scheme")
         shape = getattr(given.pop("shape"), "tolist", lambda: tensors[_full(name, "weight_shape")])()
         return cls(**given, pattern=found.pattern(pattern), shape=shape, scheme=found).validate(name or "packed")
 

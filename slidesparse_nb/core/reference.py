@@ -78,7 +78,8 @@ def prune(w: Array, pattern: Pattern, score: Array | None = None) -> Array:
     n, k = w.shape
     if score is None:
         score = np.abs(w.astype(np.float32))
-        score = score * score if pattern.unit > 1 else score
+        with np.errstate(over="ignore"):
+            score = score * score if pattern.unit > 1 else score
     score = unit_scores(score.astype(np.float32), pattern.unit)
     padding = np.full((n, -score.shape[1] % pattern.group), -1, np.float32)  # columns past k go first
     groups = in_groups(np.concatenate([score, padding], axis=1), pattern.group)

@@ -160,7 +160,8 @@ def prune(w: Array, pattern: Pattern, score: Array | None = None) -> None:
     """
     if score is None:
         score = np.abs(w) if w.dtype == np.float32 else np.abs(to_float32(w))
-        score = score * score if pattern.unit > 1 else score
+        with np.errstate(over="ignore"):  # to infinity, of which the leftmost stay
+            score = score * score if pattern.unit > 1 else score
     if pattern.unit == 1:
         _prune(raw_bits(w), contiguous(score).view(np.int32), pattern.group)
         return

@@ -87,12 +87,12 @@ def _matmul_blocks(x: Array, scale_x: Array | None, packed: PackedWeight, bias: 
     """`matmul` of a scheme with block scales: windows times lifted activations."""
     xs, scale_x = blocks.lifted(x, scale_x, packed)
     for tile in kernels.blocks(packed.n, packed.k):
-        y = xs @ blocks.in_windows(packed.rows(tile.start, tile.stop)).T
-        y *= scale_x
-        y *= packed.scale[tile, 0]
-        if bias is not None:
-            y += bias[tile]
         with np.errstate(over="ignore"):
+            y = xs @ blocks.in_windows(packed.rows(tile.start, tile.stop)).T
+            y *= scale_x
+            y *= packed.scale[tile, 0]
+            if bias is not None:
+                y += bias[tile]
             out[:, tile] = y
 
 

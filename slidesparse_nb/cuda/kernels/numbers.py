@@ -147,7 +147,7 @@ def gelu(x: Float) -> Float:
 
 
 CLOSE = 20
-"""Float32 steps by which `gate_two`'s estimate may be off at most, up to |inner| = 8: of all 16-bit x 16 are the most, with the
+"""Float32 steps by which `gate_two`'s estimate may be off at most, up to |inner| = 8: of all 16-bit x 14 are the most, with the
 largest errors that PTX allows (tests/test_gates.py)."""
 ESTIMATED = np.float32(8)
 NORMAL = np.float32(2.0**-14)

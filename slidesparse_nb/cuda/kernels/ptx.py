@@ -1,6 +1,7 @@
 """PTX that Numba has no name for: one instruction a function, its body the Python reference that the simulator runs.
 
-Source: PTX ISA 9.0, the section named in each docstring. A word is 32 bits. Floats are float32, never fused, never flushed.
+Source: PTX ISA 9.0, the section named in each docstring. A word is 32 bits. Floats are float32, never fused,
+and flushed only by the two instructions that approximate.
 """
 
 from __future__ import annotations
@@ -176,13 +177,13 @@ def square_root(a: Float) -> Float:
 
 @instruction("ex2.approx.ftz.f32 $0, $1;", "=f,f", "f32", "f32")
 def near_power_of_two(a: Float) -> Float:
-    """2^a with a relative error of at most 2^-22 ("Floating Point: ex2"); not correctly rounded, may differ by GPU."""
+    """2^a, at most 2 steps from correctly rounded ("Floating Point: ex2"); may differ by GPU; subnormal a count as 0."""
     return np.exp2(np.float32(a))
 
 
 @instruction("rcp.approx.ftz.f32 $0, $1;", "=f,f", "f32", "f32")
 def near_inverse(a: Float) -> Float:
-    """1 / a with a relative error of at most 2^-23 ("Floating Point: rcp"); not correctly rounded, may differ by GPU."""
+    """1 / a, off by at most 1 step ("Floating Point: rcp"); may differ by GPU; subnormal a and results count as 0."""
     return np.float32(1) / np.float32(a)
 
 
