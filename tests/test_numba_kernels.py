@@ -99,6 +99,14 @@ def test_norms_and_gates(kind: str, source: str, stored: str) -> None:
     assert ("sqrt.rn.f32" in ptx) == ("norm" in kind)
 
 
+@pytest.mark.parametrize(
+    ("kind", "vectors"), [(kind, v) for kind, lengths in quantize.GATED.items() for v, _ in lengths if v in (3, 5)]
+)
+def test_gates_hold_a_row_in_registers(kind: str, vectors: int) -> None:
+    """With four: above; eight do not fit."""
+    assert ".local" not in text(quantize.kernel(Variant("bfloat16", "int8", vectors, 3, True, 90), kind), (9, 0))
+
+
 SAMPLED_TILES = {("bfloat16", "int8"), ("float32", "float8_e4m3fn"), ("same", "bfloat16"), ("float16", "int8")}
 
 

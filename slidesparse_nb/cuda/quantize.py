@@ -30,9 +30,14 @@ VECTORS = {1: 32, 2: 128, 4: 4096, 8: 8192}
 """16-byte vectors that a thread holds -> vectors of the longest row. Four keep enough loads in flight; more threads with fewer
 vectors each wait longer at the barrier (H200, k = 3584: 1.02, 0.93, 0.78 of a copy's bandwidth with 4, 2, 1)."""
 
-GATED = (1, 32), (2, 128), (3, 1728), (4, 2304), (5, 2560), (4, 4096), (8, 8192)
-"""The same of gates, whose threads have 56 registers, 64 with five vectors: two blocks fit on an SM up to 2560 vectors. On an
-H200 SiLU of (16384, 18944) takes 432 us with five, 602 with four; of one token 5.1 and 4.7."""
+SHORT = (1, 32), (2, 128), (3, 1728)
+GATED = {
+    "silu_and_mul": (*SHORT, (4, 2304), (5, 2560), (4, 4096), (8, 8192)),
+    "gelu_and_mul": (*SHORT, (4, 4096), (8, 8192)),
+}
+"""The same of gates, whose threads have 56 registers, SiLU's 64 with five vectors: two blocks fit on an SM up to 2560 vectors.
+On an H200 SiLU of (16384, 18944) takes 432 us with five, 602 with four; of one token 5.1 and 4.7. With five, GELU's loop is not
+unrolled, and its arrays leave the registers (seen in PTX, not timed)."""
 
 
 @functools.cache
@@ -130,8 +135,9 @@ def plan(
     normed = norm_threads(k) if kind.endswith("rms_norm") else 0  # who adds what decides the sum
     if whole and k > 0 and total <= max(VECTORS.values()) and normed <= 1024:
         if vectors is None:
-            lengths = GATED if kind else VECTORS.items()
-            vectors = -(-total // normed) if normed else next(v for v, most in lengths if total <= most)
+            vectors = (
+                -(-total // normed) if normed else next(v for v, most in GATED.get(kind, VECTORS.items()) if total <= most)
+            )
         threads = normed or -(-total // (32 * vectors)) * 32
         step = threads // variant.period * variant.period if variant.steady else threads
         advance = 2 * step * (windows + 1) // windows if variant.steady else 0
