@@ -45,6 +45,7 @@ SCHEMES = [*PACKED, ss.Scheme.of("W4A8")]
 """Types of weights that name their scheme, and the one that is multiplied as another."""
 TILED = ["2:4", "4:6", "6:8", "14:16"]
 """Patterns of which every kernel is tested."""
+OUTS = {"bfloat16": BF16, "float16": F16, "float32": F32}
 GUARD = 4096
 """Bytes before and after an output, which must stay as they were."""
 
@@ -54,12 +55,17 @@ def compiled_ahead(family):
     """What the tests launch, compiled by all processors at once, as `slidesparse build` does it."""
     capability = capability_here()
     dtypes = [scheme.dtype for scheme in multiplied(family, capability) if not scheme.blocks]
-    wanted = [(Pattern.of(p), d, "bfloat16") for p in TILED for d in dtypes]
+    configs = [c for p, d, out in itertools.product(TILED, dtypes, OUTS) for c in tested(family, Pattern.of(p), d, out)]
     if family is sm80.ARCH:  # of Hopper's many tiles, these types of y take few
-        wanted += [(Pattern(6, 8), d, out) for d in dtypes for out in ("float32", "float16")]
-    configs = [c for w in wanted for c in family.kernels(*w, capability)]
+        configs += [c for d, out in itertools.product(dtypes, OUTS) for c in family.kernels(Pattern(6, 8), d, out, capability)]
     products = [(*shape, p, d, "bfloat16") for p, d, shape in itertools.product(known_patterns(), dtypes, SHAPES)]
     compile_ahead(configs + launches_of(products, capability, sms_here()))
+
+
+def tested(family, pattern, dtype, out):
+    """The kernels whose tiles and splits are all tested; of y of other types than bfloat16, the oddest epilogues."""
+    every = [c for c in family.kernels(pattern, dtype, out, capability_here()) if not isinstance(c, sm90.Expansion)]
+    return [c for c in every if out == "bfloat16" or (family is sm90.ARCH and (c.tile.consumers_load or c.split_k == 3))]
 
 
 def guarded(m, n, dtype, pitch=None):
@@ -141,11 +147,6 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         every += [(dataclasses.replace(alone, blocks=tiles),)] if config.split_k == 1 else []
         return [with_expansion(launches, device) for launches in every]
 
-    def candidates(out):
-        """Of other types than bfloat16, those whose epilogues differ most."""
-        every = [c for c in family.kernels(pattern, dtype, out, device.device.capability) if not isinstance(c, sm90.Expansion)]
-        return [c for c in every if out == "bfloat16" or (family is sm90.ARCH and (c.tile.consumers_load or c.split_k == 3))]
-
     bias = rng.standard_normal(273).astype(np.float32)
 
     @functools.cache
@@ -154,8 +155,8 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         x = tokens(rng, m, k, BF16)
         return on_gpu(x), on_gpu(bias) if biased else None, product(x, packed, bias if biased else None)
 
-    for out, y_type in (("bfloat16", BF16), ("float16", F16), ("float32", F32)):
-        for config in candidates(out):
+    for out, y_type in OUTS.items():
+        for config in tested(family, pattern, dtype, out):
             each = config.tile.m if family is sm80.ARCH else config.tile.tokens
             m = each + each // 2 + 1
             x, given, exact = operands(m, y_type != BF16)
