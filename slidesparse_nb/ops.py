@@ -252,7 +252,9 @@ def _operand(x: Any, packed: Any, dtype: Any, stream: Any, before: Before | None
         scheme = Scheme.of(dtype)
         pattern = scheme.pattern(packed)
     if scheme.lift_first:
-        raise UnsupportedError(f"dtype: {scheme} activations are quantized in their windows, by matmul; pass x itself to it")
+        raise UnsupportedError(
+            f"dtype: {scheme} activations are quantized in the product, after they are lifted; give it x itself"
+        )
     if isinstance(x, np.ndarray):
         if weights is not None:
             require_packed(weights).check_shapes()

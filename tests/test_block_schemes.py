@@ -301,7 +301,7 @@ def test_activations() -> None:
     with pytest.raises(ss.OperandError, match=r"^x: is quantized to float8_e4m3fn, but packed holds NVFP4"):
         ss.matmul(q, packed["NVFP4"])
     for of in (packed["NVFP4"], "6:8 pairs"):
-        with pytest.raises(ss.UnsupportedError, match=r"^dtype: NVFP4 activations are quantized in their windows, .* pass x"):
+        with pytest.raises(ss.UnsupportedError, match=r"^dtype: NVFP4 activations are quantized in the product, .* give it x"):
             ss.quantize(x, of, "nvfp4")  # type: ignore[arg-type]
     bad = x.copy()
     bad[1, 7] = np.nan

@@ -131,7 +131,7 @@ def refused() -> list[tuple[str, Any]]:
         (r"^bias: torch.float64 \(40,\) on cpu must be float32", lambda: copy.deepcopy(layer).double()(x)),
         (r"^linear: its weight is torch.float64 on cpu", lambda: SparseLinear.from_linear(linear(dtype=torch.float64))),
         (
-            r"^dtype: NVFP4 activations are quantized in their windows, by matmul; pass x itself to it$",
+            r"^dtype: NVFP4 activations are quantized in the product, after they are lifted; give it x itself$",
             lambda: SparseLinear.from_linear(linear(), scheme="NVFP4").quantize(x),
         ),
         (r"^pattern: 5:8 is not of the form", lambda: SparseLinear(96, 40, "5:8")),
