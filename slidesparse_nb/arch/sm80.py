@@ -254,7 +254,7 @@ class Portable:
 
     def refuses(self, capability: tuple[int, int], scheme: Scheme) -> str:
         """`mma.sp` multiplies operands of one type, float8 since 8.9, pairs of e2m1 where it has forms with block scales."""
-        pairs = scheme.unit == 2 and scheme.activations == scheme.weights
+        pairs = scheme.unit == 2 and scheme.weights.block is not None and scheme.weights.block.scale is FLOAT8
         if not pairs and (why := refuses(scheme)):
             return why
         if capability in BLOCK_SCALED if pairs else scheme.dtype is not FLOAT8 or capability >= (8, 9):
