@@ -13,7 +13,7 @@ from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOATS, DType
 from slidesparse_nb.core.packed import part_arrays
 from slidesparse_nb.core.pattern import Pattern
-from slidesparse_nb.core.scheme import SCHEMES, Scheme
+from slidesparse_nb.core.scheme import Block, Scheme
 
 SOURCES = [BFLOAT16.numpy, FLOAT16.numpy, FLOAT32]
 
@@ -68,7 +68,14 @@ def row_pitch(k: int, pattern: Pattern | None = None) -> int:
 
 
 def write(
-    x: Any, dtype: DType, out: Any, scale: Any, pattern: Pattern | None = None, width: int | None = None, source: str = ""
+    x: Any,
+    dtype: DType,
+    out: Any,
+    scale: Any,
+    pattern: Pattern | None = None,
+    width: int | None = None,
+    source: str = "",
+    block: Block | None = None,
 ) -> None:
     """Launch the kernel of cuda/quantize.py on x [m, k], with the arguments of its `plan`, into arrays that are there."""
     from slidesparse_nb.cuda import quantize
@@ -78,7 +85,7 @@ def write(
         aligned = (x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr) % 16 == 0
         architecture = quantize.architecture(current_device())
         name = source or FLOATS[x.dtype]
-        launch = quantize.plan(name, dtype.name, x.shape[1], x.strides, aligned, architecture, pattern, width=width)
+        launch = quantize.plan(name, dtype.name, x.shape[1], x.strides, aligned, architecture, pattern, block, width=width)
         launch(len(x), x, out, 0 if scale is None else scale)
 
 
@@ -115,11 +122,12 @@ def tiled(x: Any, dtype: DType, pattern: Pattern) -> tuple[Any, Any]:
     return to_tiles(q, pattern), scale
 
 
-def blocked(x: Any, pattern: Pattern) -> tuple[Any, Any]:
-    """What a device must give for NVFP4: rows of blocks, and scale float32 [m, 1]."""
+def blocked(x: Any, pattern: Pattern, scheme: Scheme) -> tuple[Any, Any]:
+    """What a device must give for a scheme over pairs: rows of blocks, and scale float32 [m, 1]."""
+    assert scheme.activations.block is not None
     with np.errstate(invalid="ignore", over="ignore"):
-        q, codes, scale = reference.quantize_blocks(reference.lift(x, pattern), SCHEMES["NVFP4"].activations)
-    return scaled_rows(reference.pack_nibbles(q), codes.view(np.uint8)), scale
+        q, codes, scale = reference.quantize_blocks(reference.lift(x, pattern), scheme.activations)
+    return scaled_rows(reference.pack_nibbles(q), codes.view(np.uint8), scheme.activations.block), scale
 
 
 def same(values: Any, scale: Any, expected: tuple[Any, Any]) -> None:

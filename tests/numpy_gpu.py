@@ -21,7 +21,7 @@ from slidesparse_nb.arch import sm90, sm90_layout
 from slidesparse_nb.arch.multiplied_as import as_multiplied
 from slidesparse_nb.arch.operand import SCALED_BLOCK, from_tiles, stages, to_tiles
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT4, FLOAT8, FLOAT16, DType
+from slidesparse_nb.core.dtypes import BFLOAT16, CUDA_CODES, FLOAT4, FLOAT16, DType
 from slidesparse_nb.core.packed import PackedWeight
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.core.scheme import SCHEMES, Scheme
@@ -29,6 +29,7 @@ from slidesparse_nb.core.scheme import SCHEMES, Scheme
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
 P = Pattern(6, 8)
+PAIRED = [scheme for scheme in SCHEMES.values() if scheme.unit == 2]
 BF16, F16, F32 = BFLOAT16.numpy, FLOAT16.numpy, np.dtype(np.float32)
 NAMED = {code: name for name, code in CUDA_CODES.items()}
 FLOATS = {"float32": F32, "float16": F16, "bfloat16": BF16}
@@ -220,9 +221,9 @@ class Activations:
         rest = rest[len(self.source) + 1 :]
         stored = next(n for n in names if rest.startswith(n))
         form = rest[len(stored) + 1 :]
-        self.scheme = SCHEMES["NVFP4"] if stored == FLOAT4.name else Scheme.of(stored)
+        self.scheme = next((s for s in PAIRED if s.activations.block.scale.name in form), None) or Scheme.of(stored)
         self.stored, self.tiled = self.scheme.dtype, "tiles" in form
-        self.windows = int(form.split("_")[0].removeprefix("lift")) if self.scheme.blocks else 0
+        self.windows = int(form.split("_lift")[1].split("_")[0]) if self.scheme.blocks else 0
 
     def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
         assert programmatic
@@ -239,11 +240,12 @@ class Activations:
             stride, k, filled, runs = rest
             values = at(x, (m, k), held, (ld * held.itemsize, stride * held.itemsize))
             pattern = Pattern(2 * self.windows, 2 * self.windows + 2, 2)
-            assert 32 * filled >= pattern.expanded_k(k)
-            rows, made = blocked(values, pattern)
+            columns = self.scheme.activations.block.columns
+            assert columns * filled >= pattern.expanded_k(k)
+            rows, made = blocked(values, pattern, self.scheme)
             at(scale, (m, 1), F32)[...] = made
-            at(out, (m, runs // 8 * SCALED_BLOCK), np.uint8)[...] = rows
-            self.gpu.launched.append(f"blocks {self.source} {self.stored}")
+            at(out, (m, runs * columns // 256 * SCALED_BLOCK), np.uint8)[...] = rows
+            self.gpu.launched.append(f"blocks {self.source} {self.scheme}")
             return
         if self.any:
             stride, k, pitch, _ = rest
@@ -343,11 +345,11 @@ class Gemm:
             expanded = sm90_layout.expand(np.asarray(there.buffers["compact"]), problem.pattern, dtype)
             np.testing.assert_array_equal(at(it.metadata, expanded.shape, np.uint8), expanded)
             assert not programmatic or self.config.order == sm90.REST, "metadata are read before the launch before is complete"
-        if there.operand.blocked:
+        if block := there.operand.block:
             rows = at(it.x, (m, it.x_bytes // SCALED_BLOCK, SCALED_BLOCK), np.uint8, (it.x_pitch, SCALED_BLOCK, 1))
             q = reference.unpack_nibbles(rows[..., :128].reshape(m, -1))
-            codes = rows[..., 128:136].reshape(m, -1).view(FLOAT8.numpy)
-            xs = reference.times_blocks(q, codes, 32)[:, : problem.pattern.expanded_k(k)].astype(np.float64)
+            codes = rows[..., 128 : 128 + 256 // block.columns].reshape(m, -1).view(block.scale.numpy)
+            xs = reference.times_blocks(q, codes, block.columns)[:, : problem.pattern.expanded_k(k)].astype(np.float64)
         elif there.operand.tiled:
             made = at(it.x, (there.operand.row_bytes // 128, (m + 7) // 8, 8, 128), np.uint8)
             q = from_tiles(made, m, k, P, dtype).view(dtype.numpy)
@@ -355,7 +357,7 @@ class Gemm:
             assert it.x_bytes == k * dtype.bits // 8
             assert it.x % 16 == it.x_pitch % 16 == 0
             q = at(it.x, (m, k), dtype.numpy, (it.x_pitch, dtype.bits // 8))
-        if not there.operand.blocked:
+        if not block:
             xs = reference.lift(q.astype(np.float64), weight.pattern)
         if plan.part_bytes:
             at(it.parts, (plan.part_bytes,), np.uint8)[...] = 0x77

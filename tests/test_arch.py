@@ -110,7 +110,7 @@ class Toy:
     def arrange(self, packed: Any, xp: Any, least_memory: bool = False) -> dict[str, Any]:
         return {"everything": packed.values}
 
-    def kernels(self, pattern: Pattern, dtype: Any, out: str, capability: tuple[int, int]) -> Iterator[Whole]:
+    def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[Whole]:
         yield Whole(1)
 
     def candidates(self, problem: GemmProblem, buffers: Any = None) -> Iterator[tuple[Whole, ...]]:

@@ -182,7 +182,7 @@ def test_every_candidate_fits_its_device(capability):
     limit = sm80.sm_of(capability).block_shared
     for scheme in multiplied(sm80.ARCH, capability):
         for pattern in PATTERNS:
-            found = list(sm80.ARCH.kernels(pattern, scheme.dtype, "float32", capability))
+            found = list(sm80.ARCH.kernels(pattern, scheme, "float32", capability))
             assert any(c.tile.m == 8 for c in found)
             for config in found:
                 assert config.shared_bytes <= limit
@@ -197,7 +197,9 @@ def test_the_choice_is_the_cheapest_and_says_what_it_is():
     (chosen,), every = choose(problem), list(sm80.ARCH.candidates(problem))
     assert (chosen,) in every
     assert sm80.ARCH.cost((chosen,), problem) == min(sm80.ARCH.cost(way, problem) for way in every)
-    assert {replace(config, splits=1) for (config,) in every} == set(sm80.ARCH.kernels(Pattern(6, 8), INT8, "bfloat16", (9, 0)))
+    assert {replace(config, splits=1) for (config,) in every} == set(
+        sm80.ARCH.kernels(Pattern(6, 8), Scheme.of(INT8), "bfloat16", (9, 0))
+    )
     assert chosen.splits > 1  # 56 tiles at most for 132 SMs
     assert chosen.counters(problem) == chosen.tiles(16, 3584)
     assert chosen.part_bytes(problem) == chosen.splits * chosen.tiles(16, 3584) * chosen.tile.m * chosen.tile.n * 4
@@ -233,8 +235,7 @@ def test_clocks_of_an_instruction(capability, name, int8, fp8, bf16):
     """Of its fastest form; plain float8 is at half rate where bfloat16 is, and so int8 is preferred."""
     device = Device(capability, 84, name)
     for scheme, clocks in (("int8", int8), ("fp8", fp8), ("bf16", bf16)):
-        dtype = Scheme.of(scheme).dtype
-        found = list(sm80.ARCH.kernels(Pattern(6, 8), dtype, "bfloat16", capability))
+        found = list(sm80.ARCH.kernels(Pattern(6, 8), Scheme.of(scheme), "bfloat16", capability))
         if clocks is None:
             assert sm80.ARCH.refuses(capability, Scheme.of(scheme))
             continue

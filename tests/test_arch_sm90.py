@@ -135,7 +135,7 @@ def test_a_column_stored_in_two_windows_is_multiplied_twice_without_compact_meta
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
 def test_kernels_fit(dtype: DType, out: str) -> None:
-    *kernels, expansion = sm90.ARCH.kernels(Pattern(6, 8), dtype, out, HOPPER)
+    *kernels, expansion = sm90.ARCH.kernels(Pattern(6, 8), Scheme.of(dtype), out, HOPPER)
     assert expansion == sm90.Expansion(dtype, 3)
     for config in kernels:
         assert isinstance(config, sm90.Config)

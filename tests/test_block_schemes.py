@@ -1,4 +1,4 @@
-"""W4A8 and NVFP4, the schemes with block scales, from the reference to a checkpoint: the same bits and refusals everywhere."""
+"""The schemes with block scales (W4A8, NVFP4, MXFP4), from the reference to a checkpoint: one set of bits and refusals."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from slidesparse_nb.core.packed import part_arrays
 from slidesparse_nb.core.scheme import SCHEMES
 from slidesparse_nb.cpu import blocks
 
-W4A8, NVFP4 = SCHEMES["W4A8"], SCHEMES["NVFP4"]
-BLOCKS = [W4A8, NVFP4]
+W4A8, NVFP4, MXFP4 = BLOCKS = [SCHEMES[name] for name in ("W4A8", "NVFP4", "MXFP4")]
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 schemes = pytest.mark.parametrize("scheme", BLOCKS, ids=str)
 
@@ -147,6 +146,7 @@ def drop_pairs(w: Array, pattern: ss.Pattern) -> Array:
     [
         (W4A8, "68e0fcec77306161dfdd4e50b5e05fea95abf0660bd6070fa5c8f06fb3439311"),
         (NVFP4, "c07fc5149e81d31c70cc800f8c5889a8d83da219a623c4982f4cd0c0ca92d042"),
+        (MXFP4, "8f3020c4137b73c916c3e29630ddfbfffe04f91800bb982836c05ee240ec5821"),
     ],
     ids=str,
 )
@@ -230,12 +230,12 @@ def test_a_file_of_version_2(scheme: ss.Scheme, tmp_path: Path) -> None:
         header = json.loads(checkpoint.metadata["slidesparse"])
         codes = [(name, info.code, info.shape) for name, (info, _) in checkpoint.tensors.items()]
     assert (header["version"], header["scheme"]) == (2, scheme.name)
-    assert header["pattern"] == ({"nnz": 6, "group": 8, "unit": 2} if scheme is NVFP4 else {"nnz": 6, "group": 8})
+    assert header["pattern"] == ({"nnz": 6, "group": 8, "unit": 2} if scheme.unit == 2 else {"nnz": 6, "group": 8})
     assert sorted(codes) == sorted(packed_entries("fc", packed.pattern, scheme, packed.shape))
     assert ("fc.weight_packed", "U8", packed.values.shape) in codes
     for change, message in (
         ({"version": 1}, "must have exactly the keys version, pattern, dtype and tool"),
-        ({"scheme": "W4A4"}, "scheme 'W4A4' must be one of INT8_W8A8, .* NVFP4, or null for several"),
+        ({"scheme": "W4A4"}, "scheme 'W4A4' must be one of INT8_W8A8, .* MXFP4, or null for several"),
         ({"scheme": ["NVFP4"]}, "scheme .* must be one of"),
         ({"pattern": {"nnz": 6, "group": 8, "unit": 3}}, "unit 3 must be 1, or 2 for pairs"),
         ({"pattern": {"nnz": 6, "group": 8, "unit": 3 - scheme.unit}}, f"must have unit {scheme.unit}, as {scheme} has"),
@@ -248,14 +248,17 @@ def test_a_file_of_version_2(scheme: ss.Scheme, tmp_path: Path) -> None:
 def test_schemes_side_by_side(tmp_path: Path) -> None:
     """Version 2 for all, where one needs it; version 1 reads no 4-bit values; and one pattern a file, unit and all."""
     w, path = weights((4, 64)), tmp_path / "f.safetensors"
-    packed = {name: ss.pack(w, "6:8", name, prune="magnitude") for name in ("int8", "W4A8", "bf16", "NVFP4")}
-    ss.save(path, {name: packed[name] for name in ("int8", "W4A8", "bf16")})
-    with Checkpoint.open(path) as checkpoint:
-        header = parse_metadata(checkpoint.metadata)
-    assert header is not None
-    assert (header.version, header.scheme) == (2, None)
-    for name, weight in ss.load(path).items():
-        same(weight, packed[name])  # type: ignore[arg-type]
+    packed = {name: ss.pack(w, "6:8", name, prune="magnitude") for name in ("int8", "W4A8", "bf16", "NVFP4", "MXFP4")}
+    for names in (("NVFP4", "MXFP4"), ("int8", "W4A8", "bf16")):
+        ss.save(path, {name: packed[name] for name in names})
+        with Checkpoint.open(path) as checkpoint:
+            header = parse_metadata(checkpoint.metadata)
+        assert header is not None
+        assert (header.version, header.scheme) == (2, None)
+        loaded = ss.load(path)
+        assert set(loaded) == set(names)
+        for name, weight in loaded.items():
+            same(weight, packed[name])  # type: ignore[arg-type]
     data = path.read_bytes()
     old = slidesparse_metadata(ss.Pattern(6, 8), None)["slidesparse"].replace('"', '\\"')
     new = slidesparse_metadata(ss.Pattern(6, 8), None, version=2)["slidesparse"].replace('"', '\\"')
@@ -287,25 +290,28 @@ def test_a_checkpoint(scheme: ss.Scheme, tmp_path: Path) -> None:
         ss.pack_checkpoint(source, tmp_path / "no.safetensors", ss.Options(scheme=scheme.name))
     with pytest.raises(ss.OperandError, match=rf"^format: {scheme} weights have no dense form"):
         ss.Options(scheme=scheme.name, format="dense")
-    with pytest.raises(ss.OperandError, match=r"^pattern: 6:8 pairs needs a scheme that keeps pairs; pass scheme NVFP4$"):
+    with pytest.raises(ss.OperandError, match=r"^pattern: 6:8 pairs needs .* keeps pairs; pass scheme NVFP4 or MXFP4$"):
         ss.Options(pattern="6:8 pairs")  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
 
 
 def test_activations() -> None:
-    """Those of W4A8 are those of FP8_DYNAMIC; those of NVFP4 exist in their windows alone."""
+    """Those of W4A8 are those of FP8_DYNAMIC; those of NVFP4 and MXFP4 exist in their windows alone."""
     x = weights((3, 100))
-    packed = {name: ss.pack(weights((4, 100)), "6:8", name, prune="magnitude") for name in ("W4A8", "fp8", "NVFP4")}
+    packed = {name: ss.pack(weights((4, 100)), "6:8", name, prune="magnitude") for name in ("W4A8", "fp8", "NVFP4", "MXFP4")}
     q = ss.quantize(x, packed["fp8"])
     np.testing.assert_array_equal(ss.matmul(q, packed["W4A8"]), ss.matmul(x, packed["W4A8"]))
-    with pytest.raises(ss.OperandError, match=r"^x: is quantized to float8_e4m3fn, but packed holds NVFP4"):
-        ss.matmul(q, packed["NVFP4"])
-    for of in (packed["NVFP4"], "6:8 pairs"):
-        with pytest.raises(ss.UnsupportedError, match=r"^dtype: NVFP4 activations are quantized in the product, .* give it x"):
-            ss.quantize(x, of, "nvfp4")  # type: ignore[arg-type]
+    for name in ("NVFP4", "MXFP4"):
+        with pytest.raises(ss.OperandError, match=rf"^x: is quantized to float8_e4m3fn, but packed holds {name}"):
+            ss.matmul(q, packed[name])
+        for of in (packed[name], "6:8 pairs"):
+            with pytest.raises(
+                ss.UnsupportedError, match=rf"^dtype: {name} activations are quantized in the product, .* give it x"
+            ):
+                ss.quantize(x, of, name)  # type: ignore[arg-type]
     bad = x.copy()
     bad[1, 7] = np.nan
-    for name in ("W4A8", "NVFP4"):
+    for name in ("W4A8", "NVFP4", "MXFP4"):
         assert np.isnan(ss.matmul(bad, packed[name])).all(axis=1).tolist() == [False, True, False]
 
 

@@ -100,24 +100,29 @@ def test_float8_at_full_rate(capability: tuple[int, int]) -> None:
         assert set(ahead_of_time.matrix_instructions(jit.build(*work[0])) or ()) == {name}
 
 
-def fp4(capability: tuple[int, int]) -> list[Work]:
-    return list(ahead_of_time._jobs([capability], [Pattern(6, 8)], [Scheme.of("nvfp4")], "bfloat16"))
+def fp4(capability: tuple[int, int], scheme: str) -> list[Work]:
+    return list(ahead_of_time._jobs([capability], [Pattern(6, 8)], [Scheme.of(scheme)], "bfloat16"))
 
 
+FORMS = {"nvfp4": "UE4M3.4X", "mxfp4": "E8"}
+
+
+@pytest.mark.parametrize("scheme", FORMS)
 @pytest.mark.parametrize("capability", sm80.BLOCK_SCALED, ids=jit.architecture)
-def test_a_sample_of_nvfp4(capability: tuple[int, int]) -> None:
+def test_a_sample_over_pairs(capability: tuple[int, int], scheme: str) -> None:
     """One tile of those with many sums and one with few, of which every instruction is the one that is named."""
-    work = [fp4(capability)[place] for place in (sm80.BLOCK_SCALED.index(capability), -1)]
+    work = [fp4(capability, scheme)[place] for place in (sm80.BLOCK_SCALED.index(capability), -1)]
     compiles(work)
     for job, _ in work:
         found = ahead_of_time.matrix_instructions(jit.build(*job))
-        assert found is None or set(found) == {"OMMA.SF.SP.168128.F32.E2M1.E2M1.UE4M3.4X"}
+        assert found is None or set(found) == {f"OMMA.SF.SP.168128.F32.E2M1.E2M1.{FORMS[scheme]}"}
 
 
 @pytest.mark.every_kernel
+@pytest.mark.parametrize("scheme", FORMS)
 @pytest.mark.parametrize("capability", sm80.BLOCK_SCALED, ids=jit.architecture)
-def test_every_tile_of_nvfp4(capability: tuple[int, int]) -> None:
-    compiles(fp4(capability))
+def test_every_tile_over_pairs(capability: tuple[int, int], scheme: str) -> None:
+    compiles(fp4(capability, scheme))
 
 
 def test_portable_kernels_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +138,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["build", "--arch", "sm_86", "--pattern", "6:8", "--dtype", "int8", "--out", "float16"]
     shown = CliRunner().invoke(main, arguments)
     assert shown.exit_code == 0, shown.output
-    assert len(named) == len(list(sm80.ARCH.kernels(Pattern(6, 8), PACKED[0], "float16", (8, 6))))
+    assert len(named) == len(list(sm80.ARCH.kernels(Pattern(6, 8), Scheme.of(PACKED[0]), "float16", (8, 6))))
     head, *lines = shown.output.splitlines()
     assert head
     assert [line.split()[:2] for line in lines] == [["sm_86", "6:8"]] * 2

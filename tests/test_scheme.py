@@ -32,14 +32,14 @@ def test_types_that_tell_their_scheme(dtype: DType) -> None:
     ids=lambda v: f"{v:.9}" if isinstance(v, str) else type(v).__name__,
 )
 def test_what_is_no_scheme_is_refused(name: object) -> None:
-    names = "int8, float8_e4m3fn, bfloat16, float16, W4A8, NVFP4"
+    names = "int8, float8_e4m3fn, bfloat16, float16, W4A8, NVFP4, MXFP4"
     with pytest.raises(OperandError, match=f"^dtype: .* is not a packed type; it must be one of {names}$"):
         Scheme.of(name)
 
 
 def test_a_type_of_several_schemes() -> None:
     for name in (FLOAT4, FLOAT4.name, FLOAT4.numpy):
-        with pytest.raises(OperandError, match=r"^dtype: 'float4_e2m1fn' is the type of W4A8 and NVFP4; name one of them$"):
+        with pytest.raises(OperandError, match=r"^dtype: 'float4_e2m1fn' is .* of W4A8, NVFP4 and MXFP4; name one of them$"):
             Scheme.of(name)
 
 
@@ -48,7 +48,7 @@ def test_limits() -> None:
     limits = {name: (scheme.weights.limit, scheme.activations.limit) for name, scheme in SCHEMES.items()}
     assert limits == {
         "INT8_W8A8": (127, 127), "FP8_DYNAMIC": (448, 448), "BF16": (1, 1), "FP16": (1, 1),
-        "W4A8": (6, 448), "NVFP4": (2688, 2688),
+        "W4A8": (6, 448), "NVFP4": (2688, 2688), "MXFP4": (6, 6),
     }  # fmt: skip
     assert Scheme.of("W4A8").activations.element is FLOAT8
     assert Scheme.of(INT8).accumulator == np.int32
@@ -62,18 +62,18 @@ def test_patterns_over_the_unit_of_a_scheme() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "w4a8", "nvfp4", "bits"),
+    ("text", "w4a8", "nvfp4", "mxfp4", "bits"),
     [
-        ("2:4", 64, 32, 2.75),
-        ("4:6", 48, 24, 11 / 3),
-        ("6:8", 128, 64, 4.125),
-        ("8:10", 40, 20, 4.4),
-        ("14:16", 256, 128, 4.8125),
+        ("2:4", 64, 32, 64, (2.75, 2.625)),
+        ("4:6", 48, 24, 48, (11 / 3, 3.5)),
+        ("6:8", 128, 64, 128, (4.125, 3.9375)),
+        ("8:10", 40, 20, 40, (4.4, 4.2)),
+        ("14:16", 256, 128, 256, (4.8125, 4.59375)),
     ],
 )
-def test_slice_units(text: str, w4a8: int, nvfp4: int, bits: float) -> None:
+def test_slice_units(text: str, w4a8: int, nvfp4: int, mxfp4: int, bits: tuple[float, float]) -> None:
     """The smallest cut of k after which values, metadata and block scales start anew; and bits a weight, all included."""
-    for name, unit in (("W4A8", w4a8), ("NVFP4", nvfp4)):
+    for name, unit, stored in (("W4A8", w4a8, None), ("NVFP4", nvfp4, bits[0]), ("MXFP4", mxfp4, bits[1])):
         scheme = Scheme.of(name)
         pattern, block = scheme.pattern(text), scheme.weights.block
         assert block is not None
@@ -83,4 +83,5 @@ def test_slice_units(text: str, w4a8: int, nvfp4: int, bits: float) -> None:
             if k * pattern.expansion % block.columns == 0 and k // pattern.columns * pattern.windows % 2 == 0
         ]
         assert scheme.slice_unit(pattern) == unit == cuts[0]
-    assert pattern.bits_per_weight(scheme.dtype.bits + 8 / (block.columns / 2)) == pytest.approx(bits)
+        if stored is not None:
+            assert pattern.bits_per_weight(scheme.dtype.bits + 8 / (block.columns / 2)) == pytest.approx(stored)

@@ -7,7 +7,8 @@
 //   16-bit   a window is a register of an even lane and one of the odd lane beside it. The even lane only ever needs even
 //            units, the odd lane odd ones; at an odd unit of the window each takes one of two words that it has.
 //   FP4      a byte is a pair of columns. x was lifted before it was quantized, since its scales are those of lifted columns: a
-//            register is a word as it lies, and those of four lanes share a scale. Scales lie beside values (arch/sm80_fp4.py).
+//            register is a word as it lies, and one of four lanes (MXFP4: two) shares a scale. Scales lie beside values
+//            (arch/sm80_fp4.py).
 //
 // A thread block makes TILE_M tokens x TILE_N outputs; a warp WARP_M x WARP_N of it, as WARP_N/16 row tiles x WARP_M/8 groups.
 //
@@ -44,6 +45,9 @@
 #ifndef THREADS
 #define THREADS (32 * WARPS_N * WARPS_M)  // of a block
 #endif
+#ifndef SCALES
+#define SCALES 8  // FP4: of a row and block, ue4m3; 4: half as many, ue8m0
+#endif
 #ifndef BLOCK_SCALED
 #define BLOCK_SCALED 0  // float8 only: the instruction with block scales, which are all 1
 #endif
@@ -60,9 +64,10 @@ constexpr int UNITS = GROUP / 2, WINDOWS = UNITS - 1;           // per group
 constexpr int STEPS = 2 * WORDS / UNITS * WINDOWS / 4;          // instructions along k in a block
 constexpr int META_WORDS = WIDE ? (STEPS + 1) / 2 : STEPS;      // an index word serves two 16-bit instructions
 constexpr bool FP4 = DTYPE == TYPE_FLOAT4;
-constexpr int SCALES_AT = 512 * STEPS + 128 * META_WORDS;       // in a row tile: FP4's scales, a word an instruction and row
-constexpr int BLOCK_BYTES = SCALES_AT + 64 * FP4 * STEPS;       // of one row tile
-constexpr int HELD = WORDS + FP4 * STEPS;                       // of one row of x: its words, then FP4's scales
+constexpr int SCALES_AT = 512 * STEPS + 128 * META_WORDS;       // in a row tile: FP4's scales, words of every row
+constexpr int SCALE_WORDS = FP4 * SCALES / 4;                   // of one row, for all instructions
+constexpr int BLOCK_BYTES = SCALES_AT + 64 * SCALE_WORDS;       // of one row tile
+constexpr int HELD = WORDS + SCALE_WORDS;                       // of one row of x: its words, then FP4's scales
 constexpr int ROW_BYTES = 16 * (WORDS + FP4), CHUNKS = ROW_BYTES / 16;  // of one row of x, in chunks of 16 bytes
 constexpr bool MIRRORED = WIDE && RUN % 4 == 0;                 // the second pair of lanes reads runs backwards: other banks
 constexpr int WARPS = WARPS_N * WARPS_M;
@@ -76,8 +81,10 @@ constexpr int PASSES = (STEPS + AT_ONCE - 1) / AT_ONCE, PASS = (STEPS + PASSES -
 
 static_assert(TILE_N % (16 * WARPS_N) == 0 && TILE_M % (8 * WARPS_M) == 0, "a warp takes whole row tiles and groups of 8 tokens");
 static_assert(2 * WORDS % UNITS == 0 && (2 * WORDS / UNITS * WINDOWS) % 4 == 0, "a block takes whole groups and instructions");
-static_assert(!FP4 || (GROUP == 4 && RUN == 2 && STEPS <= 4), "words of lifted x as they lie; scales in 16 bytes of a row");
+static_assert(!FP4 || (GROUP == 4 && RUN == 2 && STEPS == 2 && (SCALES == 8 || SCALES == 4)), "lifted x; 4 or 2 scales a step");
 static_assert(STRIDE % 16 == 0 && STRIDE >= ROW_BYTES && CHUNKS <= 32 && STAGES >= 2, "rows are copied in 16-byte chunks");
+
+INLINE constexpr int scale_word(int step) { return step * SCALE_WORDS / STEPS; }  // which has an instruction's scales
 
 typedef Stage<TILE_N / 16, BLOCK_BYTES, TILE_M, STRIDE> StageT;
 typedef SharedMemory<STAGES, StageT, WARPS, Staging<WARP_N>> Shared;
@@ -94,7 +101,8 @@ template <int STEP>
 INLINE void multiply(Accumulator (&d)[4], const uint4& a, const u32 (&b)[4], u32 e, u32 scale_a, u32 scale_b) {
     e ^= FAULT;
 #if DTYPE == TYPE_FLOAT4
-    mma_sp_nvf4(d, a, b, e, scale_a, scale_b);
+    if constexpr (SCALES == 8) mma_sp_nvf4<0>(d, a, b, e, scale_a, scale_b);
+    else mma_sp_mxf4<2 * STEP>(d, a, b, e, scale_a, scale_b);
 #elif DTYPE == TYPE_INT8
     mma_sp_s8<0>(d, a, b, e);
 #elif DTYPE == TYPE_FLOAT8 && BLOCK_SCALED
@@ -154,10 +162,11 @@ struct Lane {
         if constexpr (FP4) {
             const int index = 4 * g + q;
 #pragma unroll
-            for (int step = PASS * pass; step < PASS * (pass + 1) && step < STEPS; step++) {
+            for (int step = PASS * pass; step < PASS * (pass + 1) && step < STEPS; step++)
+                w[WORDS + scale_word(step)] = *(const u32*)(rows[g] + 16 * WORDS + 4 * scale_word(step));
+#pragma unroll
+            for (int step = PASS * pass; step < PASS * (pass + 1) && step < STEPS; step++)
                 ldmatrix_x4(w + 4 * step, rows[index % 8] + 64 * step + index / 8 * 16);
-                w[WORDS + step] = *(const u32*)(rows[g] + 16 * WORDS + 4 * step);
-            }
             return;
         }
         const u8* mine = rows[g] + start;
@@ -278,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
         int step = pass * PASS + s, index = threadIdx.x % 32;
         a[s][i] = ((const uint4*)row_tile)[32 * step + index];
         if (!WIDE || step % 2 == 0 || s == 0) e[s][i] = ((const u32*)(row_tile + 512 * STEPS))[32 * (WIDE ? step / 2 : step) + index];
-        scales[s][i] = FP4 ? ((const u32*)(row_tile + SCALES_AT))[16 * step + 2 * lane.g + lane.q % 2] : 0;
+        scales[s][i] = FP4 ? ((const u32*)(row_tile + SCALES_AT))[16 * scale_word(step) + 2 * lane.g + lane.q % 2] : 0;
     };
     auto load_x = [&](u32 (&w)[HELD], const StageT& stage, int pass, int group) {
         lane.load(w, stage.x + warp_m + 8 * group, pass);
@@ -323,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm(
                 for (int s = 0; s < PASS; s++) {
                     const int step = pass * PASS + s;
                     if (step < STEPS) {
-                        u32 b[4], scale = words[turn][FP4 ? WORDS + step : 0];
+                        u32 b[4], scale = words[turn][FP4 ? WORDS + scale_word(step) : 0];
 #pragma unroll
                         for (int r = 0; r < 4; r++) b[r] = lane.window(words[turn], 4 * step + r);
 #pragma unroll

@@ -30,14 +30,19 @@ INLINE void mma_sp_mxf8_unscaled(float (&d)[4], const uint4& a, const u32 (&b)[4
 }
 
 // k = 128 pairwise, .kind::mxf4nvf4 of sm_120a and sm_121a only: operands are those of k = 64 with a pair of e2m1, low nibble first,
-// for a byte; index nibbles name pairs. A and B times scales (scale_vec::4X, ue4m3), one for every row or column and 32 of k: byte i
-// of a word is that of the i-th 32. Lanes 0 and 1 of a quad give the words of A's rows g and g + 8, lane 0 that of B's column g.
-INLINE void mma_sp_nvf4(float (&d)[4], const uint4& a, const u32 (&b)[4], u32 e, u32 scale_a, u32 scale_b) {
-    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k128.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3"
-        " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0, %13, {0, 0}, %14, {0, 0};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e), "r"(scale_a), "r"(scale_b));
-}
+// for a byte; index nibbles name pairs. A and B times scales, one for every row or column and 32 of k (scale_vec::4X, ue4m3) or 64
+// (2X, ue8m0): byte BYTE + i of a word is that of the i-th. Lanes 0 and 1 of a quad give the words of A's rows g and g + 8, lane 0
+// that of B's column g. BYTE is 0, of 2X also 2.
+#define MMA_SP_FP4(NAME, SCALES)                                                                                                     \
+    template <int BYTE> INLINE void NAME(float (&d)[4], const uint4& a, const u32 (&b)[4], u32 e, u32 scale_a, u32 scale_b) {        \
+        asm("mma.sp::ordered_metadata.sync.aligned.m16n8k128.row.col.kind::mxf4nvf4.block_scale.scale_vec::" SCALES                  \
+            " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0, %13, {%15, 0}, %14, {%15, 0};"                   \
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                         \
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e), "r"(scale_a),              \
+              "r"(scale_b), "n"(BYTE));                                                                                              \
+    }
+MMA_SP_FP4(mma_sp_nvf4, "4X.f32.e2m1.e2m1.f32.ue4m3")
+MMA_SP_FP4(mma_sp_mxf4, "2X.f32.e2m1.e2m1.f32.ue8m0")
 
 // "Warp-level matrix load: ldmatrix", .x4: register r of lane 4 g + q is word q of the 16 bytes that lane 8 r + g points to.
 INLINE void ldmatrix_x4(u32* w, const void* row) {

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 from .. import env
-from ..core.dtypes import DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
 from ..core.problem import Device, GemmProblem
@@ -110,7 +109,7 @@ class Arch(Protocol[C]):
             least_memory: leave out what can be made of the others for a launch, at a cost in time.
         """
 
-    def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[C]:
+    def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[C]:
         """Every kernel, as a launch of it."""
 
     def candidates(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> Iterator[tuple[C, ...]]:

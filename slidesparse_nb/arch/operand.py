@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..core.dtypes import DType
 from ..core.pattern import Pattern
+from ..core.scheme import Block
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,14 @@ class Operand:
     Attributes:
         tiled: the swizzled tile layout; else rows.
         lift: the pattern by which x is lifted in memory; None: the kernel lifts it.
-            Over pairs x is then quantized, to rows of blocks (`scaled_rows`).
         row_bytes: bytes of a token.
+        block: x is quantized after it is lifted, with such scales, to rows of blocks (`scaled_rows`).
     """
 
     tiled: bool
     lift: Pattern | None
     row_bytes: int
-
-    @property
-    def blocked(self) -> bool:
-        """Whether rows are blocks of values beside their scales."""
-        return self.lift is not None and self.lift.unit == 2
+    block: Block | None = None
 
     @property
     def pitch(self) -> int:
@@ -50,19 +47,19 @@ class Operand:
 
 
 SCALED_BLOCK = 144
-"""Bytes of a block of lifted pairs with block scales: 128 of values, 256 columns; a scale for every 32; 8 zeros."""
+"""Bytes of a block of lifted pairs with block scales: 128 of values, 256 columns; a byte for every scale; zeros."""
 
 
-def scaled_rows(values: Any, block_scale: Any) -> NDArray[np.uint8]:
+def scaled_rows(values: Any, block_scale: Any, block: Block) -> NDArray[np.uint8]:
     """Lifted, quantized x as a kernel loads it: uint8 [m, blocks * SCALED_BLOCK].
 
     Args:
         values: uint8 [m, ks / 2], two e2m1 a byte.
-        block_scale: uint8 [m, ceil(ks / 32)], ue4m3.
+        block_scale: uint8 [m, ceil(ks / block.columns)], their bits.
     """
     m, blocks = len(values), -(-values.shape[1] // 128)
     made = np.zeros((m, blocks, SCALED_BLOCK), np.uint8)
-    for part, at, each in ((values, 0, 128), (block_scale, 128, 8)):
+    for part, at, each in ((values, 0, 128), (block_scale, 128, 256 // block.columns)):
         padded = np.pad(part, ((0, 0), (0, blocks * each - part.shape[1])))
         made[:, :, at : at + each] = padded.reshape(m, blocks, each)
     return made.reshape(m, blocks * SCALED_BLOCK)

@@ -155,13 +155,13 @@ class Blackwell(Tiled):
     def arrange(self, packed: PackedWeight, xp: Any = np, least_memory: bool = False) -> dict[str, Any]:
         return arrange(packed, xp)
 
-    def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
+    def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[Config]:
         """Of every tile; they do not depend on the pattern."""
         for tokens in TOKENS:
-            yield Config(dtype, out, tokens)
+            yield Config(scheme.dtype, out, tokens)
 
     def candidates(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> Iterator[tuple[Config, ...]]:
-        for config in self.kernels(problem.pattern, problem.dtype, problem.out, problem.device.capability):
+        for config in self.kernels(problem.pattern, problem.scheme, problem.out, problem.device.capability):
             yield (config,)
 
     def cost(self, candidate: tuple[Config, ...], problem: GemmProblem) -> float:

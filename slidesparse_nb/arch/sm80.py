@@ -34,7 +34,7 @@ OUT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 def seen(pattern: Pattern, k: int) -> tuple[Pattern, int]:
     """Pattern and k as the kernel sees them: of the slid weight, if groups are too wide for its lift or over pairs."""
     if pattern.unit == 2:
-        return sm80_fp4.LAYOUT.pattern, sm80_fp4.bytes_of(pattern, k)
+        return sm80_fp4.PAIRS, sm80_fp4.bytes_of(pattern, k)
     return (Pattern(2, 4), pattern.expanded_k(k)) if pattern.group > LARGEST_GROUP else (pattern, k)
 
 
@@ -44,7 +44,7 @@ def emulated(capability: tuple[int, int], dtype: DType) -> bool:
 
 
 BLOCK_SCALED = ((12, 0), (12, 1))
-"""Compute capabilities whose `mma.sp` has forms with block scales: of float8, where they are all 1 here, and of NVFP4."""
+"""Compute capabilities whose `mma.sp` has forms with block scales: of float8, here all 1, and of pairs of e2m1."""
 
 HALVED = ((8, 6), (8, 9), (12, 0))
 """Compute capabilities whose GeForce GPUs multiply floats of 16 and 8 bits at half rate into float32, but for BLOCK_SCALED."""
@@ -229,6 +229,7 @@ class Config(PlainLaunch):
             "STAGES": self.stages,
             "THREADS": self.threads,
             "SHARED_BYTES": self.shared_bytes,
+            **({"SCALES": lay.scales} if lay.scales else {}),
             **({"BLOCK_SCALED": 1} if self.block_scaled else {}),
         }  # fmt: skip
 
@@ -265,8 +266,8 @@ class Portable:
         )
 
     def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
-        if pattern.unit == 2:
-            return Operand(False, pattern, sm80_fp4.row_bytes(pattern, k))
+        if block := scheme.activations.block:
+            return sm80_fp4.operand(pattern, k, block)
         loaded, k = seen(pattern, k)
         return Operand(False, pattern if loaded != pattern else None, k * scheme.activations.element.bits // 8)
 
@@ -276,9 +277,10 @@ class Portable:
         pattern, k = seen(packed.pattern, packed.k)
         return {"weights": arrange(replace(packed, pattern=pattern, shape=(packed.n, k)), xp)}
 
-    def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config]:
+    def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[Config]:
         """Of every tile that fits the device, k not split; the block-scaled form of float8 first where there is one."""
-        sm, lay = sm_of(capability), sm80_fp4.LAYOUT if dtype is FLOAT4 else layout(pattern, dtype.bits)
+        sm, dtype, block = sm_of(capability), scheme.dtype, scheme.weights.block
+        lay = sm80_fp4.layout(block) if block else layout(pattern, dtype.bits)
         forms = {FLOAT8: (True, False), FLOAT4: (True,)}.get(dtype, (False,)) if capability in BLOCK_SCALED else (False,)
         for tile in EMULATED_TILES if emulated(capability, dtype) else TILES:
             if lay.pattern.group > 8 and (tile.accumulators > 64 or (emulated(capability, dtype) and tile.m > 16)):
@@ -292,7 +294,7 @@ class Portable:
         Split-K leaves each part two k-blocks, and is left out where one part fewer gives every SM two blocks.
         """
         device, pattern = problem.device, seen(problem.pattern, problem.k)[0]
-        for config in self.kernels(pattern, problem.dtype, problem.out, device.capability):
+        for config in self.kernels(pattern, problem.scheme, problem.out, device.capability):
             tiles = config.tiles(problem.m, problem.n)
             for splits in range(1, min(MOST_SPLITS, max(1, config.blocks(problem) // 2)) + 1):
                 if splits == 1 or tiles * (splits - 1) < 2 * device.sms:
@@ -350,7 +352,7 @@ def advice(device: Device) -> str:
     if emulated(device.capability, FLOAT8):
         return f"prefer {INT8} there: the compiler emulates the instruction for {FLOAT8}, which is slow"
     clocks = {
-        dtype: min(c.mma_clocks(device) for c in ARCH.kernels(Pattern(6, 8), dtype, "bfloat16", device.capability))
+        dtype: min(c.mma_clocks(device) for c in ARCH.kernels(Pattern(6, 8), Scheme.of(dtype), "bfloat16", device.capability))
         for dtype in (INT8, FLOAT8)
     }
     if (times := clocks[FLOAT8] // clocks[INT8]) == 1:

@@ -49,7 +49,7 @@ class Layout:
         run: units that an owner holds side by side before the next owner's begin.
         load: bytes of one shared-memory load.
         stride: bytes from one row of x to the next in shared memory.
-        scales: bytes are pairs of 4-bit values, which have block scales (sm80_fp4.py).
+        scales: block scales of a row in a block, of pairs of 4-bit values (sm80_fp4.py); 0: none.
     """
 
     pattern: Pattern
@@ -58,7 +58,7 @@ class Layout:
     run: int
     load: int
     stride: int
-    scales: bool = False
+    scales: int = 0
 
     @property
     def owners(self) -> int:
@@ -102,7 +102,7 @@ class Layout:
     @property
     def block_bytes(self) -> int:
         """Bytes of arranged weights for 16 rows and one block: 512 of values an instruction, the index words, the scales."""
-        return 512 * self.steps + 128 * self.meta_words + 64 * self.steps * self.scales
+        return 512 * self.steps + 128 * self.meta_words + 16 * self.scales
 
     def blocks(self, k: int) -> int:
         """Blocks that cover k columns."""

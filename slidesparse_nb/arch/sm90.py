@@ -141,15 +141,15 @@ class Hopper(Tiled):
             made[EXPANDED] = expand(made[COMPACT], packed.pattern, packed.dtype, xp)
         return made
 
-    def kernels(self, pattern: Pattern, dtype: DType, out: str, capability: tuple[int, int]) -> Iterator[Config | Expansion]:
+    def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[Config | Expansion]:
         """Of every tile, without and with split-K; then the expansion, of patterns that have compact metadata."""
         for tile in TILES:
             for split in (1, *tile.splits):
                 for resident in residents(tile, split):
-                    for compact in _metadata_forms(tile, pattern, dtype):
-                        yield configured(tile, split, pattern, dtype, out, compact, resident)
+                    for compact in _metadata_forms(tile, pattern, scheme.dtype):
+                        yield configured(tile, split, pattern, scheme.dtype, out, compact, resident)
         if has_compact_metadata(pattern):
-            yield Expansion(dtype, pattern.windows)
+            yield Expansion(scheme.dtype, pattern.windows)
 
     def candidates(
         self, problem: GemmProblem, buffers: Collection[str] | None = None

@@ -243,9 +243,11 @@ def _packed_module(checkpoint: Checkpoint, module: str, header: PackedHeader | N
     where = f"{file.path}: tensor {shown(info.name)}"
     if header is None:
         raise FormatError(f"{where}: metadata 'slidesparse' of its file is missing, while other files have it")
-    scheme = header.of_code.get(info.code)
+    block_scale = checkpoint.tensors.get(f"{module}.weight_block_scale")
+    scheme = header.scheme_of(info.code, block_scale[0].code if block_scale else "")
     if scheme is None:
-        raise FormatError(f"{where}: is {info.code}, must be {', '.join(header.of_code)} as metadata 'slidesparse' says")
+        known = ", ".join(dict.fromkeys(s.dtype.safetensors for s in header.schemes))
+        raise FormatError(f"{where}: is {info.code}, must be {known} as metadata 'slidesparse' says")
     shape_info, shape_file = checkpoint.tensors[f"{module}.weight_shape"]
     place = f"{shape_file.path}: tensor {shown(shape_info.name)}"
     lengths = range(3, MOST_DIMENSIONS + 1) if module in header.stacked else (2,)

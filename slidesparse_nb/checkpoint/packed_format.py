@@ -52,10 +52,16 @@ class PackedHeader:
     stacked: Mapping[str, Stacked] = field(default_factory=dict)
 
     @property
-    def of_code(self) -> dict[str, Scheme]:
-        """Safetensors code of the values -> the scheme that has it, of those that may be in such a file."""
+    def schemes(self) -> list[Scheme]:
+        """Those that weights in such a file may have."""
         fitting = [s for s in SCHEMES.values() if s.unit == self.pattern.unit and version_of(s) <= self.version]
-        return {s.dtype.safetensors: s for s in ([self.scheme] if self.scheme else fitting)}
+        return [self.scheme] if self.scheme else fitting
+
+    def scheme_of(self, values: str, block_scale: str) -> Scheme | None:
+        """The scheme whose values have this safetensors code; of several, the one whose block scales have the other."""
+        found = [s for s in self.schemes if s.dtype.safetensors == values]
+        scaled = (s for s in found if s.weights.block and s.weights.block.scale.safetensors == block_scale)
+        return next(scaled, found[0] if found else None)
 
 
 def pattern_facts(pattern: Pattern) -> dict[str, int]:

@@ -62,7 +62,7 @@ class Options:
     Attributes:
         pattern: (2N-2):2N.
         scheme: "auto" keeps the source's type (float32 becomes bfloat16), or INT8_W8A8, FP8_DYNAMIC, BF16, FP16, W4A8,
-            NVFP4 (whose pattern is over pairs of columns), or the type: int8, fp8, bf16, fp16.
+            NVFP4, MXFP4 (whose pattern is over pairs of columns), or the type: int8, fp8, bf16, fp16.
         prune: none (weights that break the pattern are refused), magnitude, or random (with `seed`).
         targets, ignore: which modules (exact name, glob, or "re:" regular expression).
         statistics: module -> array, of a method that needs more than the weights: real numbers [k] or [n, k]. Not compared.
@@ -96,7 +96,8 @@ class Options:
                     f"format: {scheme} weights have no dense form, their scales being of the expanded k; use packed"
                 )
         elif self.pattern.unit > 1 and self.scheme == "auto":
-            raise OperandError(f"pattern: {self.pattern} needs a scheme that keeps pairs; pass scheme NVFP4")
+            named = " or ".join(scheme.name for scheme in BY_NAME.values() if scheme.unit == self.pattern.unit)
+            raise OperandError(f"pattern: {self.pattern} needs a scheme that keeps pairs; pass scheme {named}")
         for name, allowed in {"scheme": SCHEMES, "prune": tuple(pruning.PRUNERS), "format": FORMATS}.items():
             if (value := getattr(self, name)) not in allowed:
                 raise OperandError(f"{name}: {value!r} must be one of {', '.join(allowed)}")

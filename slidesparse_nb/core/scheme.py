@@ -7,6 +7,7 @@
     FP16         float16        none                      float16, then lifted   none                        float32
     W4A8         float4_e2m1fn  e8m0 a block and float32  e4m3, then lifted      float32 a token             float32
     NVFP4        pairs of e2m1  e4m3 a block and float32  lifted, then e2m1      e4m3 a block and float32    float32
+    MXFP4        pairs of e2m1  e8m0 a block and float32  lifted, then e2m1      e8m0 a block and float32    float32
 
 Code elsewhere asks a scheme's properties, never its name: what the table lacks is an error.
 """
@@ -135,8 +136,9 @@ class Scheme:
             if len(found := _BY_KEY.get(key, [])) == 1:
                 return found[0]
             if found:
-                both = " and ".join(scheme.name for scheme in found)
-                raise OperandError(f"{operand}: {shown(str(value))} is the type of {both}; name one of them")
+                *first, last = (scheme.name for scheme in found)
+                told = f"{', '.join(first)} and {last}"
+                raise OperandError(f"{operand}: {shown(str(value))} is the type of {told}; name one of them")
         names = ", ".join(map(str, SCHEMES.values()))
         told = shown(str(value) if isinstance(value, DType) else value)
         raise OperandError(f"{operand}: {told} is not a packed type; it must be one of {names}")
@@ -181,6 +183,7 @@ SCHEMES = {
         Scheme("FP16", Storage(FLOAT16, False), Storage(FLOAT16, False)),
         Scheme("W4A8", _E8M0, Storage(FLOAT8), multiplied_as=_FP8),
         Scheme("NVFP4", _E4M3, _E4M3, lift_first=True, unit=2),
+        Scheme("MXFP4", _E8M0, _E8M0, lift_first=True, unit=2),
     )
 }
 """Every scheme, by name."""

@@ -103,7 +103,7 @@ def _jobs(
             for pattern in patterns:
                 for scheme in (scheme for scheme in schemes if not arch.refuses(capability, scheme)):
                     over = scheme.pattern(pattern)
-                    for config in arch.kernels(over, scheme.dtype, out, capability):
+                    for config in arch.kernels(over, scheme, out, capability):
                         target = cache.architecture(capability) + config.suffix
                         told = (target, str(over), str(scheme), str(config), config.shared_bytes)
                         yield (config.source, config.defines(), target), told

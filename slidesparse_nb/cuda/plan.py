@@ -223,7 +223,7 @@ def writer(
         strides: of x, in bytes.
         offset: of its address, modulo 16.
     """
-    if form.tiled or form.blocked or (Scheme.of(dtype).scaled and source != dtype.name):
+    if form.tiled or form.block or (Scheme.of(dtype).scaled and source != dtype.name):
         return _quantizer(ordinal, form, k, dtype, source, strides, offset == 0)
     loadable = offset == 0 and form.row_bytes % 16 == strides[0] % 16 == 0 and strides[1] == dtype.bits // 8
     if form.lift is None and source == dtype.name and loadable:
@@ -244,7 +244,7 @@ def _quantizer(
     ordinal: int, form: Operand, k: int, dtype: DType, source: str, strides: tuple[int, int], aligned: bool, kind: str = ""
 ) -> Writer:
     width, newest = None if form.tiled else form.pitch, quantize.architecture(ordinal)
-    found = quantize.plan(source, dtype.name, k, strides, aligned, newest, form.lift, width=width, kind=kind)
+    found = quantize.plan(source, dtype.name, k, strides, aligned, newest, form.lift, form.block, width=width, kind=kind)
     run, programmatic = found.kernel.on(ordinal, found.shared), found.kernel.programmatic
     blocks, integers, block, shared = found.blocks, found.integers, (found.threads, 1, 1), found.shared
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..arch.operand import SCALED_BLOCK, STAGE, stages
-from ..core.dtypes import FLOAT4, FLOAT8
+from ..core.dtypes import FLOAT8
 from ..core.pattern import Pattern
 from ..core.reference import norm_threads
-from ..core.scheme import Scheme
+from ..core.scheme import Block, Scheme
 from ..errors import UnsupportedError
 from .jit.numba import SIMULATED, Kernel, arrays
 from .kernels.numbers import ROUND_TWO
@@ -92,6 +92,7 @@ def plan(
     aligned: bool,
     architecture: int,
     pattern: Pattern | None = None,
+    block: Block | None = None,
     *,
     width: int | None = None,
     vectors: int | None = None,
@@ -100,7 +101,8 @@ def plan(
     """The launch for rows of k elements of these strides (bytes), from an address `aligned` to 16 bytes.
 
     Args:
-        width: bytes of the rows that are written, a multiple of 16, of 4-bit types of SCALED_BLOCK; None for tiles.
+        block: scales of what is quantized after it is lifted.
+        width: bytes of the rows that are written, a multiple of 16, with block scales of SCALED_BLOCK; None for tiles.
         vectors: overrides the choice made here of those that a thread holds.
         kind: what is done before, of `kernels.quantize.KINDS`; "" for nothing.
 
@@ -115,13 +117,13 @@ def plan(
     columns, neighbours = 16 // size, strides[1] == variant.source_bytes or k == 1
     whole = aligned and neighbours and k % columns == 0 and strides[0] % 16 == 0  # 16-byte vectors
     elements = strides[0] // size, strides[1] // size, k
-    if stored == FLOAT4.name:
+    if block is not None:
         assert pattern is not None
         assert width is not None
         if kind:
-            raise UnsupportedError(f"kind: {kind} to blocks of {stored} has no kernel; quantize what it makes")
-        variant, runs = replace(variant, vectors=int(whole)), width // SCALED_BLOCK * 8
-        threads, filled = min(FROM_MEMORY, max(32, -(-runs // 32) * 32)), -(-pattern.expanded_k(k) // 32)
+            raise UnsupportedError(f"kind: {kind} to {stored} with block scales has no kernel; quantize what it makes")
+        variant, runs = replace(variant, vectors=int(whole), block=block), width // SCALED_BLOCK * (256 // block.columns)
+        threads, filled = min(FROM_MEMORY, max(32, -(-runs // 32) * 32)), -(-pattern.expanded_k(k) // block.columns)
         return Launch(variant, kernel(variant), threads, (*elements, filled), runs, (), 0)
     if width is None:
         assert pattern is not None

@@ -97,7 +97,8 @@ def _fours(rng: np.random.Generator, shape: tuple[int, int], magnitudes: tuple[f
 
 def _block_scales(rng: np.random.Generator, rows: int, ks: int, block: Block) -> Array:
     """Scales of blocks [rows, ceil(ks / columns)], which have a power of two of the row in common, so that sums are exact."""
-    scales = rng.choice((1, 1, 2, 3), (rows, -(-ks // block.columns))) * np.exp2(rng.integers(-4, 1, (rows, 1)))
+    sizes = (1, 1, 2) if block.up else (1, 1, 2, 3)
+    scales = rng.choice(sizes, (rows, -(-ks // block.columns))) * np.exp2(rng.integers(-5, 1, (rows, 1)))
     return scales.astype(block.scale.numpy)
 
 
@@ -141,12 +142,12 @@ def case(problem: GemmProblem) -> Case:
     return Case(packed, x, block_scale, scale_x[:, 0] if scheme.scaled else None, bias, (y + bias).astype(out))
 
 
-def _operand(form: Operand, x: Array, pattern: Pattern, block_scale: Array | None = None) -> Array:
+def _operand(form: Operand, x: Array, pattern: Pattern, block_scale: Array = None) -> Array:
     """x of a case as bytes in the layout that a kernel loads."""
     if form.tiled:
         return to_tiles(x, pattern)
-    if block_scale is not None:
-        return scaled_rows(reference.pack_nibbles(x), block_scale.view(np.uint8))
+    if form.block:
+        return scaled_rows(reference.pack_nibbles(x), block_scale.view(np.uint8), form.block)
     values = np.ascontiguousarray(reference.lift(x, form.lift) if form.lift else x).view(np.uint8)
     return np.pad(values, ((0, 0), (0, form.pitch - values.shape[1])))
 

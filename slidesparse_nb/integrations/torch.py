@@ -38,7 +38,7 @@ class SparseLinear(nn.Module):
 
     Args:
         pattern: "6:8", (6, 8) or a Pattern.
-        scheme: "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16", "W4A8", or the type of weights that tells it.
+        scheme: "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16", "W4A8", "NVFP4", "MXFP4", or the type of weights that tells it.
         bias: whether there is one, of `dtype`.
         device, dtype: as of torch.nn.Linear; the packed tensors keep their types whatever `dtype` and later casts say.
     """

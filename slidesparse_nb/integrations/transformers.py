@@ -42,7 +42,7 @@ class SlideSparseConfig(QuantizationConfigMixin):
 
     Args:
         pattern: "6:8", (6, 8) or a Pattern.
-        scheme: "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16" or "W4A8".
+        scheme: "INT8_W8A8", "FP8_DYNAMIC", "BF16", "FP16", "W4A8", "NVFP4" or "MXFP4".
         prune: "magnitude", "random", or "none" for a model that obeys the pattern.
         ignore: layers that stay dense: exact names, or "re:" and a regular expression that matches from the name's start.
     """

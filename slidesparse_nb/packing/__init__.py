@@ -61,7 +61,7 @@ def pack(
         w: [*lead, n, k] NumPy array of any strides: float32, float16 or bfloat16; or int8 or float8_e4m3fn with `scale`. Or
             an array on a GPU, which is packed there (a method that no kernel knows scores a copy on the host); float8_e4m3fn as
             its bits, uint8, with `dtype`.
-        pattern: "6:8", (6, 8) or a Pattern: non-zeros:total; over pairs of columns for NVFP4.
+        pattern: "6:8", (6, 8) or a Pattern: non-zeros:total; over pairs of columns for NVFP4 and MXFP4.
         dtype: the scheme, by name ("int8", "fp8", "INT8_W8A8", "W4A8", "NVFP4" ...), or the dtype that tells it. By default
             that of w's type; bfloat16 for float32. Weights of 8 bits keep their bytes and scales: another scheme is refused.
         scale: of 8-bit w only, w ~= w * scale, of any float type: [*lead, n, 1] or [*lead, n], one a row; or one for all rows.

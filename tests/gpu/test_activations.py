@@ -71,18 +71,21 @@ def test_lifted_equals_the_reference(source, dtype, pattern) -> None:
         check(awkward_rows(m, k, source), dtype, pattern)
 
 
+@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP4"])
 @pytest.mark.parametrize("source", SOURCES, ids=str)
-def test_blocks_equal_the_reference(source) -> None:
-    """Those of NVFP4, which every GPU can write that converts to float8, whether or not it can multiply them."""
+def test_blocks_equal_the_reference(source, scheme) -> None:
+    """Those over pairs, which every GPU can write that converts to float8, whether or not it can multiply them."""
     if not activations.native_float8(cp.cuda.runtime.getDevice()):
         return
     for text, (m, k) in itertools.product(
         ("2:4", "4:6", "6:8", "14:16"), [(12, 1), (12, 41), (13, 64), (37, 3584), (12, 3583), (5, 18944), (2, 70000)]
     ):
         x, pattern = awkward_rows(m, k, source), Pattern.of(f"{text} pairs")
-        expected = blocked(x, pattern)
+        expected = blocked(x, pattern, Scheme.of(scheme))
         (out, out_whole), (scale, scale_whole) = guarded(expected[0].shape, 1), guarded((m, 1), 4)
-        write(on_device(x), FLOAT4, out, scale.view(cp.float32), pattern, out.shape[1])
+        write(
+            on_device(x), FLOAT4, out, scale.view(cp.float32), pattern, out.shape[1], block=Scheme.of(scheme).activations.block
+        )
         same(out.get(), scale.view(cp.float32).get(), expected)
         assert_guarded(out_whole, scale_whole)
 

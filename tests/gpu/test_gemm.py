@@ -57,14 +57,20 @@ def compiled_ahead(family):
     dtypes = [scheme.dtype for scheme in multiplied(family, capability) if not scheme.blocks]
     configs = [c for p, d, out in itertools.product(TILED, dtypes, OUTS) for c in tested(family, Pattern.of(p), d, out)]
     if family is sm80.ARCH:  # of Hopper's many tiles, these types of y take few
-        configs += [c for d, out in itertools.product(dtypes, OUTS) for c in family.kernels(Pattern(6, 8), d, out, capability)]
+        configs += [
+            c
+            for d, out in itertools.product(dtypes, OUTS)
+            for c in family.kernels(Pattern(6, 8), ss.Scheme.of(d), out, capability)
+        ]
     products = [(*shape, p, d, "bfloat16") for p, d, shape in itertools.product(known_patterns(), dtypes, SHAPES)]
     compile_ahead(configs + launches_of(products, capability, sms_here()))
 
 
 def tested(family, pattern, dtype, out):
     """The kernels whose tiles and splits are all tested; of y of other types than bfloat16, the oddest epilogues."""
-    every = [c for c in family.kernels(pattern, dtype, out, capability_here()) if not isinstance(c, sm90.Expansion)]
+    every = [
+        c for c in family.kernels(pattern, ss.Scheme.of(dtype), out, capability_here()) if not isinstance(c, sm90.Expansion)
+    ]
     return [c for c in every if out == "bfloat16" or (family is sm90.ARCH and (c.tile.consumers_load or c.split_k == 3))]
 
 

@@ -63,9 +63,9 @@ def test_right_kernels_pass(monkeypatch, portable, dtype, pattern):
     assert all(outcome.passed for outcome in self_test.outcomes(device()))
 
 
-@pytest.mark.parametrize("scheme", ["int8", "NVFP4"])
+@pytest.mark.parametrize("scheme", ["int8", "NVFP4", "MXFP4"])
 def test_every_portable_tile_passes(monkeypatch, scheme):
-    """Of NVFP4 where the GPU has the instruction; elsewhere it is refused."""
+    """Of pairs where the GPU has the instruction; elsewhere it is refused."""
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", "1")
     packed = weight(np.random.default_rng(2), 64, 96, "6:8", scheme)
     if sm80.ARCH.refuses(capability_here(), packed.scheme):
@@ -74,7 +74,7 @@ def test_every_portable_tile_passes(monkeypatch, scheme):
         return
     there = ss.to_device(packed)
     problem = GemmProblem.of((40, 64, 96, "6:8", scheme, "bfloat16"), Device(capability_here(), sms_here(), portable=True))
-    configs = list(sm80.ARCH.kernels(problem.pattern, problem.dtype, "bfloat16", capability_here()))
+    configs = list(sm80.ARCH.kernels(problem.pattern, problem.scheme, "bfloat16", capability_here()))
     compile_ahead(configs)
     for config in configs:
         outcome = self_test.tested(problem, (config,), tuple(there.buffers), there.ordinal, str(config))

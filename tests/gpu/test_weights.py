@@ -260,13 +260,14 @@ def test_parts_stay_on_the_device(dtype) -> None:
         PackedWeight.concat([there, packed])
 
 
-def test_pairs_are_arranged_on_the_device() -> None:
-    """NVFP4's, to the bytes that NumPy makes, on a GPU that need not multiply them."""
+@pytest.mark.parametrize("scheme", ["NVFP4", "MXFP4"])
+def test_pairs_are_arranged_on_the_device(scheme) -> None:
+    """To the bytes that NumPy makes, on a GPU that need not multiply them."""
     from slidesparse_nb.arch import sm80_fp4
 
     for n, k in ((1000, 3000), (3, 61), (0, 64), (3, 0)):
         w = np.random.default_rng(n).standard_normal((n, k)).astype(np.float32)
-        packed = packing.pack(w, "6:8", "NVFP4", prune="magnitude")
+        packed = packing.pack(w, "6:8", scheme, prune="magnitude")
         parts = {name: cp.asarray(getattr(packed, name).view(np.uint8)) for name in ("values", "meta", "block_scale")}
         np.testing.assert_array_equal(sm80_fp4.arrange(replace(packed, **parts), cp).get(), sm80_fp4.arrange(packed))
 

@@ -20,7 +20,7 @@ from slidesparse_nb.integrations import tensors
 from slidesparse_nb.integrations.tensors import as_numpy
 from slidesparse_nb.integrations.torch import SparseLinear
 
-SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16", "W4A8", "FP16", "NVFP4")
+SCHEMES = ("INT8_W8A8", "FP8_DYNAMIC", "BF16", "W4A8", "FP16", "NVFP4", "MXFP4")
 
 
 def linear(n: int = 40, k: int = 96, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Linear:

@@ -55,7 +55,7 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(TOKENS).logits.float()
 
 
-@pytest.mark.parametrize("scheme", ["INT8_W8A8", "FP8_DYNAMIC", "BF16", "W4A8", "NVFP4"])
+@pytest.mark.parametrize("scheme", ["INT8_W8A8", "FP8_DYNAMIC", "BF16", "W4A8", "NVFP4", "MXFP4"])
 def test_a_packed_folder(dense: Path, scheme: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed(dense, scheme))
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
@@ -67,7 +67,7 @@ def test_a_packed_folder(dense: Path, scheme: str, tmp_path: Path) -> None:
             values = ss.unpack(layer.packed()).astype("float32")
             scale = 1 if layer.weight_scale is None else layer.weight_scale
             pruned.get_submodule(name).weight.data = (torch.from_numpy(values) * scale).to(torch.bfloat16)
-    rounding = 0.15 if scheme == "NVFP4" else 0.05  # of activations, to four bits
+    rounding = 0.15 if scheme in ("NVFP4", "MXFP4") else 0.05  # of activations, to four bits
     assert (y - logits(pruned)).norm() < rounding * y.norm()
     again = AutoModelForCausalLM.from_pretrained(dense, quantization_config=st.SlideSparseConfig("6:8", scheme))
     assert torch.equal(logits(again), y)

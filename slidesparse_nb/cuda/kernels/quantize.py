@@ -10,7 +10,7 @@
                                                              lifted: --> shared memory --> gather --> 16-byte stores
 
 `row_from_memory` reads x element by element, twice, the second time from cache: for rows that are not 16-byte aligned, whose
-elements are not neighbours, or that are too long for registers. `row_in_blocks`, of NVFP4, reads every row twice. `rms_norm`
+elements are not neighbours, or that are too long for registers. `row_in_blocks`, of pairs, reads every row twice. `rms_norm`
 and `gate_and_mul` hold a token in registers, too.
 All give the bits of the reference: products and sums are rounded one by one, never fused; divisions and roots are correctly
 rounded.
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ...core.dtypes import FLOAT4
-from ...core.scheme import Scheme
+from ...core.scheme import Block, Scheme, Storage
 from ..jit.numba import SIMULATED, Kernel, cuda, device_function
 from .numbers import HIGH, LOW, ROUND_TWO, gate_two, gelu, row_scale, silu, to_float4
 from .ptx import (
@@ -47,7 +47,7 @@ from .ptx import (
     warp_max,
     warp_sum,
 )
-from .quantize_blocks import LIMIT, block_scale, inverse_scale, quad_loader
+from .quantize_blocks import block_scaler, quad_loader
 from .quantize_stages import ZERO, Variant, converter, lifter, loader, placer, storer, word_maker
 
 WORD = np.dtype(np.uint32)
@@ -145,9 +145,11 @@ def kernel(variant: Variant, kind: str = "", threads: int = 1024) -> Kernel:
         parameters = (*["u32*"] * 5, "f32*", *["i64"] * 10)
         name, made = f"{kind}{threads}_{variant.name}", rms_norm(variant, kind == "add_rms_norm")
         return Kernel(name, made, *parameters, max_threads=threads, programmatic=dependent)
-    if variant.stored == FLOAT4.name:
+    if variant.block is not None:
         parameters = ("u32*" if variant.vectors else f"u{8 * variant.source_bytes}*", "u8*", "f32*", *["i64"] * 6)
-        return Kernel(variant.name, row_in_blocks(variant), *parameters, max_threads=FROM_MEMORY, programmatic=dependent)
+        return Kernel(
+            variant.name, row_in_blocks(variant, variant.block), *parameters, max_threads=FROM_MEMORY, programmatic=dependent
+        )
     if variant.vectors:
         parameters = ("u32*", "u32*", "f32*", *["i64"] * 8)
         registers = 40 if variant.windows and variant.vectors <= 4 else 0  # 12 blocks of 128 threads an SM, not 10
@@ -374,16 +376,19 @@ def row_from_memory(variant: Variant) -> Any:
     return kernel
 
 
-def row_in_blocks(variant: Variant) -> Any:
-    """A block reads its row twice, four columns at a time; thread t writes the runs t, t + threads ... of 32 lifted columns.
+def row_in_blocks(variant: Variant, block: Block) -> Any:
+    """A block reads its row twice, four columns at a time; thread t writes the runs t, t + threads ... that share a scale.
 
-    A product with the inverse may round to just above the limit, which the scale of its block and `to_float4` clip.
+    A product with the inverse may round to just above the limit, which the scale of its run and `to_float4` clip.
     """
     load, windows, dependent = quad_loader(variant), variant.windows, variant.architecture >= 90
+    (block_scale, inverse_scale), limit = block_scaler(block), np.float32(Storage(FLOAT4, block=block).limit)
+    lifted = block.columns
+    per_block, words_of = 256 // lifted, lifted // 8  # a word is a window
 
     def kernel(
         x: Any,  # [m, k] elements of strides ld, stride; whole words in vectors
-        out: Any,  # [m, blocks, 144] bytes: 128 of values, 8 scales, 8 zeros
+        out: Any,  # [m, blocks, 144] bytes: 128 of values, the scales, zeros
         scale: Any,  # [m]
         m: int,
         ld: int,
@@ -396,20 +401,20 @@ def row_in_blocks(variant: Variant) -> Any:
             wait_for_earlier_grids()
             launch_later_grid()
         row, thread, threads = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
-        held = cuda.local.array(32, np.float32)
-        words = cuda.local.array(4, np.uint32)
+        held = cuda.local.array(lifted, np.float32)
+        words = cuda.local.array(words_of, np.uint32)
         peak = ZERO
         for column in range(4 * thread, k, 4 * threads):
             for y in load(x, row * ld + column * stride, stride, k - column):
                 peak = larger(peak, as_word(y) & MAGNITUDE)
-        of_row, inverse = row_scale(as_float(block_max(peak)), LIMIT)
+        of_row, inverse = row_scale(as_float(block_max(peak)), limit)
         if thread == 0:
             scale[row] = of_row
         columns = k if inverse > NOTHING else 0
         for run in range(thread, runs, threads):
             peak = ZERO
-            for i in range(0, 32, 4):
-                window = run * 4 + (i >> 3)
+            for i in range(0, lifted, 4):
+                window = run * words_of + (i >> 3)
                 group = window // windows
                 column = group * (4 * windows + 4) + (window - group * windows) * 4 + (i & 4)
                 a, b, c, d = NOTHING, NOTHING, NOTHING, NOTHING
@@ -417,18 +422,21 @@ def row_in_blocks(variant: Variant) -> Any:
                     a, b, c, d = load(x, row * ld + column * stride, stride, columns - column)
                 held[i], held[i + 1] = multiply(a, inverse), multiply(b, inverse)
                 held[i + 2], held[i + 3] = multiply(c, inverse), multiply(d, inverse)
-            for i in range(32):
+            for i in range(lifted):
                 peak = larger(peak, as_word(held[i]) & MAGNITUDE)
             code = block_scale(as_float(peak)) if run < filled else ZERO
             by = inverse_scale(code) if run < filled else NOTHING
-            for w in range(4):
+            for w in range(words_of):
                 word = ZERO
                 for i in range(8):
                     word |= np.uint32(to_float4(multiply(held[8 * w + i], by)) << np.uint32(4 * i))
                 words[w] = word
-            block, place = (row * runs + run) // 8, run & 7
-            store4_in_bytes(out, 9 * block + place, words[0], words[1], words[2], words[3])
-            out[144 * block + 128 + place] = code
-            out[144 * block + 136 + place] = ZERO
+            at, place = (row * runs + run) // per_block, run % per_block
+            for w in range(0, words_of, 4):
+                chunk = 9 * at + (place * words_of + w) // 4
+                store4_in_bytes(out, chunk, words[w], words[w + 1], words[w + 2], words[w + 3])
+            out[144 * at + 128 + place] = code
+            for i in range(per_block, 16, per_block):
+                out[144 * at + 128 + i + place] = ZERO
 
     return kernel

@@ -1,4 +1,4 @@
-"""The numbers of `reference.quantize_blocks` for NVFP4, as device functions: four columns of x, limits, scales of blocks."""
+"""The numbers of `reference.quantize_blocks` for pairs, as device functions: four columns of x, and scales of blocks."""
 
 from __future__ import annotations
 
@@ -6,32 +6,49 @@ from typing import Any
 
 import numpy as np
 
-from ...core.scheme import SCHEMES
+from ...core.dtypes import FLOAT4
+from ...core.scheme import Block
 from ..jit.numba import device_function
 from .numbers import HIGH, LOW, ONE
-from .ptx import Float, Word, as_float, divide, load2, load4, multiply, to_float8x2
+from .ptx import Float, Word, as_float, as_word, divide, load2, load4, multiply, to_float8x2
 from .quantize_stages import Variant
 
-STORAGE = SCHEMES["NVFP4"].activations
-assert STORAGE.block is not None
-LIMIT, LARGEST = np.float32(STORAGE.limit), np.float32(STORAGE.element.largest)
-SMALLEST = np.float32(STORAGE.block.smallest)
-NOTHING = np.float32(0)
+LARGEST, NOTHING = np.float32(FLOAT4.largest), np.float32(0)
 
 
-@device_function("u32", "f32")
-def block_scale(peak: Float) -> Word:
-    """The e4m3 bits of the scale of a block whose largest magnitude this is."""
-    s = divide(peak, LARGEST)
-    if s < SMALLEST:
-        s = SMALLEST
-    return to_float8x2(s, NOTHING) & np.uint32(0x7F)
+def block_scaler(block: Block) -> tuple[Any, Any]:
+    """Device functions: the bits of a block's scale, from its largest magnitude; and 1 / a scale above 0, from its bits."""
+    smallest, largest = np.float32(block.smallest), np.float32(block.largest)
 
+    @device_function("f32", "f32")
+    def limited(peak: Float) -> Float:
+        s = divide(peak, LARGEST)
+        return smallest if s < smallest else largest if s > largest else s
 
-@device_function("f32", "u32")
-def inverse_scale(code: Word) -> Float:
-    """1 / the e4m3 number of these bits, which is above 0: its exponent's bias is 120 below that of float32."""
-    return divide(ONE, multiply(as_float(np.uint32(code << np.uint32(20))), np.float32(2.0**120)))
+    if block.up:
+
+        @device_function("u32", "f32")
+        def scale(peak: Float) -> Word:
+            """Of e8m0, the exponent of a float32, rounded up."""
+            return np.uint32((as_word(limited(peak)) + np.uint32(0x7FFFFF)) >> np.uint32(23))
+
+        @device_function("f32", "u32")
+        def inverse(code: Word) -> Float:
+            return divide(ONE, as_float(np.uint32(code << np.uint32(23))))
+
+    else:
+
+        @device_function("u32", "f32")
+        def scale(peak: Float) -> Word:
+            """Of e4m3."""
+            return to_float8x2(limited(peak), NOTHING) & np.uint32(0x7F)
+
+        @device_function("f32", "u32")
+        def inverse(code: Word) -> Float:
+            """The exponent's bias is 120 below that of float32."""
+            return divide(ONE, multiply(as_float(np.uint32(code << np.uint32(20))), np.float32(2.0**120)))
+
+    return scale, inverse
 
 
 def quad_loader(variant: Variant) -> Any:

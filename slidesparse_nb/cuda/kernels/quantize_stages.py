@@ -17,6 +17,7 @@ import numpy as np
 
 from ...arch.operand import HALVES as HALVES_AT
 from ...core.dtypes import FLOAT8, INT8
+from ...core.scheme import Block
 from ..jit.numba import device_function
 from .numbers import HIGH, LOW, ROUND_TWO, to_float8x4_early, to_int8x4
 from .ptx import Float, Word, larger, larger_halves, load4, multiply, permute, store2, store4, to_float8x4
@@ -38,12 +39,13 @@ class Variant:
 
     Attributes:
         source: type of x: "bfloat16", "float16" or "float32"; or that of `stored`, whose values are moved as they are.
-        stored: "int8" or "float8_e4m3fn"; for tiles also "bfloat16" or "float16"; "float4_e2m1fn" in blocks.
-        vectors: 16-byte loads a thread makes, of rows of up to 1024 times as many; 0: element by element, any row. In blocks 1:
-            four columns at a time.
+        stored: "int8" or "float8_e4m3fn"; for tiles also "bfloat16" or "float16"; "float4_e2m1fn" with block scales.
+        vectors: 16-byte loads a thread makes, of rows of up to 1024 times as many; 0: element by element, any row. With block
+            scales 1: four columns at a time.
         windows: of the pattern, if values are lifted; else 0.
         tiled: lifted values are written in swizzled tiles (arch/operand.py); else in rows.
         architecture: the oldest it runs on: 80; 89: converts to float8 by an instruction; 90: packed maxima, and PDL.
+        block: scales of what is quantized after it is lifted.
     """
 
     source: str
@@ -52,10 +54,12 @@ class Variant:
     windows: int = 0
     tiled: bool = False
     architecture: int = 80
+    block: Block | None = None
 
     @property
     def name(self) -> str:
         parts = ["activations", f"rows{self.vectors}" if self.vectors else "any", self.source, self.stored]
+        parts += [self.block.scale.name] if self.block else []
         parts += [f"{'tiles' if self.tiled else 'lift'}{self.windows}"] * (self.windows > 0)
         return "_".join([*parts, f"g{self.architecture}"])
 
