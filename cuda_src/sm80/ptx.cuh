@@ -33,9 +33,9 @@ INLINE void mma_sp_mxf8_unscaled(float (&d)[4], const uint4& a, const u32 (&b)[4
 // for a byte; index nibbles name pairs. A and B times scales, one for every row or column and 32 of k (scale_vec::4X, ue4m3) or 64
 // (2X, ue8m0): byte BYTE + i of a word is that of the i-th. Lanes 0 and 1 of a quad give the words of A's rows g and g + 8, lane 0
 // that of B's column g. BYTE is 0, of 2X also 2.
-#define MMA_SP_FP4(NAME, SCALES)                                                                                                     \
+#define MMA_SP_FP4(NAME, FORM)                                                                                                       \
     template <int BYTE> INLINE void NAME(float (&d)[4], const uint4& a, const u32 (&b)[4], u32 e, u32 scale_a, u32 scale_b) {        \
-        asm("mma.sp::ordered_metadata.sync.aligned.m16n8k128.row.col.kind::mxf4nvf4.block_scale.scale_vec::" SCALES                  \
+        asm("mma.sp::ordered_metadata.sync.aligned.m16n8k128.row.col.kind::mxf4nvf4.block_scale.scale_vec::" FORM                    \
             " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, 0, %13, {%15, 0}, %14, {%15, 0};"                   \
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                         \
             : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e), "r"(scale_a),              \

@@ -3,7 +3,8 @@
 #include "common/types.cuh"
 
 template <int RowTiles, int BlockBytes, int Rows, int Stride> struct alignas(16) Stage {
-    u8 weights[RowTiles][BlockBytes];  // a row tile is 16 outputs: [steps][32 lanes][16 bytes], [words][32 lanes][4 bytes], FP4 [words][16 rows][4 bytes]
+    // a row tile is 16 outputs: [steps][32 lanes][16 bytes], [words][32 lanes][4 bytes]; FP4: then [words][16 rows][4 bytes]
+    u8 weights[RowTiles][BlockBytes];
     u8 x[Rows][Stride];              // a row = one token, unslid, padded so that loads meet no bank conflict; FP4: lifted, then scales
 };
 

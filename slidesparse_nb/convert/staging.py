@@ -50,7 +50,7 @@ class Staging:
         may_replace: asked before something at OUT is replaced; None if nothing may be.
 
     Raises:
-        OperandError: an unfinished or a running job stands there, or something that is not ours.
+        OperandError: an unfinished or a running job is there, or something that is not ours.
     """
 
     def __init__(
