@@ -55,7 +55,7 @@ def compiled_ahead(family):
     """What the tests launch, compiled by all processors at once, as `slidesparse build` does it."""
     capability = capability_here()
     dtypes = [scheme.dtype for scheme in multiplied(family, capability) if not scheme.blocks]
-    configs = [c for p, d, out in itertools.product(TILED, dtypes, OUTS) for c in tested(family, Pattern.of(p), d, out)]
+    configs = [c for p, d, out in itertools.product(TILED, dtypes, OUTS) for c in to_test(family, Pattern.of(p), d, out)]
     if family is sm80.ARCH:  # of Hopper's many tiles, these types of y take few
         configs += [
             c
@@ -66,7 +66,7 @@ def compiled_ahead(family):
     compile_ahead(configs + launches_of(products, capability, sms_here()))
 
 
-def tested(family, pattern, dtype, out):
+def to_test(family, pattern, dtype, out):
     """The kernels whose tiles and splits are all tested; of y of other types than bfloat16, the oddest epilogues."""
     every = [
         c for c in family.kernels(pattern, ss.Scheme.of(dtype), out, capability_here()) if not isinstance(c, sm90.Expansion)
@@ -162,7 +162,7 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         return on_gpu(x), on_gpu(bias) if biased else None, product(x, packed, bias if biased else None)
 
     for out, y_type in OUTS.items():
-        for config in tested(family, pattern, dtype, out):
+        for config in to_test(family, pattern, dtype, out):
             each = config.tile.m if family is sm80.ARCH else config.tile.tokens
             m = each + each // 2 + 1
             x, given, exact = operands(m, y_type != BF16)
