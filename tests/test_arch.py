@@ -20,7 +20,7 @@ from slidesparse_nb.core.dtypes import BFLOAT16, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.core.problem import Device, GemmProblem
 from slidesparse_nb.core.scheme import Scheme
-from slidesparse_nb.cuda import ahead_of_time
+from slidesparse_nb.cuda import ahead_of_time, tuned_store
 from slidesparse_nb.errors import UnsupportedError
 
 ROOT = Path(__file__).parent.parent
@@ -177,6 +177,15 @@ def test_a_problem_is_a_plain_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIDESPARSE_PORTABLE", "1")
     assert arch.of(problem) is sm90.ARCH, "a device is what it was when it was named"
     assert arch.of(replace(problem, device=Device((9, 0), 132))) is sm80.ARCH
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_eight_numbers_of_tokens_share_a_choice(capability: tuple[int, int]) -> None:
+    """As `tuned_store.best` takes for granted."""
+    device = Device(capability, 132)
+    for m in (1, 5, 9, 63, 121, 250, 383, 513, 1001, 2045, 3333, 9999):
+        problem = GemmProblem(m, 3584, 1024, Pattern(6, 8), Scheme.of(INT8), "bfloat16", device)
+        assert arch.choose(problem) == arch.choose(replace(problem, m=-(-m // 8) * 8)) == tuned_store.best(problem)
 
 
 def test_what_no_kernel_multiplies() -> None:

@@ -482,6 +482,22 @@ def test_metadata_that_cannot_be_compact(gpu: Any) -> None:
     assert [*gpu.gemm.to_device(packed).buffers] == (["values", "expanded"] if gpu.own else ["weights"])
 
 
+def test_kernels_that_are_compiled_ahead(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of every m up to 512, and of those above that are looked at."""
+    there, found = ops().to_device(weight(300, 512, INT8)), {}
+    weights: Any = importlib.import_module("slidesparse_nb.cuda.weight")
+    monkeypatch.setattr(weights.jit, "device_compiler", lambda: None)
+    monkeypatch.setattr(weights, "compile_all", lambda work, compiler: found.update({repr(job): job for job in work}))
+    there.compile_ahead(700, "bfloat16")
+    assert len(found) > 1
+    for m in (*range(1, 513), 576, 640, 700):
+        for config in there.bound(m, "bfloat16").plan.configs:
+            assert repr((config.source, config.defines(), f"sm_90{config.suffix}")) in found
+    found.clear()
+    there.compile_ahead(1, "bfloat16")
+    assert len(found) == len(there.bound(1, "bfloat16").plan.configs)
+
+
 def test_counters_of_any_number_of_streams(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan: Any = importlib.import_module("slidesparse_nb.cuda.plan")
     monkeypatch.setattr(plan, "COUNTER_SETS", 2)

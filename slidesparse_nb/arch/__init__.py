@@ -194,7 +194,7 @@ def require_support(arch: Arch[Any], capability: tuple[int, int], scheme: Scheme
         raise UnsupportedError(why)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16384)
 def choose(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate:
     """The cheapest candidate, the first of equals, for weights of these buffers (`Arch.candidates`).
 

@@ -9,6 +9,7 @@ the windows of an instruction side by side.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,7 @@ def chunk_from(size: int) -> Any:
     return HALVES[place] if size == 1 else place
 
 
+@functools.lru_cache(maxsize=1024)
 def stages(pattern: Pattern, k: int, dtype: DType) -> int:
     """Stages that cover a row of k columns: an even number, since kernels for few tokens take two at a time."""
     return _stages_of(pattern.expanded_k(k) * dtype.bits // 8)

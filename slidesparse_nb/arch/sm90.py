@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 from typing import Any
 
 from ..core.dtypes import DType
@@ -58,7 +57,7 @@ def of_row_tiles(problem: GemmProblem, tile: Tile, split_k: int, resident: int, 
         metadata = COMPACT
     config = configured(tile, split_k, problem.pattern, problem.dtype, problem.out, metadata == COMPACT, resident)
     group = NARROW_RASTER_GROUP if tile.tokens == 256 and problem.m <= NARROW_TOKENS else RASTER_GROUP
-    return replace(config, row_tiles=(first, -(-problem.n // 64)), raster_group=group, derived=metadata == DERIVED)
+    return config.but(row_tiles=(first, -(-problem.n // 64)), raster_group=group, derived=metadata == DERIVED)
 
 
 def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
@@ -81,19 +80,19 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[t
         for resident in residents(tile, split):
             config = of_row_tiles(problem, tile, split, resident, metadata)
             if at_once(config, config.tiles(m), problem):
-                yield (replace(config, end=config.tiles(m), blocks=config.tiles(m) * split),)
+                yield (config.but(end=config.tiles(m), blocks=config.tiles(m) * split),)
     for resident in residents(tile, 1):
         whole = of_row_tiles(problem, tile, 1, resident, metadata)
         tiles = whole.tiles(m)
-        yield (replace(whole, end=tiles, blocks=min(tiles, sms)),)
+        yield (whole.but(end=tiles, blocks=min(tiles, sms)),)
         full = tiles // sms * sms  # tiles of whole rounds
         if not full or full == tiles:
             continue
-        before = replace(whole, end=full, blocks=sms, order=BEFORE_REST)
+        before = whole.but(end=full, blocks=sms, order=BEFORE_REST)
         for split in tile.splits:
-            rest = replace(of_row_tiles(problem, tile, split, residents(tile, split)[-1], metadata), begin=full, end=tiles)
+            rest = of_row_tiles(problem, tile, split, residents(tile, split)[-1], metadata).but(begin=full, end=tiles)
             if at_once(rest, tiles - full, problem):
-                yield before, replace(rest, blocks=(tiles - full) * split, order=REST)
+                yield before, rest.but(blocks=(tiles - full) * split, order=REST)
         yield from _with_smaller_rest(whole, full, problem, metadata)
 
 
@@ -106,13 +105,13 @@ def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem, metadata:
     if not columns or full > MIXED_ROUNDS * sms or boundary % 2:  # the second launch starts on a pair of row tiles
         return
     blocks = min(sms, columns * tiles_m)
-    before = replace(whole, row_tiles=(0, boundary), end=columns * tiles_m, blocks=blocks, order=BEFORE_REST)
+    before = whole.but(row_tiles=(0, boundary), end=columns * tiles_m, blocks=blocks, order=BEFORE_REST)
     for other in TILES:
         if other.tokens < tile.tokens and fits_m(other, problem.m) and (metadata != COMPACT or other.decodes):
             for split in (1, *other.splits):
                 rest = of_row_tiles(problem, other, split, residents(other, split)[-1], metadata, boundary)
                 if at_once(rest, rest.tiles(problem.m), problem):
-                    yield before, replace(rest, end=rest.tiles(problem.m), blocks=rest.tiles(problem.m) * split, order=REST)
+                    yield before, rest.but(end=rest.tiles(problem.m), blocks=rest.tiles(problem.m) * split, order=REST)
 
 
 def _metadata_forms(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, ...]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from ..core.dtypes import CUDA_CODES, DType
 from ..core.pattern import Pattern
@@ -167,6 +168,12 @@ class Config(PlainLaunch):
         first, last = (64 * r for r in self.row_tiles)
         return f"{kernel}, tiles {self.begin} to {self.end} of outputs {first} to {last}, on {self.blocks} blocks"
 
+    def but(self, **changes: Any) -> Config:
+        """`dataclasses.replace` at a quarter of its time: a choice makes a hundred launches."""
+        made: Config = object.__new__(Config)
+        made.__dict__.update(self.__dict__, **changes)
+        return made
+
     @property
     def compact(self) -> bool:
         """Whether the kernel reads compact metadata."""
@@ -243,7 +250,7 @@ class Config(PlainLaunch):
         """The same launch with as many stages as fit into shared memory."""
         room = (SHARED_MEMORY + 1024) // self.resident - 1024 - self.fixed_bytes  # each block takes one KiB more
         fit = room // (stage_bytes(self.tile, self.dtype, self.compact) + 16)
-        return replace(self, stages=min(MOST_STAGES, fit))
+        return self.but(stages=min(MOST_STAGES, fit))
 
 
 @dataclass(frozen=True)

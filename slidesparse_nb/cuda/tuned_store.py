@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,8 +33,13 @@ MOST_CANDIDATES = 40
 
 
 def best(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate:
-    """The stored candidate for this m and weights of these buffers (`Arch.candidates`), or else the model's choice."""
-    return (env.tuned() and found(problem, buffers)) or choose(problem, buffers)
+    """The stored candidate for this m and weights of these buffers (`Arch.candidates`), or else the model's choice.
+
+    The model is asked once for eight m in a row: tiles take multiples of eight tokens, so their candidates are the same.
+    """
+    if env.tuned() and (stored := found(problem, buffers)):
+        return stored
+    return choose(replace(problem, m=-(-problem.m // 8) * 8) if problem.m % 8 else problem, buffers)
 
 
 def ranked(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> list[tuple[float, Candidate]]:

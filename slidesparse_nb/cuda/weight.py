@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,8 +20,10 @@ from ..core.problem import GemmProblem
 from ..core.scheme import Scheme
 from ..errors import OperandError
 from . import self_test
+from .ahead_of_time import compile_all, kernels_of
 from .arrays import as_cupy
 from .driver import unusable
+from .jit import cache as jit
 from .plan import (
     Launch,
     Plan,
@@ -33,6 +36,9 @@ from .plan import (
     rows_writer,
     writer,
 )
+
+FINE, FINE_STEP, COARSE_STEP = 512, 8, 64
+"""Numbers of tokens for which kernels are compiled ahead: every eighth up to 512, every 64th above."""
 
 MOST_BOUND = 1024
 """Numbers of tokens, and kinds of x, that a weight remembers: a server may see any number of them."""
@@ -110,7 +116,7 @@ class DeviceWeight:
             cupy.cuda.get_current_stream().synchronize()  # other streams may use it from now on
         return made
 
-    @property
+    @functools.cached_property
     def addresses(self) -> dict[str, int]:
         """Addresses of the buffers, by name; 0 of the scale of 16-bit weights."""
         return {"scale": 0, **{name: int(buffer.data.ptr) for name, buffer in self.buffers.items()}}
@@ -132,6 +138,16 @@ class DeviceWeight:
                 self.plans.clear()
             known = self.plans[m, out] = self.bind(m, out)
         return known
+
+    def compile_ahead(self, most: int, out: str) -> None:
+        """Compile the kernels of products of up to `most` tokens, on all processors at once, or a server stalls for each.
+
+        Few of them, of numbers of tokens between those that are looked at, may still be compiled when they are needed.
+        """
+        every = (*range(FINE_STEP, FINE, FINE_STEP), *range(FINE, most, COARSE_STEP))
+        problems = [self.problem(m, out) for m in (*(m for m in every if m < most), most)]
+        chosen = (config for p in problems for config in self_test.best(p, tuple(self.buffers), self.ordinal))
+        compile_all(kernels_of(dict.fromkeys(chosen), self.device.capability), jit.device_compiler())
 
     def writer(self, source: str, strides: tuple[int, int], x: int) -> Writer | None:
         """What writes the operand of an x at this address (`plan.writer`), remembered."""

@@ -62,7 +62,10 @@ class QuantizationConfig:
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
     """integrations.vllm.method, over the stand-ins; and vLLM's configuration."""
     methods: list[str] = ["fp8"]
-    config = SimpleNamespace(lora_config=None, compilation_config=SimpleNamespace(inductor_compile_config={}, custom_ops=[]))
+    config = SimpleNamespace(
+        lora_config=None, compilation_config=SimpleNamespace(inductor_compile_config={}, custom_ops=[]),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+    )  # fmt: skip
     contents: dict[str, dict[str, Any]] = {
         "vllm": {},
         "vllm.config": {"get_current_vllm_config": lambda: config},

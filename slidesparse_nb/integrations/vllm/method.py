@@ -27,7 +27,7 @@ import slidesparse_nb as ss
 
 from ... import env
 from .. import operators as operators  # defines torch.ops.slidesparse
-from ..tensors import TORCH, arrange, as_cupy, as_numpy, facts_of, named
+from ..tensors import TORCH, arrange, as_cupy, as_numpy, device_weight, facts_of, named
 
 try:
     from .fusion import install
@@ -47,6 +47,9 @@ PLACED = {
 
 EMPTY = {"weight_meta": 0x44, "weight_block_scale": 1}
 """Of weights that are all zero: the metadata of two windows, and the code of the smallest block scale."""
+
+COMPILED: set[tuple[Any, ...]] = set()
+"""n, k, facts, most tokens and type of y of the layers whose kernels were compiled in this process."""
 
 
 class SlideSparseConfig(QuantizationConfig):
@@ -124,7 +127,8 @@ class SlideSparseMethod(LinearMethodBase):
         **extra: Any,
     ) -> None:
         """Parameters of the packed format, for vLLM to load into."""
-        if get_current_vllm_config().lora_config is not None:
+        config = get_current_vllm_config()
+        if config.lora_config is not None:
             raise ss.UnsupportedError(f"{self.name}: packed layers take no LoRA adapters; merge them before packing")
         pattern, scheme = self.packed.pattern, self.packed.scheme
         if scheme.kernel.blocks:
@@ -148,6 +152,7 @@ class SlideSparseMethod(LinearMethodBase):
                 parameter = place(data=data, output_dim=0, weight_loader=load)
             layer.register_parameter(name, parameter)
         layer.slidesparse_shape, layer.slidesparse_whole_k = shape, input_size
+        layer.slidesparse_products = config.scheduler_config.max_num_batched_tokens, operators.FLOATS[params_dtype][0]
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Arrange the loaded weight, and free what was loaded; a second call, with nothing loaded since, does nothing."""
@@ -176,6 +181,9 @@ class SlideSparseMethod(LinearMethodBase):
             layer.register_parameter(f"slidesparse_{name}", Parameter(tensor, requires_grad=False))
         layer.slidesparse_names = tuple(f"slidesparse_{name}" for name in buffers)
         layer.slidesparse_facts = facts_of(self.packed)
+        if on_gpu and (kind := (n, k, layer.slidesparse_facts, *layer.slidesparse_products)) not in COMPILED:
+            device_weight([buffers["arranged"]], *kind[:3]).compile_ahead(*kind[3:])
+            COMPILED.add(kind)
 
     def _check(self, shape: torch.Tensor, meta: torch.Tensor, k: int) -> None:
         """FormatError unless the loaded tensors are of a packed weight of k columns."""
