@@ -74,6 +74,9 @@ class Whole:
     def shares(self) -> dict[str, object]:
         return {"many": self.many}
 
+    def also_for(self, m: int, chosen: int) -> bool:
+        return True
+
     def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
         return self.many, 1, 1
 
@@ -180,12 +183,15 @@ def test_a_problem_is_a_plain_value(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
-def test_eight_numbers_of_tokens_share_a_choice(capability: tuple[int, int]) -> None:
-    """As `tuned_store.best` takes for granted."""
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+def test_numbers_of_tokens_that_share_a_choice(capability: tuple[int, int], dtype: Any) -> None:
+    """It is a candidate for each of them, and the model's own choice up to 512 tokens."""
     device = Device(capability, 132)
-    for m in (1, 5, 9, 63, 121, 250, 383, 513, 1001, 2045, 3333, 9999):
-        problem = GemmProblem(m, 3584, 1024, Pattern(6, 8), Scheme.of(INT8), "bfloat16", device)
-        assert arch.choose(problem) == arch.choose(replace(problem, m=-(-m // 8) * 8)) == tuned_store.best(problem)
+    for m in (1, 5, 9, 63, 121, 250, 383, 511, 513, 1001, 1537, 2045, 2049, 3333, 9999):
+        problem = GemmProblem(m, 3584, 1024, Pattern(6, 8), Scheme.of(dtype), "bfloat16", device)
+        chosen = tuned_store.modelled(problem)
+        assert chosen in list(arch.of(problem).candidates(problem))
+        assert m > 512 or chosen == arch.choose(problem)
 
 
 def test_what_no_kernel_multiplies() -> None:

@@ -53,6 +53,9 @@ class Config(Protocol):
     def shares(self) -> Mapping[str, object]:
         """Beside the defines, what tells this launch from others of its kernel."""
 
+    def also_for(self, m: int, chosen: int) -> bool:
+        """Whether the launch, chosen for `chosen` tokens, computes the product of m, which are a few less."""
+
     def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
         """Blocks."""
 

@@ -16,6 +16,9 @@ fraction and cuts off what is below (docs/hopper.md); Blackwell's is taken for t
 class PlainLaunch:
     """A launch that needs nothing of the workspace and starts when the grid before it is complete; see `arch.Config`."""
 
+    def also_for(self, m: int, chosen: int) -> bool:
+        return True
+
     def early(self, problem: GemmProblem) -> bool:
         return False
 

@@ -203,6 +203,10 @@ class Config(PlainLaunch):
         """All tiles of m tokens and these row tiles."""
         return -(-m // self.tile.tokens) * -(-(self.row_tiles[1] - self.row_tiles[0]) // self.tile.warpgroups)
 
+    def also_for(self, m: int, chosen: int) -> bool:
+        """Whether they make as many tiles."""
+        return -(-m // self.tile.tokens) == -(-chosen // self.tile.tokens)
+
     def possible(self, along_k: int) -> bool:
         """Whether row tiles and stages suffice: two stages a block of a cluster; a whole ring where consumers load."""
         if self.tile.warpgroups == 3 and self.row_tiles[1] - self.row_tiles[0] < 3:  # weights are padded to pairs

@@ -87,16 +87,21 @@ class PlannedLaunch:
 
     def bind(self, addresses: Mapping[str, int]) -> Launch:
         """With the buffers of a weight, by name."""
-        known = {**self.fixed, **addresses}
-        place = {name: i for i, name in enumerate((*known, *GIVEN))}
-        ordered = itemgetter(*(place[self.buffers.get(name, name)] for name in self.parameters))
-        values = tuple(known.values())
+        ordered = _places(self.parameters, tuple(self.buffers.items()), (*self.fixed, *addresses, *GIVEN))
+        values = (*self.fixed.values(), *addresses.values())
         run, grid, block, shared, programmatic = self.run, self.grid, self.block, self.shared, self.programmatic
 
         def launch(stream: int, given: Given) -> None:
             run(grid, block, shared, stream, programmatic, *ordered(values + given))
 
         return launch
+
+
+@functools.cache
+def _places(parameters: tuple[str, ...], buffers: tuple[tuple[str, str], ...], names: tuple[str, ...]) -> Any:
+    """What takes the arguments of a kernel, in its order, from values of these names."""
+    held = dict(buffers)
+    return itemgetter(*(names.index(held.get(name, name)) for name in parameters))
 
 
 class Plan:

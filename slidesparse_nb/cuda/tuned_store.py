@@ -25,6 +25,12 @@ from ..core.untrusted_json import parse_json
 from ..errors import FormatError
 from .jit import cache
 
+STEPS = (512, 8), (2048, 32), (float("inf"), 128)
+"""Up to so many tokens the model is asked for every so many."""
+
+version = 0
+"""Of what was read: who remembers choices asks again where it is another."""
+
 WITHIN = 1.5
 """Candidates whose estimated cost is at most this multiple of the cheapest are timed."""
 
@@ -33,13 +39,23 @@ MOST_CANDIDATES = 40
 
 
 def best(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate:
-    """The stored candidate for this m and weights of these buffers (`Arch.candidates`), or else the model's choice.
+    """The stored candidate for this m and weights of these buffers (`Arch.candidates`), or else the model's choice."""
+    return (env.tuned() and found(problem, buffers)) or modelled(problem, buffers)
 
-    The model is asked once for eight m in a row: tiles take multiples of eight tokens, so their candidates are the same.
-    """
-    if env.tuned() and (stored := found(problem, buffers)):
-        return stored
-    return choose(replace(problem, m=-(-problem.m // 8) * 8) if problem.m % 8 else problem, buffers)
+
+def asked_for(m: int) -> int:
+    """The m that the model is asked for in the place of m: it takes a millisecond, and a server sees any number of tokens."""
+    step = next(step for most, step in STEPS if m <= most)
+    return -(-m // step) * step
+
+
+def modelled(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate:
+    """The model's choice: that for `asked_for(m)`, or for m rounded up to eight tokens, of which tiles take multiples."""
+    m, asked = problem.m, asked_for(problem.m)
+    chosen = choose(replace(problem, m=asked), buffers)
+    if all(launch.also_for(m, asked) for launch in chosen):
+        return chosen
+    return choose(replace(problem, m=-(-m // 8) * 8), buffers)
 
 
 def ranked(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> list[tuple[float, Candidate]]:
@@ -51,7 +67,7 @@ def ranked(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> list
 def likely(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> list[Candidate]:
     """The candidates that are worth timing, the model's choice first."""
     every = ranked(problem, buffers)
-    near = dict.fromkeys([choose(problem, buffers), *(c for cost, c in every if cost <= WITHIN * every[0][0])])
+    near = dict.fromkeys([modelled(problem, buffers), *(c for cost, c in every if cost <= WITHIN * every[0][0])])
     return list(near)[:MOST_CANDIDATES]
 
 
@@ -86,6 +102,13 @@ def found(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candi
     return next((c for c in arch.of(problem).candidates(problem, buffers) if [*map(described, c)] == launches), None)
 
 
+def look_again() -> None:
+    """Forget what was read."""
+    global version
+    version += 1
+    found.cache_clear()
+
+
 def keep(problem: GemmProblem, candidate: Candidate, told: Mapping[str, object]) -> None:
     """Store a candidate, and facts for a reader.
 
@@ -94,19 +117,19 @@ def keep(problem: GemmProblem, candidate: Candidate, told: Mapping[str, object])
     """
     text = json.dumps({"launches": [*map(described, candidate)], **told}, indent=1) + "\n"
     cache.replace_text(file(problem), text)
-    found.cache_clear()
+    look_again()
 
 
 def drop(problem: GemmProblem) -> None:
     """Remove the stored candidate of a product."""
     with contextlib.suppress(OSError):
         file(problem).unlink()
-    found.cache_clear()
+    look_again()
 
 
 def forget() -> int:
     """Remove the stored candidates of all products, on every GPU; return how many there were."""
     count = len(list(folder().glob("*/*.json")))
     shutil.rmtree(folder(), ignore_errors=True)
-    found.cache_clear()
+    look_again()
     return count

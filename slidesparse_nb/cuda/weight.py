@@ -11,15 +11,15 @@ from weakref import WeakKeyDictionary
 
 import cupy
 
-from .. import arch
+from .. import arch, env
 from ..arch import Config
 from ..arch.multiplied_as import as_multiplied
 from ..core.packed import PackedWeight, part_arrays, part_dtypes, require_matrix
 from ..core.pattern import Pattern
-from ..core.problem import GemmProblem
+from ..core.problem import Device, GemmProblem
 from ..core.scheme import Scheme
 from ..errors import OperandError
-from . import self_test
+from . import self_test, tuned_store
 from .ahead_of_time import compile_all, kernels_of
 from .arrays import as_cupy
 from .driver import unusable
@@ -37,11 +37,16 @@ from .plan import (
     writer,
 )
 
-FINE, FINE_STEP, COARSE_STEP = 512, 8, 64
-"""Numbers of tokens for which kernels are compiled ahead: every eighth up to 512, every 64th above."""
-
 MOST_BOUND = 1024
 """Numbers of tokens, and kinds of x, that a weight remembers: a server may see any number of them."""
+
+
+@functools.cache
+def shared_plans(
+    pattern: Pattern, scheme: Scheme, shape: tuple[int, int], device: Device, buffers: tuple[str, ...], ordinal: int
+) -> dict[tuple[int, str, bool, int], Plan]:
+    """What `DeviceWeight.plan` remembers for all weights of which these are the same."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,25 @@ class DeviceWeight:
         """The product with m tokens, into the type named `out`."""
         return GemmProblem(m, self.n, self.k, self.pattern, self.scheme, out, self.device)
 
+    @functools.cached_property
+    def _shared(self) -> dict[tuple[int, str, bool, int], Plan]:
+        return shared_plans(self.pattern, self.scheme, self.shape, self.device, tuple(self.buffers), self.ordinal)
+
+    def plan(self, m: int, out: str) -> Plan:
+        """The plan for m tokens into the type named `out`, tuned or the cheapest (self_test.py)."""
+        key = m, out, env.tuned(), tuned_store.version
+        if (known := self._shared.get(key)) is None:
+            if len(self._shared) >= MOST_BOUND:
+                self._shared.clear()
+            problem = self.problem(m, out)
+            chosen = self_test.best(problem, tuple(self.buffers), self.ordinal)
+            known = self._shared[key] = plan_of(problem, chosen, self.ordinal)
+        return known
+
     def bind(self, m: int, out: str, configs: tuple[Config, ...] | None = None) -> Bound:
-        """The plan for m tokens into the type named `out`, tuned or the cheapest unless `configs` are given (self_test.py)."""
-        problem, addresses = self.problem(m, out), self.addresses
-        plan = plan_of(problem, configs or self_test.best(problem, tuple(self.buffers), self.ordinal), self.ordinal)
-        return Bound(plan, tuple(launch.bind(addresses) for launch in plan.launches))
+        """`plan`, or that of these configs, with the addresses of this weight."""
+        plan = plan_of(self.problem(m, out), configs, self.ordinal) if configs else self.plan(m, out)
+        return Bound(plan, tuple(launch.bind(self.addresses) for launch in plan.launches))
 
     def bound(self, m: int, out: str) -> Bound:
         """`bind`, remembered."""
@@ -142,10 +161,11 @@ class DeviceWeight:
     def compile_ahead(self, most: int, out: str) -> None:
         """Compile the kernels of products of up to `most` tokens, on all processors at once, or a server stalls for each.
 
-        Few of them, of numbers of tokens between those that are looked at, may still be compiled when they are needed.
+        Few of them, of numbers of tokens that the model is not asked for (`tuned_store.asked_for`), may still be compiled when
+        they are needed.
         """
-        every = (*range(FINE_STEP, FINE, FINE_STEP), *range(FINE, most, COARSE_STEP))
-        problems = [self.problem(m, out) for m in (*(m for m in every if m < most), most)]
+        every = dict.fromkeys([*map(tuned_store.asked_for, range(1, most)), most])
+        problems = [self.problem(m, out) for m in every]
         chosen = (config for p in problems for config in self_test.best(p, tuple(self.buffers), self.ordinal))
         compile_all(kernels_of(dict.fromkeys(chosen), self.device.capability), jit.device_compiler())
 

@@ -18,6 +18,7 @@ from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16
 from slidesparse_nb.core.problem import Device, GemmProblem
 from slidesparse_nb.cuda import plan, self_test
 from slidesparse_nb.cuda.jit import cache
+from slidesparse_nb.cuda.weight import shared_plans
 
 pytestmark = pytest.mark.gpu
 schemes = pytest.mark.parametrize("scheme", ["NVFP4", "MXFP4"])
@@ -72,7 +73,7 @@ def played(monkeypatch, tmp_path):
     monkeypatch.setattr(sm80, "BLOCK_SCALED", (capability_here(),))
     monkeypatch.setattr(sm80, "sm_of", lambda capability: sm)
     monkeypatch.setattr(cache, "generated", lambda *given: generated(*given).replace("#include", INSTRUCTION + "#include"))
-    caches = arch.choose, plan.plan_of, plan._kernel
+    caches = arch.choose, plan.plan_of, plan._kernel, shared_plans
     for known in caches:
         known.cache_clear()
     yield

@@ -35,6 +35,7 @@ from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.cuda.ahead_of_time import launches_of
 from slidesparse_nb.cuda.matmul import TiledActivations
 from slidesparse_nb.cuda.plan import plan_of
+from slidesparse_nb.cuda.weight import shared_plans
 
 __all__ = ["family", "gemm"]  # the fixtures
 pytestmark = pytest.mark.gpu
@@ -458,6 +459,7 @@ def test_two_threads():
 def test_to_device_ahead_and_explanation(gemm, family, dtype, monkeypatch, capfd):
     monkeypatch.setenv("SLIDESPARSE_DEBUG", "1")
     plan_of.cache_clear()
+    shared_plans.cache_clear()
     packed = weight(np.random.default_rng(20), 64, 128, "6:8", dtype)
     there = ss.to_device(packed)
     assert ss.to_device(packed) is there

@@ -16,6 +16,7 @@ from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, INT8
 from slidesparse_nb.core.problem import Device, GemmProblem
 from slidesparse_nb.cuda import self_test
 from slidesparse_nb.cuda.plan import device_facts, plan_of
+from slidesparse_nb.cuda.weight import shared_plans
 
 pytestmark = pytest.mark.gpu
 
@@ -31,9 +32,11 @@ def unknown_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(arch, "LEFT_ASIDE", set())
     for known in (self_test._known, self_test._decided):
         known.clear()
+    shared_plans.cache_clear()
     yield
     for known in (self_test._known, self_test._decided):
         known.clear()
+    shared_plans.cache_clear()
     plan_of.cache_clear()
 
 

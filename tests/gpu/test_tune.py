@@ -27,9 +27,9 @@ def family(request, tmp_path, monkeypatch):
     monkeypatch.delenv("SLIDESPARSE_TUNED", raising=False)
     monkeypatch.setattr(tuned_store, "folder", lambda: tmp_path / "tuned")
     monkeypatch.setattr(tuned_store, "MOST_CANDIDATES", MOST)
-    tuned_store.found.cache_clear()
+    tuned_store.look_again()
     yield request.param
-    tuned_store.found.cache_clear()
+    tuned_store.look_again()
 
 
 def multiply(packed, x):
