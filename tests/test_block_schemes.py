@@ -286,6 +286,8 @@ def test_a_checkpoint(scheme: ss.Scheme, tmp_path: Path) -> None:
     ss.save(source, {"fc.weight": w})
     with pytest.raises(ss.UnsupportedError, match=rf"holds {scheme} .* weights, .* no dense form"):
         ss.unpack_checkpoint(out, tmp_path / "dense.safetensors")
+    with pytest.raises(ss.UnsupportedError, match=r"^this checkpoint is packed already; pack its dense source$"):
+        ss.pack_checkpoint(out, tmp_path / "again.safetensors")
     with pytest.raises(ss.PatternError, match=r"row 0, group \d \(columns .* prune with --prune magnitude"):
         ss.pack_checkpoint(source, tmp_path / "no.safetensors", ss.Options(scheme=scheme.name))
     with pytest.raises(ss.OperandError, match=rf"^format: {scheme} weights have no dense form"):

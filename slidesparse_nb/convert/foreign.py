@@ -50,7 +50,9 @@ def _refuse_packed(shapes: kinds.Shapes) -> None:
     packed = any(name.endswith(".weight_packed") for name in shapes)
     stray = next((name for name in shapes if name.endswith((".weight_meta", ".weight_shape"))), None)
     if packed and stray is not None and any(name.endswith(".weight_meta") for name in shapes):
-        raise UnsupportedError("this checkpoint is packed already; `slidesparse show --unpack OUT` writes it back dense")
+        blocks = any(name.endswith(".weight_block_scale") for name in shapes)
+        way = "pack its dense source" if blocks else "`slidesparse show --unpack OUT` writes it back dense"
+        raise UnsupportedError(f"this checkpoint is packed already; {way}")
     if packed:
         raise UnsupportedError("this checkpoint holds another tool's packed weights; start from the unquantized model")
     if stray is not None:

@@ -67,8 +67,10 @@ def checked_scheme(scheme: Any) -> Scheme:
     """
     found = Scheme.of(scheme, "scheme")
     if found.blocks:
+        over = " at a pattern over pairs, such as '6:8 pairs'" if found.unit > 1 else ""
         raise UnsupportedError(
-            f"scheme: {found} has scales along k, which SparseGPT cannot foresee; prune without a scheme, and pack as {found}"
+            f"scheme: {found} has scales along k, which SparseGPT cannot foresee; prune without a scheme{over}, and pack as"
+            f" {found}"
         )
     return found
 
