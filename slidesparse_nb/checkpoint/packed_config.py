@@ -59,7 +59,9 @@ class PackedConfig:
         described = {"weights": config["weights"], "input_activations": config["input_activations"]}
         scheme = next((row for row in SCHEMES.values() if description(row) == described), None)
         if scheme is None or config["version"] != version_of(scheme, stacked):
-            stored = f"version {shown(config['version'])}, weights {shown(config['weights'])}"
+            stored = f"version {shown(config['version'])}, " + ", ".join(
+                f"{of} {shown(value)}" for of, value in described.items()
+            )
             raise FormatError(f"{where}: {stored} are unknown here; update slidesparse_nb")
         if not isinstance(pattern, Mapping) or pattern.keys() - {"unit"} != {"nnz", "group"}:
             raise FormatError(f'{where}: pattern {shown(pattern)} must be like {{"nnz": 6, "group": 8}}')

@@ -338,7 +338,9 @@ def scale_problem(checkpoint: Checkpoint, name: str, info: TensorInfo) -> str | 
     if scale not in tensors:
         return f"{shown(info.name)}: {info.code} values without {shown(scale)}; only scales per channel or tensor can be packed"
     found = tensors[scale][0]
-    if found.code not in ("F32", "F16", "BF16") or found.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+    if found.code not in (floats := ("F32", "F16", "BF16")):
+        return f"{shown(scale)}: {found.code} must be of {', '.join(floats)}; requantize per channel"
+    if found.shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
         return (
             f"{shown(scale)}: {found.code} {list(found.shape)} is neither per channel [{rows}, 1] nor per tensor [1];"
             " requantize per channel"
