@@ -478,5 +478,10 @@ def close(y: Any, expected: Any) -> None:
     )
 
 
+def forget_plans() -> None:
+    """What a new process does not know, of the products of weights of one shape."""
+    importlib.import_module("slidesparse_nb.cuda.weight").shared_plans.cache_clear()
+
+
 def ops() -> Any:
     return importlib.import_module("slidesparse_nb.ops")

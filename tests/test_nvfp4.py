@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from device_cases import blocked, same
-from numpy_gpu import BF16, F16, F32, Array, array, close, numpy_for_cupy, ops, wanted, weight
+from numpy_gpu import BF16, F16, F32, Array, array, close, forget_plans, numpy_for_cupy, ops, wanted, weight
 
 import slidesparse_nb as ss
 from slidesparse_nb import arch, doctor
@@ -108,6 +108,7 @@ def test_a_wrong_kernel_gives_way_and_with_none_left_the_product_is_refused(gpu:
     close(ops().matmul(x, packed), wanted(x, packed))
     gpu.spoil = lambda config, y: np.roll(y, 1, axis=1)
     gpu.self_test._known.clear()
+    forget_plans()
     for place in gpu.self_test.folder(device(gpu)).glob("*.json"):
         place.unlink()
     with pytest.raises(UnsupportedError, match=r"^device: no kernel for y\[7, 40\] .* passes its self-test .* report it$"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy_gpu import BF16, P, array, close, gpu, numpy_for_cupy, ops, wanted, weight
+from numpy_gpu import BF16, P, array, close, forget_plans, gpu, numpy_for_cupy, ops, wanted, weight
 
 from slidesparse_nb import arch, doctor
 from slidesparse_nb.arch import sm80, sm80_layout
@@ -49,6 +49,7 @@ def restart(gpu: Any) -> None:
     """What a new process knows."""
     gpu.self_test._known.clear()
     gpu.self_test._decided.clear()
+    forget_plans()
     arch.LEFT_ASIDE.clear()
 
 
