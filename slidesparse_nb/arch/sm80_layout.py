@@ -36,6 +36,12 @@ LARGEST_GROUP = 16
 ROW_TILES = 16
 """Row tiles, of 16 outputs, in the largest tile: arranged weights are padded to it, so that no tile reaches past them."""
 
+
+def row_tiles(n: int) -> int:
+    """Row tiles of arranged weights with n outputs."""
+    return -(-n // (16 * ROW_TILES)) * ROW_TILES
+
+
 Array = NDArray[Any]
 
 
@@ -220,23 +226,22 @@ def arrange(packed: PackedWeight, xp: Any = np, lay: Layout | None = None) -> An
         lay: another layout than that of its pattern; scales are not in the result.
     """
     lay = lay or layout(packed.pattern, packed.dtype.bits)
-    n, row_tiles, blocks = packed.n, -(-packed.n // (16 * ROW_TILES)) * ROW_TILES, lay.blocks(packed.k)
-    have = packed.ks // 4
-    values = xp.zeros((16 * row_tiles, blocks * lay.windows, 2), packed.dtype.raw)
-    nibble = xp.full((16 * row_tiles, blocks * lay.windows), 4, np.uint8)
+    n, tiles, blocks, have = packed.n, row_tiles(packed.n), lay.blocks(packed.k), packed.ks // 4
+    values = xp.zeros((16 * tiles, blocks * lay.windows, 2), packed.dtype.raw)
+    nibble = xp.full((16 * tiles, blocks * lay.windows), 4, np.uint8)
     values[:n, :have] = packed.values.view(packed.dtype.raw).reshape(n, have, 2)
     nibble[:n, :have] = xp.stack([packed.meta & 15, packed.meta >> 4], axis=2).reshape(n, have)
 
     order, swapped = (xp.asarray(a) for a in window_order(lay))
-    values = values.reshape(16 * row_tiles, blocks, lay.windows, 2)[:, :, order]  # [rows, blocks, steps, places, 2]
-    nibble = nibble.reshape(16 * row_tiles, blocks, lay.windows)[:, :, order]
+    values = values.reshape(16 * tiles, blocks, lay.windows, 2)[:, :, order]  # [rows, blocks, steps, places, 2]
+    nibble = nibble.reshape(16 * tiles, blocks, lay.windows)[:, :, order]
     flip = (swapped & xp.asarray(SWAPPED_VALUES)[nibble])[..., None]
     values = xp.where(flip, values[..., ::-1], values)
     nibble = xp.where(swapped, xp.asarray(SWAPPED_NIBBLE)[nibble], nibble)
 
     # row = 8 h + g; value of an instruction: half of k, lane q, byte or half-word; register = 2 * half + h
-    fragments = values.reshape(row_tiles, 2, 8, blocks, lay.steps, 2, 4, 32 // lay.bits).transpose(3, 0, 4, 2, 6, 5, 1, 7)
-    fragments = xp.ascontiguousarray(fragments).view(np.uint8).reshape(blocks, row_tiles, 512 * lay.steps)
+    fragments = values.reshape(tiles, 2, 8, blocks, lay.steps, 2, 4, 32 // lay.bits).transpose(3, 0, 4, 2, 6, 5, 1, 7)
+    fragments = xp.ascontiguousarray(fragments).view(np.uint8).reshape(blocks, tiles, 512 * lay.steps)
     return xp.concatenate([fragments, _meta_words(nibble, lay, xp)], axis=2)
 
 
