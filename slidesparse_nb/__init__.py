@@ -14,6 +14,9 @@ Functions are below; `help(ss.PackedWeight)` and so on describe the classes:
     reference                                    the whole method in NumPy, to be read
     rms_norm, silu_and_mul, gelu_and_mul         quantize what they make of x, on a GPU in one launch
     device_weight, operand_bytes                 functions for adapters of other libraries
+    build_products, collect_statistics           kernels of some products ahead; what pruning must know of a text, in a file
+    diagnose, self_tests                         what `slidesparse doctor` calls
+    tune_products, forget_tuned                  what `slidesparse tune` calls
 
 `slidesparse_nb.integrations` has modules for torch, transformers and vLLM. Importing this package imports NumPy and nothing
 else; everything is loaded when it is first used.
@@ -50,7 +53,10 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 PUBLIC = (*_HOME, "reference")
 """Every public name."""
 
-_BRIEF = "device_weight", "operand_bytes", "self_tests", "rms_norm", "silu_and_mul", "gelu_and_mul"
+_BRIEF = (
+    "rms_norm", "silu_and_mul", "gelu_and_mul", "device_weight", "operand_bytes", "build_products", "collect_statistics",
+    "diagnose", "self_tests", "tune_products", "forget_tuned",
+)  # fmt: skip
 __all__ = [name for name in _HOME if name.islower() and name not in _BRIEF]  # what help() prints
 
 if TYPE_CHECKING:

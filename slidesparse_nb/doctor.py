@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arch, env, ops, packing
+from . import arch, cuda, env, ops, packing
 from .checkpoint.packed_format import on_host
 from .core import reference
 from .core.dtypes import BFLOAT16, FLOAT8, FLOAT32, INT8, PACKED
@@ -254,8 +254,11 @@ def self_tests() -> Iterator[Finding]:
 
     Yields:
         A finding for each that failed, whose text is for a report; then how many passed. Nothing where none was tested.
+
+    Raises:
+        UnsupportedError: there is no GPU, or no CuPy.
     """
-    cupy: Any = importlib.import_module("cupy")
+    cupy = cuda.cupy("self_tests", "nothing is tested on the CPU")
     from .cuda import plan, self_test
 
     outcomes = self_test.outcomes(Device(*plan.device_facts(int(cupy.cuda.runtime.getDevice()))))

@@ -22,6 +22,7 @@ from .core.checks import (
     require_unmasked,
     result_dtype,
     share_memory,
+    whole_number,
 )
 from .core.packed import PackedWeight, require_matrix, require_matrix_shape, require_packed
 from .core.pattern import Pattern
@@ -125,12 +126,15 @@ def device_weight(
 
     Raises:
         OperandError: an argument of the wrong type, a shape of a stack, a device that is not current, or a buffer that CuPy
-            cannot view.
+            cannot view, or that is not of the size that this weight has there.
         UnsupportedError: as for `to_device`.
     """
     require_matrix_shape(shape)
+    if not isinstance(shape, tuple | list) or len(shape) != 2:
+        raise OperandError(f"shape: {shown(shape)} must be (n, k), that of the packed weight")
+    n, k = (whole_number("shape", size, 0) for size in shape)
     made: DeviceWeight = cuda.module("weight", "device_weight").device_weight(
-        buffers, Scheme.of(scheme).pattern(pattern), Scheme.of(scheme), shape, device
+        buffers, Scheme.of(scheme).pattern(pattern), Scheme.of(scheme), (n, k), device
     )
     return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import cases
 import numpy as np
@@ -86,7 +87,20 @@ def write(
         architecture = quantize.architecture(current_device())
         name = source or FLOATS[x.dtype]
         launch = quantize.plan(name, dtype.name, x.shape[1], x.strides, aligned, architecture, pattern, block, width=width)
-        launch(len(x), x, out, 0 if scale is None else scale)
+        launch_rows(launch, len(x), x, out, 0 if scale is None else scale)
+
+
+def launch_rows(plan: Any, m: int, *arrays: Any) -> None:
+    """Launch a plan of cuda/quantize.py for m rows, on the current device and stream."""
+    plan.kernel((plan.blocks(m),), plan.threads, *arrays, *plan.integers(m), shared=plan.shared)
+
+
+def plan_with(vectors: int, *arguments: Any, **named: Any) -> Any:
+    """`quantize.plan` where a thread holds so many 16-byte vectors of x."""
+    from slidesparse_nb.cuda import quantize
+
+    with patch.dict(quantize.VECTORS, {vectors: 8192}, clear=True):
+        return quantize.plan.__wrapped__(*arguments, **named)
 
 
 def made_on_device(x: Any, dtype: DType, pattern: Pattern | None = None) -> tuple[Any, Any]:

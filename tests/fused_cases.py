@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from device_cases import bits
+from device_cases import bits, launch_rows
 
 from slidesparse_nb.arch.operand import to_tiles
 from slidesparse_nb.core import reference
@@ -49,9 +49,6 @@ def check_fused(
     plan = quantize.plan(source.name, dtype.name, k, x.strides, True, 90, pattern, kind=kind)
     scaled = Scheme.of(dtype).scaled
 
-    def launch(*given: Any) -> None:
-        plan.kernel((plan.blocks(m),), plan.threads, *given, *plan.integers(m), shared=plan.shared)
-
     with np.errstate(all="ignore"):
         if gate:
             wanted, kept = gate(x), None
@@ -61,10 +58,10 @@ def check_fused(
     made = to_tiles(values, pattern)
     out, got = move(np.full(made.shape, 7, np.uint8)), move(np.full((m, 1), 7, np.float32))
     if gate:
-        launch(move(bits(x)), out, got)
+        launch_rows(plan, m, move(bits(x)), out, got)
     else:
         sums = move(np.zeros((m, k), np.uint16))
-        launch(move(bits(x)), move(bits(residual)), move(bits(gamma)), sums, out, got, word(EPSILON), word(k))
+        launch_rows(plan, m, move(bits(x)), move(bits(residual)), move(bits(gamma)), sums, out, got, word(EPSILON), word(k))
         if kind == "add_rms_norm":
             np.testing.assert_array_equal(*(a.view(source.numpy).astype(np.float32) for a in (back(sums), kept)))
     if scaled:

@@ -179,6 +179,7 @@ class Gpu:
         runtime = SimpleNamespace(
             CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {}),
             getDevice=lambda: 0,
+            getDeviceCount=lambda: 1,
             getDeviceProperties=lambda _: {
                 "major": gpu.capability[0],
                 "minor": gpu.capability[1],

@@ -16,6 +16,7 @@ from numpy_gpu import BF16, P, array, close, numpy_for_cupy, ops, wanted, weight
 from slidesparse_nb import arch, doctor
 from slidesparse_nb.arch import sm80, sm90
 from slidesparse_nb.arch.operand import Operand
+from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.core.problem import Device, GemmProblem
@@ -116,6 +117,9 @@ class Toy:
     def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[Whole]:
         yield Whole(1)
 
+    def buffer_bytes(self, pattern: Pattern, n: int, k: int, scheme: Scheme) -> tuple[dict[str, int], ...]:
+        return ({"everything": n * k},)
+
     def candidates(self, problem: GemmProblem, buffers: Any = None) -> Iterator[tuple[Whole, ...]]:
         yield from ((Whole(2),), (Whole(5), Whole(6)))
 
@@ -167,6 +171,19 @@ def test_the_portable_kernel_serves_where_one_that_nobody_ran_is_wrong(toy_gpu: 
     assert arch.for_capability((9, 0), scheme=packed.scheme) is sm80.ARCH
     assert ops().operand_bytes(7, 96, "14:16", "int8", (9, 0))[0] == there.arch.operand(P, 96, packed.scheme).bytes(7)
     assert isinstance(arch.for_capability((9, 0)), Toy), "other schemes were not tested"
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "6:8", "14:16", "18:20"])
+@pytest.mark.parametrize(("own", "capability"), [*zip(arch.ARCHITECTURES, ((10, 0), (9, 0), (12, 0)), strict=True)])
+def test_the_bytes_of_what_is_arranged(own: arch.Arch[Any], capability: tuple[int, int], pattern: str) -> None:
+    w = np.random.default_rng(0).standard_normal((70, 333)).astype(np.float32)
+    for scheme in arch.multiplied(own, capability):
+        over = scheme.pattern(pattern)
+        packed = reference.pack(reference.prune(w, over), over, scheme)
+        forms = own.buffer_bytes(over, 70, 333, scheme)
+        for least in (True, False):
+            made = own.arrange(replace(packed, values=packed.values.view(packed.dtype.raw)), np, least)
+            assert {name: buffer.nbytes for name, buffer in made.items()} in forms
 
 
 # ---- problems, and what is refused -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from arranged import restore_sm80
 
 from slidesparse_nb import arch
 from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm80_layout
@@ -136,7 +137,7 @@ def test_restore_undoes_arrange(pattern, dtype, n, k):
     arranged = sm80_layout.arrange(packed)
     assert arranged.shape == (layout.blocks(k), -(-n // 256) * 16, layout.block_bytes)
     assert arranged.dtype == np.uint8
-    back = sm80_layout.restore(arranged, packed)
+    back = restore_sm80(arranged, packed)
     back.validate()
     assert (back.values.view(dtype.raw) == packed.values.view(dtype.raw)).all()
     assert (back.meta == packed.meta).all()

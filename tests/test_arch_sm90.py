@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from arranged import restore_sm90
 
 from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm90, sm90_cost, sm90_launch, sm90_layout
 from slidesparse_nb.arch.operand import from_tiles, stages, to_tiles
-from slidesparse_nb.arch.sm90_layout import arrange, expand, restore
+from slidesparse_nb.arch.sm90_layout import arrange, expand
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED, DType
 from slidesparse_nb.core.packed import PackedWeight
@@ -101,7 +102,7 @@ def test_from_tiles_is_the_inverse_of_to_tiles(pattern: Pattern, dtype: DType) -
 @pytest.mark.parametrize("shape", [(0, 40), (1, 1), (5, 0), (64, 128), (65, 300), (200, 33), (8200, 20)])
 def test_restore_gives_the_same_matrix(shape: tuple[int, int], pattern: str, dtype: DType) -> None:
     packed = packed_weight(np.random.default_rng(1), *shape, Pattern.of(pattern), dtype)
-    back = restore(arrange(packed), packed).validate()
+    back = restore_sm90(arrange(packed), packed).validate()
     np.testing.assert_array_equal(
         reference.unpack(back).view(dtype.raw), reference.unpack(packed).view(dtype.raw), err_msg="dense"
     )
@@ -127,7 +128,7 @@ def test_a_column_stored_in_two_windows_is_multiplied_twice_without_compact_meta
     packed = PackedWeight(values, meta, np.ones((1, 1), np.float32), Pattern(6, 8), (1, 16), INT8)
     arranged = arrange(packed)
     assert "compact" not in arranged
-    back = restore(arranged, packed)
+    back = restore_sm90(arranged, packed)
     assert back.values.tobytes() == values.tobytes()
     assert back.meta.tobytes() == meta.tobytes()
 

@@ -409,6 +409,14 @@ def test_a_weight_in_buffers_of_the_caller(gpu: Any, dtype: DType) -> None:
         ops().device_weight({"scale": empty((4, 8))[:, :2]}, packed.pattern, dtype, packed.shape)
     with pytest.raises(OperandError, match=r"^device: 5 is not the current GPU, 0; make it so first"):
         ops().device_weight(ours, packed.pattern, dtype, packed.shape, 5)
+    with pytest.raises(
+        OperandError, match=r"^buffers: bytes \{'.*\} must be \{.*\} for DeviceWeight\(400 x 96, 6:8 .*; pass all that"
+    ):
+        ops().device_weight(ours, packed.pattern, dtype, (400, 96))
+    with pytest.raises(OperandError, match=r"^buffers: bytes \{'scale': 160\} must be|^buffers: bytes \{\} must be"):
+        ops().device_weight({name: a for name, a in ours.items() if name == "scale"}, packed.pattern, dtype, packed.shape)
+    with pytest.raises(OperandError, match=r"^shape: 40 must be \(n, k\), that of the packed weight"):
+        ops().device_weight(ours, packed.pattern, dtype, 40)
     gpu.weights[:] = [(again, packed)]
     close(ops().matmul(x, again), expected)
     close(ops().matmul(ops().quantize(x, again), again), expected)

@@ -18,7 +18,20 @@ if not SIMULATED:
         run_in_simulator(__file__)
 
 else:
-    from device_cases import SOURCES, at_address, awkward_rows, bits, made_on_device, quantized, row_pitch, same, tiled, write
+    from device_cases import (
+        SOURCES,
+        at_address,
+        awkward_rows,
+        bits,
+        launch_rows,
+        made_on_device,
+        plan_with,
+        quantized,
+        row_pitch,
+        same,
+        tiled,
+        write,
+    )
     from fused_cases import check_fused
 
     from slidesparse_nb.arch.operand import STAGE, stages
@@ -74,10 +87,10 @@ else:
         x = at_address(awkward_rows(2, k, BFLOAT16.numpy))
         for pattern in (None, Pattern(6, 8)):
             width = row_pitch(k, pattern)
-            launch = activations.plan("bfloat16", "int8", k, x.strides, True, 90, pattern, width=width, vectors=vectors)
+            launch = plan_with(vectors, "bfloat16", "int8", k, x.strides, True, 90, pattern, width=width)
             assert (launch.variant.vectors, launch.threads) == (vectors, 32)
             values, scale = np.full((2, width), 0x55, np.uint8), np.zeros((2, 1), np.float32)
-            launch(2, x, values, scale)
+            launch_rows(launch, 2, x, values, scale)
             same(values, scale, quantized(x, INT8, pattern, width))
 
     @pytest.mark.parametrize("architecture", [80, 89, 90])
@@ -87,7 +100,7 @@ else:
             launch = activations.plan(name, "float8_e4m3fn", 32, x.strides, True, architecture, width=32)
             assert launch.variant.architecture == architecture
             values, scale = np.full((12, 32), 0x55, np.uint8), np.zeros((12, 1), np.float32)
-            launch(12, x, values, scale)
+            launch_rows(launch, 12, x, values, scale)
             same(values, scale, quantized(x, FLOAT8, None, 32))
 
     # ---- tiles ---------------------------------------------------------------------------------------------------
@@ -121,11 +134,11 @@ else:
         """Several chunks a thread, of patterns whose windows repeat after 2 to 22 chunks, or not within 32."""
         pattern = Pattern.of(pattern)
         x = at_address(np.arange(1032, dtype=np.uint16).reshape(1, 1032).astype(BFLOAT16.numpy))
-        launch = activations.plan("bfloat16", dtype.name, 1032, x.strides, True, 90, pattern, vectors=8)
+        launch = plan_with(8, "bfloat16", dtype.name, 1032, x.strides, True, 90, pattern)
         assert launch.variant.steady == (pattern.group not in (64, 256))
         made = np.full((stages(pattern, 1032, dtype), 1, 8, STAGE), 0x55, np.uint8)
         scale = np.zeros((1, 1), np.float32)
-        launch(1, x, made, scale)
+        launch_rows(launch, 1, x, made, scale)
         np.testing.assert_array_equal(made, tiled(x, dtype, pattern)[0])
         if dtype is INT8:
             check_rows(x, dtype, pattern, 48)

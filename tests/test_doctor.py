@@ -108,6 +108,7 @@ NEEDS_A_GPU: dict[str, Callable[[], Any]] = {
     "quantize": lambda: ss.quantize(Elsewhere(), PACKED),
     "pack": lambda: ss.pack(Elsewhere()),
     "tune": lambda: ss.tune_products([(3, 8, 32, "6:8", "int8", "float32")]),
+    "self_tests": lambda: list(ss.self_tests()),
 }
 
 

@@ -18,7 +18,7 @@ import click
 import slidesparse_nb as ss
 
 from .exit_codes import exits
-from .terminal import command, print_json, print_table
+from .terminal import command, print_json, print_table, progress_bar
 
 COLUMNS = ("arch", "pattern", "dtype", "configuration", "registers", "spilled B", "stack B", "shared B", "sparse MMA", "serial")
 
@@ -56,15 +56,13 @@ def build(
     """Compile every kernel into the cache, without a GPU, and print what the compiler made of each."""
     chosen: dict[str, Any] = {"capabilities": [_capability(a) for a in archs], "patterns": [ss.Pattern.of(p) for p in patterns]}
     chosen["dtypes"] = list(dtypes)
-    reports = ss.build_kernels(**{name: given for name, given in chosen.items() if given}, out=out, workers=workers)
+    with progress_bar(True, "kernels") as progress:
+        named = {name: given for name, given in chosen.items() if given}
+        reports = ss.build_kernels(**named, out=out, workers=workers, progress=progress)
     if as_json:
         print_json([asdict(r) for r in reports])
     else:
-        print_table(
-            COLUMNS,
-            [[_told(v) for v in asdict(r).values()] for r in reports],
-            left=(0, 1, 2, 3),
-        )
+        print_table(COLUMNS, [[_told(v) for v in asdict(r).values()] for r in reports], left=(0, 1, 2, 3))
         if all(r.sparse is None for r in reports):
             click.echo("sparse MMA: not looked for, since NVIDIA's nvdisasm was not found", err=True)
     raise SystemExit(0 if all(r.good for r in reports) else 1)

@@ -63,7 +63,7 @@ def eval(  # the command's name
     module, start = perplexity_module(), time.monotonic()
     module.transformers.utils.logging.set_verbosity_error()
     module.transformers.utils.logging.disable_progress_bar()
-    with progress_bar(True) as progress:
+    with progress_bar(True, "windows") as progress:
         found = module.evaluate(
             model, text, window, stride or window, given["tokens"], device, given["against"], progress=progress
         )

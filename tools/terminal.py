@@ -12,7 +12,16 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -65,8 +74,11 @@ def count(number: int, noun: str, many: str = "") -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(show: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar on stderr with rate and time left, one line a phase; yields what `Run(progress=...)` takes."""
+def progress_bar(show: bool, counted: str = "") -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar on stderr with time left, one line a phase, of bytes and their rate, or of what is `counted`.
+
+    Yields what `Run(progress=...)` takes.
+    """
     if not show:
         yield None
         return
@@ -74,13 +86,8 @@ def progress_bar(show: bool) -> Iterator[Callable[[str, int, int], None] | None]
     if not console.is_terminal:
         yield None
         return
-    columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    amount = (MofNCompleteColumn(), TextColumn(counted)) if counted else (DownloadColumn(), TransferSpeedColumn())
+    columns = TextColumn("{task.description:<10}"), BarColumn(), *amount, TimeRemainingColumn()
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console) as bar:
 

@@ -112,6 +112,9 @@ class Arch(Protocol[C]):
             least_memory: leave out what can be made of the others for a launch, at a cost in time.
         """
 
+    def buffer_bytes(self, pattern: Pattern, n: int, k: int, scheme: Scheme) -> tuple[dict[str, int], ...]:
+        """What `arrange` may make of weights [n, k]: name of each buffer -> its bytes, in every form that they may have."""
+
     def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[C]:
         """Every kernel, as a launch of it."""
 

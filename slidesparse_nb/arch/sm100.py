@@ -19,7 +19,7 @@ from ..core.problem import GemmProblem
 from ..core.scheme import Scheme
 from . import sm100_layout as layout
 from .common import PlainLaunch, Tiled, refuses
-from .operand import STAGE, stages
+from .operand import STAGE
 from .sm100_layout import arrange
 
 PARAMETERS = {
@@ -106,7 +106,7 @@ class Config(PlainLaunch):
         return -(-problem.m // self.tokens) * -(-problem.n // (2 * layout.ROWS))
 
     def k_tiles(self, problem: GemmProblem) -> int:
-        return stages(problem.pattern, problem.k, self.dtype) // layout.blocks(self.dtype)
+        return layout.k_tiles(problem.pattern, problem.k, self.dtype)
 
     def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
         """Pairs of thread blocks, at most one for every two SMs; a pair computes one tile after another."""
@@ -154,6 +154,10 @@ class Blackwell(Tiled):
 
     def arrange(self, packed: PackedWeight, xp: Any = np, least_memory: bool = False) -> dict[str, Any]:
         return arrange(packed, xp)
+
+    def buffer_bytes(self, pattern: Pattern, n: int, k: int, scheme: Scheme) -> tuple[dict[str, int], ...]:
+        tiles = layout.k_tiles(pattern, k, scheme.dtype) * layout.row_tiles(n)
+        return ({"weights": tiles * layout.weight_bytes(scheme.dtype)},)
 
     def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[Config]:
         """Of every tile; they do not depend on the pattern."""

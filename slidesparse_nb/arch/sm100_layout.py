@@ -29,6 +29,7 @@ import numpy as np
 
 from ..core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, DType
 from ..core.packed import PackedWeight
+from ..core.pattern import Pattern
 from .operand import STAGE, stages
 
 ROWS = 128
@@ -60,9 +61,9 @@ def weight_bytes(dtype: DType) -> int:
     return blocks(dtype) * VALUE_BYTES + METADATA_BYTES
 
 
-def k_tiles(packed: PackedWeight) -> int:
+def k_tiles(pattern: Pattern, k: int, dtype: DType) -> int:
     """K-tiles that cover the expanded k, an even number of blocks."""
-    return stages(packed.pattern, packed.k, packed.dtype) // blocks(packed.dtype)
+    return stages(pattern, k, dtype) // blocks(dtype)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def arrange(packed: PackedWeight, xp: Any = np) -> dict[str, Any]:
     Args:
         xp: numpy or cupy, whichever made packed.values.
     """
-    dtype, many, count = packed.dtype, row_tiles(packed.n), k_tiles(packed)
+    dtype, many, count = packed.dtype, row_tiles(packed.n), k_tiles(packed.pattern, packed.k, packed.dtype)
     values_at, meta_at = xp.asarray(value_at()), xp.asarray(metadata_at(dtype))
     made = xp.empty((count, many, weight_bytes(dtype)), np.uint8)
     for first in range(0, many, ARRANGED_AT_ONCE):

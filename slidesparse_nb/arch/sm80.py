@@ -19,7 +19,7 @@ from ..core.scheme import Scheme
 from . import sm80_fp4
 from .common import PlainLaunch, refuses
 from .operand import Operand
-from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout
+from .sm80_layout import LARGEST_GROUP, Layout, arrange, layout, row_tiles
 
 PARAMETERS = {
     "x": "address", "x_pitch": "integer", "x_bytes": "integer", "weights": "address", "scale_x": "address",
@@ -36,6 +36,11 @@ def seen(pattern: Pattern, k: int) -> tuple[Pattern, int]:
     if pattern.unit == 2:
         return sm80_fp4.PAIRS, sm80_fp4.bytes_of(pattern, k)
     return (Pattern(2, 4), pattern.expanded_k(k)) if pattern.group > LARGEST_GROUP else (pattern, k)
+
+
+def layout_of(pattern: Pattern, scheme: Scheme) -> Layout:
+    """The layout of weights whose pattern is `seen`."""
+    return sm80_fp4.layout(scheme.weights.block) if scheme.weights.block else layout(pattern, scheme.dtype.bits)
 
 
 def emulated(capability: tuple[int, int], dtype: DType) -> bool:
@@ -277,10 +282,14 @@ class Portable:
         pattern, k = seen(packed.pattern, packed.k)
         return {"weights": arrange(replace(packed, pattern=pattern, shape=(packed.n, k)), xp)}
 
+    def buffer_bytes(self, pattern: Pattern, n: int, k: int, scheme: Scheme) -> tuple[dict[str, int], ...]:
+        pattern, k = seen(pattern, k)
+        lay = layout_of(pattern, scheme)
+        return ({"weights": lay.blocks(k) * row_tiles(n) * lay.block_bytes},)
+
     def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[Config]:
         """Of every tile that fits the device, k not split; the block-scaled form of float8 first where there is one."""
-        sm, dtype, block = sm_of(capability), scheme.dtype, scheme.weights.block
-        lay = sm80_fp4.layout(block) if block else layout(pattern, dtype.bits)
+        sm, dtype, lay = sm_of(capability), scheme.dtype, layout_of(pattern, scheme)
         forms = {FLOAT8: (True, False), FLOAT4: (True,)}.get(dtype, (False,)) if capability in BLOCK_SCALED else (False,)
         for tile in EMULATED_TILES if emulated(capability, dtype) else TILES:
             if lay.pattern.group > 8 and (tile.accumulators > 64 or (emulated(capability, dtype) and tile.m > 16)):

@@ -36,6 +36,12 @@ LARGEST_GROUP = 16
 ROW_TILES = 16
 """Row tiles, of 16 outputs, in the largest tile: arranged weights are padded to it, so that no tile reaches past them."""
 
+
+def row_tiles(n: int) -> int:
+    """Row tiles of arranged weights with n outputs."""
+    return -(-n // (16 * ROW_TILES)) * ROW_TILES
+
+
 Array = NDArray[Any]
 
 
@@ -220,23 +226,22 @@ def arrange(packed: PackedWeight, xp: Any = np, lay: Layout | None = None) -> An
         lay: another layout than that of its pattern; scales are not in the result.
     """
     lay = lay or layout(packed.pattern, packed.dtype.bits)
-    n, row_tiles, blocks = packed.n, -(-packed.n // (16 * ROW_TILES)) * ROW_TILES, lay.blocks(packed.k)
-    have = packed.ks // 4
-    values = xp.zeros((16 * row_tiles, blocks * lay.windows, 2), packed.dtype.raw)
-    nibble = xp.full((16 * row_tiles, blocks * lay.windows), 4, np.uint8)
+    n, tiles, blocks, have = packed.n, row_tiles(packed.n), lay.blocks(packed.k), packed.ks // 4
+    values = xp.zeros((16 * tiles, blocks * lay.windows, 2), packed.dtype.raw)
+    nibble = xp.full((16 * tiles, blocks * lay.windows), 4, np.uint8)
     values[:n, :have] = packed.values.view(packed.dtype.raw).reshape(n, have, 2)
     nibble[:n, :have] = xp.stack([packed.meta & 15, packed.meta >> 4], axis=2).reshape(n, have)
 
     order, swapped = (xp.asarray(a) for a in window_order(lay))
-    values = values.reshape(16 * row_tiles, blocks, lay.windows, 2)[:, :, order]  # [rows, blocks, steps, places, 2]
-    nibble = nibble.reshape(16 * row_tiles, blocks, lay.windows)[:, :, order]
+    values = values.reshape(16 * tiles, blocks, lay.windows, 2)[:, :, order]  # [rows, blocks, steps, places, 2]
+    nibble = nibble.reshape(16 * tiles, blocks, lay.windows)[:, :, order]
     flip = (swapped & xp.asarray(SWAPPED_VALUES)[nibble])[..., None]
     values = xp.where(flip, values[..., ::-1], values)
     nibble = xp.where(swapped, xp.asarray(SWAPPED_NIBBLE)[nibble], nibble)
 
     # row = 8 h + g; value of an instruction: half of k, lane q, byte or half-word; register = 2 * half + h
-    fragments = values.reshape(row_tiles, 2, 8, blocks, lay.steps, 2, 4, 32 // lay.bits).transpose(3, 0, 4, 2, 6, 5, 1, 7)
-    fragments = xp.ascontiguousarray(fragments).view(np.uint8).reshape(blocks, row_tiles, 512 * lay.steps)
+    fragments = values.reshape(tiles, 2, 8, blocks, lay.steps, 2, 4, 32 // lay.bits).transpose(3, 0, 4, 2, 6, 5, 1, 7)
+    fragments = xp.ascontiguousarray(fragments).view(np.uint8).reshape(blocks, tiles, 512 * lay.steps)
     return xp.concatenate([fragments, _meta_words(nibble, lay, xp)], axis=2)
 
 
@@ -251,34 +256,3 @@ def _meta_words(nibble: Any, lay: Layout, xp: Any) -> Any:
         split = even.reshape(rows // 16, 2, 8, blocks, lay.meta_words, 2, 2, 4).transpose(3, 0, 4, 2, 5, 6, 1, 7)
     split = xp.ascontiguousarray(split).reshape(blocks, rows // 16, 128 * lay.meta_words, 2)
     return split[..., 0] | split[..., 1] << 4
-
-
-def restore(arranged: Array, packed: PackedWeight) -> PackedWeight:
-    """Inverse of arrange: the packed weight, whose pattern, shape, dtype and scale are taken from `packed`. NumPy."""
-    lay = layout(packed.pattern, packed.dtype.bits)
-    blocks, row_tiles = arranged.shape[:2]
-    arranged = arranged.transpose(1, 0, 2)
-    fragments = np.ascontiguousarray(arranged[:, :, : 512 * lay.steps]).view(packed.dtype.raw)
-    places = 16 if lay.bits == 8 else 8
-    values = fragments.reshape(row_tiles, blocks, lay.steps, 8, 4, 2, 2, 32 // lay.bits).transpose(0, 6, 3, 1, 2, 5, 4, 7)
-    values = values.reshape(16 * row_tiles, blocks, lay.steps, places, 2)
-    pairs = arranged[:, :, 512 * lay.steps :]
-    nibble = np.stack([pairs & 15, pairs >> 4], axis=3)
-    if lay.bits == 8:
-        nibble = nibble.reshape(row_tiles, blocks, lay.steps, 8, 2, 2, 8).transpose(0, 5, 3, 1, 2, 4, 6)
-    else:
-        nibble = nibble.reshape(row_tiles, blocks, lay.meta_words, 8, 2, 2, 2, 4).transpose(0, 6, 3, 1, 2, 4, 5, 7)
-    stored_steps = lay.steps if lay.bits == 8 else 2 * lay.meta_words
-    nibble = nibble.reshape(16 * row_tiles, blocks, stored_steps, places)[:, :, : lay.steps]
-
-    order, swapped = window_order(lay)
-    back = np.argsort(order.ravel())
-    nibble = np.where(swapped, SWAPPED_NIBBLE[nibble], nibble)  # swapping twice changes nothing
-    values = np.where((swapped & SWAPPED_VALUES[nibble])[..., None], values[..., ::-1], values)
-    n, have = packed.n, packed.ks // 4
-    every = blocks * lay.windows
-    nibble = nibble.reshape(16 * row_tiles, blocks, lay.windows)[:, :, back].reshape(16 * row_tiles, every)[:n, :have]
-    values = values.reshape(16 * row_tiles, blocks, lay.windows, 2)[:, :, back].reshape(16 * row_tiles, every, 2)[:n, :have]
-    meta = nibble[:, 0::2] | nibble[:, 1::2] << 4
-    kept = np.ascontiguousarray(values).reshape(n, 2 * have).view(packed.dtype.numpy)
-    return PackedWeight(kept, meta, packed.scale, packed.pattern, packed.shape, packed.scheme)

@@ -17,6 +17,7 @@ from ..core.problem import GemmProblem
 from ..core.scheme import Scheme
 from . import sm90_cost
 from .common import Tiled, refuses
+from .operand import stages
 from .sm90_launch import (
     BEFORE_REST,
     BOTH,
@@ -34,7 +35,7 @@ from .sm90_launch import (
     configured,
     residents,
 )
-from .sm90_layout import arrange, expand, has_compact_metadata
+from .sm90_layout import VALUE_BYTES, arrange, expand, has_compact_metadata, metadata_bytes, row_tiles
 
 SMALL_M = 128
 """Largest m that small tiles serve: above it larger tiles were faster in every measurement."""
@@ -139,6 +140,12 @@ class Hopper(Tiled):
         if COMPACT in made and not least_memory:
             made[EXPANDED] = expand(made[COMPACT], packed.pattern, packed.dtype, xp)
         return made
+
+    def buffer_bytes(self, pattern: Pattern, n: int, k: int, scheme: Scheme) -> tuple[dict[str, int], ...]:
+        tiles, forms = row_tiles(n) * stages(pattern, k, scheme.dtype), ((EXPANDED,), (COMPACT,), (COMPACT, EXPANDED))
+        of = {name: tiles * metadata_bytes(scheme.dtype, name == COMPACT) for name in (COMPACT, EXPANDED)}
+        held = forms if has_compact_metadata(pattern) else forms[:1]
+        return tuple({"values": tiles * VALUE_BYTES, **{name: of[name] for name in form}} for form in held)
 
     def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[Config | Expansion]:
         """Of every tile, without and with split-K; then the expansion, of patterns that have compact metadata."""

@@ -244,23 +244,3 @@ def expand(compact: Any, pattern: Pattern, dtype: DType, xp: Any = np) -> Any:
     if dtype.bits == 16:  # rows -> threads
         pairs = pairs.reshape(count, many, 4, 2, 8, 2, 2, 2).transpose(0, 1, 2, 4, 5, 6, 3, 7)
     return xp.ascontiguousarray(pairs).reshape(count, many, metadata_bytes(dtype, False))
-
-
-def restore(arranged: dict[str, Any], packed: PackedWeight) -> PackedWeight:
-    """A packed weight with the same matrix; equal to `packed` where that stores no zeros, or has no compact metadata. NumPy."""
-    size = packed.dtype.bits // 8
-    values = arranged["values"]
-    count, many = values.shape[:2]
-    values = values[:, :, value_at(size)].reshape(count, many, 64, 64).transpose(1, 2, 0, 3).reshape(64 * many, 64 * count)
-    compact, expanded = arranged.get("compact"), arranged.get("expanded")
-    words = expand(compact, packed.pattern, packed.dtype) if expanded is None else expanded
-    if size == 1:
-        meta = words.reshape(count, many, 4, 8, 2, 2, 2, 4).transpose(1, 2, 5, 3, 0, 4, 6, 7)
-    else:
-        meta = words.reshape(count, many, 4, 8, 2, 2, 2, 2).transpose(1, 2, 6, 3, 0, 4, 5, 7)
-    meta = meta.reshape(64 * many, 16 // size * count)
-    n, ks = packed.n, packed.ks
-    stored = np.ascontiguousarray(values[:n, : ks // 2 * size]).view(packed.dtype.numpy)
-    return PackedWeight(
-        stored, np.ascontiguousarray(meta[:n, : ks // 8]), packed.scale, packed.pattern, packed.shape, packed.scheme
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .. import env
-from .checks import float_dtype
+from .checks import float_dtype, whole_number
 from .dtypes import FLOATS, DType
 from .pattern import Pattern
 from .scheme import Scheme
@@ -68,9 +68,10 @@ class GemmProblem:
         """The problem that a user names.
 
         Raises:
-            OperandError: a pattern that is none, or a type that is none of weights, or of y.
+            OperandError: m, n or k is no number from 1 on; a pattern that is none, or a type that is none of weights, or of y.
         """
-        m, n, k, pattern, dtype, out = asked
+        *sizes, pattern, dtype, out = asked
+        m, n, k = (whole_number(name, size, 1) for name, size in zip("mnk", sizes, strict=True))
         scheme = Scheme.of(dtype)
         return cls(m, n, k, scheme.pattern(pattern), scheme, FLOATS[float_dtype("out", out)], device)
 

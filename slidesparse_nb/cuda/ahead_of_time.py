@@ -7,14 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import env
 from ..arch import Config, choose, serving
-from ..core.checks import float_dtype
+from ..core.checks import float_dtype, whole_number
 from ..core.dtypes import FLOATS, DType
 from ..core.pattern import Pattern, known_patterns
 from ..core.problem import Asked, Device, GemmProblem
@@ -22,15 +22,17 @@ from ..core.scheme import SCHEMES, Scheme
 from ..errors import UnsupportedError
 from .jit import cache, nvrtc
 
-CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
-"""The compute capabilities that kernels are compiled for in tests."""
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
+"""The compute capabilities that kernels are compiled for unless others are named."""
 
 Job = tuple[str, Mapping[str, "int | str"], str]
 """Source under cuda_src, defines, architecture."""
 
+Progress = Callable[[str, int, int], None]
+
 
 @dataclass(frozen=True)
-class Report:
+class KernelReport:
     """What became of one kernel.
 
     Attributes:
@@ -61,33 +63,37 @@ class Report:
 def build_kernels(
     capabilities: Sequence[tuple[int, int]] = CAPABILITIES,
     patterns: Sequence[Pattern] | None = None,
-    dtypes: Sequence[Scheme | DType | str] = tuple(SCHEMES.values()),
+    dtypes: Sequence[Scheme | DType | str] | None = None,
     out: str = "bfloat16",
     workers: int | None = None,
-) -> list[Report]:
+    progress: Progress | None = None,
+) -> list[KernelReport]:
     """Compile every kernel and candidate into the cache, without a GPU; those that are there already are not compiled again.
 
     Args:
-        capabilities: compute capabilities, such as (9, 0).
+        capabilities: compute capabilities, such as (9, 0); by default all that kernels are made for.
         patterns: by default 2:4 to 14:16.
         dtypes: of the weights, or schemes; by default all. One that an architecture does not multiply is left out there.
         out: name of the type of y.
         workers: kernels compiled at a time; by default as many as there are processors.
+        progress: called with ("compiling", kernels done, kernels in all).
 
     Raises:
-        OperandError: a type that is none of weights, or of y.
+        OperandError: a type that is none of weights, or of y; or no number of workers.
         UnsupportedError: there is no compiler, or it does not know an architecture; or there is nothing to compile.
         KernelError: a kernel does not compile.
     """
-    schemes, out = list(dict.fromkeys(Scheme.of(d).kernel for d in dtypes)), FLOATS[float_dtype("out", out)]
+    workers = workers if workers is None else whole_number("workers", workers, 1)
+    asked = SCHEMES.values() if dtypes is None else dtypes
+    schemes, out = list(dict.fromkeys(Scheme.of(d).kernel for d in asked)), FLOATS[float_dtype("out", out)]
     work = list(_jobs(capabilities, known_patterns() if patterns is None else patterns, schemes, out))
     if not work and schemes:
         there = " and ".join(map(cache.architecture, capabilities))
         raise UnsupportedError(f"dtypes: {', '.join(map(str, schemes))} weights have no kernel for {there}; name another")
-    built = compile_all([job for job, _ in work], workers=workers)
+    built = compile_all([job for job, _ in work], workers=workers, progress=progress)
     sparse = [sparse_instructions(b) if multiplies(job) else None for b, (job, _) in zip(built, work, strict=True)]
     return [
-        Report(*told[:4], b.registers, b.spills, b.stack, told[4], count, b.serialized)
+        KernelReport(*told[:4], b.registers, b.spills, b.stack, told[4], count, b.serialized)
         for b, count, (_, told) in zip(built, sparse, work, strict=True)
     ]
 
@@ -109,32 +115,26 @@ def _jobs(
                         yield (config.source, config.defines(), target), told
 
 
-def build_products(
-    products: Iterable[Asked],
-    capability: tuple[int, int],
-    sms: int,
-    compiler: nvrtc.Nvrtc | None = None,
-) -> int:
+def build_products(products: Iterable[Asked], capability: tuple[int, int], sms: int) -> int:
     """Compile the kernels that these products will launch, on all of a machine's processors at once; return how many.
 
     Args:
         products: (m, n, k, pattern, dtype of the weights, name of the type of y) of each.
         capability: compute capability of the GPU, such as (9, 0).
         sms: its SMs.
-        compiler: by default the one of the CUDA version that CuPy runs on; without CuPy, any that is found.
 
     Raises:
-        OperandError: a type that is none of weights, or of y.
+        OperandError: a product that cannot be, or no number of SMs.
         UnsupportedError: there is no compiler, or it does not know the architecture.
         KernelError: a kernel does not compile.
     """
     configs = launches_of(products, capability, sms)
-    return len(compile_all(kernels_of(configs, capability), compiler or cache.device_compiler()))
+    return len(compile_all(kernels_of(configs, capability), cache.device_compiler()))
 
 
 def launches_of(products: Iterable[Asked], capability: tuple[int, int], sms: int) -> list[Config]:
     """The launches that compute these products, of every one in turn; arguments and errors are those of `build_products`."""
-    device = Device(capability, sms)
+    device = Device(capability, whole_number("sms", sms, 1))
     return [config for asked in products for config in choose(GemmProblem.of(asked, device))]
 
 
@@ -150,16 +150,25 @@ def multiplies(job: Job) -> bool:
     return Path(job[0]).stem == "gemm"
 
 
-def compile_all(work: Sequence[Job], compiler: nvrtc.Nvrtc | None = None, workers: int | None = None) -> list[cache.Built]:
+def compile_all(
+    work: Sequence[Job],
+    compiler: nvrtc.Nvrtc | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[cache.Built]:
     """Compile into the cache, several kernels at a time; those that are there already are not compiled again.
 
     Args:
         compiler: by default the one that is found.
         workers: threads, which NVRTC lets compile at the same time; by default as many as there are processors.
+        progress: as for `build_kernels`.
     """
-    compiler = compiler or nvrtc.load()
+    compiler, tell, done = compiler or nvrtc.load(), progress or (lambda *_: None), list[cache.Built]()
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        return list(pool.map(lambda job: cache.build(job[0], job[1], job[2], compiler), work))
+        for built in pool.map(lambda job: cache.build(job[0], job[1], job[2], compiler), work):
+            done.append(built)
+            tell("compiling", len(done), len(work))
+    return done
 
 
 def disassembler() -> str | None:

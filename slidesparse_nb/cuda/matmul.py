@@ -18,7 +18,7 @@ import numpy as np
 from ..arch import for_capability
 from ..arch.operand import STAGE, Operand, from_tiles, stages
 from ..core.activations import Before, QuantizedActivations
-from ..core.checks import check_activations, check_bias, float_dtype, result_dtype
+from ..core.checks import check_activations, check_bias, float_dtype, result_dtype, whole_number
 from ..core.dtypes import CUDA_CODES, FLOATS, INT8, DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
@@ -78,9 +78,7 @@ class TiledActivations(QuantizedActivations):
 
 def workspace_bytes(m: int, packed: PackedWeight | DeviceWeight, out_dtype: Any) -> int:
     """Bytes of a workspace with which `matmul` of m tokens allocates nothing."""
-    if m < 0:
-        raise OperandError(f"m: {m} must be a number of tokens, 0 or more")
-    return to_device(packed).workspace_bytes(m, FLOATS[float_dtype("out_dtype", out_dtype)])
+    return to_device(packed).workspace_bytes(whole_number("m", m, 0), FLOATS[float_dtype("out_dtype", out_dtype)])
 
 
 def matmul(

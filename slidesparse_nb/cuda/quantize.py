@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ..arch.operand import SCALED_BLOCK, STAGE, stages
 from ..core.dtypes import FLOAT8
@@ -78,10 +77,6 @@ class Launch:
         """What the kernel gets besides its pointers, for m rows."""
         return (m, *self.before, -(-m // 8) * 64 if self.variant.tiled else self.pitch, *self.after)
 
-    def __call__(self, m: int, x: Any, out: Any, scale: Any) -> None:
-        """Launch on the current device, in the current stream; arrays, or their addresses."""
-        self.kernel((self.blocks(m),), self.threads, x, out, scale, *self.integers(m), shared=self.shared)
-
 
 @functools.lru_cache(maxsize=1024)
 def plan(
@@ -95,7 +90,6 @@ def plan(
     block: Block | None = None,
     *,
     width: int | None = None,
-    vectors: int | None = None,
     kind: str = "",
 ) -> Launch:
     """The launch for rows of k elements of these strides (bytes), from an address `aligned` to 16 bytes.
@@ -103,7 +97,6 @@ def plan(
     Args:
         block: scales of what is quantized after it is lifted.
         width: bytes of the rows that are written, a multiple of 16, with block scales of SCALED_BLOCK; None for tiles.
-        vectors: overrides the choice made here of those that a thread holds.
         kind: what is done before, of `kernels.quantize.KINDS`; "" for nothing.
 
     Raises:
@@ -136,10 +129,7 @@ def plan(
         total = -(-(first + 4) // words)
     normed = norm_threads(k) if kind.endswith("rms_norm") else 0  # who adds what decides the sum
     if whole and k > 0 and total <= max(VECTORS.values()) and normed <= 1024:
-        if vectors is None:
-            vectors = (
-                -(-total // normed) if normed else next(v for v, most in GATED.get(kind, VECTORS.items()) if total <= most)
-            )
+        vectors = -(-total // normed) if normed else next(v for v, most in GATED.get(kind, VECTORS.items()) if total <= most)
         threads = normed or -(-total // (32 * vectors)) * 32
         step = threads // variant.period * variant.period if variant.steady else threads
         advance = 2 * step * (windows + 1) // windows if variant.steady else 0

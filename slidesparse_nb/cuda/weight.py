@@ -328,4 +328,12 @@ def device_weight(
     for name, view in views.items():
         if not view.flags.c_contiguous or view.data.ptr % 16:
             raise OperandError(f"buffers[{name!r}]: must be contiguous and 16-byte aligned, as to_device made it")
-    return DeviceWeight(pattern, scheme, shape, views, current)
+    made, sizes = DeviceWeight(pattern, scheme, shape, views, current), {name: int(view.nbytes) for name, view in views.items()}
+    scale = {"scale": 4 * made.n} if made.scaled else {}
+    forms = [{**form, **scale} for form in made.arch.buffer_bytes(pattern, *shape, made.scheme)]
+    if sizes not in forms:
+        raise OperandError(
+            f"buffers: bytes {sizes} must be {' or '.join(map(str, forms))} for {made}; pass all that to_device made of such a"
+            " weight on such a GPU"
+        )
+    return made

@@ -91,9 +91,6 @@ def forget_tuned() -> int:
 
 def _checked(asked: Asked) -> GemmProblem:
     problem = GemmProblem.of(asked)
-    for name in ("m", "n", "k"):
-        if (value := getattr(problem, name)) < 1:
-            raise OperandError(f"{name}: {value} must be 1 or more")
     if problem.scheme.blocks:
         raise UnsupportedError(f"product: {problem.scheme} weights are not tuned; their launches are the model's choice")
     if why := size_problem(problem.pattern, (problem.n, problem.k), problem.scheme):

@@ -8,7 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 import cupy as cp
 import numpy as np
 import pytest
-from device_cases import SOURCES, awkward_rows, bits, blocked, made_on_device, quantized, row_pitch, same, tiled, write
+from device_cases import (
+    SOURCES,
+    awkward_rows,
+    bits,
+    blocked,
+    launch_rows,
+    made_on_device,
+    plan_with,
+    quantized,
+    row_pitch,
+    same,
+    tiled,
+    write,
+)
 from fused_cases import check_fused
 
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT4, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
@@ -110,7 +123,7 @@ def test_every_architecture(source, architecture) -> None:
     launch = activations.plan(name, FLOAT8.name, 4096, x.strides, True, architecture, width=4096)
     assert launch.variant.architecture == architecture
     out, scale = cp.empty((76, 4096), cp.uint8), cp.empty((76, 1), cp.float32)
-    launch(76, on_device(x), out, scale)
+    launch_rows(launch, 76, on_device(x), out, scale)
     same(out.get(), scale.get(), quantized(x, FLOAT8, None, 4096))
 
 
@@ -120,15 +133,15 @@ def test_every_number_of_vectors(vectors) -> None:
     x = awkward_rows(20, k, BFLOAT16.numpy)
     for pattern in (None, Pattern(6, 8)):
         width = row_pitch(k, pattern)
-        launch = activations.plan("bfloat16", "int8", k, x.strides, True, 90, pattern, width=width, vectors=vectors)
+        launch = plan_with(vectors, "bfloat16", "int8", k, x.strides, True, 90, pattern, width=width)
         out, scale = cp.empty((20, width), cp.uint8), cp.empty((20, 1), cp.float32)
-        launch(20, on_device(x), out, scale)
+        launch_rows(launch, 20, on_device(x), out, scale)
         same(out.get(), scale.get(), quantized(x, INT8, pattern, width))
     for dtype in (INT8, BFLOAT16):
-        launch = activations.plan("bfloat16", dtype.name, k, x.strides, True, 90, Pattern(6, 8), vectors=vectors)
+        launch = plan_with(vectors, "bfloat16", dtype.name, k, x.strides, True, 90, Pattern(6, 8))
         expected, expected_scale = tiled(x, dtype, Pattern(6, 8))
         out, scale = cp.empty(expected.shape, cp.uint8), cp.empty((20, 1), cp.float32)
-        launch(20, on_device(x), out, scale)
+        launch_rows(launch, 20, on_device(x), out, scale)
         np.testing.assert_array_equal(out.get(), expected)  # bfloat16 as it is, NaN too
         if expected_scale is not None:
             np.testing.assert_array_equal(bits(scale.get()), bits(expected_scale))

@@ -208,18 +208,17 @@ class Kernel:
         self._loaded: dict[int, Launcher] = {}
         self._shared: dict[int, int] = {}
 
-    def __call__(self, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0, stream: Any = None) -> None:
-        """Launch on the current device: `grid` blocks of `threads`, `shared` bytes of dynamic shared memory.
+    def __call__(self, grid: tuple[int, ...], threads: int, *args: Any, shared: int = 0) -> None:
+        """Launch on the current device and stream: `grid` blocks of `threads`, `shared` bytes of dynamic shared memory.
 
         Args:
             args: integers, and CuPy arrays, of which the kernel gets the address.
-            stream: a CuPy stream; by default the current one.
         """
         if SIMULATED:
             self._simulate(grid, threads, args, shared)
             return
         launcher = self.on(arrays.cuda.runtime.getDevice(), shared)
-        address = (arrays.cuda.get_current_stream() if stream is None else stream).ptr
+        address = arrays.cuda.get_current_stream().ptr
         plain = [a if isinstance(a, int) else a.data.ptr for a in args]
         launcher((*grid, 1, 1)[:3], (threads, 1, 1), shared, address, self.programmatic, *plain)  # type: ignore[arg-type]
 
