@@ -28,7 +28,7 @@ from ..core.packed import PackedWeight, part_dtypes, part_shapes, require_packed
 from ..core.pattern import Pattern, known_patterns
 from ..core.prune import NOTHING, Pruning
 from ..core.scheme import Scheme
-from ..cpu import blocks, kernels
+from ..cpu import block_scales, kernels, threads
 from ..errors import PatternError
 from .experts import each, of_expert
 from .proof import stored_twice, unpack_blocks, verify, verify_rows
@@ -119,7 +119,7 @@ def pack(
             array[rows] = getattr(packed, part)
         return None
 
-    broken = [error for error in kernels.over_blocks(block, n, k, max_workers) if error is not None]
+    broken = [error for error in threads.over_blocks(block, n, k, max_workers) if error is not None]
     if broken:
         first, count = broken[0], sum(error.count for error in broken)
         raise pattern.violated(first.row, first.group, count, violations_hint(w, pattern))
@@ -168,7 +168,7 @@ def unpack(packed: PackedWeight) -> Array:
     def block(rows: slice) -> None:
         out[rows] = _unpack_rows(packed.rows(rows.start, rows.stop), rows.start)
 
-    for _ in kernels.over_blocks(block, packed.n, packed.k, None):
+    for _ in threads.over_blocks(block, packed.n, packed.k, None):
         pass
     return out
 
@@ -252,7 +252,7 @@ def pack_rows(
     scheme = Scheme.of(dtype)
     pattern = scheme.pattern(pattern)
     if scheme.blocks:
-        packed, count = blocks.pack_rows(q, pattern, scheme)
+        packed, count = block_scales.pack_rows(q, pattern, scheme)
     else:
         values, meta, count = kernels.slide_compress(q, pattern)
         packed = PackedWeight(values, meta, scale, pattern, (q.shape[0], q.shape[1]), scheme)
@@ -290,4 +290,4 @@ def violations_hint(w: Any, pattern: Pattern | str, obeys: Callable[[Any, Patter
 
 
 def _obeys(w: Array, pattern: Pattern) -> bool:
-    return not any(kernels.violations(w[rows], pattern).size for rows in kernels.blocks(*w.shape))
+    return not any(kernels.violations(w[rows], pattern).size for rows in threads.blocks(*w.shape))

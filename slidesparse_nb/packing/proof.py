@@ -19,7 +19,7 @@ from ..core.packed import PackedWeight, part_arrays, require_packed
 from ..core.pattern import Pattern
 from ..core.prune import NOTHING, Pruning
 from ..core.reference import TINY, compress, decompress, in_groups, nonzero_units, unpack_nibbles, window_index
-from ..cpu import kernels
+from ..cpu import kernels, threads
 from ..errors import FormatError, OperandError, PatternError, VerificationError
 from .experts import each, of_expert
 
@@ -77,7 +77,7 @@ def verify(
             first_row=rows.start,
         )
 
-    for _ in kernels.over_blocks(block, packed.n, packed.k, max_workers):
+    for _ in threads.over_blocks(block, packed.n, packed.k, max_workers):
         pass
 
 
