@@ -65,9 +65,9 @@ def pack(
         dtype: the scheme, by name ("int8", "fp8", "INT8_W8A8", "W4A8", "NVFP4" ...), or the dtype that tells it. By default
             that of w's type; bfloat16 for float32. Weights of 8 bits keep their bytes and scales: another scheme is refused.
         scale: of 8-bit w only, w ~= w * scale, of any float type: [*lead, n, 1] or [*lead, n], one a row; or one for all rows.
-        prune: "none" (weights that break the pattern are refused), "magnitude", "random", or scores [*lead, n, k] >= 0: of
-            the weights in a group, those with the highest stay; of pairs, by the sum of their scores, for "magnitude" of their
-            squares. Pruning comes before quantization; 8-bit w is pruned by its |q|.
+        prune: "none" (weights that break the pattern are refused), "magnitude", "random", "wanda" (by `statistics`), or scores
+            [*lead, n, k] >= 0: of the weights in a group, those with the highest stay; of pairs, by their sum, for
+            "magnitude" of their squares. Pruning comes before quantization; 8-bit w is pruned by its |q|.
             Scores and scales of a w on a GPU may be there or on the host; "random" draws there what it draws on the CPU.
         seed: of prune="random", any integer, modulo 2^64; w[i] of a stack has seed + i.
         statistics: of a method that needs more than the weights, on the host: real numbers [*lead, k] or [*lead, n, k].
@@ -227,7 +227,7 @@ def store_rows(
     scales = row_scales(w, scale, first_row)
     require_finite(w, first_row)
     q = np.array(w, order="C", subok=False) if w.dtype == stored.numpy else kernels.to_float32(w)
-    if prune.pruner is not None:  # |w| is what cpu.prune goes by where it gets no scores
+    if prune.pruner is not None:  # |w| is what kernels.prune goes by where it gets no scores
         by_magnitude = prune.kernel == "magnitude"
         kernels.prune(q, pattern, None if by_magnitude else prune.scores(kernels.to_float32(q), first_row))
     if w.dtype == stored.numpy or scheme.blocks:
