@@ -160,7 +160,7 @@ def select(
             selection.left_dense[module] = f"narrower than a group of {pattern}"
         else:
             wanted[module] = info
-    _refuse_unmerged(selection, tensors, ignored)
+    _refuse_unmerged(tensors, ignored)
     _take(selection, wanted, checkpoint, scheme)
     before = len(selection.left_dense)
     selection.keep_fused_together()
@@ -258,7 +258,7 @@ def tensor_of(checkpoint: Checkpoint, name: str) -> str:
     return next(matrices, name.removesuffix(APART))
 
 
-def _refuse_unmerged(selection: Selection, tensors: dict[str, TensorInfo], ignored: Matcher) -> None:
+def _refuse_unmerged(tensors: dict[str, TensorInfo], ignored: Matcher) -> None:
     """Refuse adapters beside the weights that they change, unless the user ignores them by name."""
     for name, info in tensors.items():
         if kinds.is_adapter(name) and ignored(name.removesuffix(".weight")) is None and len(info.shape) >= 2:
