@@ -3,7 +3,7 @@
 SLIDESPARSE_CACHE_DIR   folder of compiled kernels, tuned products and outcomes of self-tests
 XDG_CACHE_HOME          without SLIDESPARSE_CACHE_DIR they are in its subfolder slidesparse_nb; by default ~/.cache
 SLIDESPARSE_TUNED       0: what `slidesparse tune` found is not used
-SLIDESPARSE_PORTABLE    1: the kernel for every GPU is used where one for Hopper exists, to compare the two
+SLIDESPARSE_PORTABLE    1: the kernel for every GPU is used where one for Hopper or B200 exists, to compare the two
 SLIDESPARSE_DEBUG       1: the first launch of every product prints problem, configuration, source and launch on standard error
 SLIDESPARSE_BOTH_FORMS  1: weights in PyTorch and engines keep both forms of metadata (docs/hopper.md): more memory, less time
 SLIDESPARSE_FUSE        0: vLLM runs norms, activations and the quantization that follows in launches of their own
@@ -25,29 +25,33 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slidesparse_nb"
 
 
+def _flag(name: str, default: str) -> bool:
+    return (os.environ.get(name) or default) != "0"
+
+
 def debug() -> bool:
     """Whether launches explain themselves on standard error."""
-    return os.environ.get("SLIDESPARSE_DEBUG", "0") not in ("", "0")
+    return _flag("SLIDESPARSE_DEBUG", "0")
 
 
 def portable() -> bool:
     """Whether kernels made for one architecture are left aside."""
-    return os.environ.get("SLIDESPARSE_PORTABLE", "0") not in ("", "0")
+    return _flag("SLIDESPARSE_PORTABLE", "0")
 
 
 def both_forms() -> bool:
     """Whether adapters arrange weights for speed alone."""
-    return os.environ.get("SLIDESPARSE_BOTH_FORMS", "0") not in ("", "0")
+    return _flag("SLIDESPARSE_BOTH_FORMS", "0")
 
 
 def fuse() -> bool:
     """Whether vLLM's graphs are rewritten (integrations/vllm/fusion.py)."""
-    return os.environ.get("SLIDESPARSE_FUSE", "1") != "0"
+    return _flag("SLIDESPARSE_FUSE", "1")
 
 
 def tuned() -> bool:
     """Whether what `slidesparse tune` found is looked up."""
-    return os.environ.get("SLIDESPARSE_TUNED", "1") != "0"
+    return _flag("SLIDESPARSE_TUNED", "1")
 
 
 def toolkits() -> list[str]:

@@ -172,8 +172,8 @@ def quantize(
 ) -> QuantizedActivations:
     """Quantize activations once, for several products with weights of one pattern and type (q/k/v, gate/up).
 
-    On a GPU of compute capability 9.0 they are laid out as its kernel wants them in the same pass, so that `matmul` is one
-    launch for weights of the same pattern; for weights of another pattern it lays them out again.
+    On a GPU of compute capability 9.0, 10.0 or 10.3 they are laid out as its kernel wants them in the same pass, so that
+    `matmul` is one launch for weights of the same pattern; for weights of another pattern it lays them out again.
 
     Args:
         x: [..., k] float32, float16 or bfloat16.

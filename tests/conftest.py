@@ -55,9 +55,9 @@ def bodies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Runs a test with the CPU's kernels compiled, then with their bodies as the interpreter sees them."""
     import numpy as np
 
-    from slidesparse_nb.cpu import blocks, kernels, matmul
+    from slidesparse_nb.cpu import block_scales, kernels, matmul
 
-    for module in (kernels, blocks, matmul) if request.param == "python" else ():
+    for module in (kernels, block_scales, matmul) if request.param == "python" else ():
         for name, value in list(vars(module).items()):
             if hasattr(value, "py_func"):
                 monkeypatch.setattr(module, name, value.py_func)

@@ -50,7 +50,7 @@ def launcher(parameters: Sequence[str]) -> Any:
     nothing.restype = None  # counts as 0, the status of success
     launch: Any = importlib.import_module("slidesparse_nb.cuda.launch")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "driver", lambda: SimpleNamespace(cuLaunchKernelEx=nothing))
+        patch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=nothing))
         return launch.Launcher(SimpleNamespace(ptr=1), parameters)
 
 

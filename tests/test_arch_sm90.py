@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from arranged import restore_sm90
 
-from slidesparse_nb.arch import choose, for_capability, multiplied, sm80, sm90, sm90_cost, sm90_launch, sm90_layout
+from slidesparse_nb.arch import choose, common, for_capability, multiplied, sm80, sm90, sm90_cost, sm90_launch, sm90_layout
 from slidesparse_nb.arch.operand import from_tiles, stages, to_tiles
 from slidesparse_nb.arch.sm90_layout import arrange, expand
 from slidesparse_nb.core import reference
@@ -140,7 +140,7 @@ def test_kernels_fit(dtype: DType, out: str) -> None:
     assert expansion == sm90.Expansion(dtype, 3)
     for config in kernels:
         assert isinstance(config, sm90.Config)
-        room = (sm90_launch.SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
+        room = (common.SHARED_MEMORY + 1024) // config.resident - 1024  # each block takes one KiB more
         assert config.stages >= (5 if config.tile.tokens <= 64 else 4)
         assert config.shared_bytes <= room
         more = config.shared_bytes + sm90_launch.stage_bytes(config.tile, dtype, config.compact)

@@ -20,7 +20,7 @@ from slidesparse_nb.checkpoint import Checkpoint, packed_entries, parse_metadata
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.packed import part_arrays
 from slidesparse_nb.core.scheme import SCHEMES
-from slidesparse_nb.cpu import blocks
+from slidesparse_nb.cpu import block_scales
 
 W4A8, NVFP4, MXFP4 = BLOCKS = [SCHEMES[name] for name in ("W4A8", "NVFP4", "MXFP4")]
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -73,7 +73,7 @@ def test_rows_and_blocks_that_are_special(scheme: ss.Scheme) -> None:
     x[1, 3], x[2, 100], x[3, 5], x[3, 190], x[4, 0] = np.nan, -np.inf, 1, 1e-40, 2.0**-101
     for q, block_scale, scale in (
         reference.quantize_blocks(x, scheme.weights),
-        blocks.quantize_blocks(x, scheme.weights, scheme.weights.block.columns),  # type: ignore[union-attr]
+        block_scales.quantize_blocks(x, scheme.weights, scheme.weights.block.columns),  # type: ignore[union-attr]
     ):
         block = scheme.weights.block
         assert block is not None

@@ -15,6 +15,7 @@ from slidesparse_nb import OperandError, Pattern
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, DType
 from slidesparse_nb.cpu import kernels as cpu
+from slidesparse_nb.cpu import threads
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -163,14 +164,14 @@ def test_jit_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_blocks_cover_all_rows_once() -> None:
     for n, k in ((0, 5), (7, 0), (1, 10**7), (1000, 3000), (5, 2**18)):
-        rows = [r for part in cpu.blocks(n, k) for r in range(part.start, part.stop)]
+        rows = [r for part in threads.blocks(n, k) for r in range(part.start, part.stop)]
         assert rows == [*range(n)]
 
 
 def test_over_blocks_keeps_order_and_stops_at_errors() -> None:
-    n, k = 64, cpu.BLOCK // 2
+    n, k = 64, threads.BLOCK // 2
     for workers in (None, 1, 3, np.int64(3), np.uint8(2)):
-        assert [part.start for part in cpu.over_blocks(lambda rows: rows, n, k, workers)] == [*range(0, n, 2)]
+        assert [part.start for part in threads.over_blocks(lambda rows: rows, n, k, workers)] == [*range(0, n, 2)]
 
     def fail(rows: slice) -> None:
         if rows.start >= 4:
@@ -178,7 +179,7 @@ def test_over_blocks_keeps_order_and_stops_at_errors() -> None:
 
     for workers in (1, 2):
         with pytest.raises(ValueError, match=r"^4$"):
-            list(cpu.over_blocks(fail, n, k, workers))
+            list(threads.over_blocks(fail, n, k, workers))
     for workers in (0, -1, 1.5, True, "2", np.int64(0), np.float64(2), np.True_):
         with pytest.raises(OperandError, match=r"max_workers: .* must be a whole number of at least 1"):
-            list(cpu.over_blocks(fail, n, k, workers))  # type: ignore[arg-type]
+            list(threads.over_blocks(fail, n, k, workers))  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ class Driver:
 
 def launcher(driver: Driver, types: list[str] | None = None) -> Launcher:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "driver", lambda: SimpleNamespace(cuLaunchKernelEx=driver.function))
+        patch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=driver.function))
         return Launcher(SimpleNamespace(ptr=0x7F00_1234_5678), types or ["integer"] * driver.parameters)
 
 
@@ -162,7 +162,7 @@ def test_a_refusal_is_one_sentence_with_the_drivers_text(monkeypatch: pytest.Mon
 
         return function
 
-    monkeypatch.setattr(launch, "driver", lambda: SimpleNamespace(**{name: named(name) for name in texts}))
+    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(**{name: named(name) for name in texts}))
     driver = Driver(1, (1,))
     words = (
         r"launch: \(0, 1, 1\) blocks of \(32, 1, 1\) threads, 16 bytes shared:"
@@ -183,13 +183,17 @@ def test_a_thread_without_a_context_gets_one(monkeypatch: pytest.MonkeyPatch) ->
     assert driver.seen[0] == driver.seen[1]
 
 
-def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise OSError(f"{name}: cannot open shared object file")
+@pytest.mark.parametrize(("libraries", "said"), [
+    ({}, r"this machine has no NVIDIA driver \(libcuda.so.1\)"),
+    ({"libcuda.so.1": object()}, "driver: libcuda.so.1 has no cuLaunchKernelEx; install a driver of CUDA 12 or later"),
+])  # fmt: skip
+def test_no_driver(libraries: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        if name not in libraries:
+            raise OSError(f"{name}: cannot open shared object file")
+        return libraries[name]
 
-    launch.driver.cache_clear()
-    monkeypatch.setattr(ctypes, "CDLL", missing)
-    with pytest.raises(
-        UnsupportedError, match=r"driver: libcuda.so.1 cannot launch kernels \(.*\); install a driver of CUDA 12"
-    ):
-        launch.driver()
+    launch._driver.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    with pytest.raises(UnsupportedError, match=said):
+        launch.explain(1)

@@ -115,7 +115,7 @@ def test_tiles_and_threads(dtype: DType, m: int, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(cpu_matmul, "TILE", tile)
         monkeypatch.setattr(cpu_matmul, "TILE_ROWS", 1)
         monkeypatch.setattr(cpu_matmul, "THREADED", threaded)
-        monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", block)
+        monkeypatch.setattr("slidesparse_nb.cpu.threads.BLOCK", block)
         check(matmul(x, packed, bias=bias), x, packed, bias)
 
 

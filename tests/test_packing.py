@@ -58,7 +58,7 @@ def test_equals_the_reference(bodies: str, scheme: Scheme, shape: tuple[int, int
     """Whatever the blocks and the threads; of weights that are quantized already, bytes and scales are kept."""
     score = np.random.default_rng(1).integers(0, 9, shape)
     if compiled := bodies == "compiled":  # in other threads, NumPy's scalars would warn
-        monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 128)
+        monkeypatch.setattr("slidesparse_nb.cpu.threads.BLOCK", 128)
     for i, pattern in enumerate([*SMALL, LARGE[1]] if compiled else SMALL[:2]):
         for prune in ("magnitude", "random", score):
             check(weights(shape, FLOATS[i % 3], seed=i), pattern, scheme, prune, workers=1 + i % 3 * compiled)
@@ -159,7 +159,7 @@ def test_unpack_refuses_a_column_stored_twice(dtype: DType, monkeypatch: pytest.
     packed = stored_twice(dtype)
     with pytest.raises(FormatError, match=r"^packed: row 2 stores column 19 in two windows, as no packer does"):
         unpack(packed)
-    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 32)
+    monkeypatch.setattr("slidesparse_nb.cpu.threads.BLOCK", 32)
     with pytest.raises(FormatError, match=r"^packed: row 2 stores column 19"):
         unpack(packed)
     with pytest.raises(VerificationError, match=r"window 6 of row 2 \(group 2\) is not canonical"):
@@ -169,7 +169,7 @@ def test_unpack_refuses_a_column_stored_twice(dtype: DType, monkeypatch: pytest.
 def test_threads_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     w = weights((37, 90))
     wanted = pack(w, "8:10", "int8", prune="magnitude", max_workers=1)
-    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 200)
+    monkeypatch.setattr("slidesparse_nb.cpu.threads.BLOCK", 200)
     for workers in (None, 1, 2, 7, np.int64(2), np.uint8(1)):
         same(pack(w, "8:10", "int8", prune="magnitude", max_workers=workers), wanted)
     assert (unpack(wanted) == reference.unpack(wanted)).all()
@@ -195,7 +195,7 @@ def test_unpack_and_verify_want_a_packed_weight(value: Any) -> None:
 
 
 def test_violations_are_counted_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 64)
+    monkeypatch.setattr("slidesparse_nb.cpu.threads.BLOCK", 64)
     w = np.zeros((50, 32), np.float32)
     w[13, 8:15] = w[13, 16:24] = w[49] = 1
     for workers in (1, 2):
@@ -232,7 +232,7 @@ def test_hint_at_groups_that_start_anew_every_128_columns() -> None:
 @pytest.mark.parametrize("prune", ["none", "random"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_not_finite(dtype: DType | None, source: np.dtype, prune: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 32)
+    monkeypatch.setattr("slidesparse_nb.cpu.threads.BLOCK", 32)
     w = np.zeros((20, 16), source)
     w[17, 3] = value
     for workers in (1, 2):

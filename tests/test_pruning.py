@@ -154,7 +154,7 @@ def test_refusals(toy: Toy, prune: Any, statistics: Any, message: str) -> None:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_new_method_packs_and_verifies(toy: Toy, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 100)
+    monkeypatch.setattr("slidesparse_nb.cpu.threads.BLOCK", 100)
     w, norms = weights((23, 37)), np.random.default_rng(1).random(37)
     score = np.where(w == 0, -1, toy.scores(w, 3, 0, norms)).astype(np.float32)
     packed = pack(w, "6:8", "bfloat16", prune="toy", seed=3, statistics=norms, max_workers=workers)

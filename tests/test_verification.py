@@ -36,7 +36,7 @@ def test_rows_below_the_smallest_scale() -> None:
 
 
 def test_threads_name_the_true_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slidesparse_nb.cpu.kernels.BLOCK", 64)
+    monkeypatch.setattr("slidesparse_nb.cpu.threads.BLOCK", 64)
     w = drop_two(weights((40, 32)), P)
     packed = pack(w, P, "float16")
     other = w.copy()

@@ -86,7 +86,7 @@ def _proof_text(proof: ss.Verification) -> str:
     text = f"verified: {count(proof.modules, 'module')}, {proof.weights:,} weights in canonical form"
     if not proof.against_source:
         text += "; values were not compared, since no source is given"
-    if proof.against_source:
+    else:
         how = f" ({'by' if proof.by_magnitude else 'not by'} magnitude)" if proof.pruned else ""
         text += f"; every stored weight is its source's: {proof.pruned:,} of the source were pruned{how},"
         text += f" {proof.rounded:,} round to zero, pruned or not; {count(proof.copies, 'other tensor')} equal byte for byte"

@@ -8,6 +8,9 @@ from ..core.problem import GemmProblem
 from ..core.scheme import Scheme
 from .operand import STAGE, Operand, stages
 
+SHARED_MEMORY = 232448
+"""Most bytes of shared memory of a thread block, on Hopper and B200. CUDA C++ Programming Guide, "Compute Capabilities"."""
+
 FLOAT8_ERROR = 2.0**-10
 """Error of one float8 instruction (64 expanded columns) relative to the sum of magnitudes. Hopper's accumulator has 13 bits of
 fraction and cuts off what is below (docs/hopper.md); Blackwell's is taken for the same, since the manual tells nothing."""

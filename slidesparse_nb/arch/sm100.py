@@ -18,7 +18,7 @@ from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
 from ..core.scheme import Scheme
 from . import sm100_layout as layout
-from .common import PlainLaunch, Tiled, refuses
+from .common import SHARED_MEMORY, PlainLaunch, Tiled, refuses
 from .operand import STAGE
 from .sm100_layout import arrange
 
@@ -35,8 +35,6 @@ TOKENS = (256, 128, 64, 32)
 THREADS = 192
 """Of a block: a warp that loads, a warp that multiplies, four that write y."""
 
-SHARED_MEMORY = 232448
-"""Most bytes of shared memory of a thread block. CUDA C++ Programming Guide, "Compute Capabilities"."""
 MOST_STAGES = 16
 """Most slots of the ring."""
 RASTER_GROUP = 8

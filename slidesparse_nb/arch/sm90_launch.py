@@ -13,7 +13,7 @@ from typing import Any
 from ..core.dtypes import CUDA_CODES, DType
 from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
-from .common import PlainLaunch
+from .common import SHARED_MEMORY, PlainLaunch
 from .operand import STAGE, stages
 from .sm90_layout import VALUE_BYTES, has_compact_metadata, metadata_bytes, row_tiles
 
@@ -30,9 +30,6 @@ EXPAND_PARAMETERS = {"compact": "address", "expanded": "address", "n": "integer"
 
 SUFFIX = "a"
 """Only sm_90a has wgmma."""
-
-SHARED_MEMORY = 232448
-"""Most bytes of shared memory of a thread block. CUDA C++ Programming Guide, "Compute Capabilities"."""
 
 MOST_STAGES = 24
 """Most stages of a ring."""

@@ -85,7 +85,7 @@ def not_linear(module: str, shape: Sequence[int], vocabularies: Collection[int] 
     """What a module with a weight of two dimensions is, if it is no linear layer to be packed.
 
     Args:
-        shape: (n, k). vocabularies: numbers of rows that embeddings and heads have, see `source.Source`.
+        shape: (n, k). vocabularies: numbers of rows that embeddings and heads have, see `sources.Source`.
     """
     if 0 in shape:
         return "empty"
@@ -147,24 +147,20 @@ def in_block(module: str) -> bool:
     return any(not is_number(part) for part in parts[first:])
 
 
-def stacked(name: str, shape: Sequence[int], shapes: Shapes) -> str | None:
-    """What a tensor is that is neither a vector nor the weight [n, k] of a module; the second word of the reason says experts.
-
-    Returns:
-        "experts" for stacked matrices of a mixture of experts, by name or because a router is beside them; else None.
-    """
+def stacked(name: str, shape: Sequence[int], shapes: Shapes) -> bool:
+    """Whether a tensor is stacked matrices of a mixture of experts, by its name or because a router is beside it."""
     parts = name.split(".")
     if len(shape) not in (2, 3) or min(shape[-2:]) < 8 or shape[0] == 1 or parts[-1].endswith("bias"):
-        return None
+        return False
     if any(EXPERT.fullmatch(part) for part in parts):
-        return "experts"
+        return True
     if len(shape) == 2 or any("conv" in part or "embed" in part for part in parts):
-        return None
+        return False
     for depth in (1, 2):
         prefix = ".".join(parts[:-depth])
         if any(f"{prefix}.{router}.weight" in shapes or f"{prefix}.{router}.layer.weight" in shapes for router in BESIDE):
-            return "experts"
-    return None
+            return True
+    return False
 
 
 def transposed(shapes: Shapes) -> str | None:

@@ -63,7 +63,7 @@ class Options:
         pattern: (2N-2):2N.
         scheme: "auto" keeps the source's type (float32 becomes bfloat16), or INT8_W8A8, FP8_DYNAMIC, BF16, FP16, W4A8,
             NVFP4, MXFP4 (whose pattern is over pairs of columns), or the type: int8, fp8, bf16, fp16.
-        prune: none (weights that break the pattern are refused), magnitude, or random (with `seed`).
+        prune: none (weights that break the pattern are refused), magnitude, random (with `seed`) or wanda (by `statistics`).
         targets, ignore: which modules (exact name, glob, or "re:" regular expression).
         statistics: module -> array, of a method that needs more than the weights: real numbers [k] or [n, k]. Not compared.
         format: "packed", or "dense": pruned and quantized under the weights' own names, for engines that know no sparsity.

@@ -160,7 +160,7 @@ def select(
             selection.left_dense[module] = f"narrower than a group of {pattern}"
         else:
             wanted[module] = info
-    _refuse_unmerged(selection, tensors, ignored)
+    _refuse_unmerged(tensors, ignored)
     _take(selection, wanted, checkpoint, scheme)
     before = len(selection.left_dense)
     selection.keep_fused_together()
@@ -226,7 +226,7 @@ def _is_stack(name: str, info: TensorInfo, shapes: kinds.Shapes, candidates: Col
     """Whether a tensor holds the experts of a layer."""
     single = len(info.shape) == 2 and name.endswith(".weight") and name[:-7] in candidates
     readable = info.code in (*SOURCE_CODES, "F64") and _is_matrix(info)
-    return not single and readable and kinds.stacked(name, info.shape, shapes) is not None
+    return not single and readable and kinds.stacked(name, info.shape, shapes)
 
 
 def _stack(selection: Selection, info: TensorInfo, scheme: str, pattern: Pattern | None, left: str) -> None:
@@ -258,7 +258,7 @@ def tensor_of(checkpoint: Checkpoint, name: str) -> str:
     return next(matrices, name.removesuffix(APART))
 
 
-def _refuse_unmerged(selection: Selection, tensors: dict[str, TensorInfo], ignored: Matcher) -> None:
+def _refuse_unmerged(tensors: dict[str, TensorInfo], ignored: Matcher) -> None:
     """Refuse adapters beside the weights that they change, unless the user ignores them by name."""
     for name, info in tensors.items():
         if kinds.is_adapter(name) and ignored(name.removesuffix(".weight")) is None and len(info.shape) >= 2:
@@ -382,10 +382,10 @@ def named(checkpoint: Checkpoint, stored: Mapping[str, Scheme], stacked: Mapping
 
 def _one_type(selection: Selection) -> None:
     """All packed modules of a checkpoint share one type; say what fp32 became."""
-    kinds = {str(m.scheme) for m in selection.modules}
-    if len(kinds) > 1:
+    types = {str(m.scheme) for m in selection.modules}
+    if len(types) > 1:
         raise UnsupportedError(
-            f"weights of several types ({', '.join(sorted(kinds))}) in one checkpoint; choose one with --scheme"
+            f"weights of several types ({', '.join(sorted(types))}) in one checkpoint; choose one with --scheme"
         )
     if any(m.code == "F32" and m.scheme.dtype is dtypes.BFLOAT16 for m in selection.modules):
         selection.notes.append("float32 weights are stored as bfloat16 (8 bits of precision); --scheme FP16 keeps 11")

@@ -61,7 +61,7 @@ EXPONENT8 = DType("float8_e8m0fnu", np.dtype(ml_dtypes.float8_e8m0fnu), "F8_E8M0
 FLOAT32 = np.dtype(np.float32)
 
 PACKED = (INT8, FLOAT8, BFLOAT16, FLOAT16)
-"""The types of packed values that are stored one a column: those of version 1 of the format, and of every kernel."""
+"""The types of packed values that are stored one a column: those of version 1 of the format."""
 
 FLOATS = {FLOAT32: "float32", FLOAT16.numpy: "float16", BFLOAT16.numpy: "bfloat16"}
 """The types of activations and results -> their names."""

@@ -2,8 +2,8 @@
 
     name, or scores --bind--> Pruning --rows--> Pruning of a block of rows --scores--> float32 [rows, k]
 
-NumPy only: what then goes is for `cpu.prune` and the kernel of a GPU. A new method is a class that obeys `Pruner`, in a file of
-its own, and a row in PRUNERS.
+NumPy only: what then goes is for `kernels.prune` of the CPU and the kernel of a GPU. A new method is a class that obeys
+`Pruner`, and a row in PRUNERS.
 """
 
 from __future__ import annotations

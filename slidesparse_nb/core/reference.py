@@ -271,9 +271,14 @@ def compress(ws: Array, unit: int = 1) -> tuple[Array, Array]:
     return values.reshape(n, ks // 2), nibble[:, 0::2] | nibble[:, 1::2] << 4
 
 
+def nibbles(octets: Array) -> Array:
+    """Two of every byte, the low one first: uint8 [n, c/2] -> uint8 [n, c]."""
+    return np.stack([octets & 15, octets >> 4], axis=2).reshape(octets.shape[0], 2 * octets.shape[1])
+
+
 def window_index(meta: Array) -> Array:
     """The two positions of every window: uint8 [n, windows / 2] -> int [n, windows, 2]."""
-    nibble = np.stack([meta & 15, meta >> 4], axis=2).reshape(meta.shape[0], 2 * meta.shape[1])
+    nibble = nibbles(meta)
     return np.stack([nibble & 3, nibble >> 2], axis=2).astype(np.intp)
 
 
@@ -293,8 +298,7 @@ def pack_nibbles(q: Array) -> Array:
 
 def unpack_nibbles(packed: Array) -> Array:
     """Inverse of pack_nibbles: uint8 [n, c/2] -> float4_e2m1fn [n, c]."""
-    nibbles = np.stack([packed & 15, packed >> 4], axis=2)
-    return nibbles.reshape(packed.shape[0], 2 * packed.shape[1]).view(FLOAT4.numpy)
+    return nibbles(packed).view(FLOAT4.numpy)
 
 
 # ---- the whole ---------------------------------------------------------------------------------------------------

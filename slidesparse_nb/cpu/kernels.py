@@ -9,9 +9,7 @@ stay in L2 between one step and the next.
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -20,7 +18,6 @@ import numpy as np
 from numba.core import caching
 from numpy.typing import NDArray
 
-from ..core.checks import whole_number
 from ..core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, DType
 from ..core.pattern import Pattern
 from ..core.reference import TINY, nonzero_units, unit_scores
@@ -387,32 +384,3 @@ def decompress(values: Array, meta: Array, pattern: Pattern, k: int, dtype: DTyp
 def decompress_float32(values: Array, meta: Array, pattern: Pattern, out: Array, dtype: DType) -> None:
     """The same, converted to float32 into `out` [rows, kp], contiguous; a column that two windows store is the sum of both."""
     _decompress(raw_bits(contiguous(values)), contiguous(meta), dtype.nonzero_mask, pattern.windows, float32_table(dtype), out)
-
-
-# ---- threads -----------------------------------------------------------------------------------------------------
-
-BLOCK = 2**18
-"""Weights that a thread handles at once: a float32 block and its temporaries stay in L2."""
-
-
-def blocks(n: int, k: int) -> Iterator[slice]:
-    """Rows 0 to n in slices of about BLOCK weights."""
-    step = max(1, BLOCK // max(1, k))
-    for first in range(0, n, step):
-        yield slice(first, min(n, first + step))
-
-
-def over_blocks(work: Callable[[slice], Any], n: int, k: int, max_workers: int | None) -> Iterator[Any]:
-    """`work` of every block of rows, in order of rows, on up to `max_workers` threads."""
-    todo = list(blocks(n, k))
-    if max_workers is not None:
-        max_workers = whole_number("max_workers", max_workers, 1)
-    workers = min(len(todo), min(8, os.cpu_count() or 1) if max_workers is None else max_workers)
-    if workers <= 1:
-        yield from map(work, todo)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            yield from pool.map(work, todo)
-        finally:
-            pool.shutdown(cancel_futures=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..core.dtypes import DType
 from ..core.packed import PackedWeight
 from ..core.pattern import Pattern
-from . import blocks, kernels
+from . import block_scales, kernels, threads
 from .kernels import contiguous, float32_table, jit, raw_bits
 
 Array = NDArray[Any]
@@ -65,7 +65,7 @@ def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | 
             def decompress(rows: slice, values: Array = values, meta: Array = meta, w: Array = w) -> None:
                 kernels.decompress_float32(values[rows], meta[rows], pattern, w[rows], dtype)
 
-            parts = kernels.blocks(values.shape[0], k)
+            parts = threads.blocks(values.shape[0], k)
             if workers > 1:
                 list(pool.map(decompress, parts))
             else:
@@ -85,10 +85,10 @@ def matmul(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | 
 
 def _matmul_blocks(x: Array, scale_x: Array | None, packed: PackedWeight, bias: Array | None, out: Array) -> None:
     """`matmul` of a scheme with block scales: windows times lifted activations."""
-    xs, scale_x = blocks.lifted(x, scale_x, packed)
-    for tile in kernels.blocks(packed.n, packed.k):
+    xs, scale_x = block_scales.lifted(x, scale_x, packed)
+    for tile in threads.blocks(packed.n, packed.k):
         with np.errstate(over="ignore"):
-            y = xs @ blocks.in_windows(packed.rows(tile.start, tile.stop)).T
+            y = xs @ block_scales.in_windows(packed.rows(tile.start, tile.stop)).T
             y *= scale_x
             y *= packed.scale[tile, 0]
             if bias is not None:

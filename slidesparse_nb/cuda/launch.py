@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from ..errors import SlideSparseError, UnsupportedError
+from . import driver
 
 MOST_PARAMETERS = 32
 TYPES = {"address": "Q", "integer": "q"}
@@ -72,7 +73,7 @@ class Launcher:
         self.function = function
         self._address = ctypes.c_void_p(function.ptr)
         self._pack = struct.Struct(CONFIG + "".join(TYPES[of] for of in parameters)).pack_into
-        self._launch: Callable[..., int] = driver().cuLaunchKernelEx
+        self._launch: Callable[..., int] = _driver().cuLaunchKernelEx
 
     def __call__(
         self,
@@ -109,26 +110,18 @@ class Launcher:
 
 
 @functools.cache
-def driver() -> ctypes.CDLL:
-    """The CUDA driver's library.
-
-    Raises:
-        UnsupportedError: there is none, or it is older than CUDA 11.8.
-    """
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-        library.cuLaunchKernelEx.restype = ctypes.c_int
-    except (OSError, AttributeError) as error:
-        raise UnsupportedError(
-            f"driver: libcuda.so.1 cannot launch kernels ({error}); install a driver of CUDA 12 or later"
-        ) from None
+def _driver() -> ctypes.CDLL:
+    """The driver's library; UnsupportedError if there is none, or one older than CUDA 11.8."""
+    library = driver.library()
+    if not hasattr(library, "cuLaunchKernelEx"):
+        raise UnsupportedError("driver: libcuda.so.1 has no cuLaunchKernelEx; install a driver of CUDA 12 or later")
     return library
 
 
 def explain(status: int) -> str:
     """The driver's name of a status, and its sentence."""
     texts = []
-    for function in (driver().cuGetErrorName, driver().cuGetErrorString):
+    for function in (_driver().cuGetErrorName, _driver().cuGetErrorString):
         text = ctypes.c_char_p()
         function(ctypes.c_int(status), ctypes.byref(text))
         texts.append((text.value or b"unknown").decode(errors="replace"))

@@ -50,7 +50,7 @@ def pack(
         w: [n, k] CuPy array, any strides: float32, float16 or bfloat16; or int8, or the bits of `dtype` as uint8
             (float8_e4m3fn), and their `scale`.
         dtype, scale: as for `slidesparse_nb.pack`. Scales of a device are checked on the host, and go back as float32.
-        prune: a name in `pruning.PRUNERS`, or scores [n, k] >= 0 of any real type, on the device of w or the host.
+        prune: a name in `core.prune.PRUNERS`, or scores [n, k] >= 0 of any real type, on the device of w or the host.
         seed: of "random", below 2^64.
         statistics: as for `slidesparse_nb.pack`.
 

@@ -28,7 +28,7 @@ from ..core.packed import PackedWeight, part_dtypes, part_shapes, require_packed
 from ..core.pattern import Pattern, known_patterns
 from ..core.prune import NOTHING, Pruning
 from ..core.scheme import Scheme
-from ..cpu import blocks, kernels
+from ..cpu import block_scales, kernels, threads
 from ..errors import PatternError
 from .experts import each, of_expert
 from .proof import stored_twice, unpack_blocks, verify, verify_rows
@@ -65,9 +65,9 @@ def pack(
         dtype: the scheme, by name ("int8", "fp8", "INT8_W8A8", "W4A8", "NVFP4" ...), or the dtype that tells it. By default
             that of w's type; bfloat16 for float32. Weights of 8 bits keep their bytes and scales: another scheme is refused.
         scale: of 8-bit w only, w ~= w * scale, of any float type: [*lead, n, 1] or [*lead, n], one a row; or one for all rows.
-        prune: "none" (weights that break the pattern are refused), "magnitude", "random", or scores [*lead, n, k] >= 0: of
-            the weights in a group, those with the highest stay; of pairs, by the sum of their scores, for "magnitude" of their
-            squares. Pruning comes before quantization; 8-bit w is pruned by its |q|.
+        prune: "none" (weights that break the pattern are refused), "magnitude", "random", "wanda" (by `statistics`), or scores
+            [*lead, n, k] >= 0: of the weights in a group, those with the highest stay; of pairs, by their sum, for
+            "magnitude" of their squares. Pruning comes before quantization; 8-bit w is pruned by its |q|.
             Scores and scales of a w on a GPU may be there or on the host; "random" draws there what it draws on the CPU.
         seed: of prune="random", any integer, modulo 2^64; w[i] of a stack has seed + i.
         statistics: of a method that needs more than the weights, on the host: real numbers [*lead, k] or [*lead, n, k].
@@ -119,7 +119,7 @@ def pack(
             array[rows] = getattr(packed, part)
         return None
 
-    broken = [error for error in kernels.over_blocks(block, n, k, max_workers) if error is not None]
+    broken = [error for error in threads.over_blocks(block, n, k, max_workers) if error is not None]
     if broken:
         first, count = broken[0], sum(error.count for error in broken)
         raise pattern.violated(first.row, first.group, count, violations_hint(w, pattern))
@@ -168,7 +168,7 @@ def unpack(packed: PackedWeight) -> Array:
     def block(rows: slice) -> None:
         out[rows] = _unpack_rows(packed.rows(rows.start, rows.stop), rows.start)
 
-    for _ in kernels.over_blocks(block, packed.n, packed.k, None):
+    for _ in threads.over_blocks(block, packed.n, packed.k, None):
         pass
     return out
 
@@ -227,7 +227,7 @@ def store_rows(
     scales = row_scales(w, scale, first_row)
     require_finite(w, first_row)
     q = np.array(w, order="C", subok=False) if w.dtype == stored.numpy else kernels.to_float32(w)
-    if prune.pruner is not None:  # |w| is what cpu.prune goes by where it gets no scores
+    if prune.pruner is not None:  # |w| is what kernels.prune goes by where it gets no scores
         by_magnitude = prune.kernel == "magnitude"
         kernels.prune(q, pattern, None if by_magnitude else prune.scores(kernels.to_float32(q), first_row))
     if w.dtype == stored.numpy or scheme.blocks:
@@ -252,7 +252,7 @@ def pack_rows(
     scheme = Scheme.of(dtype)
     pattern = scheme.pattern(pattern)
     if scheme.blocks:
-        packed, count = blocks.pack_rows(q, pattern, scheme)
+        packed, count = block_scales.pack_rows(q, pattern, scheme)
     else:
         values, meta, count = kernels.slide_compress(q, pattern)
         packed = PackedWeight(values, meta, scale, pattern, (q.shape[0], q.shape[1]), scheme)
@@ -290,4 +290,4 @@ def violations_hint(w: Any, pattern: Pattern | str, obeys: Callable[[Any, Patter
 
 
 def _obeys(w: Array, pattern: Pattern) -> bool:
-    return not any(kernels.violations(w[rows], pattern).size for rows in kernels.blocks(*w.shape))
+    return not any(kernels.violations(w[rows], pattern).size for rows in threads.blocks(*w.shape))

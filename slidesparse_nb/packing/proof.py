@@ -18,8 +18,8 @@ from ..core.dtypes import DType
 from ..core.packed import PackedWeight, part_arrays, require_packed
 from ..core.pattern import Pattern
 from ..core.prune import NOTHING, Pruning
-from ..core.reference import TINY, compress, decompress, in_groups, nonzero_units, unpack_nibbles, window_index
-from ..cpu import kernels
+from ..core.reference import TINY, compress, decompress, in_groups, nibbles, nonzero_units, unpack_nibbles, window_index
+from ..cpu import kernels, threads
 from ..errors import FormatError, OperandError, PatternError, VerificationError
 from .experts import each, of_expert
 
@@ -77,7 +77,7 @@ def verify(
             first_row=rows.start,
         )
 
-    for _ in kernels.over_blocks(block, packed.n, packed.k, max_workers):
+    for _ in threads.over_blocks(block, packed.n, packed.k, max_workers):
         pass
 
 
@@ -181,7 +181,7 @@ def canonical(packed: PackedWeight, first_row: int = 0) -> Array:
     same = values.view(dtype.raw) == raw
     if not same.all() or not np.array_equal(meta, packed.meta):
         windows = ~in_groups(same, 2).all(axis=2)
-        windows |= _nibbles(meta) != _nibbles(packed.meta)
+        windows |= nibbles(meta) != nibbles(packed.meta)
         row, window = map(int, np.argwhere(windows)[0])
         raise VerificationError(
             f"packed: window {window} of row {first_row + row} (group {window // pattern.windows}) is not canonical:"
@@ -196,7 +196,7 @@ def _canonical_blocks(packed: PackedWeight, first_row: int) -> Array:
     values = unpack_nibbles(packed.values)
     again, meta = compress(decompress(values, packed.meta, unit), unit)
     windows = ~in_groups(again.view(np.uint8) == values.view(np.uint8), 2 * unit).all(axis=2)
-    if (windows := windows | (_nibbles(meta) != _nibbles(packed.meta))).any():
+    if (windows := windows | (nibbles(meta) != nibbles(packed.meta))).any():
         row, window = map(int, np.argwhere(windows)[0])
         raise VerificationError(
             f"packed: window {window} of row {first_row + row} (group {window // packed.pattern.windows}) is not canonical:"
@@ -264,10 +264,6 @@ def stored_twice(values: Array, meta: Array, packed: PackedWeight, first_row: in
         f"packed: row {first_row + row} stores column {column} in two windows, as no packer does and no dense"
         " weight can hold; matmul adds up the two"
     )
-
-
-def _nibbles(meta: Array) -> Array:
-    return np.stack([meta & 15, meta >> 4], axis=2).reshape(meta.shape[0], 2 * meta.shape[1])
 
 
 def quantized(weights: Array, kept: Array, dtype: DType) -> tuple[Array, Array]:

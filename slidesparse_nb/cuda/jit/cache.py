@@ -172,6 +172,10 @@ def _complete(folder: Path) -> Built | None:
         return None
 
 
+def _unwritable(folder: Path, error: OSError) -> UnsupportedError:
+    return UnsupportedError(f"cache: {folder} cannot be written ({error}); set SLIDESPARSE_CACHE_DIR to a folder that can")
+
+
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Any:
     """A folder to fill, which then becomes `folder`; an incomplete one is replaced."""
@@ -180,9 +184,7 @@ def _new_folder(folder: Path) -> Any:
         root.mkdir(parents=True, exist_ok=True)
         holder = Path(tempfile.mkdtemp(dir=root, prefix=".building-"))
     except OSError as error:
-        raise UnsupportedError(
-            f"cache: {root} cannot be written ({error}); set SLIDESPARSE_CACHE_DIR to a folder that can"
-        ) from None
+        raise _unwritable(root, error) from None
     try:
         filling = holder / "new"
         filling.mkdir()
@@ -231,9 +233,7 @@ def replace_text(place: Path, text: str) -> None:
                 os.unlink(beside)
             raise
     except OSError as error:
-        raise UnsupportedError(
-            f"cache: {place.parent} cannot be written ({error}); set SLIDESPARSE_CACHE_DIR to a folder that can"
-        ) from None
+        raise _unwritable(place.parent, error) from None
 
 
 # ---- with a GPU ----------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 @device_function("u64", "u64")
 def mixed(z: Any) -> Any:
-    """The finalizer of SplitMix64, as in `pruning.uniform`."""
+    """The finalizer of SplitMix64, as in `core.prune.uniform`."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

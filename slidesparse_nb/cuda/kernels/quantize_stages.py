@@ -20,7 +20,20 @@ from ...core.dtypes import FLOAT8, INT8
 from ...core.scheme import Block
 from ..jit.numba import device_function
 from .numbers import HIGH, LOW, ROUND_TWO, to_float8x4_early, to_int8x4
-from .ptx import Float, Word, larger, larger_halves, load4, multiply, permute, store2, store4, to_float8x4
+from .ptx import (
+    Float,
+    Word,
+    larger,
+    larger_halves,
+    launch_later_grid,
+    load4,
+    multiply,
+    permute,
+    store2,
+    store4,
+    to_float8x4,
+    wait_for_earlier_grids,
+)
 
 ZERO, SEVEN = np.uint32(0), np.uint32(7)
 NEXT = np.uint64(1)
@@ -62,6 +75,11 @@ class Variant:
         parts += [self.block.scale.name] if self.block else []
         parts += [f"{'tiles' if self.tiled else 'lift'}{self.windows}"] * (self.windows > 0)
         return "_".join([*parts, f"g{self.architecture}"])
+
+    @property
+    def programmatic(self) -> bool:
+        """Whether kernels are launched with PDL."""
+        return self.architecture >= 90
 
     @property
     def quantizes(self) -> bool:
@@ -206,6 +224,21 @@ def _gatherer(variant: Variant) -> tuple[Any, Any]:
     if variant.stored_bytes == 2:  # two windows of two words
         return place_two, as_read
     return place_four, as_read if variant.windows == 1 else permuted  # 2:4: nothing overlaps
+
+
+def starter(variant: Variant) -> Any:
+    """begin(): with PDL, let the grid after this one start, once those before are complete."""
+
+    @device_function("void")
+    def at_once() -> None:
+        pass
+
+    @device_function("void")
+    def after_earlier_grids() -> None:
+        wait_for_earlier_grids()
+        launch_later_grid()
+
+    return after_earlier_grids if variant.programmatic else at_once
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
