@@ -96,7 +96,7 @@ def launch_rows(plan: Any, m: int, *arrays: Any) -> None:
 
 
 def plan_with(vectors: int, *arguments: Any, **named: Any) -> Any:
-    """`quantize.plan` where a thread holds so many 16-byte vectors of x."""
+    """`quantize.plan` with this number of 16-byte vectors of x in a thread."""
     from slidesparse_nb.cuda import quantize
 
     with patch.dict(quantize.VECTORS, {vectors: 8192}, clear=True):

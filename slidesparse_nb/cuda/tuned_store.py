@@ -26,7 +26,7 @@ from ..errors import FormatError
 from .jit import cache
 
 STEPS = (512, 8), (2048, 32), (float("inf"), 128)
-"""Up to so many tokens the model is asked for every so many."""
+"""(most, step): for up to `most` tokens the model is asked for multiples of `step`."""
 
 version = 0
 """Of what was read: who remembers choices asks again where it is another."""
