@@ -21,7 +21,7 @@ from slidesparse_nb.core.dtypes import BFLOAT16, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.core.problem import Device, GemmProblem
 from slidesparse_nb.core.scheme import Scheme
-from slidesparse_nb.cuda import ahead_of_time, tuned_store
+from slidesparse_nb.cuda import ahead_of_time
 from slidesparse_nb.errors import UnsupportedError
 
 ROOT = Path(__file__).parent.parent
@@ -206,9 +206,10 @@ def test_numbers_of_tokens_that_share_a_choice(capability: tuple[int, int], dtyp
     device = Device(capability, 132)
     for m in (1, 5, 9, 63, 121, 250, 383, 511, 513, 1001, 1537, 2045, 2049, 3333, 9999):
         problem = GemmProblem(m, 3584, 1024, Pattern(6, 8), Scheme.of(dtype), "bfloat16", device)
-        chosen = tuned_store.modelled(problem)
+        chosen = arch.modelled(problem)
         assert chosen in list(arch.of(problem).candidates(problem))
         assert m > 512 or chosen == arch.choose(problem)
+        assert [*chosen] == ahead_of_time.launches_of([(m, 3584, 1024, "6:8", dtype, "bfloat16")], capability, 132)
 
 
 def test_what_no_kernel_multiplies() -> None:

@@ -7,6 +7,7 @@ asks the protocol.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
@@ -54,7 +55,7 @@ class Config(Protocol):
         """Beside the defines, what tells this launch from others of its kernel."""
 
     def also_for(self, m: int, chosen: int) -> bool:
-        """Whether the launch, chosen for `chosen` tokens, computes the product of m, which are a few less."""
+        """Whether the launch that was chosen for `chosen` tokens computes the product of m, which is no more."""
 
     def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
         """Blocks."""
@@ -139,6 +140,9 @@ RAN: frozenset[tuple[str, tuple[int, int]]] = frozenset({(sm90.ARCH.source, (9, 
 """Kernels, by source, and the compute capabilities on which we ran their tests. Anywhere else a kernel is tested on the device
 before its first product (cuda/self_test.py)."""
 
+STEPS = (512, 8), (2048, 32), (float("inf"), 128)
+"""(most, step): for up to `most` tokens the model is asked for multiples of `step`."""
+
 LEFT_ASIDE: set[tuple[tuple[int, int], Scheme]] = set()
 """Compute capabilities, and schemes whose kernel made for that architecture failed its test in this process: the portable
 kernel multiplies them."""
@@ -212,3 +216,18 @@ def choose(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Cand
     arch = of(problem)
     require_support(arch, problem.device.capability, problem.scheme)
     return min(arch.candidates(problem, buffers), key=lambda candidate: arch.cost(candidate, problem))
+
+
+def asked_for(m: int) -> int:
+    """The m that the model is asked for in the place of m: it takes a millisecond, and a server sees any number of tokens."""
+    step = next(step for most, step in STEPS if m <= most)
+    return -(-m // step) * step
+
+
+def modelled(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate:
+    """The model's choice: that for `asked_for(m)`, or for m rounded up to eight tokens, of which tiles take multiples."""
+    m, asked = problem.m, asked_for(problem.m)
+    chosen = choose(replace(problem, m=asked), buffers)
+    if all(launch.also_for(m, asked) for launch in chosen):
+        return chosen
+    return choose(replace(problem, m=-(-m // 8) * 8), buffers)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import env
-from ..arch import Config, choose, serving
+from ..arch import Config, modelled, serving
 from ..core.checks import float_dtype, whole_number
 from ..core.dtypes import FLOATS, DType
 from ..core.pattern import Pattern, known_patterns
@@ -135,7 +135,7 @@ def build_products(products: Iterable[Asked], capability: tuple[int, int], sms: 
 def launches_of(products: Iterable[Asked], capability: tuple[int, int], sms: int) -> list[Config]:
     """The launches that compute these products, of every one in turn; arguments and errors are those of `build_products`."""
     device = Device(capability, whole_number("sms", sms, 1))
-    return [config for asked in products for config in choose(GemmProblem.of(asked, device))]
+    return [config for asked in products for config in modelled(GemmProblem.of(asked, device))]
 
 
 def kernels_of(configs: Iterable[Config], capability: tuple[int, int]) -> list[Job]:

@@ -14,19 +14,15 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from .. import arch, env
-from ..arch import Candidate, Config, choose
+from ..arch import Candidate, Config, modelled
 from ..core.problem import GemmProblem
 from ..core.untrusted_json import parse_json
 from ..errors import FormatError
 from .jit import cache
-
-STEPS = (512, 8), (2048, 32), (float("inf"), 128)
-"""(most, step): for up to `most` tokens the model is asked for multiples of `step`."""
 
 version = 0
 """Of what was read: who remembers choices asks again where it is another."""
@@ -41,21 +37,6 @@ MOST_CANDIDATES = 40
 def best(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate:
     """The stored candidate for this m and weights of these buffers (`Arch.candidates`), or else the model's choice."""
     return (env.tuned() and found(problem, buffers)) or modelled(problem, buffers)
-
-
-def asked_for(m: int) -> int:
-    """The m that the model is asked for in the place of m: it takes a millisecond, and a server sees any number of tokens."""
-    step = next(step for most, step in STEPS if m <= most)
-    return -(-m // step) * step
-
-
-def modelled(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate:
-    """The model's choice: that for `asked_for(m)`, or for m rounded up to eight tokens, of which tiles take multiples."""
-    m, asked = problem.m, asked_for(problem.m)
-    chosen = choose(replace(problem, m=asked), buffers)
-    if all(launch.also_for(m, asked) for launch in chosen):
-        return chosen
-    return choose(replace(problem, m=-(-m // 8) * 8), buffers)
 
 
 def ranked(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> list[tuple[float, Candidate]]:

@@ -161,10 +161,10 @@ class DeviceWeight:
     def compile_ahead(self, most: int, out: str) -> None:
         """Compile the kernels of products of up to `most` tokens, on all processors at once, or a server stalls for each.
 
-        Few of them, of numbers of tokens that the model is not asked for (`tuned_store.asked_for`), may still be compiled when
+        Few of them, of numbers of tokens that the model is not asked for (`arch.asked_for`), may still be compiled when
         they are needed.
         """
-        every = dict.fromkeys([*map(tuned_store.asked_for, range(1, most)), most])
+        every = dict.fromkeys([*map(arch.asked_for, range(1, most)), most])
         problems = [self.problem(m, out) for m in every]
         chosen = (config for p in problems for config in self_test.best(p, tuple(self.buffers), self.ordinal))
         compile_all(kernels_of(dict.fromkeys(chosen), self.device.capability), jit.device_compiler())
