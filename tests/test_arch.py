@@ -75,9 +75,6 @@ class Whole:
     def shares(self) -> dict[str, object]:
         return {"many": self.many}
 
-    def also_for(self, m: int, chosen: int) -> bool:
-        return True
-
     def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
         return self.many, 1, 1
 
@@ -113,6 +110,9 @@ class Toy:
 
     def arrange(self, packed: Any, xp: Any, least_memory: bool = False) -> dict[str, Any]:
         return {"everything": packed.values}
+
+    def again(self, candidate: Any, chosen: int, problem: GemmProblem, buffers: Any = None) -> Any:
+        return candidate
 
     def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[Whole]:
         yield Whole(1)

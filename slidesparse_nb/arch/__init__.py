@@ -54,9 +54,6 @@ class Config(Protocol):
     def shares(self) -> Mapping[str, object]:
         """Beside the defines, what tells this launch from others of its kernel."""
 
-    def also_for(self, m: int, chosen: int) -> bool:
-        """Whether the launch that was chosen for `chosen` tokens computes the product of m, which is no more."""
-
     def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
         """Blocks."""
 
@@ -124,6 +121,15 @@ class Arch(Protocol[C]):
 
         Args:
             buffers: names of the weight's; by default those of most weights of its pattern and type.
+        """
+
+    def again(
+        self, candidate: tuple[C, ...], chosen: int, problem: GemmProblem, buffers: Collection[str] | None = None
+    ) -> tuple[C, ...] | None:
+        """The candidate that launches the same kernels for the m of `problem`; None if there is none.
+
+        Args:
+            candidate: for `chosen` tokens, which are no fewer, and else the same problem and buffers.
         """
 
     def cost(self, candidate: tuple[C, ...], problem: GemmProblem) -> float:
@@ -225,9 +231,14 @@ def asked_for(m: int) -> int:
 
 
 def modelled(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate:
-    """The model's choice: that for `asked_for(m)`, or for m rounded up to eight tokens, of which tiles take multiples."""
-    m, asked = problem.m, asked_for(problem.m)
+    """The model's choice: the kernels of that for `asked_for(m)` tokens, or that for m rounded up to eight tokens, of which
+    tiles take multiples."""
+    asked = asked_for(problem.m)
     chosen = choose(replace(problem, m=asked), buffers)
-    if all(launch.also_for(m, asked) for launch in chosen):
-        return chosen
-    return choose(replace(problem, m=-(-m // 8) * 8), buffers)
+    rounded = replace(problem, m=-(-problem.m // 8) * 8)
+    return _again(chosen, asked, rounded, buffers) or choose(rounded, buffers)
+
+
+@lru_cache(maxsize=16384)
+def _again(chosen: Candidate, asked: int, problem: GemmProblem, buffers: tuple[str, ...] | None) -> Candidate | None:
+    return of(problem).again(chosen, asked, problem, buffers)

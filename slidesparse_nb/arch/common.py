@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 from ..core.dtypes import FLOAT8, PACKED
 from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
@@ -18,9 +21,6 @@ fraction and cuts off what is below (docs/hopper.md); Blackwell's is taken for t
 
 class PlainLaunch:
     """A launch that needs nothing of the workspace and starts when the grid before it is complete; see `arch.Config`."""
-
-    def also_for(self, m: int, chosen: int) -> bool:
-        return True
 
     def early(self, problem: GemmProblem) -> bool:
         return False
@@ -55,6 +55,9 @@ class Tiled:
 
     def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
         return Operand(True, pattern, STAGE * stages(pattern, k, scheme.activations.element))
+
+    def again(self, candidate: Any, chosen: int, problem: GemmProblem, buffers: Collection[str] | None = None) -> Any:
+        return candidate
 
     def error(self, scheme: Scheme, ks: int) -> float:
         return -(-ks // 64) * FLOAT8_ERROR if scheme.dtype is FLOAT8 else 0.0

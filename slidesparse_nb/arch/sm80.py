@@ -309,6 +309,11 @@ class Portable:
                 if splits == 1 or tiles * (splits - 1) < 2 * device.sms:
                     yield (replace(config, splits=splits),)
 
+    def again(
+        self, candidate: tuple[Config, ...], chosen: int, problem: GemmProblem, buffers: Collection[str] | None = None
+    ) -> tuple[Config, ...]:
+        return candidate
+
     def cost(self, candidate: tuple[Config, ...], problem: GemmProblem) -> float:
         """Clocks: a model for comparing configurations, fitted on an H200 (docs/kernels.md).
 

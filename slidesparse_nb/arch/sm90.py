@@ -7,7 +7,7 @@ of time.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from ..core.dtypes import DType
@@ -158,15 +158,34 @@ class Hopper(Tiled):
             yield Expansion(scheme.dtype, pattern.windows)
 
     def candidates(
-        self, problem: GemmProblem, buffers: Collection[str] | None = None
+        self, problem: GemmProblem, buffers: Collection[str] | None = None, tiles: Sequence[Tile] = TILES
     ) -> Iterator[tuple[Config | Expansion, ...]]:
-        """Weights with compact metadata alone have candidates that read it, and candidates that expand it first."""
+        """Weights with compact metadata alone have candidates that read it, and candidates that expand it first.
+
+        Args:
+            tiles: of the first launch that multiplies.
+        """
         compact = has_compact_metadata(problem.pattern) and (buffers is None or COMPACT in buffers)
         both = compact and (buffers is None or EXPANDED in buffers)
         forms = (BOTH,) if both else (COMPACT, DERIVED) if compact else (EXPANDED,)
         expansion = Expansion(problem.dtype, problem.pattern.windows)
-        for launches in dict.fromkeys(c for tile in TILES for form in forms for c in candidates_of(tile, problem, form)):
+        for launches in dict.fromkeys(c for tile in tiles for form in forms for c in candidates_of(tile, problem, form)):
             yield (expansion, *launches) if any(launch.derived for launch in launches) else launches
+
+    def again(
+        self,
+        candidate: tuple[Config | Expansion, ...],
+        chosen: int,
+        problem: GemmProblem,
+        buffers: Collection[str] | None = None,
+    ) -> tuple[Config | Expansion, ...] | None:
+        """The candidate itself where its tiles are as many."""
+        tiles = [launch.tile for launch in candidate if isinstance(launch, Config)]
+        if all(-(-problem.m // tile.tokens) == -(-chosen // tile.tokens) for tile in tiles):
+            return candidate
+        kernels = [launch.kernel for launch in candidate]
+        alike = self.candidates(problem, buffers, tiles[:1])
+        return next((other for other in alike if [launch.kernel for launch in other] == kernels), None)
 
     def cost(self, candidate: tuple[Config | Expansion, ...], problem: GemmProblem) -> float:
         """Nanoseconds."""

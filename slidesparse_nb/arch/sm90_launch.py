@@ -200,9 +200,10 @@ class Config(PlainLaunch):
         """All tiles of m tokens and these row tiles."""
         return -(-m // self.tile.tokens) * -(-(self.row_tiles[1] - self.row_tiles[0]) // self.tile.warpgroups)
 
-    def also_for(self, m: int, chosen: int) -> bool:
-        """Whether they make as many tiles."""
-        return -(-m // self.tile.tokens) == -(-chosen // self.tile.tokens)
+    @property
+    def kernel(self) -> Config:
+        """The kernel alone, and its place among the launches."""
+        return self.but(row_tiles=(0, 0), begin=0, end=0, blocks=0, raster_group=0)
 
     def possible(self, along_k: int) -> bool:
         """Whether row tiles and stages suffice: two stages a block of a cluster; a whole ring where consumers load."""
@@ -270,6 +271,10 @@ class Expansion(PlainLaunch):
 
     def __str__(self) -> str:
         return "expansion of compact metadata"
+
+    @property
+    def kernel(self) -> Expansion:
+        return self
 
     @property
     def buffers(self) -> dict[str, str]:
