@@ -27,12 +27,14 @@ def word(value: float) -> int:
 def check_fused(
     kind: str, source: DType, dtype: DType, m: int, k: int, pattern: Pattern,
     move: Callable[[Any], Any] = lambda a: a, back: Callable[[Any], Any] = lambda a: a, every: bool = False,
+    spread: int = 1,
 ) -> None:  # fmt: skip
     """Launch a kernel on rows among which are NaN, infinity, zeros, large and small ones; compare all that it writes.
 
     Args:
         move, back: to and from where it runs.
         every: gates of every 16-bit number, m * k = 65536 of them, times 1.
+        spread: blocks that share a row.
     """
     rng = np.random.default_rng(k)
     gate = GATES.get(kind)
@@ -46,7 +48,7 @@ def check_fused(
         x = np.concatenate(
             [np.arange(1 << 16, dtype=np.uint16).reshape(m, k).view(source.numpy), np.ones((m, k), source.numpy)], 1
         )
-    plan = quantize.plan(source.name, dtype.name, k, x.strides, True, 90, pattern, kind=kind)
+    plan = quantize.plan(source.name, dtype.name, k, x.strides, True, 90, pattern, kind=kind, spread=spread)
     scaled = Scheme.of(dtype).scaled
 
     with np.errstate(all="ignore"):

@@ -224,6 +224,7 @@ class Activations:
         form = rest[len(stored) + 1 :]
         self.scheme = next((s for s in PAIRED if s.activations.block.scale.name in form), None) or Scheme.of(stored)
         self.stored, self.tiled = self.scheme.dtype, "tiles" in form
+        self.spread = int((re.findall(r"_by(\d+)_", name) or [1])[0])
         self.windows = int(form.split("_lift")[1].split("_")[0]) if self.scheme.blocks else 0
 
     def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
@@ -235,7 +236,7 @@ class Activations:
         out, scale, *arguments = arguments
         (epsilon, columns), arguments = (arguments[:2], arguments[2:]) if normed else ((0, 0), arguments)
         m, ld, *rest = arguments
-        assert grid == ((m + 7) // 8 * 8 if self.tiled else m, 1, 1)
+        assert grid == (((m + 7) // 8 * 8 if self.tiled else m) * self.spread, 1, 1)
         held = FLOATS.get(self.source, self.stored.numpy)
         if self.scheme.blocks:
             stride, k, filled, runs = rest

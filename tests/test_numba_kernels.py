@@ -20,6 +20,7 @@ from compilers import locked, most_spilled
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
+from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.cuda import quantize
 from slidesparse_nb.cuda.jit import numba
 from slidesparse_nb.cuda.kernels import pack as weight_kernels
@@ -28,6 +29,7 @@ from slidesparse_nb.cuda.kernels.pack_stages import LARGEST_HELD
 from slidesparse_nb.cuda.kernels.pack_stages import Variant as Packing
 from slidesparse_nb.cuda.kernels.quantize import KINDS
 from slidesparse_nb.cuda.kernels.quantize_stages import Variant
+from slidesparse_nb.errors import UnsupportedError
 
 COMPILERS = "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink"
 pytestmark = pytest.mark.usefixtures("module_cache")
@@ -97,6 +99,30 @@ def test_norms_and_gates(kind: str, source: str, stored: str) -> None:
     assert bool(estimates.search(ptx)) == ("norm" not in kind)
     assert not NOTHING_FUSED.search(estimates.sub("", ptx))
     assert ("sqrt.rn.f32" in ptx) == ("norm" in kind)
+
+
+def test_blocks_of_a_cluster_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every vector and every chunk is one block's, and few rows have several blocks."""
+    monkeypatch.setattr(numba, "SIMULATED", False)
+    for k, pattern in ((4096, "6:8"), (11008, "4:6"), (18944, "14:16"), (8200, "2:4")):
+        of = "bfloat16", "int8", k, (4 * k, 2), True, 90, Pattern.of(pattern)
+        (four, by_four), (two, by_two), (_, whole) = quantize.plans(*of, kind="silu_and_mul")
+        assert (four, two, by_four.blocks(9), by_two.blocks(9), whole.blocks(9)) == (32, 128, 64, 32, 16)
+        for launch in (by_two, by_four):
+            spread, (chunks, _, _, part, part_chunks) = launch.variant.spread, launch.after
+            group, vectors = 2 * Pattern.of(pattern).windows + 2, k // 8
+            assert 0 < part * (spread - 1) < vectors
+            assert 8 * part % group == 0
+            assert part_chunks * 16 == 8 * part // group * 4 * (group // 2 - 1)
+            assert part_chunks * (spread - 1) < chunks == whole.after[0]
+            assert launch.threads * launch.variant.vectors >= max(part, launch.before[2] - part * (spread - 1))
+            ptx = text(launch.kernel, (9, 0))
+            assert f".reqnctapercluster {spread}, 1, 1" in ptx
+            assert ptx.count("st.shared::cluster.u32") == 1
+        assert len(quantize.plans(*of)) == len(quantize.plans(*of, kind="rms_norm")) == 1
+        assert len(quantize.plans(*of[:5], 80, *of[6:], kind="silu_and_mul")) == 1
+    with pytest.raises(UnsupportedError, match=r"^spread: 4 blocks do not share rows of 16 columns; take one$"):
+        quantize.plan("bfloat16", "int8", 16, (64, 2), True, 90, Pattern.of("6:8"), kind="silu_and_mul", spread=4)
 
 
 @pytest.mark.parametrize(

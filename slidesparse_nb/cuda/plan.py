@@ -249,12 +249,14 @@ def _quantizer(
     ordinal: int, form: Operand, k: int, dtype: DType, source: str, strides: tuple[int, int], aligned: bool, kind: str = ""
 ) -> Writer:
     width, newest = None if form.tiled else form.pitch, quantize.architecture(ordinal)
-    found = quantize.plan(source, dtype.name, k, strides, aligned, newest, form.lift, form.block, width=width, kind=kind)
-    run, programmatic = found.kernel.on(ordinal, found.shared), found.kernel.programmatic
-    blocks, integers, block, shared = found.blocks, found.integers, (found.threads, 1, 1), found.shared
+    found = quantize.plans(source, dtype.name, k, strides, aligned, newest, form.lift, form.block, width=width, kind=kind)
+    launches = [(most, launch, launch.kernel.on(ordinal, launch.shared)) for most, launch in found]
+    *few, (_, whole, run_whole) = launches
 
     def write(m: int, stream: int, *arguments: int) -> None:
-        run((blocks(m), 1, 1), block, shared, stream, programmatic, *arguments, *integers(m))
+        launch, run = next(((launch, run) for most, launch, run in few if m <= most), (whole, run_whole))
+        blocks, programmatic = (launch.blocks(m), 1, 1), launch.kernel.programmatic
+        run(blocks, (launch.threads, 1, 1), launch.shared, stream, programmatic, *arguments, *launch.integers(m))
 
     return write
 

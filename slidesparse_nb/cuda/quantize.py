@@ -6,13 +6,16 @@
 
 Values are those of `reference.quantize`, float8 as its bits; columns past k, tokens past m are zero. x may have any strides:
 whole 16-byte vectors of neighbouring elements are read once; other rows, and those of more than 8192 vectors, are read a second
-time from cache. One launch, a thread block a token; the kernels are in kernels/quantize.py.
+time from cache. One launch, a thread block a token, or a cluster of blocks for each of few tokens behind a gate; the kernels are in
+kernels/quantize.py.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..arch.operand import SCALED_BLOCK, STAGE, stages
 from ..core.dtypes import FLOAT8
@@ -37,6 +40,11 @@ GATED = {
 """The same of gates, whose threads have 56 registers, SiLU's 64 with five vectors: two blocks fit on an SM up to 2560 vectors.
 On an H200 SiLU of (16384, 18944) takes 432 us with five, 602 with four; of one token 5.1 and 4.7. With five, GELU's loop is not
 unrolled, and its arrays leave the registers (seen in PTX, not timed)."""
+
+SHARED_K, SHARED_BY, SHARED_THREADS = 4096, {4: 32, 2: 128}, 768
+"""Rows of gates of so many columns, where they are few, are shared by the blocks of a cluster: blocks -> most rows; and most
+threads of such a block. SiLU of (m, 18944) on an H200 by 1, 2 and 4 blocks: m = 1 8.6, 5.2, 3.8 us; 32 10.5, 6.4, 6.1; 128
+11.8, 9.8, 14.0."""
 
 
 @functools.cache
@@ -70,8 +78,8 @@ class Launch:
     shared: int
 
     def blocks(self, m: int) -> int:
-        """One a row; tiles have whole groups of 8."""
-        return -(-m // 8) * 8 if self.variant.tiled else m
+        """One a row, or a cluster; tiles have whole groups of 8."""
+        return (-(-m // 8) * 8 if self.variant.tiled else m) * self.variant.spread
 
     def integers(self, m: int) -> tuple[int, ...]:
         """What the kernel gets besides its pointers, for m rows."""
@@ -91,6 +99,7 @@ def plan(
     *,
     width: int | None = None,
     kind: str = "",
+    spread: int = 1,
 ) -> Launch:
     """The launch for rows of k elements of these strides (bytes), from an address `aligned` to 16 bytes.
 
@@ -98,9 +107,10 @@ def plan(
         block: scales of what is quantized after it is lifted.
         width: bytes of the rows that are written, a multiple of 16, with block scales of SCALED_BLOCK; None for tiles.
         kind: what is done before, of `kernels.quantize.KINDS`; "" for nothing.
+        spread: blocks of a cluster that share a row, which is then written in tiles.
 
     Raises:
-        UnsupportedError: rows that no kernel of that kind takes.
+        UnsupportedError: rows that no kernel of that kind takes, or so many blocks.
     """
     windows = 0 if pattern is None else pattern.windows
     if stored != FLOAT8.name and 80 <= architecture < 90:
@@ -129,20 +139,48 @@ def plan(
         total = -(-(first + 4) // words)
     normed = norm_threads(k) if kind.endswith("rms_norm") else 0  # who adds what decides the sum
     if whole and k > 0 and total <= max(VECTORS.values()) and normed <= 1024:
-        vectors = -(-total // normed) if normed else next(v for v, most in GATED.get(kind, VECTORS.items()) if total <= most)
-        threads = normed or -(-total // (32 * vectors)) * 32
+        part, part_chunks = _part(variant, k, columns, spread) if spread > 1 else (0, 0)
+        own = max(part, total - (spread - 1) * part)  # vectors of a block
+        if spread > 1:
+            vectors = -(-own // SHARED_THREADS)
+        else:
+            vectors = -(-total // normed) if normed else next(v for v, n in GATED.get(kind, VECTORS.items()) if total <= n)
+        threads = normed or -(-own // (32 * vectors)) * 32
         step = threads // variant.period * variant.period if variant.steady else threads
         advance = 2 * step * (windows + 1) // windows if variant.steady else 0
         pitch = width // (16 if windows else 4 * words)
-        variant = replace(variant, vectors=vectors)
-        before, after = (strides[0] // 16, k // columns, total), (chunks, step, advance)
-        shared = 4 * words * total if windows else 0
+        variant = replace(variant, vectors=vectors, spread=spread)
+        before, shares = (strides[0] // 16, k // columns, total), () if normed else (part, part_chunks)
+        shared = 4 * words * own + 16 * (spread > 1) if windows else 0
         if kind and (source not in ROUND_TWO or (variant.stored_bytes == 2 and not windows)):
             raise UnsupportedError(f"kind: {kind} of {source} to rows of {stored} has no kernel; quantize what it makes")
         made = kernel(variant, kind, threads) if normed else kernel(variant, kind)
-        return Launch(variant, made, threads, before, pitch, after, shared)
-    if kind:
+        return Launch(variant, made, threads, before, pitch, (chunks, step, advance, *shares), shared)
+    if kind or spread > 1:
         raise UnsupportedError(f"kind: {kind} of k={k}, strides {strides} has no kernel; quantize what it makes")
     variant = replace(variant, vectors=0)
     threads = min(FROM_MEMORY, max(32, -(-k // 128) * 32))
     return Launch(variant, kernel(variant), threads, elements, chunks, (4 * chunks,), 0)
+
+
+def plans(*problem: Any, **named: Any) -> list[tuple[float, Launch]]:
+    """Launches for few rows and for any number, of what `plan` takes: most rows, launch."""
+    whole = plan(*problem, **named)
+    made: list[tuple[float, Launch]] = [(math.inf, whole)]
+    if named.get("kind") in GATED and whole.variant.tiled and whole.variant.programmatic and problem[2] >= SHARED_K:
+        made[:0] = ((most, plan(*problem, **named, spread=spread)) for spread, most in SHARED_BY.items())
+    return made
+
+
+def _part(variant: Variant, k: int, columns: int, spread: int) -> tuple[int, int]:
+    """Vectors of `columns` columns that each block of a cluster but the last takes, and the chunks that they give.
+
+    Raises:
+        UnsupportedError: the last would have none.
+    """
+    group, size = 2 * variant.windows + 2, 4 * variant.windows * variant.stored_bytes  # columns, and bytes that they give
+    unit = math.lcm(columns, group * math.lcm(size, 16) // size)
+    each = -(-k // (spread * unit)) * unit
+    if each * (spread - 1) >= k or not variant.tiled or not variant.programmatic:
+        raise UnsupportedError(f"spread: {spread} blocks do not share rows of {k} columns; take one")
+    return each // columns, each // group * size // 16

@@ -347,6 +347,17 @@ def test_norms_and_gates(kind, dtype, m, k, pattern) -> None:
     check_fused(kind, BFLOAT16, dtype, m, k, Pattern.of(pattern), cp.asarray, lambda a: a.get())
 
 
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8, BFLOAT16], ids=str)
+@pytest.mark.parametrize("kind", ["silu_and_mul", "gelu_and_mul"])
+@pytest.mark.parametrize("spread", activations.SHARED_BY)
+def test_gates_of_rows_that_blocks_share(spread, kind, dtype) -> None:
+    if activations.architecture(cp.cuda.runtime.getDevice()) < 90:
+        return
+    shapes = (1, 18944, "6:8"), (9, 18944, "6:8"), (37, 8192, "4:6"), (5, 4672, "14:16"), (64, 9000, "2:4"), (3, 11008, "8:10")
+    for m, k, pattern in shapes:
+        check_fused(kind, BFLOAT16, dtype, m, k, Pattern.of(pattern), cp.asarray, lambda a: a.get(), spread=spread)
+
+
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("kind", ["silu_and_mul", "gelu_and_mul"])
 def test_gates_of_every_number(kind, dtype) -> None:

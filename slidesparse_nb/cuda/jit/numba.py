@@ -191,6 +191,7 @@ class Kernel:
         parameters: for each argument "i64", or "u8*", "u16*", "u32*", "u64*", "f32*" for an array.
         max_threads: most threads a block is launched with.
         max_registers: most registers of a thread, so that more blocks fit on an SM; 0: as many as max_threads allow.
+        cluster: blocks of a cluster, neighbours in the grid.
         programmatic: it executes `griddepcontrol.wait` first, and is launched with PDL.
     """
 
@@ -201,10 +202,16 @@ class Kernel:
         *parameters: str,
         max_threads: int = 1024,
         max_registers: int = 0,
+        cluster: int = 1,
         programmatic: bool = False,
     ) -> None:
         self.name, self.function, self.parameters = name, function, parameters
-        self.max_threads, self.max_registers, self.programmatic = max_threads, max_registers, programmatic
+        self.max_threads, self.max_registers, self.cluster, self.programmatic = (
+            max_threads,
+            max_registers,
+            cluster,
+            programmatic,
+        )
         self._loaded: dict[int, Launcher] = {}
         self._shared: dict[int, int] = {}
 
@@ -238,7 +245,7 @@ class Kernel:
 
     def build(self, capability: tuple[int, int]) -> cache.Built:
         """The kernel for an architecture, from the cache folder or compiled into it now; needs no GPU."""
-        compiled_for = repr((self.parameters, self.max_threads, self.max_registers, capability))
+        compiled_for = repr((self.parameters, self.max_threads, self.max_registers, self.cluster, capability))
         key = cache.digest(self.name, compiled_for, *_versions(), *_sources(self.function))[:24]
 
         def make() -> tuple[bytes, str, dict[str, str]]:
@@ -254,8 +261,9 @@ class Kernel:
         text, _ = cuda.compile(
             self.function, signature, device=False, abi="numba", cc=capability, launch_bounds=self.max_threads
         )
-        if self.max_registers:
-            text = re.sub(r"^(\.maxntid .*)$", rf"\1\n.maxnreg {self.max_registers}", text, flags=re.MULTILINE)
+        limits = [f".maxnreg {self.max_registers}"] if self.max_registers else []
+        limits += [f".explicitcluster\n.reqnctapercluster {self.cluster}, 1, 1"] if self.cluster > 1 else []
+        text = re.sub(r"^(\.maxntid .*)$", "\n".join([r"\1", *limits]), text, flags=re.MULTILINE)
         mangled = re.search(r"\.visible \.entry (\w+)\(", text)
         assert mangled, text[:2000]
         return text.replace(mangled[1], self.name)

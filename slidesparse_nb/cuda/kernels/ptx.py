@@ -6,6 +6,7 @@ and flushed only by the two instructions that approximate.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,37 @@ def wait_for_earlier_grids() -> None:
 @instruction("griddepcontrol.launch_dependents;", "~{memory}", "void", effect=True)
 def launch_later_grid() -> None:
     """The grid after this one may start, once all blocks have said so ("griddepcontrol", sm_90)."""
+
+
+# ---- clusters of blocks (sm_90) ----------------------------------------------------------------------------------
+
+
+@instruction("barrier.cluster.arrive.relaxed;", "~{memory}", "void", effect=True)
+def arrive_in_cluster() -> None:
+    """This block runs; `cluster_max` waits until all of its cluster do ("barrier.cluster")."""
+
+
+@functools.cache
+def cluster_max(blocks: int) -> Any:
+    """cluster_max(word): the largest of the words of a cluster of so many blocks, each the same in all threads of its block.
+
+    To be called once by all threads, after `arrive_in_cluster`. Thread t of a block stores its word in the shared memory of
+    block t ("mapa", "st.shared::cluster"). Not simulated.
+    """
+    others = "".join(f"ld.shared.u32 t, [here+{4 * i}]; max.u32 $0, $0, t; " for i in range(1, blocks))
+
+    @instruction(
+        f"{{.shared .align 16 .b32 peaks[{blocks}]; .reg .u32 here, there, t; .reg .pred sends; "
+        f"mov.u32 here, peaks; mov.u32 there, %cluster_ctarank; mov.u32 t, %tid.x; setp.lt.u32 sends, t, {blocks}; "
+        "mad.lo.u32 there, there, 4, here; @sends mapa.shared::cluster.u32 there, there, t; "
+        "barrier.cluster.wait.acquire; @sends st.shared::cluster.u32 [there], $1; "
+        f"barrier.cluster.arrive.release; barrier.cluster.wait.acquire; ld.shared.u32 $0, [here]; {others}}}",
+        "=r,r,~{memory}", "u32", "u32", effect=True,
+    )  # fmt: skip
+    def largest(word: Word) -> Word:
+        raise NotImplementedError
+
+    return largest
 
 
 # ---- bits and integers -------------------------------------------------------------------------------------------

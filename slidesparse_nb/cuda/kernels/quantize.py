@@ -1,4 +1,5 @@
-"""The kernels of cuda/quantize.py: a thread block takes one token, quantizes or rounds it, lifts it, writes rows or tiles.
+"""The kernels of cuda/quantize.py: a thread block, or a cluster of them, takes one token, quantizes or rounds it, lifts it, and
+writes rows or tiles.
 
     x --------------------------------------------------------------------------------------\
     x, residual --> sum --> mean square --> times 1 / root, rounded; times gamma, rounded ---+--> quantized, lifted, stored
@@ -27,7 +28,7 @@ import numpy as np
 from ...core.scheme import Scheme
 from ..jit.numba import SIMULATED, Kernel, cuda, device_function
 from .numbers import HIGH, LOW, ROUND_TWO, gate_two, gelu, row_scale, silu
-from .ptx import Float, Word, add, as_float, divide, larger, multiply, square_root, store4
+from .ptx import Float, Word, add, as_float, cluster_max, divide, larger, multiply, square_root, store4
 from .quantize_blocks import row_in_blocks
 from .quantize_stages import ZERO, Variant, converter, lifter, loader, placer, starter, storer, word_maker
 from .reductions import NOTHING, block_max, block_sum
@@ -47,11 +48,15 @@ FROM_MEMORY = 256
 def _scaler(variant: Variant) -> Any:
     """The inverse of a row's scale, which is written, from the largest magnitude that each thread has seen."""
     low: Any = LOW.get(variant.source)
-    t = np.float32(Scheme.of(variant.stored).weights.limit)
+    t, shares = np.float32(Scheme.of(variant.stored).weights.limit), variant.spread > 1
+    largest_of_blocks: Any = cluster_max(variant.spread) if shares else None
 
     @device_function("f32", "u32", "f32*", "i64", "i64", "u32")
     def scale_row(peak: Word, scale: Any, row: int, m: int, thread: Word) -> Float:
-        row_scaled, inverse = row_scale(low(block_max(peak)), t)
+        peak = block_max(peak)
+        if shares:
+            peak = largest_of_blocks(peak)
+        row_scaled, inverse = row_scale(low(peak), t)
         if thread == ZERO and row < m:
             scale[row] = row_scaled
         return inverse
@@ -67,30 +72,31 @@ def kernel(variant: Variant, kind: str = "", threads: int = 1024) -> Kernel:
         kind: what of KINDS it does to a 16-bit x first.
         threads: most of a block of a norm, which holds more in registers.
     """
-    pdl, name = variant.programmatic, variant.name
+    pdl, name, on_rows = variant.programmatic, variant.name, ("u32*", "u32*", "f32*", *["i64"] * 10)
     if kind in GATES:
         made = row_in_registers(variant, GATES[kind])
-        return Kernel(f"{kind}_{name}", made, "u32*", "u32*", "f32*", *["i64"] * 8, programmatic=pdl)
+        return Kernel(f"{kind}_{name}", made, *on_rows, cluster=variant.spread, programmatic=pdl)
     if kind:
         made, arrays = rms_norm(variant, kind == "add_rms_norm"), (*["u32*"] * 5, "f32*")
         return Kernel(f"{kind}{threads}_{name}", made, *arrays, *["i64"] * 10, max_threads=threads, programmatic=pdl)
     if variant.vectors and variant.block is None:
         registers = 40 if variant.windows and variant.vectors <= 4 else 0  # 12 blocks of 128 threads an SM, not 10
         made = row_in_registers(variant)
-        return Kernel(name, made, "u32*", "u32*", "f32*", *["i64"] * 8, max_registers=registers, programmatic=pdl)
+        return Kernel(name, made, *on_rows, max_registers=registers, cluster=variant.spread, programmatic=pdl)
     x = "u32*" if variant.vectors else f"u{8 * variant.source_bytes}*"
     made, out = (row_from_memory(variant), "u32*") if variant.block is None else (row_in_blocks(variant, variant.block), "u8*")
     return Kernel(name, made, x, out, "f32*", *["i64"] * 6, max_threads=FROM_MEMORY, programmatic=pdl)
 
 
 def row_in_registers(variant: Variant, inner: Any = None) -> Any:
-    """A block holds its row in registers: thread t the 16-byte vectors t, t + threads, t + 2 threads ...
+    """A block, or a cluster of blocks, holds a row in registers: thread t the 16-byte vectors t, t + threads, t + 2 threads ...
+    of its block's part.
 
     Args:
         inner: what the gate is taken of; x is then the gate of the first half of its row, times the second half.
     """
     (load, _), finish, begin = loader(variant), finisher(variant), starter(variant)
-    words, gates = 4 * variant.vectors, inner is not None
+    words, gates, spread = 4 * variant.vectors, inner is not None, variant.spread
     low, high, two = _halves(variant)
     gated: Any = gate_two(variant.source, inner) if gates else None
 
@@ -106,11 +112,21 @@ def row_in_registers(variant: Variant, inner: Any = None) -> Any:
         chunks: int,  # of a lifted row
         step: int,  # chunks that the block makes at a time
         advance: int,  # words of a row from the first of one chunk to the first of the chunk `step` later, if steady
+        part: int,  # vectors of a block of a cluster; the last takes the rest
+        part_chunks: int,  # that it makes
     ) -> None:
         begin()
         held = cuda.local.array(words, np.uint32)
-        row, thread, threads = np.int64(cuda.blockIdx.x), np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockDim.x)
-        last, start = np.uint32(filled - 1), min(row, m - 1) * ld  # tiles have rows past m: zeros
+        row: Any = np.int64(cuda.blockIdx.x)
+        thread, threads = np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockDim.x)
+        here, end, count, before, origin = filled, total, chunks, 0, 0  # of this block; vectors and chunks of those before
+        if spread > 1:
+            rank = row % spread
+            row, before, origin = row // spread, rank * part, rank * part_chunks
+            here, end, count = filled - before, total - before, chunks - origin
+            if rank < spread - 1:
+                here, end, count = part, part, part_chunks
+        last, start = np.uint32(here - 1), min(row, m - 1) * ld + before  # tiles have rows past m: zeros
         load(x, start, last, thread, threads, held)
         if gates:
             up = cuda.local.array(words, np.uint32)
@@ -118,8 +134,8 @@ def row_in_registers(variant: Variant, inner: Any = None) -> Any:
             for w in range(words):
                 act = gated(held[w])
                 held[w] = two(multiply(low(act), low(up[w])), multiply(high(act), high(up[w])))
-        end, count, by = np.uint32(total), np.uint32(chunks), np.uint32(step)
-        finish(held, out, scale, row, m, thread, threads, last, end, pitch, count, by, np.uint64(advance))
+        ends, makes, by = np.uint32(end), np.uint32(count), np.uint32(step)
+        finish(held, out, scale, row, m, thread, threads, last, ends, pitch, makes, by, np.uint64(advance), np.uint32(origin))
 
     return kernel
 
@@ -129,12 +145,12 @@ def finisher(variant: Variant) -> Any:
     (_, largest), convert, scale_row = loader(variant), converter(variant), _scaler(variant)
     store, lift = storer(variant), lifter(variant)
     vectors, words, quantizes, lifted = variant.vectors, variant.words, variant.quantizes, variant.windows > 0
-    integers = ("i64", "i64", "u32", "u32", "u32", "u32", "i64", "u32", "u32", "u64")
+    integers = ("i64", "i64", "u32", "u32", "u32", "u32", "i64", "u32", "u32", "u64", "u32")
 
     @device_function("void", "u32[]", "u32*", "f32*", *integers)
     def finish(
         held: Any, out: Any, scale: Any, row: int, m: int, thread: Word, threads: Word, last: Word, total: Word, pitch: int,
-        chunks: Word, step: Word, advance: int,
+        chunks: Word, step: Word, advance: int, origin: Word,
     ) -> None:  # fmt: skip
         live, inverse = ALL if row < m else ZERO, np.float32(1)
         if quantizes:
@@ -154,7 +170,7 @@ def finisher(variant: Variant) -> Any:
                     store(out, row * pitch + np.int64(at), a, b, c, d)
         if lifted:
             cuda.syncthreads()
-            lift(line, out, row, pitch, thread, chunks, step, advance)
+            lift(line, out, row, pitch, thread, chunks, step, advance, origin)
 
     return finish
 
@@ -219,7 +235,7 @@ def rms_norm(variant: Variant, adds: bool) -> Any:
             normed = two(multiply(s[2 * w], inverse), multiply(s[2 * w + 1], inverse))
             held[w] = two(multiply(low(normed), low(factor[w])), multiply(high(normed), high(factor[w])))
         end, count, by = np.uint32(total), np.uint32(chunks), np.uint32(step)
-        finish(held, out, scale, row, m, thread, threads, last, end, pitch, count, by, np.uint64(advance))
+        finish(held, out, scale, row, m, thread, threads, last, end, pitch, count, by, np.uint64(advance), ZERO)
 
     return kernel
 

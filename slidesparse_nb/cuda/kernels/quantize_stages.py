@@ -23,6 +23,7 @@ from .numbers import HIGH, LOW, ROUND_TWO, to_float8x4_early, to_int8x4
 from .ptx import (
     Float,
     Word,
+    arrive_in_cluster,
     larger,
     larger_halves,
     launch_later_grid,
@@ -59,6 +60,7 @@ class Variant:
         tiled: lifted values are written in swizzled tiles (arch/operand.py); else in rows.
         architecture: the oldest it runs on: 80; 89: converts to float8 by an instruction; 90: packed maxima, and PDL.
         block: scales of what is quantized after it is lifted.
+        spread: blocks of a cluster that share a row, with vectors.
     """
 
     source: str
@@ -68,12 +70,14 @@ class Variant:
     tiled: bool = False
     architecture: int = 80
     block: Block | None = None
+    spread: int = 1
 
     @property
     def name(self) -> str:
         parts = ["activations", f"rows{self.vectors}" if self.vectors else "any", self.source, self.stored]
         parts += [self.block.scale.name] if self.block else []
         parts += [f"{'tiles' if self.tiled else 'lift'}{self.windows}"] * (self.windows > 0)
+        parts += [f"by{self.spread}"] * (self.spread > 1)
         return "_".join([*parts, f"g{self.architecture}"])
 
     @property
@@ -227,7 +231,8 @@ def _gatherer(variant: Variant) -> tuple[Any, Any]:
 
 
 def starter(variant: Variant) -> Any:
-    """begin(): with PDL, let the grid after this one start, once those before are complete."""
+    """begin(): with PDL, let the grid after this one start, once those before are complete; tell the cluster that it runs."""
+    shares = variant.spread > 1
 
     @device_function("void")
     def at_once() -> None:
@@ -235,6 +240,8 @@ def starter(variant: Variant) -> Any:
 
     @device_function("void")
     def after_earlier_grids() -> None:
+        if shares:
+            arrive_in_cluster()
         wait_for_earlier_grids()
         launch_later_grid()
 
@@ -305,11 +312,13 @@ def storer(variant: Variant) -> Any:
 
 
 def lifter(variant: Variant) -> Any:
-    """From a row in shared memory to its 16-byte chunks in `out`: `reference.lift`."""
+    """From a row in shared memory to its 16-byte chunks in `out`, the first of which is `origin`: `reference.lift`."""
     (first_words, joined), place, steady = _gatherer(variant), placer(variant), variant.steady
 
-    @device_function("void", "u32[]", "u32*", "i64", "i64", "u32", "u32", "u32", "u64")
-    def lift(line: Any, out: Any, row: int, pitch: int, thread: Word, chunks: Word, step: Word, advance: int) -> None:
+    @device_function("void", "u32[]", "u32*", "i64", "i64", "u32", "u32", "u32", "u64", "u32")
+    def lift(
+        line: Any, out: Any, row: int, pitch: int, thread: Word, chunks: Word, step: Word, advance: int, origin: Word
+    ) -> None:
         chunk = thread
         if chunk < step:
             first, skip, s0, s1, s2, s3 = first_words(chunk)
@@ -317,7 +326,7 @@ def lifter(variant: Variant) -> Any:
                 third = first + skip
                 a, b, c, d = line[first], line[first + NEXT], line[third], line[third + NEXT]
                 a, b, c, d = joined(a, b, c, d, s0, s1, s2, s3)
-                store4(out, place(chunk, row, pitch), a, b, c, d)
+                store4(out, place(np.uint32(origin + chunk), row, pitch), a, b, c, d)
                 chunk = np.uint32(chunk + step)
                 if steady:
                     first = first + advance
