@@ -6,8 +6,8 @@
 
 Values are those of `reference.quantize`, float8 as its bits; columns past k, tokens past m are zero. x may have any strides:
 whole 16-byte vectors of neighbouring elements are read once; other rows, and those of more than 8192 vectors, are read a second
-time from cache. One launch, a thread block a token, or a cluster of blocks for each of few tokens behind a gate; the kernels are in
-kernels/quantize.py.
+time from cache. One launch, a thread block a token, or a cluster of blocks for each of few tokens behind a gate; the kernels
+are in kernels/quantize.py.
 """
 
 from __future__ import annotations
