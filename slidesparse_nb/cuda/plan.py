@@ -37,11 +37,10 @@ COUNTER_SETS = 64
 """Streams of a device for which counters are made at a time."""
 
 GIVEN = ("x", "x_pitch", "scale_x", "bias", "bias_type", "y", "y_pitch", "parts", "arrived", "derived")
-"""What a call gives to whatever kernel, by parameter or buffer, in the order of `Given`."""
+"""What a call gives to whatever kernel, by parameter or buffer, after the addresses of the weight's buffers."""
 
-Given = tuple[int, int, int, int, int, int, int, int, int, int]
-Launch = Callable[[int, Given], None]
-"""Launches a kernel of a plan, bound to the buffers of a weight: (stream, what a call gives)."""
+Launch = Callable[[int, tuple[int, ...]], None]
+"""Launches a kernel of a plan for weights with buffers of the same names: (stream, their addresses, then what GIVEN names)."""
 
 Writer = Callable[..., None]
 """Launches the kernel that writes an operand: (m, stream, x, operand, scale), addresses but m. For `quantize.KINDS` x is
@@ -85,14 +84,14 @@ class PlannedLaunch:
     fixed: Mapping[str, int]
     buffers: Mapping[str, str]
 
-    def bind(self, addresses: Mapping[str, int]) -> Launch:
-        """With the buffers of a weight, by name."""
-        ordered = _places(self.parameters, tuple(self.buffers.items()), (*self.fixed, *addresses, *GIVEN))
-        values = (*self.fixed.values(), *addresses.values())
+    def bind(self, names: tuple[str, ...]) -> Launch:
+        """For weights with buffers of these names."""
+        ordered = _places(self.parameters, tuple(self.buffers.items()), (*self.fixed, *names, *GIVEN))
+        fixed = tuple(self.fixed.values())
         run, grid, block, shared, programmatic = self.run, self.grid, self.block, self.shared, self.programmatic
 
-        def launch(stream: int, given: Given) -> None:
-            run(grid, block, shared, stream, programmatic, *ordered(values + given))
+        def launch(stream: int, given: tuple[int, ...]) -> None:
+            run(grid, block, shared, stream, programmatic, *ordered(fixed + given))
 
         return launch
 

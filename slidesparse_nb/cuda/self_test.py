@@ -175,7 +175,7 @@ def multiplied(problem: GemmProblem, candidate: Candidate, ordinal: int) -> Arra
         base + plan.derived_at,
     )  # fmt: skip
     for launch in plan.launches:
-        launch.bind(addresses)(stream, arguments)
+        launch.bind((*addresses,))(stream, (*addresses.values(), *arguments))
     return y.get().view(given.y.dtype).reshape(given.y.shape)
 
 

@@ -44,14 +44,14 @@ MOST_BOUND = 1024
 @functools.cache
 def shared_plans(
     pattern: Pattern, scheme: Scheme, shape: tuple[int, int], device: Device, buffers: tuple[str, ...], ordinal: int
-) -> dict[tuple[int, str, bool, int], Plan]:
-    """What `DeviceWeight.plan` remembers for all weights of which these are the same."""
+) -> dict[tuple[int, str, bool, int], Bound]:
+    """What `DeviceWeight.bind` remembers for all weights of which these are the same."""
     return {}
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A plan with the addresses of one weight's buffers."""
+    """A plan, and its launches for weights with buffers of the same names."""
 
     plan: Plan
     launches: tuple[Launch, ...]
@@ -126,29 +126,33 @@ class DeviceWeight:
         """Addresses of the buffers, by name; 0 of the scale of 16-bit weights."""
         return {"scale": 0, **{name: int(buffer.data.ptr) for name, buffer in self.buffers.items()}}
 
+    @functools.cached_property
+    def _at(self) -> tuple[int, ...]:
+        return (*self.addresses.values(),)
+
     def problem(self, m: int, out: str) -> GemmProblem:
         """The product with m tokens, into the type named `out`."""
         return GemmProblem(m, self.n, self.k, self.pattern, self.scheme, out, self.device)
 
     @functools.cached_property
-    def _shared(self) -> dict[tuple[int, str, bool, int], Plan]:
+    def _shared(self) -> dict[tuple[int, str, bool, int], Bound]:
         return shared_plans(self.pattern, self.scheme, self.shape, self.device, tuple(self.buffers), self.ordinal)
 
-    def plan(self, m: int, out: str) -> Plan:
-        """The plan for m tokens into the type named `out`, tuned or the cheapest (self_test.py)."""
+    def bind(self, m: int, out: str, configs: tuple[Config, ...] | None = None) -> Bound:
+        """The launches for m tokens into the type named `out`: tuned or the cheapest (self_test.py), or of these configs."""
+        if configs:
+            return self._bind(m, out, configs)
         key = m, out, env.tuned(), tuned_store.version
         if (known := self._shared.get(key)) is None:
             if len(self._shared) >= MOST_BOUND:
                 self._shared.clear()
-            problem = self.problem(m, out)
-            chosen = self_test.best(problem, tuple(self.buffers), self.ordinal)
-            known = self._shared[key] = plan_of(problem, chosen, self.ordinal)
+            chosen = self_test.best(self.problem(m, out), tuple(self.buffers), self.ordinal)
+            known = self._shared[key] = self._bind(m, out, chosen)
         return known
 
-    def bind(self, m: int, out: str, configs: tuple[Config, ...] | None = None) -> Bound:
-        """`plan`, or that of these configs, with the addresses of this weight."""
-        plan = plan_of(self.problem(m, out), configs, self.ordinal) if configs else self.plan(m, out)
-        return Bound(plan, tuple(launch.bind(self.addresses) for launch in plan.launches))
+    def _bind(self, m: int, out: str, configs: tuple[Config, ...]) -> Bound:
+        plan = plan_of(self.problem(m, out), configs, self.ordinal)
+        return Bound(plan, tuple(launch.bind((*self.addresses,)) for launch in plan.launches))
 
     def bound(self, m: int, out: str) -> Bound:
         """`bind`, remembered."""
@@ -279,7 +283,7 @@ class DeviceWeight:
         """The product alone, of an operand that a writer made: like `linear`, whose workspace it shares the end of."""
         plan, counted = bound.plan, self.counters(stream) if bound.plan.part_bytes else 0
         parts, derived = workspace + plan.parts_at, workspace + plan.derived_at
-        given = operand, operand_pitch, scale, bias, bias_type, y, pitch, parts, counted, derived
+        given = (*self._at, operand, operand_pitch, scale, bias, bias_type, y, pitch, parts, counted, derived)
         for launch in bound.launches:
             launch(stream, given)
 
