@@ -107,7 +107,7 @@ def test_blocks_of_a_cluster_share_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
     for k, pattern in ((4096, "6:8"), (11008, "4:6"), (18944, "14:16"), (8200, "2:4")):
         of = "bfloat16", "int8", k, (4 * k, 2), True, 90, Pattern.of(pattern)
         (four, by_four), (two, by_two), (_, whole) = quantize.plans(*of, kind="silu_and_mul")
-        assert (four, two, by_four.blocks(9), by_two.blocks(9), whole.blocks(9)) == (32, 128, 64, 32, 16)
+        assert (four, two, by_four.blocks(9), by_two.blocks(9), whole.blocks(9)) == (24, 64, 64, 32, 16)
         for launch in (by_two, by_four):
             spread, (chunks, _, _, part, part_chunks) = launch.variant.spread, launch.after
             group, vectors = 2 * Pattern.of(pattern).windows + 2, k // 8

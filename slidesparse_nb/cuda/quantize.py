@@ -41,10 +41,10 @@ GATED = {
 On an H200 SiLU of (16384, 18944) takes 432 us with five, 602 with four; of one token 5.1 and 4.7. With five, GELU's loop is not
 unrolled, and its arrays leave the registers (seen in PTX, not timed)."""
 
-SHARED_K, SHARED_BY, SHARED_THREADS = 4096, {4: 32, 2: 128}, 768
+SHARED_K, SHARED_BY, SHARED_THREADS = 4096, {4: 24, 2: 64}, 768
 """Rows of gates of so many columns, where they are few, are shared by the blocks of a cluster: blocks -> most rows; and most
-threads of such a block. SiLU of (m, 18944) on an H200 by 1, 2 and 4 blocks: m = 1 8.6, 5.2, 3.8 us; 32 10.5, 6.4, 6.1; 128
-11.8, 9.8, 14.0."""
+threads of such a block. SiLU of (m, 18944) on an H200 by 1, 2 and 4 blocks: m = 1 4.8, 3.4, 2.8 us; 32 5.3, 3.8, 4.1; 64 5.5,
+4.1, 6.0; 96 5.7, 5.9, 7.2."""
 
 
 @functools.cache
