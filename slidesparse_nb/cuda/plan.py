@@ -249,17 +249,23 @@ def _quantizer(
 ) -> Writer:
     width, newest = None if form.tiled else form.pitch, quantize.architecture(ordinal)
     found = quantize.plans(source, dtype.name, k, strides, aligned, newest, form.lift, form.block, width=width, kind=kind)
-    launches = [(most, launch, launch.kernel.on(ordinal, launch.shared)) for most, launch in found]
-    *few, (_, whole, run_whole) = launches
+    *few, (_, whole, run_whole) = [(most, launch, launch.kernel.on(ordinal, launch.shared)) for most, launch in found]
+
+    @functools.lru_cache(maxsize=1024)
+    def launch_for(m: int) -> tuple[Launcher, tuple[Any, ...], tuple[int, ...]]:
+        launch, run = next(((launch, run) for most, launch, run in few if m <= most), (whole, run_whole))
+        return run, ((launch.blocks(m), 1, 1), (launch.threads, 1, 1), launch.shared), launch.integers(m)
+
+    programmatic = whole.kernel.programmatic
 
     def write(m: int, stream: int, *arguments: int) -> None:
-        launch, run = next(((launch, run) for most, launch, run in few if m <= most), (whole, run_whole))
-        blocks, programmatic = (launch.blocks(m), 1, 1), launch.kernel.programmatic
-        run(blocks, (launch.threads, 1, 1), launch.shared, stream, programmatic, *arguments, *launch.integers(m))
+        run, shape, integers = launch_for(m)
+        run(*shape, stream, programmatic, *arguments, *integers)
 
     return write
 
 
+@functools.lru_cache(maxsize=1024)
 def norm_numbers(epsilon: float, k: int) -> tuple[int, int]:
     """What a norm's writer takes: the bits of both as float32."""
     first, second = struct.unpack("II", struct.pack("ff", epsilon, k))
