@@ -282,7 +282,8 @@ class Activations:
             rows = at(out, (m, row_bytes), np.uint8)
             rows[...] = 0
             rows[:, :k] = values.view(np.uint8)
-        self.gpu.launched.append(f"{self.kind or ('tiles' if self.tiled else 'rows')} {self.source} {self.stored}")
+        by = f" by {self.spread}" if self.spread > 1 else ""
+        self.gpu.launched.append(f"{self.kind or ('tiles' if self.tiled else 'rows')} {self.source} {self.stored}{by}")
 
 
 def named(parameters: Any, arguments: tuple[int, ...]) -> Any:

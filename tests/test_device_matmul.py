@@ -121,6 +121,16 @@ def test_quantized_after_a_norm_or_a_gate(gpu: Any, dtype: DType, source: Any, k
             close(ops().matmul(made, packed), ops().matmul(here, packed))
 
 
+def test_few_rows_of_a_gate_have_several_blocks_each(gpu: Any) -> None:
+    packed, rng = weight(8, 4096, INT8), np.random.default_rng(3)
+    for m, by in ((1, " by 4"), (24, " by 4"), (25, " by 2"), (64, " by 2"), (65, "")):
+        x = rng.standard_normal((m, 8192)).astype(BF16)
+        gpu.launched.clear()
+        made = ops().silu_and_mul(array(x), packed)
+        assert gpu.launched == [f"silu_and_mul bfloat16 int8{by if gpu.own else ''}"]
+        np.testing.assert_array_equal(np.asarray(made.values), ops().silu_and_mul(x, packed).values)
+
+
 def test_operands_of_norms_and_gates_that_do_not_fit() -> None:
     x, ones = np.zeros((3, 16), np.float32), np.ones(16, np.float32)
     for call, message in (

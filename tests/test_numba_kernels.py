@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -119,8 +120,14 @@ def test_blocks_of_a_cluster_share_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
             ptx = text(launch.kernel, (9, 0))
             assert f".reqnctapercluster {spread}, 1, 1" in ptx
             assert ptx.count("st.shared::cluster.u32") == 1
+        assert quantize.plans(*of, kind="silu_and_mul", shared=False) == [(math.inf, whole)]
         assert len(quantize.plans(*of)) == len(quantize.plans(*of, kind="rms_norm")) == 1
         assert len(quantize.plans(*of[:5], 80, *of[6:], kind="silu_and_mul")) == 1
+    wide = "bfloat16", "int8", 4160, (4 * 4160, 2), True, 90, Pattern(126, 128)
+    assert len(quantize.plans(*wide, kind="silu_and_mul")) < 3, "those that cannot share leave it"
+    longest = "bfloat16", "int8", 53248, (4 * 53248, 2), True, 90, Pattern.of("6:8")
+    for _, launch in quantize.plans(*longest, kind="silu_and_mul")[:-1]:
+        text(launch.kernel, (9, 0))
     with pytest.raises(UnsupportedError, match=r"^spread: 4 blocks do not share rows of 16 columns; take one$"):
         quantize.plan("bfloat16", "int8", 16, (64, 2), True, 90, Pattern.of("6:8"), kind="silu_and_mul", spread=4)
 
@@ -224,7 +231,8 @@ def test_a_dependent_kernel_waits_before_it_touches_memory(vectors: int) -> None
 def test_names_tell_kernels_apart() -> None:
     """The name is in the cache's key for what a kernel is specialized by, so no two may share one."""
     variants = [
-        Variant(source, stored, vectors, windows, tiled, architecture)
+        Variant(source, stored, vectors, windows, tiled, architecture, spread=spread)
+        for spread in (1, *quantize.SHARED_BY)
         for stored in ("int8", "float8_e4m3fn", "bfloat16")
         for source in {*FLOATS.values(), stored}
         for vectors in (0, *quantize.VECTORS)

@@ -12,6 +12,7 @@ are in kernels/quantize.py.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ GATED = {
 On an H200 SiLU of (16384, 18944) takes 432 us with five, 602 with four; of one token 5.1 and 4.7. With five, GELU's loop is not
 unrolled, and its arrays leave the registers (seen in PTX, not timed)."""
 
-SHARED_K, SHARED_BY, SHARED_THREADS = 4096, {4: 24, 2: 64}, 768
+SHARED_K, SHARED_BY, SHARED_THREADS = 4096, {4: 24, 2: 64}, 1024
 """Rows of gates of so many columns, where they are few, are shared by the blocks of a cluster: blocks -> most rows; and most
 threads of such a block. SiLU of (m, 18944) on an H200 by 1, 2 and 4 blocks: m = 1 4.8, 3.4, 2.8 us; 32 5.3, 3.8, 4.1; 64 5.5,
 4.1, 6.0; 96 5.7, 5.9, 7.2."""
@@ -163,12 +164,13 @@ def plan(
     return Launch(variant, kernel(variant), threads, elements, chunks, (4 * chunks,), 0)
 
 
-def plans(*problem: Any, **named: Any) -> list[tuple[float, Launch]]:
-    """Launches for few rows and for any number, of what `plan` takes: most rows, launch."""
-    whole = plan(*problem, **named)
-    made: list[tuple[float, Launch]] = [(math.inf, whole)]
-    if named.get("kind") in GATED and whole.variant.tiled and whole.variant.programmatic and problem[2] >= SHARED_K:
-        made[:0] = ((most, plan(*problem, **named, spread=spread)) for spread, most in SHARED_BY.items())
+def plans(*problem: Any, shared: bool = True, **named: Any) -> list[tuple[float, Launch]]:
+    """Launches for few rows and for any number, of what `plan` takes: most rows, launch; `shared`: with clusters."""
+    made: list[tuple[float, Launch]] = [(math.inf, plan(*problem, **named))]
+    if shared and named.get("kind") in GATED and problem[2] >= SHARED_K:
+        for spread, most in reversed(SHARED_BY.items()):
+            with contextlib.suppress(UnsupportedError):
+                made.insert(0, (most, plan(*problem, **named, spread=spread)))
     return made
 
 
@@ -179,7 +181,7 @@ def _part(variant: Variant, k: int, columns: int, spread: int) -> tuple[int, int
         UnsupportedError: the last would have none.
     """
     group, size = 2 * variant.windows + 2, 4 * variant.windows * variant.stored_bytes  # columns, and bytes that they give
-    unit = math.lcm(columns, group * math.lcm(size, 16) // size)
+    unit = math.lcm(columns, group * math.lcm(size, 16) // size) if size else k
     each = -(-k // (spread * unit)) * unit
     if each * (spread - 1) >= k or not variant.tiled or not variant.programmatic:
         raise UnsupportedError(f"spread: {spread} blocks do not share rows of {k} columns; take one")

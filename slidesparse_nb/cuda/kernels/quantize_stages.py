@@ -232,7 +232,7 @@ def _gatherer(variant: Variant) -> tuple[Any, Any]:
 
 def starter(variant: Variant) -> Any:
     """begin(): with PDL, let the grid after this one start, once those before are complete; tell the cluster that it runs."""
-    shares = variant.spread > 1
+    shares = variant.spread > 1 and variant.quantizes
 
     @device_function("void")
     def at_once() -> None:
