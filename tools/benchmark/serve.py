@@ -25,8 +25,8 @@ DEVICE = "cuda"
 PREFILLS, DECODES = 5, 3
 """How often each is timed."""
 
-PROFILED = 8
-"""Steps of decoding that are profiled."""
+STARTED, PROFILED = 16, 16
+"""Tokens after which every request of a batch decodes, wherever its prefill was; and steps of decoding that are profiled."""
 
 LONGEST, TOKENS = 4096, 16384
 """Tokens of a request, and of one step of vLLM, at most."""
@@ -137,7 +137,7 @@ def size(model: Any) -> int:
 
 
 def timed(run: Callable[[int], None], load: Load) -> list[float]:
-    """Milliseconds by the host's clock of a prefill, or of a step: the longer run without the prefill."""
+    """Milliseconds by the host's clock of a prefill, or of a step: the longer run without the shorter."""
 
     def once(outputs: int) -> float:
         began = time.perf_counter()
@@ -147,7 +147,7 @@ def timed(run: Callable[[int], None], load: Load) -> list[float]:
     run(2)  # compiles, allocates
     if load.phase == "prefill":
         return [once(1) for _ in range(PREFILLS)]
-    found = [(once(STEPS + 1) - once(1)) / STEPS for _ in range(DECODES)]
+    found = [(once(STARTED + STEPS) - once(STARTED)) / STEPS for _ in range(DECODES)]
     if min(found) <= 0:
         raise RuntimeError(f"{STEPS} more steps took no longer than none: the host is too busy to be timed")
     return found
@@ -167,7 +167,7 @@ def busy(run: Callable[[int], None], load: Load) -> list[float]:
         ]
         return covered([(event.time_range.start, event.time_range.end) for event in own]) * 1e-3
 
-    ms = once(1) if load.phase == "prefill" else (once(PROFILED + 1) - once(1)) / PROFILED
+    ms = once(1) if load.phase == "prefill" else (once(STARTED + PROFILED) - once(STARTED)) / PROFILED
     return [ms] if ms > 0 else []
 
 
