@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 from arranged import restore_sm90
 
-from slidesparse_nb.arch import choose, common, for_capability, multiplied, sm80, sm90, sm90_cost, sm90_launch, sm90_layout
+from slidesparse_nb.arch import (
+    asked_for,
+    choose,
+    common,
+    for_capability,
+    modelled,
+    multiplied,
+    sm80,
+    sm90,
+    sm90_cost,
+    sm90_launch,
+    sm90_layout,
+)
 from slidesparse_nb.arch.operand import from_tiles, stages, to_tiles
 from slidesparse_nb.arch.sm90_layout import arrange, expand
 from slidesparse_nb.core import reference
@@ -308,3 +320,20 @@ def test_small_tiles_are_for_few_tokens_and_rasterization_groups_narrow_for_not_
 def test_many_tokens_take_the_tile_that_copies_least() -> None:
     chosen = choose(GemmProblem(16384, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE))
     assert [config.tile.n for config in products(chosen)] == [192]
+
+
+def test_other_numbers_of_tokens_take_the_same_kernels() -> None:
+    """Where they make other tiles, too; only where no candidate has these kernels the model is asked again."""
+    buffers, anew, searched, loss = ("values", "compact", "scale"), 0, 0, []
+    for n, k in ((5120, 3072), (3072, 3072), (3584, 18944)):
+        for m in range(520, 5000, 88):
+            problem = GemmProblem(m, n, k, Pattern(6, 8), INT8, "bfloat16", Device((9, 0), 132))
+            chosen = choose(replace(problem, m=asked_for(m)), buffers)
+            candidate = modelled(problem, buffers)
+            assert candidate in list(sm90.ARCH.candidates(problem, buffers))
+            same = [launch.kernel for launch in candidate] == [launch.kernel for launch in chosen]
+            anew, searched = anew + (not same), searched + (same and candidate != chosen)
+            assert same or candidate == choose(problem, buffers)
+            loss.append(sm90.ARCH.cost(candidate, problem) / sm90.ARCH.cost(choose(problem, buffers), problem))
+    assert searched > anew
+    assert sum(loss) / len(loss) < 1.02
