@@ -43,8 +43,8 @@ On an H200 SiLU of (16384, 18944) takes 432 us with five, 602 with four; of one 
 unrolled, and its arrays leave the registers (seen in PTX, not timed)."""
 
 SHARED_K, SHARED_BY, SHARED_THREADS = 4096, {4: 24, 2: 64}, 1024
-"""Rows of gates of so many columns, where they are few, are shared by the blocks of a cluster: blocks -> most rows; and most
-threads of such a block. SiLU of (m, 18944) on an H200 by 1, 2 and 4 blocks: m = 1 4.8, 3.4, 2.8 us; 32 5.3, 3.8, 4.1; 64 5.5,
+"""Fewest columns of a row of a gate that the blocks of a cluster share, where rows are few; number of blocks -> most rows; and
+most threads of a block. SiLU of (m, 18944) on an H200 by 1, 2 and 4 blocks: m = 1 4.8, 3.4, 2.8 us; 32 5.3, 3.8, 4.1; 64 5.5,
 4.1, 6.0; 96 5.7, 5.9, 7.2."""
 
 
@@ -111,7 +111,7 @@ def plan(
         spread: blocks of a cluster that share a row, which is then written in tiles.
 
     Raises:
-        UnsupportedError: rows that no kernel of that kind takes, or so many blocks.
+        UnsupportedError: rows that no kernel of that kind takes, or that `spread` blocks do not share.
     """
     windows = 0 if pattern is None else pattern.windows
     if stored != FLOAT8.name and 80 <= architecture < 90:

@@ -107,7 +107,7 @@ def arrive_in_cluster() -> None:
 
 @functools.cache
 def cluster_max(blocks: int) -> Any:
-    """cluster_max(word): the largest of the words of a cluster of so many blocks, each the same in all threads of its block.
+    """cluster_max(word): the largest word of a cluster of `blocks` blocks; `word` is the same in all threads of a block.
 
     To be called once by all threads, after `arrive_in_cluster`. Thread t of a block stores its word in the shared memory of
     block t ("mapa", "st.shared::cluster"). Not simulated.
