@@ -231,8 +231,10 @@ def asked_for(m: int) -> int:
 
 
 def modelled(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate:
-    """The model's choice: the kernels of that for `asked_for(m)` tokens, or that for m rounded up to eight tokens, of which
-    tiles take multiples."""
+    """The candidate with the kernels that the model chooses for `asked_for(m)` tokens.
+
+    Where there is none, the model's choice for m rounded up to a multiple of eight tokens, which all tiles are.
+    """
     asked = asked_for(problem.m)
     chosen = choose(replace(problem, m=asked), buffers)
     rounded = replace(problem, m=-(-problem.m // 8) * 8)

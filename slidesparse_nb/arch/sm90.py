@@ -179,7 +179,7 @@ class Hopper(Tiled):
         problem: GemmProblem,
         buffers: Collection[str] | None = None,
     ) -> tuple[Config | Expansion, ...] | None:
-        """The candidate itself where its tiles are as many."""
+        """`candidate` itself, where m tokens make as many tiles as `chosen`."""
         tiles = [launch.tile for launch in candidate if isinstance(launch, Config)]
         if all(-(-problem.m // tile.tokens) == -(-chosen // tile.tokens) for tile in tiles):
             return candidate

@@ -248,7 +248,7 @@ def _quantizer(
     ordinal: int, form: Operand, k: int, dtype: DType, source: str, strides: tuple[int, int], aligned: bool, kind: str = ""
 ) -> Writer:
     width, newest = None if form.tiled else form.pitch, quantize.architecture(ordinal)
-    tried = device_facts(ordinal)[0] in {capability for _, capability in arch.RAN}  # elsewhere clusters were never run
+    tried = device_facts(ordinal)[0] in {capability for _, capability in arch.RAN}  # clusters were not tried elsewhere
     asked = source, dtype.name, k, strides, aligned, newest, form.lift, form.block
     found = quantize.plans(*asked, width=width, kind=kind, shared=tried)
     *few, (_, whole, run_whole) = [(most, launch, launch.kernel.on(ordinal, launch.shared)) for most, launch in found]

@@ -42,10 +42,15 @@ GATED = {
 On an H200 SiLU of (16384, 18944) takes 432 us with five, 602 with four; of one token 5.1 and 4.7. With five, GELU's loop is not
 unrolled, and its arrays leave the registers (seen in PTX, not timed)."""
 
-SHARED_K, SHARED_BY, SHARED_THREADS = 4096, {4: 24, 2: 64}, 1024
-"""Fewest columns of a row of a gate that the blocks of a cluster share, where rows are few; number of blocks -> most rows; and
-most threads of a block. SiLU of (m, 18944) on an H200 by 1, 2 and 4 blocks: m = 1 4.8, 3.4, 2.8 us; 32 5.3, 3.8, 4.1; 64 5.5,
-4.1, 6.0; 96 5.7, 5.9, 7.2."""
+SHARED_BY = {4: 24, 2: 64}
+"""Thread blocks of a cluster that share each row behind a gate -> largest number of rows for which they do. Fitted to SiLU of
+8192 and 18944 columns on an H200 (docs/notes/operand-attempts.md)."""
+
+SHARED_K = 4096
+"""Fewest columns of a row that is shared."""
+
+SHARED_THREADS = 1024
+"""Largest number of threads of a block that shares a row."""
 
 
 @functools.cache
@@ -108,7 +113,7 @@ def plan(
         block: scales of what is quantized after it is lifted.
         width: bytes of the rows that are written, a multiple of 16, with block scales of SCALED_BLOCK; None for tiles.
         kind: what is done before, of `kernels.quantize.KINDS`; "" for nothing.
-        spread: blocks of a cluster that share a row, which is then written in tiles.
+        spread: blocks of a cluster that share a row, which is then written in tiles; 1 for a norm.
 
     Raises:
         UnsupportedError: rows that no kernel of that kind takes, or that `spread` blocks do not share.
@@ -165,7 +170,11 @@ def plan(
 
 
 def plans(*problem: Any, shared: bool = True, **named: Any) -> list[tuple[float, Launch]]:
-    """Launches for few rows and for any number, of what `plan` takes: most rows, launch; `shared`: with clusters."""
+    """What `plan` makes of the same arguments, as (largest number of rows, launch): for few rows first, for any number last.
+
+    Args:
+        shared: whether the blocks of a cluster may share a row.
+    """
     made: list[tuple[float, Launch]] = [(math.inf, plan(*problem, **named))]
     if shared and named.get("kind") in GATED and problem[2] >= SHARED_K:
         for spread, most in reversed(SHARED_BY.items()):

@@ -25,8 +25,11 @@ DEVICE = "cuda"
 PREFILLS, DECODES = 5, 3
 """How often each is timed."""
 
-STARTED, PROFILED = 16, 16
-"""Tokens after which every request of a batch decodes, wherever its prefill was; and steps of decoding that are profiled."""
+STARTED = 16
+"""Outputs of the shorter of two runs: by then the prefills of all requests are done, and the difference is decoding alone."""
+
+PROFILED = 16
+"""Steps of decoding that are profiled."""
 
 LONGEST, TOKENS = 4096, 16384
 """Tokens of a request, and of one step of vLLM, at most."""

@@ -206,12 +206,8 @@ class Kernel:
         programmatic: bool = False,
     ) -> None:
         self.name, self.function, self.parameters = name, function, parameters
-        self.max_threads, self.max_registers, self.cluster, self.programmatic = (
-            max_threads,
-            max_registers,
-            cluster,
-            programmatic,
-        )
+        self.max_threads, self.max_registers = max_threads, max_registers
+        self.cluster, self.programmatic = cluster, programmatic
         self._loaded: dict[int, Launcher] = {}
         self._shared: dict[int, int] = {}
 
@@ -237,7 +233,7 @@ class Kernel:
         capability = int(arrays.cuda.Device(device).compute_capability)
         raw = cache.load(self.build(divmod(capability, 10)), self.name)
         allowed = max(40 << 10, shared, self._shared.get(device, 0))
-        if allowed > 40 << 10:  # beyond 48 KiB with what the kernel declares itself
+        if allowed > 40 << 10:  # 48 KiB without asking, less at most 8 of static shared memory
             raw.max_dynamic_shared_size_bytes = allowed
         loaded = Launcher(raw.kernel, ["address" if p.endswith("*") else "integer" for p in self.parameters])
         self._loaded[device], self._shared[device] = loaded, allowed

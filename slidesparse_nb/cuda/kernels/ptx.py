@@ -102,14 +102,14 @@ def launch_later_grid() -> None:
 
 @instruction("barrier.cluster.arrive.relaxed;", "~{memory}", "void", effect=True)
 def arrive_in_cluster() -> None:
-    """This block runs; `cluster_max` waits until all of its cluster do ("barrier.cluster")."""
+    """Tell the cluster that this block has started, for which `cluster_max` waits ("barrier.cluster")."""
 
 
 @functools.cache
 def cluster_max(blocks: int) -> Any:
     """cluster_max(word): the largest word of a cluster of `blocks` blocks; `word` is the same in all threads of a block.
 
-    To be called once by all threads, after `arrive_in_cluster`. Thread t of a block stores its word in the shared memory of
+    All threads call it once, after `arrive_in_cluster`. Thread t of a block stores its word in the shared memory of
     block t ("mapa", "st.shared::cluster"). Not simulated.
     """
     others = "".join(f"ld.shared.u32 t, [here+{4 * i}]; max.u32 $0, $0, t; " for i in range(1, blocks))

@@ -89,8 +89,8 @@ def kernel(variant: Variant, kind: str = "", threads: int = 1024) -> Kernel:
 
 
 def row_in_registers(variant: Variant, inner: Any = None) -> Any:
-    """A block, or a cluster of blocks, holds a row in registers: thread t the 16-byte vectors t, t + threads, t + 2 threads ...
-    of its block's part.
+    """A block, or a cluster of blocks, holds a row in registers. Of its block's part, thread t holds the 16-byte vectors t,
+    t + threads, t + 2 threads ...
 
     Args:
         inner: what the gate is taken of; x is then the gate of the first half of its row, times the second half.
@@ -112,8 +112,8 @@ def row_in_registers(variant: Variant, inner: Any = None) -> Any:
         chunks: int,  # of a lifted row
         step: int,  # chunks that the block makes at a time
         advance: int,  # words of a row from the first of one chunk to the first of the chunk `step` later, if steady
-        part: int,  # vectors of a block of a cluster; the last takes the rest
-        part_chunks: int,  # that it makes
+        part: int,  # with a cluster: vectors of x that a block takes; the last block takes the rest
+        part_chunks: int,  # with a cluster: chunks that a block makes of them
     ) -> None:
         begin()
         held = cuda.local.array(words, np.uint32)
