@@ -18,7 +18,6 @@ from slidesparse_nb.arch import (
     multiplied,
     sm80,
     sm90,
-    sm90_cost,
     sm90_launch,
     sm90_layout,
 )
@@ -252,29 +251,32 @@ def test_all_types_are_supported() -> None:
 @pytest.mark.parametrize("tile", [tile for tile in sm90.TILES if tile.warpgroups == 3], ids=str)
 def test_three_warpgroups_have_row_tiles_enough_and_consumers_that_load_stages(tile: sm90.Tile) -> None:
     assert tile.consumers_load == (tile.tokens > 192)
-    short = not tile.consumers_load  # 160 columns of 6:8 are two stages
+    short, m, metadata = not tile.consumers_load, 4096, sm90.DERIVED  # 160 columns of 6:8 are two stages
+    if tile.tokens <= sm90.SMALL_TOKENS:
+        m, metadata = 1, sm90.COMPACT
     for n, k, possible in ((192, 3584, True), (193, 3584, True), (129, 3584, True), (128, 3584, False), (192, 160, short)):
-        problem = GemmProblem(4096, n, k, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE)
-        assert bool(list(sm90.candidates_of(tile, problem, sm90.DERIVED))) == possible, (n, k)
+        problem = GemmProblem(m, n, k, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE)
+        assert bool(list(sm90.candidates_of(tile, problem, metadata))) == possible, (n, k)
 
 
 def test_metadata_that_candidates_read() -> None:
-    """Compact alone where one tile takes all tokens; else expanded if it is kept, or else compact, or expanded from it."""
-    compact, derived = {"compact"}, {"derived"}
-    cases = [
-        (100, 64, 2, FLOAT8, compact),  # small: always
-        (128, 128, 2, FLOAT8, compact), (129, 128, 2, FLOAT8, compact | derived), (256, 256, 2, FLOAT8, compact),
-        (100, 256, 3, FLOAT8, derived), (128, 128, 2, BFLOAT16, compact), (100, 160, 2, BFLOAT16, compact | derived),
-        (256, 256, 2, INT8, compact), (4096, 256, 2, INT8, compact | derived), (4096, 256, 3, INT8, derived),
+    """Of weights that keep both forms either, where one tile takes all tokens; else expanded."""
+    compact, expanded, derived = {"compact"}, {"expanded"}, {"derived"}
+    either, some = compact | expanded, compact | derived
+    cases = [  # m, tile, type, metadata of weights with both, of weights with compact alone
+        (100, 32, 2, FLOAT8, compact, compact), (100, 64, 2, FLOAT8, either, compact), (50, 64, 3, FLOAT8, either, compact),
+        (100, 32, 2, BFLOAT16, either, compact), (128, 128, 2, FLOAT8, either, some), (129, 128, 2, FLOAT8, expanded, some),
+        (256, 256, 2, FLOAT8, either, some), (100, 256, 3, FLOAT8, expanded, derived), (128, 128, 2, BFLOAT16, either, some),
+        (100, 160, 2, BFLOAT16, expanded, some), (4096, 256, 2, INT8, expanded, some), (4096, 256, 3, INT8, expanded, derived),
     ]  # fmt: skip
-    for m, tokens, warpgroups, dtype, wanted in cases:
+    for m, tokens, warpgroups, dtype, both, alone in cases:
         problem = GemmProblem(m, 4608, 3584, Pattern(6, 8), dtype, "bfloat16", DEVICE)
         for of, buffers, metadata in (
-            (problem, None, {"compact"} if wanted == compact else {"expanded"}),
-            (problem, ("values", "compact", "expanded"), {"compact"} if wanted == compact else {"expanded"}),
-            (problem, ("values", "compact", "scale"), wanted),
-            (problem, ("values", "expanded"), {"expanded"}),
-            (replace(problem, pattern=Pattern(2, 4)), None, {"expanded"}),
+            (problem, None, both),
+            (problem, ("values", "compact", "expanded"), both),
+            (problem, ("values", "compact", "scale"), alone),
+            (problem, ("values", "expanded"), expanded if expanded & both else set()),
+            (replace(problem, pattern=Pattern(2, 4)), None, expanded),
         ):
             firsts = [products(candidate)[0] for candidate in sm90.ARCH.candidates(of, buffers)]
             read = {c.buffers["metadata"] for c in firsts if (c.tile.tokens, c.tile.warpgroups) == (tokens, warpgroups)}
@@ -310,8 +312,8 @@ def test_small_tiles_are_for_few_tokens_and_rasterization_groups_narrow_for_not_
         problem = GemmProblem(m, 4608, 3584, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE)
         return [config for candidate in sm90.ARCH.candidates(problem) for config in products(candidate)]
 
-    assert min(config.tile.tokens for config in launches(sm90.SMALL_M)) <= sm90_cost.SMALL_TOKENS
-    assert min(config.tile.tokens for config in launches(sm90.SMALL_M + 1)) > sm90_cost.SMALL_TOKENS
+    assert min(config.tile.tokens for config in launches(sm90.SMALL_M)) <= sm90.SMALL_TOKENS
+    assert min(config.tile.tokens for config in launches(sm90.SMALL_M + 1)) > sm90.SMALL_TOKENS
     for m, group in ((sm90.NARROW_TOKENS, sm90.NARROW_RASTER_GROUP), (sm90.NARROW_TOKENS + 1, sm90.RASTER_GROUP)):
         assert {config.raster_group for config in launches(m) if config.tile.tokens == 256} == {group}
         assert {config.raster_group for config in launches(m) if config.tile.tokens < 256} == {sm90.RASTER_GROUP}

@@ -23,7 +23,7 @@
 #define BLOCKS_PER_SM 1  // resident at once, of this kernel or of this one and the next
 #endif
 #ifndef STAGES_PER_STEP
-#define STAGES_PER_STEP (TOKENS > 64 ? 1 : 2)  // multiplied between two waits: small instructions are bound by latency
+#define STAGES_PER_STEP (TOKENS > 32 ? 1 : 2)  // multiplied between two waits: small instructions are bound by latency
 #endif
 #ifndef THREADS
 #define THREADS (CONSUMERS + PRODUCERS)  // of a block
@@ -38,7 +38,7 @@ constexpr bool WIDE = DTYPE == TYPE_BFLOAT16 || DTYPE == TYPE_FLOAT16;
 constexpr bool CONSUMERS_LOAD = WARPGROUPS == 3 && TOKENS > 192;
 // Accumulators that need more than an equal share of the 65536 registers take them from the producer by setmaxnreg; the producer is then
 // a whole warpgroup. ptxas keeps instructions to the equal share, 128 with four warpgroups, which 192 tokens fit and 208 do not.
-constexpr bool REBALANCE_REGISTERS = !CONSUMERS_LOAD && (TOKENS > 128 || WARPGROUPS == 3);
+constexpr bool REBALANCE_REGISTERS = !CONSUMERS_LOAD && (TOKENS > 128 || (WARPGROUPS == 3 && TOKENS > 64));
 constexpr int PRODUCER_REGISTERS = WARPGROUPS == 3 ? 32 : 40, CONSUMER_REGISTERS = WARPGROUPS == 3 ? 160 : 232;
 constexpr int CONSUMERS = 128 * WARPGROUPS, PRODUCERS = CONSUMERS_LOAD ? 0 : REBALANCE_REGISTERS ? 128 : 32;  // threads
 
@@ -53,7 +53,7 @@ constexpr int ACCUMULATORS = STAGES_PER_STEP;
 constexpr bool ACTIVATIONS_EVICT_LAST = TOKENS == 256 && !CONSUMERS_LOAD;
 // Whatever a kernel requests from memory delays all later requests, even those that L2 serves. So the next kernel starts when this one has
 // RELEASE_AT stages left to request, and a kernel prefetches PREFETCH stages of weights until the kernels before it are complete.
-constexpr int RELEASE_AT = 4, PREFETCH = TOKENS > 64 ? STAGES : WARPGROUPS == 1 ? 9 : 6;
+constexpr int RELEASE_AT = 4, PREFETCH = TOKENS > 64 ? 4 : WARPGROUPS == 1 ? 9 : 6;
 
 // The first REDUCERS blocks of a cluster, a power of two, add up partial sums and write y: REDUCER_TOKENS tokens each.
 constexpr int LARGEST_POWER = SPLIT_K >= 8 ? 8 : SPLIT_K >= 4 ? 4 : SPLIT_K >= 2 ? 2 : 1;

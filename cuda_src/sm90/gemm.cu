@@ -225,8 +225,14 @@ extern "C" __global__ void
             const u32 rank = cluster_rank(), parts = my_parts(smem, warpgroup, thread);
             send_parts(smem, parts, rank, acc[0]);
             if (rank < REDUCERS) {
+                Accumulator own[REDUCER_TOKENS / 2];  // of the tokens that this block adds up
+#pragma unroll
+                for (int v = 0; v < REDUCER_TOKENS / 2; v++)
+#pragma unroll
+                    for (u32 r = 0; r < REDUCERS; r++)
+                        if (r == 0 || r == rank) own[v] = acc[0][r * REDUCER_TOKENS / 2 + v];
                 mbarrier_wait_cluster(smem.parts_full(), 0);
-#pragma unroll 1
+#pragma unroll
                 for (int at = 0; at < REDUCER_TOKENS; at += EPILOGUE_TOKENS) {
                     if (!WIDE && at > 0) token.load(scale_x, m0 + share + at, m, lane);
                     Accumulator sum[EPILOGUE_TOKENS / 2];  // of all parts, in order of rank
@@ -234,10 +240,13 @@ extern "C" __global__ void
                     for (u32 r = 0; r < SPLIT_K; r++) {
 #pragma unroll
                         for (int v = 0; v < EPILOGUE_TOKENS / 2; v += 4) {
-                            const uint4 part = ld_shared4(parts + r * PART + (at / 8 + v / 4) * PART_GROUP);
+                            const uint4 part = r == rank ? uint4() : ld_shared4(parts + part_at(r, rank) + (at / 8 + v / 4) * PART_GROUP);
                             const u32 bits[4] = {part.x, part.y, part.z, part.w};
 #pragma unroll
-                            for (int c = 0; c < 4; c++) sum[v + c] = r == 0 ? from_bits(bits[c]) : sum[v + c] + from_bits(bits[c]);
+                            for (int c = 0; c < 4; c++) {
+                                const Accumulator more = r == rank ? own[at / 2 + v + c] : from_bits(bits[c]);
+                                sum[v + c] = r == 0 ? more : sum[v + c] + more;
+                            }
                         }
                     }
                     finish(sum, m0 + share + at);

@@ -8,7 +8,7 @@
 //   full, empty      [STAGES] mbarriers each        (gemm.cu)
 //   nibbles          [masks] words                  metadata of every mask (metadata.cuh), with compact metadata
 //   parts_full, parts_empty                         mbarriers, with SPLIT_K > 1
-//   parts            partial sums (split_k.cuh)     in a buffer of their own up to 16 KiB; larger ones replace the stages
+//   parts            partial sums (split_k.cuh)     in a buffer of their own up to 32 KiB; larger ones replace the stages
 #pragma once
 #include "sm90/config.cuh"
 #include "sm90/metadata.cuh"
@@ -28,8 +28,8 @@ constexpr u32 STAGING_AT = STAGES * STAGE_BYTES, STAGING_BYTES = 2 * CHUNK_BYTES
 constexpr u32 FULL_AT = STAGING_AT + WARPGROUPS * STAGING_BYTES, EMPTY_AT = FULL_AT + 8 * STAGES;
 constexpr u32 NIBBLES_AT = EMPTY_AT + 8 * STAGES, NIBBLES_END = NIBBLES_AT + 4 * MetadataT::MASKS;
 
-constexpr u32 PARTS_BYTES = SPLIT_K == 1 ? 0 : 4 * SPLIT_K * REDUCER_TOKENS * 64 * WARPGROUPS;
-constexpr bool PARTS_OWN_BUFFER = PARTS_BYTES <= 16384;
+constexpr u32 PARTS_BYTES = 4 * (SPLIT_K - 1) * REDUCER_TOKENS * 64 * WARPGROUPS;
+constexpr bool PARTS_OWN_BUFFER = PARTS_BYTES <= 32768;
 constexpr u32 PARTS_FULL_AT = (NIBBLES_END + 15) / 16 * 16, PARTS_EMPTY_AT = PARTS_FULL_AT + 8;
 constexpr u32 PARTS_AT = PARTS_OWN_BUFFER ? PARTS_EMPTY_AT + 8 : 0;
 // Two mbarriers and what aligns them take 32 bytes at most.

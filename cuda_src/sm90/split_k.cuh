@@ -1,16 +1,19 @@
 // Split-K: the blocks of a cluster share the k of a tile, send partial sums to each other's shared memory, and add them up in order of
 // rank, so that results do not vary from run to run.
 //
-//   block r    its steps along k --> part t to block t, for all t < REDUCERS --> if r < REDUCERS: ?parts_full --> add, y
+//   block r    its steps along k --> part t to block t, for all other t < REDUCERS --> if r < REDUCERS: ?parts_full --> add, y
 //
-// A part is one block's sums of the REDUCER_TOKENS tokens that another block adds up. Parts in shared memory: u32 [from][warpgroup][group
-// of 8 tokens][thread][4], the accumulators of a thread four by four.
+// A part is one block's sums of the REDUCER_TOKENS tokens that another block adds up. Parts in shared memory: u32 [from, without the block
+// itself][warpgroup][group of 8 tokens][thread][4], the accumulators of a thread four by four.
 #pragma once
 #include "sm90/smem.cuh"
 
 constexpr u32 PART_GROUP = 128 * 16, PART = WARPGROUPS * (REDUCER_TOKENS / 8) * PART_GROUP;  // bytes
 
-// This thread's 16 bytes of the first group of tokens, in the part of rank 0.
+// Where in the shared memory of block `to` the part of another block is.
+INLINE u32 part_at(u32 from, u32 to) { return (from < to ? from : from - 1) * PART; }
+
+// This thread's 16 bytes of the first group of tokens, in the first part.
 INLINE u32 my_parts(Smem smem, int warpgroup, int thread) {
     return smem.parts() + warpgroup * (REDUCER_TOKENS / 8) * PART_GROUP + thread * 16;
 }
@@ -26,7 +29,8 @@ INLINE void send_parts(Smem smem, u32 parts, u32 rank, const Accumulator (&acc)[
     }
 #pragma unroll
     for (u32 to = 0; to < REDUCERS; to++) {
-        const u32 there = mapa(parts, to) + rank * PART, parts_full = mapa(smem.parts_full(), to);
+        if (to == rank) continue;
+        const u32 there = mapa(parts, to) + part_at(rank, to), parts_full = mapa(smem.parts_full(), to);
 #pragma unroll
         for (int v = to * REDUCER_TOKENS / 2; v < (to + 1) * REDUCER_TOKENS / 2; v += 4)
             st_async(there + (v - to * REDUCER_TOKENS / 2) / 4 * PART_GROUP, parts_full, as_bits(acc[v]), as_bits(acc[v + 1]),

@@ -20,7 +20,6 @@ from .common import Tiled, refuses
 from .operand import stages
 from .sm90_launch import (
     BEFORE_REST,
-    BOTH,
     COMPACT,
     DERIVED,
     EXPANDED,
@@ -37,8 +36,12 @@ from .sm90_launch import (
 )
 from .sm90_layout import VALUE_BYTES, arrange, expand, has_compact_metadata, metadata_bytes, row_tiles
 
-SMALL_M = 128
-"""Largest m that small tiles serve: above it larger tiles were faster in every measurement."""
+SMALL_TOKENS, SMALL_M = 64, 128
+"""Largest small tile, in tokens, and the largest m that small tiles serve: above it larger ones were always faster."""
+ALWAYS_COMPACT = 32
+"""Largest tile, in tokens, whose kernels of 8-bit types all read compact metadata."""
+EVER_COMPACT = {8: 256, 16: 128}
+"""Largest tile, in tokens, that may read the compact metadata of weights that keep both forms, by element width."""
 NARROW_RASTER_GROUP, NARROW_TOKENS = 8, 2048
 """Rasterization group of tiles of 256 tokens, and the largest m that takes it (docs/notes/hopper-attempts.md)."""
 MIXED_ROUNDS = 4
@@ -47,15 +50,16 @@ CLUSTERS_FIT = 0.9
 """Share of the SMs that clusters of three and more blocks find free: the blocks of a cluster share a GPC."""
 
 
-def fits_m(tile: Tile, m: int) -> bool:
-    """Whether the tile is a candidate for m tokens."""
-    return m <= SMALL_M or tile.tokens > sm90_cost.SMALL_TOKENS
+def serves(tile: Tile, problem: GemmProblem, metadata: str) -> bool:
+    """Whether the tile is a candidate for so few or many tokens, and has a kernel that reads this metadata."""
+    small = tile.tokens <= SMALL_TOKENS
+    if small and (problem.m > SMALL_M or metadata == DERIVED):
+        return False
+    return (metadata == COMPACT) in _reads_compact(tile, problem.pattern, problem.dtype)
 
 
 def of_row_tiles(problem: GemmProblem, tile: Tile, split_k: int, resident: int, metadata: str, first: int = 0) -> Config:
-    """The kernel of a tile, for all row tiles from `first` on. DERIVED and BOTH are compact where decoding is free."""
-    if metadata in (DERIVED, BOTH) and sm90_cost.decoding_is_free(tile, problem.dtype, problem.m):
-        metadata = COMPACT
+    """The kernel of a tile, for all row tiles from `first` on."""
     config = configured(tile, split_k, problem.pattern, problem.dtype, problem.out, metadata == COMPACT, resident)
     group = NARROW_RASTER_GROUP if tile.tokens == 256 and problem.m <= NARROW_TOKENS else RASTER_GROUP
     return config.but(row_tiles=(first, -(-problem.n // 64)), raster_group=group, derived=metadata == DERIVED)
@@ -70,12 +74,10 @@ def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
 def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[tuple[Config, ...]]:
     """Candidates of a tile that read this metadata, the launches of each, without an `Expansion`.
 
-    All tiles at once by split-K; whole tiles; whole rounds of tiles, then the rest by split-K, or in tiles of fewer tokens.
+    All tiles at once by split-K; whole tiles; whole rounds of tiles, then the rest by split-K, or in smaller tiles.
     """
     m, sms = problem.m, problem.device.sms
-    if not fits_m(tile, m) or not of_row_tiles(problem, tile, 1, 1, metadata).possible(along_k(problem)):
-        return
-    if metadata == COMPACT and not tile.decodes:
+    if not serves(tile, problem, metadata) or not of_row_tiles(problem, tile, 1, 1, metadata).possible(along_k(problem)):
         return
     for split in tile.splits:
         for resident in residents(tile, split):
@@ -98,7 +100,7 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[t
 
 
 def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem, metadata: str) -> Iterator[tuple[Config, ...]]:
-    """Two launches: columns of tiles that make whole rounds, `full` tiles at most; then the others in tiles of fewer tokens."""
+    """Two launches: columns of tiles that make whole rounds, `full` tiles at most; then the others in smaller tiles."""
     tile, sms, tiles_m = whole.tile, problem.device.sms, -(-problem.m // whole.tile.tokens)
     step = sms // math.gcd(sms, tiles_m)  # columns that make whole rounds
     columns = full // tiles_m // step * step
@@ -108,18 +110,19 @@ def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem, metadata:
     blocks = min(sms, columns * tiles_m)
     before = whole.but(row_tiles=(0, boundary), end=columns * tiles_m, blocks=blocks, order=BEFORE_REST)
     for other in TILES:
-        if other.tokens < tile.tokens and fits_m(other, problem.m) and (metadata != COMPACT or other.decodes):
+        smaller = other.tokens < tile.tokens or (problem.m <= other.tokens == tile.tokens and other.n < tile.n)
+        if smaller and serves(other, problem, metadata):
             for split in (1, *other.splits):
                 rest = of_row_tiles(problem, other, split, residents(other, split)[-1], metadata, boundary)
                 if at_once(rest, rest.tiles(problem.m), problem):
                     yield before, rest.but(end=rest.tiles(problem.m), blocks=rest.tiles(problem.m) * split, order=REST)
 
 
-def _metadata_forms(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, ...]:
-    """Whether launches of a tile read compact metadata: never, always or sometimes. Weights of 16 bits may lack it."""
+def _reads_compact(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, ...]:
+    """Whether kernels of a tile read compact metadata: never, always or some. Weights of 16 bits may lack it."""
     if not has_compact_metadata(pattern) or not tile.decodes:
         return (False,)
-    return (True,) if tile.tokens <= sm90_cost.SMALL_TOKENS and dtype.bits == 8 else (True, False)
+    return (True,) if tile.tokens <= ALWAYS_COMPACT and dtype.bits == 8 else (True, False)
 
 
 class Hopper(Tiled):
@@ -152,7 +155,7 @@ class Hopper(Tiled):
         for tile in TILES:
             for split in (1, *tile.splits):
                 for resident in residents(tile, split):
-                    for compact in _metadata_forms(tile, pattern, scheme.dtype):
+                    for compact in _reads_compact(tile, pattern, scheme.dtype):
                         yield configured(tile, split, pattern, scheme.dtype, out, compact, resident)
         if has_compact_metadata(pattern):
             yield Expansion(scheme.dtype, pattern.windows)
@@ -160,17 +163,24 @@ class Hopper(Tiled):
     def candidates(
         self, problem: GemmProblem, buffers: Collection[str] | None = None, tiles: Sequence[Tile] = TILES
     ) -> Iterator[tuple[Config | Expansion, ...]]:
-        """Weights with compact metadata alone have candidates that read it, and candidates that expand it first.
+        """Those that read expanded metadata, or expand them first if only the compact form is kept; and those that read compact
+        metadata, but of weights that keep both forms only where it may pay.
 
         Args:
             tiles: of the first launch that multiplies.
         """
         compact = has_compact_metadata(problem.pattern) and (buffers is None or COMPACT in buffers)
         both = compact and (buffers is None or EXPANDED in buffers)
-        forms = (BOTH,) if both else (COMPACT, DERIVED) if compact else (EXPANDED,)
         expansion = Expansion(problem.dtype, problem.pattern.windows)
-        for launches in dict.fromkeys(c for tile in tiles for form in forms for c in candidates_of(tile, problem, form)):
-            yield (expansion, *launches) if any(launch.derived for launch in launches) else launches
+        for tile in tiles:
+            pays = tile.tokens <= SMALL_TOKENS or problem.m <= tile.tokens <= EVER_COMPACT[problem.dtype.bits]
+            if compact and (pays or not both):
+                yield from candidates_of(tile, problem, COMPACT)
+            if both or not compact:
+                yield from candidates_of(tile, problem, EXPANDED)
+            else:
+                for launches in candidates_of(tile, problem, DERIVED):
+                    yield expansion, *launches
 
     def again(
         self,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..core.dtypes import DType
 from ..core.problem import GemmProblem
-from .sm90_launch import Config, Tile
+from .sm90_launch import Config
 from .sm90_layout import VALUE_BYTES, metadata_bytes
 
 LAUNCH_NS = 838
@@ -27,24 +26,15 @@ EXPANSION_NS = 3600
 """Time of an expansion beside its bytes, and of what the launch after it cannot prefetch, in ns; fitted to an H200."""
 EXPANDED_PER_NS = 4100
 """Rate at which expanded metadata are written, bytes per ns."""
-SMALL_TOKENS = 64
-"""Largest small tile, in tokens. Reading the weights takes longer than decoding their metadata there."""
-FREE_TOKENS = {8: 256, 16: 128}
-"""Largest tile (tokens) that takes all m tokens and decodes compact metadata for free, by element width."""
 DECODE_NS = 10
-"""Time that decoding adds to a stage elsewhere, in ns a warpgroup: 2 to 10 % (docs/notes/hopper-attempts.md)."""
+"""Time that decoding compact metadata adds to a stage, in ns a warpgroup; where a smaller tile than DECODE_TOKENS takes all
+tokens it is part of `stage_ns`. Alone it takes 36 ns, which reading the weights hides in part (docs/hopper.md)."""
+DECODE_TOKENS = 64
+"""Smallest tile that has kernels of either metadata."""
 LONG_M = 8192
 """Smallest m at which the board's power limit decides."""
 POWER_PENALTY = 1.08
 """Factor on a stage, from LONG_M on, of tiles other than the largest (256 x 192), which copy more for each operation."""
-
-
-def decoding_is_free(tile: Tile, dtype: DType, m: int) -> bool:
-    """Whether a tile that reads compact metadata takes no longer, because the weights come from memory, once.
-
-    When several tiles read the same weights, L2 serves all but one, and shared memory binds, which holds the table of masks.
-    """
-    return tile.decodes and (tile.tokens <= SMALL_TOKENS or m <= tile.tokens <= FREE_TOKENS[dtype.bits])
 
 
 def expansion_nanoseconds(derived: int) -> float:
@@ -59,7 +49,7 @@ def nanoseconds(launches: Sequence[Config], problem: GemmProblem, stages: int) -
         tile, together = config.tile, min(config.resident, max(1.0, config.blocks / problem.device.sms))  # blocks an SM
         tiles = config.end - config.begin
         rounds = -(-tiles * config.split_k // config.blocks)
-        decoding = config.compact and not decoding_is_free(tile, config.dtype, problem.m)
+        decoding = config.compact and (tile.tokens >= DECODE_TOKENS or problem.m > tile.tokens)
         stage = max((tile.stage_ns + DECODE_NS * tile.warpgroups * decoding) * together, LOAD_NS / config.stages)
         if problem.m >= LONG_M and (tile.tokens, tile.warpgroups) != (256, 3):
             stage *= POWER_PENALTY

@@ -34,16 +34,15 @@ SUFFIX = "a"
 MOST_STAGES = 24
 """Most stages of a ring."""
 
-MOST_OWN_PARTS = 16384
+MOST_OWN_PARTS = 32768
 """Largest partial sums of a cluster, in bytes a block, that have a buffer of their own; larger ones replace stages."""
 
 PDL_TOKENS = 512
 """Largest m whose first launch uses PDL. Above it, blocks launched while the quantization kernel drains land on arbitrary SMs,
 neighbouring tiles lose L2 locality, and the GEMM takes up to 1.5x as long (docs/hopper.md)."""
 
-COMPACT, DERIVED, EXPANDED, BOTH = "compact", "derived", "expanded", "both"
-"""The metadata that a candidate reads: compact; expanded, derived from compact by its first launch; expanded, of a weight that
-has no compact metadata; or, of a weight that keeps both, compact where that costs no time and else expanded."""
+COMPACT, DERIVED, EXPANDED = "compact", "derived", "expanded"
+"""The metadata that a candidate reads: compact; expanded, derived from compact by its first launch; or kept expanded."""
 
 ALONE, BEFORE_REST, REST = 0, 1, 2
 """Orders of a launch, as cuda_src/sm90/scheduler.cuh numbers them."""
@@ -84,10 +83,15 @@ class Tile:
         return self.warpgroups == 3 and self.tokens > 192
 
     @property
+    def rebalances(self) -> bool:
+        """Whether a producer, then a warpgroup, gives registers to consumers."""
+        return not self.consumers_load and (self.tokens > 128 or (self.warpgroups == 3 and self.tokens > 64))
+
+    @property
     def decodes(self) -> bool:
-        """Whether it may read compact metadata. Three warpgroups do not: with 256 tokens they would spill, and where one tile
-        takes all tokens two are as fast."""
-        return self.warpgroups < 3
+        """Whether it may read compact metadata. Three warpgroups of more than 64 tokens do not: with 256 they would spill, and
+        where one tile takes all tokens two are as fast."""
+        return self.warpgroups < 3 or self.tokens <= 64
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens x {self.n} outputs"
@@ -107,6 +111,7 @@ TILES = (
     Tile(128, 1, 172, 3609, (2,)),
     Tile(96, 2, 185, 1338, (2,)),
     Tile(96, 1, 180, 703, (2,)),
+    Tile(64, 3, 250, 1300, ()),
     Tile(64, 2, 162, 1291, (2, 3, 4, 8)),
     Tile(64, 1, 180, 0, (2, 3, 4)),
     Tile(32, 2, 193, 1136, (2, 4, 8)),
@@ -182,7 +187,7 @@ class Config(PlainLaunch):
         consumers = 128 * self.tile.warpgroups
         if self.tile.consumers_load:
             return consumers
-        return consumers + (128 if self.tile.tokens > 128 or self.tile.warpgroups == 3 else 32)
+        return consumers + (128 if self.tile.rebalances else 32)
 
     @property
     def fixed_bytes(self) -> int:
@@ -320,7 +325,7 @@ def parts_bytes(tile: Tile, split_k: int) -> int:
     """Shared memory of a cluster's barriers, and of a block's partial sums if they have a buffer of their own."""
     if split_k == 1:
         return 0
-    parts = 4 * split_k * _reducer_tokens(tile, split_k) * tile.n
+    parts = 4 * (split_k - 1) * _reducer_tokens(tile, split_k) * tile.n
     return 32 + (parts if parts <= MOST_OWN_PARTS else 0)
 
 
