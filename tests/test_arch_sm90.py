@@ -260,7 +260,7 @@ def test_three_warpgroups_have_row_tiles_enough_and_consumers_that_load_stages(t
 
 
 def test_metadata_that_candidates_read() -> None:
-    """Of weights that keep both forms either, where one tile takes all tokens; else expanded."""
+    """Of weights that keep both forms either, in small tiles and in those that take all tokens; else expanded."""
     compact, expanded, derived = {"compact"}, {"expanded"}, {"derived"}
     either, some = compact | expanded, compact | derived
     cases = [  # m, tile, type, metadata of weights with both, of weights with compact alone

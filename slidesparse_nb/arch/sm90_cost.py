@@ -27,10 +27,11 @@ EXPANSION_NS = 3600
 EXPANDED_PER_NS = 4100
 """Rate at which expanded metadata are written, bytes per ns."""
 DECODE_NS = 10
-"""Time that decoding compact metadata adds to a stage, in ns a warpgroup; where a smaller tile than DECODE_TOKENS takes all
-tokens it is part of `stage_ns`. Alone it takes 36 ns, which reading the weights hides in part (docs/hopper.md)."""
+"""Time that decoding compact metadata adds to a stage, in ns a warpgroup, fitted to an H200; where a tile of fewer than
+DECODE_TOKENS takes all tokens it is part of `stage_ns`. Alone it takes 36 ns, which reading the weights hides in part
+(docs/hopper.md)."""
 DECODE_TOKENS = 64
-"""Smallest tile that has kernels of either metadata."""
+"""Smallest tile, in tokens, that has kernels of either metadata for every type."""
 LONG_M = 8192
 """Smallest m at which the board's power limit decides."""
 POWER_PENALTY = 1.08
