@@ -19,6 +19,7 @@ from . import sm90_cost
 from .common import Tiled, refuses
 from .operand import stages
 from .sm90_launch import (
+    ALWAYS_COMPACT,
     BEFORE_REST,
     COMPACT,
     DERIVED,
@@ -36,12 +37,12 @@ from .sm90_launch import (
 )
 from .sm90_layout import VALUE_BYTES, arrange, expand, has_compact_metadata, metadata_bytes, row_tiles
 
-SMALL_TOKENS, SMALL_M = 64, 128
-"""Largest small tile, in tokens, and the largest m that small tiles serve: above it larger ones were always faster."""
-ALWAYS_COMPACT = 32
-"""Largest tile, in tokens, whose kernels of 8-bit types all read compact metadata."""
+SMALL_TOKENS = 64
+"""Largest small tile, in tokens."""
+SMALL_M = 128
+"""Largest m that small tiles serve: above it larger tiles were faster in every measurement."""
 EVER_COMPACT = {8: 256, 16: 128}
-"""Largest tile, in tokens, that may read the compact metadata of weights that keep both forms, by element width."""
+"""Largest tile (tokens) that may read compact metadata where the weight has expanded metadata, too, by element width."""
 NARROW_RASTER_GROUP, NARROW_TOKENS = 8, 2048
 """Rasterization group of tiles of 256 tokens, and the largest m that takes it (docs/notes/hopper-attempts.md)."""
 MIXED_ROUNDS = 4
@@ -50,8 +51,8 @@ CLUSTERS_FIT = 0.9
 """Share of the SMs that clusters of three and more blocks find free: the blocks of a cluster share a GPC."""
 
 
-def serves(tile: Tile, problem: GemmProblem, metadata: str) -> bool:
-    """Whether the tile is a candidate for so few or many tokens, and has a kernel that reads this metadata."""
+def is_candidate(tile: Tile, problem: GemmProblem, metadata: str) -> bool:
+    """Whether the tile is a candidate for m tokens, and has a kernel that reads this metadata."""
     small = tile.tokens <= SMALL_TOKENS
     if small and (problem.m > SMALL_M or metadata == DERIVED):
         return False
@@ -77,7 +78,7 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[t
     All tiles at once by split-K; whole tiles; whole rounds of tiles, then the rest by split-K, or in smaller tiles.
     """
     m, sms = problem.m, problem.device.sms
-    if not serves(tile, problem, metadata) or not of_row_tiles(problem, tile, 1, 1, metadata).possible(along_k(problem)):
+    if not is_candidate(tile, problem, metadata) or not of_row_tiles(problem, tile, 1, 1, metadata).possible(along_k(problem)):
         return
     for split in tile.splits:
         for resident in residents(tile, split):
@@ -111,7 +112,7 @@ def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem, metadata:
     before = whole.but(row_tiles=(0, boundary), end=columns * tiles_m, blocks=blocks, order=BEFORE_REST)
     for other in TILES:
         smaller = other.tokens < tile.tokens or (problem.m <= other.tokens == tile.tokens and other.n < tile.n)
-        if smaller and serves(other, problem, metadata):
+        if smaller and is_candidate(other, problem, metadata):
             for split in (1, *other.splits):
                 rest = of_row_tiles(problem, other, split, residents(other, split)[-1], metadata, boundary)
                 if at_once(rest, rest.tiles(problem.m), problem):
@@ -163,8 +164,10 @@ class Hopper(Tiled):
     def candidates(
         self, problem: GemmProblem, buffers: Collection[str] | None = None, tiles: Sequence[Tile] = TILES
     ) -> Iterator[tuple[Config | Expansion, ...]]:
-        """Those that read expanded metadata, or expand them first if only the compact form is kept; and those that read compact
-        metadata, but of weights that keep both forms only where it may pay.
+        """Candidates that read expanded metadata, and candidates that read compact metadata.
+
+        If the weight has the compact form alone, an `Expansion` precedes the former. If it has both forms, the latter are only
+        those of small tiles, and of tiles of up to `EVER_COMPACT` that take all tokens.
 
         Args:
             tiles: of the first launch that multiplies.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..core.problem import GemmProblem
-from .sm90_launch import Config
+from .sm90_launch import ALWAYS_COMPACT, Config
 from .sm90_layout import VALUE_BYTES, metadata_bytes
 
 LAUNCH_NS = 838
@@ -27,11 +27,9 @@ EXPANSION_NS = 3600
 EXPANDED_PER_NS = 4100
 """Rate at which expanded metadata are written, bytes per ns."""
 DECODE_NS = 10
-"""Time that decoding compact metadata adds to a stage, in ns a warpgroup, fitted to an H200; where a tile of fewer than
-DECODE_TOKENS takes all tokens it is part of `stage_ns`. Alone it takes 36 ns, which reading the weights hides in part
-(docs/hopper.md)."""
-DECODE_TOKENS = 64
-"""Smallest tile, in tokens, that has kernels of either metadata for every type."""
+"""Time that decoding compact metadata adds to a stage, in ns a warpgroup, fitted to an H200. Alone it takes 36 ns, which
+reading the weights hides in part (docs/hopper.md). If a tile of up to ALWAYS_COMPACT tokens takes all tokens, its `stage_ns`
+contains it."""
 LONG_M = 8192
 """Smallest m at which the board's power limit decides."""
 POWER_PENALTY = 1.08
@@ -50,7 +48,7 @@ def nanoseconds(launches: Sequence[Config], problem: GemmProblem, stages: int) -
         tile, together = config.tile, min(config.resident, max(1.0, config.blocks / problem.device.sms))  # blocks an SM
         tiles = config.end - config.begin
         rounds = -(-tiles * config.split_k // config.blocks)
-        decoding = config.compact and (tile.tokens >= DECODE_TOKENS or problem.m > tile.tokens)
+        decoding = config.compact and (tile.tokens > ALWAYS_COMPACT or problem.m > tile.tokens)
         stage = max((tile.stage_ns + DECODE_NS * tile.warpgroups * decoding) * together, LOAD_NS / config.stages)
         if problem.m >= LONG_M and (tile.tokens, tile.warpgroups) != (256, 3):
             stage *= POWER_PENALTY

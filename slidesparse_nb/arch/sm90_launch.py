@@ -44,6 +44,9 @@ neighbouring tiles lose L2 locality, and the GEMM takes up to 1.5x as long (docs
 COMPACT, DERIVED, EXPANDED = "compact", "derived", "expanded"
 """The metadata that a candidate reads: compact; expanded, derived from compact by its first launch; or kept expanded."""
 
+ALWAYS_COMPACT = 32
+"""Largest tile, in tokens, whose kernels of 8-bit types all read compact metadata."""
+
 ALONE, BEFORE_REST, REST = 0, 1, 2
 """Orders of a launch, as cuda_src/sm90/scheduler.cuh numbers them."""
 
