@@ -134,11 +134,12 @@ def matmul(
     bias_type, bias = (0, None) if bias is None else _bias(bias, n)
     if m == 0 or n == 0:
         return y if out is None else out
-    bound = weight.plans.get((m, out_name)) or weight.bound(m, out_name)
+    taking = None if quantized else weight.taking(m, out_name, name, x.strides, x.data.ptr)
+    bound = taking or weight.plans.get((m, out_name)) or weight.bound(m, out_name)
     plan = bound.plan
     if ready:
         _check_tiles(x, plan)
-    write = None if ready else weight.writer(name, x.strides, x.data.ptr)
+    write = None if ready or taking else weight.writer(name, x.strides, x.data.ptr)
 
     # scratch: the workspace, or memory of its own, which the pool takes back on this stream
     address = cupy.cuda.get_current_stream().ptr

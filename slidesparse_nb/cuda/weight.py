@@ -44,7 +44,7 @@ MOST_BOUND = 1024
 @functools.cache
 def shared_plans(
     pattern: Pattern, scheme: Scheme, shape: tuple[int, int], device: Device, buffers: tuple[str, ...], ordinal: int
-) -> dict[tuple[int, str, bool, int], Bound]:
+) -> dict[tuple[int, str, bool, bool, int], Bound]:
     """What `DeviceWeight.bind` remembers for all weights of which these are the same."""
     return {}
 
@@ -60,6 +60,9 @@ class Bound:
 class DeviceWeight:
     """A packed weight on one GPU, arranged for its kernel; nothing of the packed tensors is held.
 
+    Attributes:
+        most_taken: most tokens for which `taking` may find a kernel.
+
     Args:
         pattern, scheme, shape: of the packed weight; shape is (n, k). The attribute `scheme` is what it is multiplied as.
         buffers: name -> CuPy array: what the architecture's kernels load, and "scale", float32 [n]. They are held.
@@ -68,6 +71,8 @@ class DeviceWeight:
     Raises:
         UnsupportedError: the GPU cannot multiply weights of this type.
     """
+
+    most_taken = arch.MOST_UNQUANTIZED
 
     def __init__(
         self, pattern: Pattern, scheme: Scheme, shape: tuple[int, int], buffers: Mapping[str, Any], ordinal: int
@@ -81,6 +86,7 @@ class DeviceWeight:
         self.operand = self.arch.operand(pattern, shape[1], scheme)
         self.buffers = dict(buffers)
         self.plans: dict[tuple[int, str], Bound] = {}
+        self.taken: dict[tuple[int, str], Bound | None] = {}
         self.writers: dict[tuple[str, tuple[int, int], int], Writer | None] = {}
         self.fused: dict[tuple[str, int, str], Writer | None] = {}
         self.counters = counters(ordinal).of if "arrived" in self.arch.parameters else lambda stream: 0
@@ -130,28 +136,29 @@ class DeviceWeight:
     def _at(self) -> tuple[int, ...]:
         return (*self.addresses.values(),)
 
-    def problem(self, m: int, out: str) -> GemmProblem:
+    def problem(self, m: int, out: str, unquantized: bool = False) -> GemmProblem:
         """The product with m tokens, into the type named `out`."""
-        return GemmProblem(m, self.n, self.k, self.pattern, self.scheme, out, self.device)
+        return GemmProblem(m, self.n, self.k, self.pattern, self.scheme, out, self.device, unquantized=unquantized)
 
     @functools.cached_property
-    def _shared(self) -> dict[tuple[int, str, bool, int], Bound]:
+    def _shared(self) -> dict[tuple[int, str, bool, bool, int], Bound]:
         return shared_plans(self.pattern, self.scheme, self.shape, self.device, tuple(self.buffers), self.ordinal)
 
-    def bind(self, m: int, out: str, configs: tuple[Config, ...] | None = None) -> Bound:
+    def bind(self, m: int, out: str, configs: tuple[Config, ...] | None = None, unquantized: bool = False) -> Bound:
         """The launches for m tokens into the type named `out`: tuned or the cheapest (self_test.py), or of these configs."""
+        problem = self.problem(m, out, unquantized)
         if configs:
-            return self._bind(m, out, configs)
-        key = m, out, env.tuned(), tuned_store.version
+            return self._bind(problem, configs)
+        key = m, out, unquantized, env.tuned(), tuned_store.version
         if (known := self._shared.get(key)) is None:
             if len(self._shared) >= MOST_BOUND:
                 self._shared.clear()
-            chosen = self_test.best(self.problem(m, out), tuple(self.buffers), self.ordinal)
-            known = self._shared[key] = self._bind(m, out, chosen)
+            chosen = self_test.best(problem, tuple(self.buffers), self.ordinal)
+            known = self._shared[key] = self._bind(problem, chosen)
         return known
 
-    def _bind(self, m: int, out: str, configs: tuple[Config, ...]) -> Bound:
-        plan = plan_of(self.problem(m, out), configs, self.ordinal)
+    def _bind(self, problem: GemmProblem, configs: tuple[Config, ...]) -> Bound:
+        plan = plan_of(problem, configs, self.ordinal)
         return Bound(plan, tuple(launch.bind((*self.addresses,)) for launch in plan.launches))
 
     def bound(self, m: int, out: str) -> Bound:
@@ -162,6 +169,20 @@ class DeviceWeight:
             known = self.plans[m, out] = self.bind(m, out)
         return known
 
+    def taking(self, m: int, out: str, source: str, strides: tuple[int, int], x: int) -> Bound | None:
+        """The launches that quantize x themselves, few tokens of the type of y; None if a writer makes an operand of it.
+
+        Arguments as of `linear`.
+        """
+        if m > self.most_taken:
+            return None
+        try:
+            known = self.taken[m, out]
+        except KeyError:
+            takes = self.arch.quantizes(self.problem(m, out), tuple(self.buffers))
+            known = self.taken[m, out] = self.bind(m, out, unquantized=True) if takes else None
+        return known if source == out and strides[1] == 2 and strides[0] % 16 == x % 16 == 0 else None
+
     def compile_ahead(self, most: int, out: str) -> None:
         """Compile the kernels of products of up to `most` tokens, on all processors at once, or a server stalls for each.
 
@@ -170,6 +191,8 @@ class DeviceWeight:
         """
         every = dict.fromkeys([*map(arch.asked_for, range(1, most)), most])
         problems = [self.problem(m, out) for m in every]
+        few = [m for m in range(1, self.most_taken + 1) if self.arch.quantizes(self.problem(m, out), tuple(self.buffers))]
+        problems += [self.problem(m, out, unquantized=True) for m in few]
         chosen = (config for p in problems for config in self_test.best(p, tuple(self.buffers), self.ordinal))
         compile_all(kernels_of(dict.fromkeys(chosen), self.device.capability), jit.device_compiler())
 
@@ -218,6 +241,9 @@ class DeviceWeight:
             stream: address of the CUDA stream.
             bias: address of [n], 0 for none; bias_type: its `CUDA_CODES`.
         """
+        if (taking := self.taking(m, out, source, strides, x)) is not None:
+            self.multiply(taking, x, strides[0], 0, y, pitch, workspace, stream, bias, bias_type)
+            return
         bound = self.plans.get((m, out)) or self.bound(m, out)
         write, plan = self.writer(source, strides, x), bound.plan
         if write is None:
@@ -280,7 +306,11 @@ class DeviceWeight:
         bias: int = 0,
         bias_type: int = 0,
     ) -> None:
-        """The product alone, of an operand that a writer made: like `linear`, whose workspace it shares the end of."""
+        """The product alone, of an operand that a writer made: like `linear`, whose workspace it shares the end of.
+
+        Args:
+            bound: of `bound`; or of `taking`, and operand and operand_pitch are those of x.
+        """
         plan, counted = bound.plan, self.counters(stream) if bound.plan.part_bytes else 0
         parts, derived = workspace + plan.parts_at, workspace + plan.derived_at
         given = (*self._at, operand, operand_pitch, scale, bias, bias_type, y, pitch, parts, counted, derived)
