@@ -179,7 +179,9 @@ def test_blocks_that_quantize_have_room() -> None:
     for m, (n, k), pattern in itertools.product([1, 2], [*QWEN, (1, 8), (300, 2104), (20000, 1024)], known_patterns()[1:]):
         problem = GemmProblem(m, n, k, pattern, Scheme.of(INT8), "float16", DEVICE, unquantized=True)
         every = list(sm90.ARCH.candidates(problem))
-        assert bool(every and m * k <= 20480) == sm90.ARCH.quantizes(replace(problem, unquantized=False))
+        operand = replace(problem, unquantized=False)
+        fast = every and min(sm90.ARCH.cost(c, problem) for c in every) <= 1000 + sm90.ARCH.cost(choose(operand), operand)
+        assert bool(fast and m * k <= 20480) == sm90.ARCH.quantizes(operand)
         for launch in (launch for candidate in every for launch in products(candidate)):
             assert launch.own_x
             assert launch.compact
@@ -188,9 +190,10 @@ def test_blocks_that_quantize_have_room() -> None:
             for rank in range(launch.split_k):
                 first, last = (2 * (steps * r // launch.split_k) for r in (rank, rank + 1))
                 one, end = ((w + w // pattern.windows) // 4 for w in (32 * first, 32 * last))  # vectors of four pairs
-                operand, kept = (last - first) * 128 * m, 16 * (end + 1 - one) * m
-                assert operand + max(kept, 16 * (8 - m)) <= launch.own_x
+                made, kept = (last - first) * 128 * m, 16 * (end + 1 - one) * m
+                assert made + max(kept, 16 * (8 - m)) <= launch.own_x
     assert ways > 100
+    assert sm90.ARCH.quantizes(GemmProblem(1, *QWEN[3], Pattern(6, 8), Scheme.of(INT8), "float16", DEVICE))
 
 
 def test_x_that_no_block_quantizes() -> None:

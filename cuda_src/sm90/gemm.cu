@@ -24,7 +24,7 @@
 //   parts_full     thread 0, and the bytes of all parts                 consumers that add up parts, before they read them
 //   parts_empty    a thread of every block that adds up parts           consumers, before parts replace stages there
 //   bar.sync 1+w   the 128 threads of warpgroup w                       the same, between writes and reads of its staging
-//   bar.sync 1+WARPGROUPS  all consumers                                the same: nibbles are written; stages are read; own_x.cuh
+//   bar.sync 1+WARPGROUPS  all consumers                                the same: nibbles are written; stages are read; x is quantized
 //
 // Invariants
 // - A slot is released when the instructions that read it are complete: a step after they were issued, or at the end of the tile.
@@ -32,7 +32,8 @@
 // - Until griddepcontrol_wait only weights, their metadata and scale_w are read, and nothing is written: kernels before may still write x,
 //   scale_x and bias, and read y. The second of two launches waits at its end only: the first starts it after its own wait.
 // - Sums are added in an order that shape and launch fix: k upwards in a block, sets of accumulators, ranks of a cluster. No run differs.
-// - Tokens past m: x is stored in groups of 8, and a tile loads whole groups. Whatever rows past m hold, their columns of D are not stored.
+// - Tokens past m: an operand x is stored in groups of 8, and a tile loads whole groups. Whatever rows past m hold, their columns of D are
+//   not stored.
 // - Outputs past n: weights are stored in pairs of row tiles, zeros past n. Tiles of three row tiles may overlap, and store the same bits.
 #include "sm90/epilogue.cuh"
 #include "sm90/own_x.cuh"
@@ -80,7 +81,7 @@ extern "C" __global__ void
     __launch_bounds__(THREADS, BLOCKS_PER_SM) gemm(
         const u8* x,                        // [stages, ceil(M / 8), 8, 128], expanded and swizzled; with OWN_X_BYTES [M, K] of y's type
         const u8* __restrict__ values,      // [stages, row tiles, 64, 64], swizzled; row tiles: ceil(N / 128) * 2
-        const float* scale_x,               // [M], 8-bit types; not __restrict__: it may be written while this kernel starts
+        const float* scale_x,               // [M], 8-bit types, not with OWN_X_BYTES; not __restrict__: may be written while this starts
         const float* __restrict__ scale_w,  // [N], 8-bit types
         const void* bias,                   // [N] of bias_type, or null; not __restrict__ either
         i64 bias_type,

@@ -1,6 +1,6 @@
 // A few tokens, of y's type, quantized and lifted by the blocks that multiply by them: no launch comes before the product.
 //
-//   x [M, K] --16-byte loads--> largest magnitude of every whole token --> scale
+//   x [M, K] --16-byte loads--> largest magnitude of each token, over all columns --> scale
 //                          `--> kept: the block's part of k --times the inverse, rounded, gathered--> operand
 //
 //   operand  [stages of the block][8][M][16]  chunks of four windows in the order of the instructions (arch/operand.py, HALVES), tokens

@@ -5,7 +5,7 @@
 #include "sm90/smem.cuh"
 
 struct Loads {
-    const u8* x;         // [stages, rows, 128]
+    const u8* x;         // [stages, rows, 128], without OWN_X_BYTES
     const u8* values;    // [stages, row_tiles, VALUE_BYTES]
     const u8* metadata;  // [stages, row_tiles, METADATA_BYTES]
     Smem smem;

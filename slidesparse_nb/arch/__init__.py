@@ -118,7 +118,7 @@ class Arch(Protocol[C]):
         """Every kernel, as a launch of it."""
 
     def quantizes(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> bool:
-        """Whether some candidate takes x [m, k] unquantized: of the type of y, in rows of whole 16-byte vectors."""
+        """Whether the kernel had better quantize x [m, k] itself: of the type of y, in rows of whole 16-byte vectors."""
 
     def candidates(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> Iterator[tuple[C, ...]]:
         """The candidates, each the launches that compute the product.
@@ -226,6 +226,12 @@ def choose(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Cand
     arch = of(problem)
     require_support(arch, problem.device.capability, problem.scheme)
     return min(arch.candidates(problem, buffers), key=lambda candidate: arch.cost(candidate, problem))
+
+
+@lru_cache(maxsize=16384)
+def quantizes(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> bool:
+    """`Arch.quantizes`, remembered; never by a kernel that has to pass its self-test first, which has no such problem."""
+    return ran(problem) and of(problem).quantizes(problem, buffers)
 
 
 def asked_for(m: int) -> int:

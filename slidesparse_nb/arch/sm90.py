@@ -53,8 +53,10 @@ MIXED_ROUNDS = 4
 """Most whole rounds of tiles before a rest in smaller tiles; after more rounds the shape of the rest makes no difference."""
 MOST_UNQUANTIZED_X = 20480
 """Largest m * k for which blocks quantize x themselves: each reads all of it."""
+OWN_X_SAVES_NS = 1000
+"""What a linear saves whose blocks quantize x themselves, in ns, if its product takes as long: 500 to 1700 on an H200."""
 OWN_X_STAGES = 7
-"""Fewest stages of a ring beside x that the block quantizes itself: it holds what arrives meanwhile."""
+"""Fewest stages of a ring beside x that the block quantizes itself: it holds the weights that arrive meanwhile."""
 CLUSTERS_FIT = 0.9
 """Share of the SMs that clusters of three and more blocks find free: the blocks of a cluster share a GPC."""
 
@@ -196,7 +198,9 @@ class Hopper(Tiled):
     def quantizes(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> bool:
         if problem.m > MOST_UNQUANTIZED or problem.m * problem.k > MOST_UNQUANTIZED_X or problem.k % 8:
             return False
-        return any(True for _ in self.candidates(replace(problem, unquantized=True), buffers))
+        unquantized = replace(problem, unquantized=True)
+        taking = min((self.cost(c, unquantized) for c in self.candidates(unquantized, buffers)), default=math.inf)
+        return taking <= OWN_X_SAVES_NS + min(self.cost(c, problem) for c in self.candidates(problem, buffers))
 
     def candidates(
         self, problem: GemmProblem, buffers: Collection[str] | None = None, tiles: Sequence[Tile] = TILES

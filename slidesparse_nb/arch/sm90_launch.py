@@ -363,7 +363,7 @@ def configured(
 
 
 def own_x_bytes(m: int, split_k: int, pattern: Pattern, along_k: int) -> int:
-    """What a block needs at least that quantizes m tokens itself (cuda_src/sm90/own_x.cuh)."""
+    """Shared memory with which a block can quantize m tokens itself (cuda_src/sm90/own_x.cuh)."""
     part = 2 * -(-along_k // (2 * split_k))  # stages of a block: whole steps
     windows = 32 * part
     vectors = (windows + windows // pattern.windows + 1) // 4 + 2

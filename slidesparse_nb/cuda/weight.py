@@ -61,7 +61,7 @@ class DeviceWeight:
     """A packed weight on one GPU, arranged for its kernel; nothing of the packed tensors is held.
 
     Attributes:
-        most_taken: most tokens for which `taking` may find a kernel.
+        most_taken: most tokens that a kernel may quantize itself.
 
     Args:
         pattern, scheme, shape: of the packed weight; shape is (n, k). The attribute `scheme` is what it is multiplied as.
@@ -86,7 +86,8 @@ class DeviceWeight:
         self.operand = self.arch.operand(pattern, shape[1], scheme)
         self.buffers = dict(buffers)
         self.plans: dict[tuple[int, str], Bound] = {}
-        self.taken: dict[tuple[int, str], Bound | None] = {}
+        self.taken: dict[tuple[int, str], Bound] = {}
+        self._few: dict[tuple[int, str], bool] = {}
         self.writers: dict[tuple[str, tuple[int, int], int], Writer | None] = {}
         self.fused: dict[tuple[str, int, str], Writer | None] = {}
         self.counters = counters(ordinal).of if "arrived" in self.arch.parameters else lambda stream: 0
@@ -169,19 +170,22 @@ class DeviceWeight:
             known = self.plans[m, out] = self.bind(m, out)
         return known
 
-    def taking(self, m: int, out: str, source: str, strides: tuple[int, int], x: int) -> Bound | None:
-        """The launches that quantize x themselves, few tokens of the type of y; None if a writer makes an operand of it.
+    def quantizes(self, m: int, out: str, source: str, strides: tuple[int, int], x: int) -> bool:
+        """Whether the product's kernel quantizes such an x itself (`taking`); arguments as of `linear`."""
+        if m > self.most_taken or source != out or strides[1] != 2 or x % 16 or (m > 1 and strides[0] % 16):
+            return False
+        return self._takes(m, out)
 
-        Arguments as of `linear`.
-        """
-        if m > self.most_taken:
-            return None
-        try:
-            known = self.taken[m, out]
-        except KeyError:
-            takes = self.arch.quantizes(self.problem(m, out), tuple(self.buffers))
-            known = self.taken[m, out] = self.bind(m, out, unquantized=True) if takes else None
-        return known if source == out and strides[1] == 2 and strides[0] % 16 == x % 16 == 0 else None
+    def _takes(self, m: int, out: str) -> bool:
+        if (known := self._few.get((m, out))) is None:
+            known = self._few[m, out] = arch.quantizes(self.problem(m, out), tuple(self.buffers))
+        return known
+
+    def taking(self, m: int, out: str) -> Bound:
+        """The launches that quantize x themselves, remembered."""
+        if (known := self.taken.get((m, out))) is None:
+            known = self.taken[m, out] = self.bind(m, out, unquantized=True)
+        return known
 
     def compile_ahead(self, most: int, out: str) -> None:
         """Compile the kernels of products of up to `most` tokens, on all processors at once, or a server stalls for each.
@@ -191,8 +195,7 @@ class DeviceWeight:
         """
         every = dict.fromkeys([*map(arch.asked_for, range(1, most)), most])
         problems = [self.problem(m, out) for m in every]
-        few = [m for m in range(1, self.most_taken + 1) if self.arch.quantizes(self.problem(m, out), tuple(self.buffers))]
-        problems += [self.problem(m, out, unquantized=True) for m in few]
+        problems += [self.problem(m, out, unquantized=True) for m in range(1, self.most_taken + 1) if self._takes(m, out)]
         chosen = (config for p in problems for config in self_test.best(p, tuple(self.buffers), self.ordinal))
         compile_all(kernels_of(dict.fromkeys(chosen), self.device.capability), jit.device_compiler())
 
@@ -211,7 +214,11 @@ class DeviceWeight:
 
     def workspace_bytes(self, m: int, out: str) -> int:
         """Bytes of scratch memory that `linear` of m tokens needs, uninitialized; kernels are compiled on the way."""
-        return self.bound(m, out).plan.bytes if m and self.n else 0
+        if not m or not self.n:
+            return 0
+        if m <= self.most_taken and self._takes(m, out):
+            self.taking(m, out)
+        return self.bound(m, out).plan.bytes
 
     def linear(
         self,
@@ -235,14 +242,14 @@ class DeviceWeight:
             m: tokens, above 0.
             x: address of [m, k], of `source`: "bfloat16", "float16", "float32", or the weights' type for 16-bit weights.
             strides: of x, bytes from row to row and from column to column.
-            y: address of [m, n] of the type named `out`, neighbouring columns side by side.
+            y: address of [m, n] of the type named `out`, neighbouring columns side by side; no memory of x's.
             pitch: elements from one row of y to the next.
             workspace: address of `workspace_bytes(m, out)` of any memory, 16-byte aligned; of one stream at a time.
             stream: address of the CUDA stream.
             bias: address of [n], 0 for none; bias_type: its `CUDA_CODES`.
         """
-        if (taking := self.taking(m, out, source, strides, x)) is not None:
-            self.multiply(taking, x, strides[0], 0, y, pitch, workspace, stream, bias, bias_type)
+        if self.quantizes(m, out, source, strides, x):
+            self.multiply(self.taking(m, out), x, strides[0], 0, y, pitch, workspace, stream, bias, bias_type)
             return
         bound = self.plans.get((m, out)) or self.bound(m, out)
         write, plan = self.writer(source, strides, x), bound.plan

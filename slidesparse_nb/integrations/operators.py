@@ -122,16 +122,15 @@ def _rows(x: Tensor, m: int, k: int, size: int) -> tuple[Tensor, tuple[int, int]
 
 
 def _few(there: Any, x: Tensor, strides: tuple[int, int], bias: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """The product, of this shape, of few tokens x [m, k] that the kernel quantizes; None where none does."""
-    if (m := len(x)) > there.most_taken:
+    """The product, of this shape, of few tokens x [m, k] that its kernel quantizes; None where it does not."""
+    m, (name, _, _), at = len(x), FLOATS[x.dtype], x.data_ptr()
+    if not there.quantizes(m, name, name, strides, at):
         return None
-    name, at = FLOATS[x.dtype][0], x.data_ptr()
     if (m, name) not in there.taken:
         _require_no_capture(f"x: {m} tokens were not multiplied by this weight")
-    if (taking := there.taking(m, name, name, strides, at)) is None:
-        return None
     y, (bias_at, code) = x.new_empty(shape), (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
-    there.multiply(taking, at, strides[0], 0, y.data_ptr(), there.n, 0, _stream(x.get_device()), bias_at, code)
+    stream = _stream(x.get_device())
+    there.multiply(there.taking(m, name), at, strides[0], 0, y.data_ptr(), there.n, 0, stream, bias_at, code)
     return y
 
 
