@@ -53,6 +53,8 @@ MIXED_ROUNDS = 4
 """Most whole rounds of tiles before a rest in smaller tiles; after more rounds the shape of the rest makes no difference."""
 MOST_UNQUANTIZED_X = 20480
 """Largest m * k for which blocks quantize x themselves: each reads all of it."""
+OWN_X_REST_SPLIT = 2
+"""Largest cluster of a second launch whose blocks quantize x themselves: each reads all of it (docs/hopper.md)."""
 OWN_X_SAVES_NS = 1000
 """What a linear saves whose blocks quantize x themselves, in ns, if its product takes as long: 500 to 1700 on an H200."""
 OWN_X_STAGES = 7
@@ -88,6 +90,11 @@ def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
     return possible(config, problem) and tiles * config.split_k <= problem.device.sms * config.resident * fit
 
 
+def rest_at_once(rest: Config, tiles: int, problem: GemmProblem) -> bool:
+    """The same of a second launch."""
+    return (not rest.own_x or rest.split_k <= OWN_X_REST_SPLIT) and at_once(rest, tiles, problem)
+
+
 def possible(config: Config, problem: GemmProblem) -> bool:
     """Whether there is such a kernel, and k and outputs suffice for it."""
     fits = not config.own_x or (config.own_x in OWN_X_BYTES and config.resident == 2 and config.stages >= OWN_X_STAGES)
@@ -119,7 +126,7 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[t
         before = whole.but(end=full, blocks=sms, order=BEFORE_REST)
         for split in tile.splits:
             rest = of_row_tiles(problem, tile, split, residents(tile, split)[-1], metadata).but(begin=full, end=tiles)
-            if at_once(rest, tiles - full, problem):
+            if rest_at_once(rest, tiles - full, problem):
                 yield before, rest.but(blocks=(tiles - full) * split, order=REST)
         yield from _with_smaller_rest(whole, full, problem, metadata)
 
@@ -139,7 +146,7 @@ def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem, metadata:
         if smaller and is_candidate(other, problem, metadata):
             for split in (1, *other.splits):
                 rest = of_row_tiles(problem, other, split, residents(other, split)[-1], metadata, boundary)
-                if at_once(rest, rest.tiles(problem.m), problem):
+                if rest_at_once(rest, rest.tiles(problem.m), problem):
                     yield before, rest.but(end=rest.tiles(problem.m), blocks=rest.tiles(problem.m) * split, order=REST)
 
 
