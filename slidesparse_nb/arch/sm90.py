@@ -206,8 +206,8 @@ class Hopper(Tiled):
         if problem.m > MOST_UNQUANTIZED or problem.m * problem.k > MOST_UNQUANTIZED_X or problem.k % 8:
             return False
         unquantized = replace(problem, unquantized=True)
-        taking = min((self.cost(c, unquantized) for c in self.candidates(unquantized, buffers)), default=math.inf)
-        return taking <= OWN_X_SAVES_NS + min(self.cost(c, problem) for c in self.candidates(problem, buffers))
+        least = min((self.cost(c, unquantized) for c in self.candidates(unquantized, buffers)), default=math.inf)
+        return least <= OWN_X_SAVES_NS + min(self.cost(c, problem) for c in self.candidates(problem, buffers))
 
     def candidates(
         self, problem: GemmProblem, buffers: Collection[str] | None = None, tiles: Sequence[Tile] = TILES

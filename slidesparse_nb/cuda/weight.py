@@ -61,7 +61,7 @@ class DeviceWeight:
     """A packed weight on one GPU, arranged for its kernel; nothing of the packed tensors is held.
 
     Attributes:
-        most_taken: most tokens that a kernel may quantize itself.
+        most_unquantized: most tokens that a kernel may quantize itself.
 
     Args:
         pattern, scheme, shape: of the packed weight; shape is (n, k). The attribute `scheme` is what it is multiplied as.
@@ -72,7 +72,7 @@ class DeviceWeight:
         UnsupportedError: the GPU cannot multiply weights of this type.
     """
 
-    most_taken = arch.MOST_UNQUANTIZED
+    most_unquantized = arch.MOST_UNQUANTIZED
 
     def __init__(
         self, pattern: Pattern, scheme: Scheme, shape: tuple[int, int], buffers: Mapping[str, Any], ordinal: int
@@ -86,8 +86,8 @@ class DeviceWeight:
         self.operand = self.arch.operand(pattern, shape[1], scheme)
         self.buffers = dict(buffers)
         self.plans: dict[tuple[int, str], Bound] = {}
-        self.taken: dict[tuple[int, str], Bound] = {}
-        self._few: dict[tuple[int, str], bool] = {}
+        self.unquantized: dict[tuple[int, str], Bound] = {}
+        self._known: dict[tuple[int, str], bool] = {}
         self.writers: dict[tuple[str, tuple[int, int], int], Writer | None] = {}
         self.fused: dict[tuple[str, int, str], Writer | None] = {}
         self.counters = counters(ordinal).of if "arrived" in self.arch.parameters else lambda stream: 0
@@ -162,29 +162,28 @@ class DeviceWeight:
         plan = plan_of(problem, configs, self.ordinal)
         return Bound(plan, tuple(launch.bind((*self.addresses,)) for launch in plan.launches))
 
-    def bound(self, m: int, out: str) -> Bound:
-        """`bind`, remembered."""
-        if (known := self.plans.get((m, out))) is None:
-            if len(self.plans) >= MOST_BOUND:
-                self.plans.clear()
-            known = self.plans[m, out] = self.bind(m, out)
+    def bound(self, m: int, out: str, unquantized: bool = False) -> Bound:
+        """`bind`, remembered.
+
+        Args:
+            unquantized: the launches that quantize x themselves, where `quantizes` says that there are some.
+        """
+        plans = self.unquantized if unquantized else self.plans
+        if (known := plans.get((m, out))) is None:
+            if len(plans) >= MOST_BOUND:
+                plans.clear()
+            known = plans[m, out] = self.bind(m, out, unquantized=unquantized)
         return known
 
     def quantizes(self, m: int, out: str, source: str, strides: tuple[int, int], x: int) -> bool:
-        """Whether the product's kernel quantizes such an x itself (`taking`); arguments as of `linear`."""
-        if m > self.most_taken or source != out or strides[1] != 2 or x % 16 or (m > 1 and strides[0] % 16):
+        """Whether the product's kernel quantizes such an x itself; arguments as of `linear`."""
+        if m > self.most_unquantized or source != out or strides[1] != 2 or x % 16 or (m > 1 and strides[0] % 16):
             return False
-        return self._takes(m, out)
+        return self._quantizes(m, out)
 
-    def _takes(self, m: int, out: str) -> bool:
-        if (known := self._few.get((m, out))) is None:
-            known = self._few[m, out] = arch.quantizes(self.problem(m, out), tuple(self.buffers))
-        return known
-
-    def taking(self, m: int, out: str) -> Bound:
-        """The launches that quantize x themselves, remembered."""
-        if (known := self.taken.get((m, out))) is None:
-            known = self.taken[m, out] = self.bind(m, out, unquantized=True)
+    def _quantizes(self, m: int, out: str) -> bool:
+        if (known := self._known.get((m, out))) is None:
+            known = self._known[m, out] = arch.quantizes(self.problem(m, out), tuple(self.buffers))
         return known
 
     def compile_ahead(self, most: int, out: str) -> None:
@@ -195,7 +194,8 @@ class DeviceWeight:
         """
         every = dict.fromkeys([*map(arch.asked_for, range(1, most)), most])
         problems = [self.problem(m, out) for m in every]
-        problems += [self.problem(m, out, unquantized=True) for m in range(1, self.most_taken + 1) if self._takes(m, out)]
+        few = [m for m in range(1, self.most_unquantized + 1) if self._quantizes(m, out)]
+        problems += [self.problem(m, out, unquantized=True) for m in few]
         chosen = (config for p in problems for config in self_test.best(p, tuple(self.buffers), self.ordinal))
         compile_all(kernels_of(dict.fromkeys(chosen), self.device.capability), jit.device_compiler())
 
@@ -216,8 +216,8 @@ class DeviceWeight:
         """Bytes of scratch memory that `linear` of m tokens needs, uninitialized; kernels are compiled on the way."""
         if not m or not self.n:
             return 0
-        if m <= self.most_taken and self._takes(m, out):
-            self.taking(m, out)
+        if m <= self.most_unquantized and self._quantizes(m, out):
+            self.bound(m, out, unquantized=True)
         return self.bound(m, out).plan.bytes
 
     def linear(
@@ -249,7 +249,7 @@ class DeviceWeight:
             bias: address of [n], 0 for none; bias_type: its `CUDA_CODES`.
         """
         if self.quantizes(m, out, source, strides, x):
-            self.multiply(self.taking(m, out), x, strides[0], 0, y, pitch, workspace, stream, bias, bias_type)
+            self.multiply(self.bound(m, out, True), x, strides[0], 0, y, pitch, workspace, stream, bias, bias_type)
             return
         bound = self.plans.get((m, out)) or self.bound(m, out)
         write, plan = self.writer(source, strides, x), bound.plan
@@ -316,7 +316,7 @@ class DeviceWeight:
         """The product alone, of an operand that a writer made: like `linear`, whose workspace it shares the end of.
 
         Args:
-            bound: of `bound`; or of `taking`, and operand and operand_pitch are those of x.
+            bound: what `bound` returned; if that is to quantize x, operand and operand_pitch are those of x, and scale is 0.
         """
         plan, counted = bound.plan, self.counters(stream) if bound.plan.part_bytes else 0
         parts, derived = workspace + plan.parts_at, workspace + plan.derived_at

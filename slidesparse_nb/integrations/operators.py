@@ -126,11 +126,11 @@ def _few(there: Any, x: Tensor, strides: tuple[int, int], bias: Tensor | None, s
     m, (name, _, _), at = len(x), FLOATS[x.dtype], x.data_ptr()
     if not there.quantizes(m, name, name, strides, at):
         return None
-    if (m, name) not in there.taken:
+    if (m, name) not in there.unquantized:
         _require_no_capture(f"x: {m} tokens were not multiplied by this weight")
     y, (bias_at, code) = x.new_empty(shape), (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
     stream = _stream(x.get_device())
-    there.multiply(there.taking(m, name), at, strides[0], 0, y.data_ptr(), there.n, 0, stream, bias_at, code)
+    there.multiply(there.bound(m, name, True), at, strides[0], 0, y.data_ptr(), there.n, 0, stream, bias_at, code)
     return y
 
 

@@ -276,7 +276,7 @@ def test_few_tokens_that_blocks_quantize(gemm, family, pattern, dtype, out):
                 y, surroundings = guarded(m, n, of, pitch=n + 8)
                 if candidate is None:
                     ss.matmul(given, packed, bias=there, out=y)
-                    assert (m, out) in device.taken
+                    assert (m, out) in device.unquantized
                 else:
                     left -= {launch.but(order=0).kernel for launch in candidate}
                     bound = device.bind(m, out, candidate, unquantized=True)
