@@ -118,7 +118,7 @@ class Arch(Protocol[C]):
         """Every kernel, as a launch of it."""
 
     def quantizes(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> bool:
-        """Whether the kernel had better quantize x [m, k] itself: of the type of y, in rows of whole 16-byte vectors."""
+        """Whether the kernel should quantize x [m, k] itself, if x is of the type of y, in rows of whole 16-byte vectors."""
 
     def candidates(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> Iterator[tuple[C, ...]]:
         """The candidates, each the launches that compute the product.
@@ -230,7 +230,7 @@ def choose(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Cand
 
 @lru_cache(maxsize=16384)
 def quantizes(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> bool:
-    """`Arch.quantizes`, remembered; never by a kernel that has to pass its self-test first, which has no such problem."""
+    """`Arch.quantizes`, remembered; False where kernels must pass their self-test first, which has no such problem."""
     return ran(problem) and of(problem).quantizes(problem, buffers)
 
 

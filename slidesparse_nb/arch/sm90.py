@@ -54,11 +54,12 @@ MIXED_ROUNDS = 4
 MOST_UNQUANTIZED_X = 20480
 """Largest m * k for which blocks quantize x themselves: each reads all of it."""
 OWN_X_REST_SPLIT = 2
-"""Largest cluster of a second launch whose blocks quantize x themselves: each reads all of it (docs/hopper.md)."""
+"""Largest cluster of a second launch whose blocks quantize x themselves: each reads all of x for a small part of k."""
 OWN_X_SAVES_NS = 1000
-"""What a linear saves whose blocks quantize x themselves, in ns, if its product takes as long: 500 to 1700 on an H200."""
+"""Time that a linear saves without a launch for its quantization, in ns: 500 to 1700 on an H200. Blocks quantize x themselves
+unless their product takes longer by more."""
 OWN_X_STAGES = 7
-"""Fewest stages of a ring beside x that the block quantizes itself: it holds the weights that arrive meanwhile."""
+"""Fewest stages of a ring where the block quantizes x itself: the ring holds the weights that arrive meanwhile."""
 CLUSTERS_FIT = 0.9
 """Share of the SMs that clusters of three and more blocks find free: the blocks of a cluster share a GPC."""
 

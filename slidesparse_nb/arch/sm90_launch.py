@@ -38,10 +38,10 @@ MOST_OWN_PARTS = 32768
 """Largest partial sums of a cluster, in bytes a block, that have a buffer of their own; larger ones replace stages."""
 
 OWN_X_TOKENS = 8
-"""Tile, in tokens, whose blocks may quantize x themselves."""
+"""Tokens of the tiles whose blocks may quantize x themselves."""
 
 OWN_X_BYTES = 8192, 20480
-"""Shared memory for x that a block quantizes itself, and the operand that it makes of it: the smaller one that suffices."""
+"""Sizes, in bytes, of the shared memory for x and its operand where a block quantizes x itself; the smaller that suffices."""
 
 PDL_TOKENS = 512
 """Largest m whose first launch uses PDL. Above it, blocks launched while the quantization kernel drains land on arbitrary SMs,
@@ -363,7 +363,7 @@ def configured(
 
 
 def own_x_bytes(m: int, split_k: int, pattern: Pattern, along_k: int) -> int:
-    """Shared memory with which a block can quantize m tokens itself (cuda_src/sm90/own_x.cuh)."""
+    """Shared memory, in bytes, that a block needs to quantize m tokens itself (cuda_src/sm90/own_x.cuh)."""
     part = 2 * -(-along_k // (2 * split_k))  # stages of a block: whole steps
     windows = 32 * part
     vectors = (windows + windows // pattern.windows + 1) // 4 + 2

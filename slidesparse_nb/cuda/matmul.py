@@ -1,6 +1,6 @@
 """y = x @ w.T on the GPU, for CuPy's arrays and others that it can view: checks, memory and results; addresses go to weight.py.
 
-    x [m, k] --quantize or round, lay out--> operand --product--> y [m, n]          one to three launches a call
+    x [m, k] --quantize or round, lay out--> operand --product--> y [m, n]          one to four launches a call
     one or two tokens ----------quantize and product------------> y [m, n]          where a kernel does both (`Arch.quantizes`)
 
 Nothing here waits for the device.

@@ -87,7 +87,7 @@ class DeviceWeight:
         self.buffers = dict(buffers)
         self.plans: dict[tuple[int, str], Bound] = {}
         self.unquantized: dict[tuple[int, str], Bound] = {}
-        self._known: dict[tuple[int, str], bool] = {}
+        self._few: dict[tuple[int, str], bool] = {}
         self.writers: dict[tuple[str, tuple[int, int], int], Writer | None] = {}
         self.fused: dict[tuple[str, int, str], Writer | None] = {}
         self.counters = counters(ordinal).of if "arrived" in self.arch.parameters else lambda stream: 0
@@ -182,8 +182,8 @@ class DeviceWeight:
         return self._quantizes(m, out)
 
     def _quantizes(self, m: int, out: str) -> bool:
-        if (known := self._known.get((m, out))) is None:
-            known = self._known[m, out] = arch.quantizes(self.problem(m, out), tuple(self.buffers))
+        if (known := self._few.get((m, out))) is None:  # to hash a problem takes longer
+            known = self._few[m, out] = arch.quantizes(self.problem(m, out), tuple(self.buffers))
         return known
 
     def compile_ahead(self, most: int, out: str) -> None:
@@ -242,7 +242,7 @@ class DeviceWeight:
             m: tokens, above 0.
             x: address of [m, k], of `source`: "bfloat16", "float16", "float32", or the weights' type for 16-bit weights.
             strides: of x, bytes from row to row and from column to column.
-            y: address of [m, n] of the type named `out`, neighbouring columns side by side; no memory of x's.
+            y: address of [m, n] of the type named `out`, neighbouring columns side by side; not overlapping x.
             pitch: elements from one row of y to the next.
             workspace: address of `workspace_bytes(m, out)` of any memory, 16-byte aligned; of one stream at a time.
             stream: address of the CUDA stream.
@@ -316,7 +316,7 @@ class DeviceWeight:
         """The product alone, of an operand that a writer made: like `linear`, whose workspace it shares the end of.
 
         Args:
-            bound: what `bound` returned; if that is to quantize x, operand and operand_pitch are those of x, and scale is 0.
+            bound: what `bound` returned; if its launches quantize x, operand and operand_pitch are those of x, and scale is 0.
         """
         plan, counted = bound.plan, self.counters(stream) if bound.plan.part_bytes else 0
         parts, derived = workspace + plan.parts_at, workspace + plan.derived_at

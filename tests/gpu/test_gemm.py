@@ -250,7 +250,7 @@ def test_expanded_metadata_give_the_same_bits_as_compact(gemm, family, m, dtype)
 
 
 FEW = [(1, 1, 8), (2, 257, 2104), (2, 1000, 5000), (1, 130, 3584), (1, 130, 7168), (1, 300, 18944), (1, 20000, 1024)]
-"""m, n, k whose candidates are all kernels that quantize x themselves."""
+"""m, n, k: together their candidates are every kernel that quantizes x itself."""
 
 
 @pytest.mark.parametrize("out", ["bfloat16", "float16"])
