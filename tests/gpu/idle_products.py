@@ -21,7 +21,7 @@ def multiply(packed, x):
     y, differing = cp.empty((len(x), packed[0].n), BFLOAT16.numpy), cp.zeros((), cp.int64)
     for given, quantized in ((given, quantized) for given in (x, cp.zeros_like(x)) for quantized in (False, True)):
         operand = ss.quantize(given, packed[0]) if quantized else given
-        first = ss.matmul(operand, packed[0]).view(np.uint16)
+        first = ss.matmul(operand, packed[0], out_dtype=BFLOAT16.numpy).view(np.uint16)
         for i in range(LAUNCHES):
             cp.cuda.Device().synchronize()
             ss.matmul(operand, packed[i % len(packed)], out=y)
