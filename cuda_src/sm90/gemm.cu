@@ -28,8 +28,8 @@
 // Invariants
 // - A slot is released when the instructions that read it are complete: a step after they were issued, or at the end of the tile.
 // - Slots are filled and read in one order, across tiles. A phase of full or empty is a pass of the ring.
-// - The producer waits for an empty slot before it requests x for it, also where it requested the weights ahead. So consumers release no
-//   slot before that wait is over: one that came later would take the parity for that of the next phase, which need not come.
+// - The producer waits until a slot is empty before it requests x into it, also where it requested the weights ahead. Consumers need x, so
+//   they cannot release the slot before that wait. After their release the same parity would name the next phase, which need not come.
 // - Until griddepcontrol_wait only weights, their metadata and scale_w are read, and nothing is written: kernels before may still write x,
 //   scale_x and bias, and read y. The second of two launches waits at its end only: the first starts it after its own wait.
 // - Sums are added in an order that shape and launch fix: k upwards in a block, sets of accumulators, ranks of a cluster. No run differs.

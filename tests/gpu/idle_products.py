@@ -4,6 +4,7 @@ A program for test_gemm.py, which ends it if a product never ends.
 """
 
 import dataclasses
+import itertools
 
 import cupy as cp
 import numpy as np
@@ -19,7 +20,7 @@ TOKENS, LAUNCHES = (1, 2, 8, 16, 64, 200), 200
 def multiply(packed, x):
     """x, and zeros, times each of these equal weights in turn, product by product: always the same bits."""
     y, differing = cp.empty((len(x), packed[0].n), BFLOAT16.numpy), cp.zeros((), cp.int64)
-    for given, quantized in ((given, quantized) for given in (x, cp.zeros_like(x)) for quantized in (False, True)):
+    for given, quantized in itertools.product((x, cp.zeros_like(x)), (False, True)):
         operand = ss.quantize(given, packed[0]) if quantized else given
         first = ss.matmul(operand, packed[0], out_dtype=BFLOAT16.numpy).view(np.uint16)
         for i in range(LAUNCHES):

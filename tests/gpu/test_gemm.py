@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cupy as cp
 import numpy as np
@@ -498,8 +499,8 @@ def test_chained_launches_wait_for_each_other():
 
 def test_on_an_idle_gpu_with_weights_that_no_cache_holds(family):
     """Every product ends, and gives the same bits; in a process of its own, or one that never ends would stop the suite."""
-    here = os.path.dirname(__file__)
-    path = os.pathsep.join([here, os.path.join(here, "..", ".."), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, os.path.join(here, "idle_products.py")]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+    program = Path(__file__).with_name("idle_products.py")
+    path = os.pathsep.join([str(program.parents[2]), os.environ.get("PYTHONPATH", "")])
+    command, env = [sys.executable, str(program)], {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
