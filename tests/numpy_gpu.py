@@ -353,6 +353,11 @@ class Gemm:
             q = reference.unpack_nibbles(rows[..., :128].reshape(m, -1))
             codes = rows[..., 128 : 128 + 256 // block.columns].reshape(m, -1).view(block.scale.numpy)
             xs = reference.times_blocks(q, codes, block.columns)[:, : problem.pattern.expanded_k(k)].astype(np.float64)
+        elif problem.unquantized:
+            assert it.k == k
+            assert it.x % 16 == it.x_pitch % 16 == it.scale_x == 0
+            source = FLOATS[problem.out]
+            q, scale = reference.quantize(at(it.x, (m, k), source, (it.x_pitch, source.itemsize)), dtype)
         elif there.operand.tiled:
             made = at(it.x, (there.operand.row_bytes // 128, (m + 7) // 8, 8, 128), np.uint8)
             q = from_tiles(made, m, k, P, dtype).view(dtype.numpy)
@@ -369,7 +374,7 @@ class Gemm:
             slid = reference.decompress(reference.stored_values(weight), weight.meta, weight.pattern.unit).astype(np.float64)
             value = (xs @ slid.T).astype(np.float32)
             if weight.scheme.scaled:
-                value = value * at(it.scale_x, (m, 1), F32) * at(it.scale_w, (n,), F32)
+                value = value * (scale if problem.unquantized else at(it.scale_x, (m, 1), F32)) * at(it.scale_w, (n,), F32)
             if it.bias:
                 value = value + at(it.bias, (n,), FLOATS[NAMED[it.bias_type]]).astype(np.float32)
             out = FLOATS[problem.out]

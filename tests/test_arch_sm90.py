@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -170,6 +171,41 @@ def products(candidate: Sequence[sm90.Config | sm90.Expansion]) -> tuple[sm90.Co
     rest = candidate[isinstance(candidate[0], sm90.Expansion) :]
     assert all(isinstance(launch, sm90.Config) for launch in rest)
     return tuple(rest)  # type: ignore[arg-type]
+
+
+def test_blocks_that_quantize_have_room() -> None:
+    """What cuda_src/sm90/own_x.cuh keeps in shared memory, for every block of a cluster."""
+    ways = 0
+    for m, (n, k), pattern in itertools.product([1, 2], [*QWEN, (1, 8), (300, 2104), (20000, 1024)], known_patterns()[1:]):
+        problem = GemmProblem(m, n, k, pattern, Scheme.of(INT8), "float16", DEVICE, unquantized=True)
+        every = list(sm90.ARCH.candidates(problem))
+        operand = replace(problem, unquantized=False)
+        fast = every and min(sm90.ARCH.cost(c, problem) for c in every) <= 1000 + sm90.ARCH.cost(choose(operand), operand)
+        assert bool(fast and m * k <= 20480) == sm90.ARCH.quantizes(operand)
+        for launch in (launch for candidate in every for launch in products(candidate)):
+            assert launch.own_x
+            assert launch.compact
+            assert launch.threads - 32 >= 128 * m
+            steps, ways = stages(pattern, k, INT8) // 2, ways + 1
+            for rank in range(launch.split_k):
+                first, last = (2 * (steps * r // launch.split_k) for r in (rank, rank + 1))
+                one, end = ((w + w // pattern.windows) // 4 for w in (32 * first, 32 * last))  # vectors of four pairs
+                made, kept = (last - first) * 128 * m, 16 * (end + 1 - one) * m
+                assert made + max(kept, 16 * (8 - m)) <= launch.own_x
+    assert ways > 100
+    assert sm90.ARCH.quantizes(GemmProblem(1, *QWEN[3], Pattern(6, 8), Scheme.of(INT8), "float16", DEVICE))
+
+
+def test_x_that_no_block_quantizes() -> None:
+    few = GemmProblem(1, 300, 512, Pattern(6, 8), Scheme.of(INT8), "bfloat16", DEVICE)
+    assert sm90.ARCH.quantizes(few)
+    assert sm90.ARCH.quantizes(few, ("values", "compact"))
+    assert not sm90.ARCH.quantizes(few, ("values", "expanded"))
+    others = {"m": 3, "k": 508, "pattern": Pattern(2, 4), "out": "float32", "scheme": Scheme.of(BFLOAT16)}
+    for name, other in others.items():
+        assert not sm90.ARCH.quantizes(replace(few, **{name: other}))
+    assert not sm90.ARCH.quantizes(replace(few, k=20488))
+    assert not sm80.ARCH.quantizes(few)
 
 
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 200, 256, 300, 1024, 4096, 65536])

@@ -513,7 +513,30 @@ def test_kernels_that_are_compiled_ahead(gpu: Any, monkeypatch: pytest.MonkeyPat
             assert repr((config.source, config.defines(), f"sm_90{config.suffix}")) in found
     found.clear()
     there.compile_ahead(1, "bfloat16")
-    assert len(found) == len(there.bound(1, "bfloat16").plan.configs)
+    few = [m for m in (1, 2, 3) if there.quantizes(m, "bfloat16", "bfloat16", (1024, 2), 0)]  # the kernel does
+    assert few == ([1, 2] if gpu.own else [])
+    every = [there.bound(1, "bfloat16"), *(there.bound(m, "bfloat16", unquantized=True) for m in few)]
+    assert {*found} == {
+        repr((config.source, config.defines(), f"sm_90{config.suffix}")) for bound in every for config in bound.plan.configs
+    }
+
+
+def test_tokens_that_the_kernel_quantizes(gpu: Any) -> None:
+    """x as it is, in rows of whole vectors; nothing is compiled for any other."""
+    packed = weight(300, 512, INT8)
+    there, x = ops().to_device(packed), np.random.default_rng(8).standard_normal((2, 520)).astype(BF16)
+    ops().matmul(array(x)[:, 1:513], packed)
+    ops().matmul(array(x)[:, :512], packed, out_dtype=np.float32)
+    ops().matmul(array(x.astype(np.float32))[:, :512], packed, out_dtype=BF16)
+    assert not there.unquantized
+    for m in (1, 2):
+        gpu.launched.clear()
+        given = array(x)[:m, :512]
+        close(ops().matmul(given, packed), wanted(given, packed))
+        assert ((m, "bfloat16") in there.unquantized) == gpu.own
+        assert (set(gpu.launched) == {"gemm"}) == gpu.own
+    assert ops().workspace_bytes(1, packed, np.float16) > 0
+    assert ((1, "float16") in there.unquantized) == gpu.own  # compiled on the way
 
 
 def test_counters_of_any_number_of_streams(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,14 @@ typedef unsigned long long u64;
 
 #define INLINE __device__ __forceinline__
 
+// A constant as an argument: its value is decltype(argument)::value.
+template <bool Value> struct Flag {
+    static constexpr bool value = Value;
+};
+template <int Value> struct Number {
+    static constexpr int value = Value;
+};
+
 // The element types, by the numbers that the host passes in #defines and arguments.
 #define TYPE_INT8 0
 #define TYPE_FLOAT8 1

@@ -25,6 +25,9 @@
 #ifndef STAGES_PER_STEP
 #define STAGES_PER_STEP (TOKENS > 32 ? 1 : 2)  // multiplied between two waits: small instructions are bound by latency
 #endif
+#ifndef OWN_X_BYTES
+#define OWN_X_BYTES 0  // of shared memory, for a few tokens of y's type that a block quantizes itself (own_x.cuh); 0: x is an operand
+#endif
 #ifndef THREADS
 #define THREADS (CONSUMERS + PRODUCERS)  // of a block
 #endif
@@ -65,6 +68,7 @@ constexpr int EPILOGUE_TOKENS =  // written at a time
 
 static_assert(REDUCER_TOKENS * REDUCERS == TOKENS && REDUCER_TOKENS % EPILOGUE_TOKENS == 0 && EPILOGUE_TOKENS % 8 == 0,
               "the epilogue takes whole groups of 8 tokens");
+static_assert(!OWN_X_BYTES || (TOKENS == 8 && WINDOWS && !WIDE && OUT != TYPE_FLOAT32), "blocks quantize 16-bit x to 8 bits");
 static_assert(STAGES > 2 * STAGES_PER_STEP, "the producer must have a slot to fill");
 static_assert(!CONSUMERS_LOAD || (SPLIT_K == 1 && STAGES_PER_STEP == 1 && TOKENS > 64), "consumers load whole tiles, a stage a step");
 

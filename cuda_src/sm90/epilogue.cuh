@@ -20,10 +20,6 @@ struct TokenScales {
     INLINE float of(int j, int c, int lane) const { return __shfl_sync(0xffffffff, held[j / 8][c], 4 * (j % 8) + lane % 4); }
 };
 
-template <bool Value> struct Flag {
-    static constexpr bool value = Value;
-};
-
 // Writes the 64 outputs from n0 of the EPILOGUE_TOKENS tokens from m0: y = acc * token * channel + offset.
 //   Biased: offset is not zero. Whole: all of them are inside y, whose rows are aligned
 //   acc, token, channel, offset: this thread's, of its sums, tokens and two outputs

@@ -17,25 +17,28 @@
 //
 //   barrier        arrivals that complete a phase                       who waits, for what
 //   full[slot]     the loading thread, and all bytes it has announced   consumers, before they read the slot
+//   x_read         lane 0 of every consumer warp                        the producer, before it fills the ring (OWN_X_BYTES)
 //   empty[slot]    lane 0 of every consumer warp                        the producer, before it loads the slot
 //                  (CONSUMERS_LOAD: a counter of warps, no barrier)
 //   cluster        every thread, when its block's barriers are ready    consumers, before they send parts
 //   parts_full     thread 0, and the bytes of all parts                 consumers that add up parts, before they read them
 //   parts_empty    a thread of every block that adds up parts           consumers, before parts replace stages there
 //   bar.sync 1+w   the 128 threads of warpgroup w                       the same, between writes and reads of its staging
-//   bar.sync 1+WARPGROUPS  all consumers                                the same: nibbles are written; stages are read
+//   bar.sync 1+WARPGROUPS  all consumers                                the same: nibbles are written; stages are read; x is quantized
 //
 // Invariants
 // - A slot is released when the instructions that read it are complete: a step after they were issued, or at the end of the tile.
 // - Slots are filled and read in one order, across tiles. A phase of full or empty is a pass of the ring.
-// - The producer waits until a slot is empty before it requests x into it, also where it requested the weights ahead. Consumers need x, so
-//   they cannot release the slot before that wait. After their release the same parity would name the next phase, which need not come.
+// - The producer does not wait for slots whose weights it requested ahead: they were empty. Consumers that quantize x may have released
+//   them by now, and then the parity of that wait names the next phase, which need not come.
 // - Until griddepcontrol_wait only weights, their metadata and scale_w are read, and nothing is written: kernels before may still write x,
 //   scale_x and bias, and read y. The second of two launches waits at its end only: the first starts it after its own wait.
 // - Sums are added in an order that shape and launch fix: k upwards in a block, sets of accumulators, ranks of a cluster. No run differs.
-// - Tokens past m: x is stored in groups of 8, and a tile loads whole groups. Whatever rows past m hold, their columns of D are not stored.
+// - Tokens past m: an operand x is stored in groups of 8, and a tile loads whole groups. Whatever rows past m hold, their columns of D are
+//   not stored.
 // - Outputs past n: weights are stored in pairs of row tiles, zeros past n. Tiles of three row tiles may overlap, and store the same bits.
 #include "sm90/epilogue.cuh"
+#include "sm90/own_x.cuh"
 #include "sm90/producer.cuh"
 #include "sm90/scheduler.cuh"
 #include "sm90/split_k.cuh"
@@ -47,6 +50,10 @@ INLINE void init_barriers(Smem smem) {
         if (CONSUMERS_LOAD) st_shared(smem.empty(s), 0);
         else mbarrier_init(smem.empty(s), CONSUMERS / 32);
     }
+    if (OWN_X_BYTES) {
+        mbarrier_init(smem.x_read(), CONSUMERS / 32);
+        for (int token = 0; token < TOKENS; token++) st_shared(smem.peak(token), 0);
+    }
     if (SPLIT_K > 1) {
         mbarrier_init(smem.parts_full(), 1), mbarrier_init(smem.parts_empty(), REDUCERS);
         mbarrier_arrive_expect_tx(smem.parts_full(), PARTS_BYTES);
@@ -56,14 +63,15 @@ INLINE void init_barriers(Smem smem) {
 
 // Issues the instructions of a step: acc += A * B; acc = A * B unless `add`.
 //   stage: addresses; values: offset of the warpgroup's row tile in a stage; e: metadata
+//   b: of the first instruction of a stage; second: from there to that of the other
 INLINE void multiply(Accumulator (&acc)[ACCUMULATORS][TOKENS / 2], const u32 (&stage)[STAGES_PER_STEP], u32 values,
-                     const u32 (&e)[STAGES_PER_STEP][2], bool add) {
+                     const u64 (&b)[STAGES_PER_STEP], u64 second, const u32 (&e)[STAGES_PER_STEP][2], bool add) {
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < STAGES_PER_STEP; j++) {
-        const u64 a = matrix_descriptor<64>(stage[j] + values), b = matrix_descriptor<128>(stage[j]);
-        WgmmaSp<DTYPE, TOKENS, 0>::mma(acc[j % ACCUMULATORS], a, b, e[j][0], add);
-        WgmmaSp<DTYPE, TOKENS, WIDE>::mma(acc[j % ACCUMULATORS], a + 2, b + 4, e[j][1], 1);
+        const u64 a = matrix_descriptor<64>(stage[j] + values);
+        WgmmaSp<DTYPE, TOKENS, 0>::mma(acc[j % ACCUMULATORS], a, b[j], e[j][0], add);
+        WgmmaSp<DTYPE, TOKENS, WIDE>::mma(acc[j % ACCUMULATORS], a + 2, b[j] + second, e[j][1], 1);
     }
     wgmma_commit_group();
 }
@@ -73,9 +81,9 @@ extern "C" __global__ void
     __cluster_dims__(SPLIT_K, 1, 1)
 #endif
     __launch_bounds__(THREADS, BLOCKS_PER_SM) gemm(
-        const u8* __restrict__ x,           // [stages, ceil(M / 8), 8, 128], expanded and swizzled
+        const u8* x,                        // [stages, ceil(M / 8), 8, 128], expanded and swizzled; with OWN_X_BYTES [M, K] of y's type
         const u8* __restrict__ values,      // [stages, row tiles, 64, 64], swizzled; row tiles: ceil(N / 128) * 2
-        const float* scale_x,               // [M], 8-bit types; not __restrict__: it may be written while this kernel starts
+        const float* scale_x,               // [M], 8-bit types, not with OWN_X_BYTES; not __restrict__: may be written while this starts
         const float* __restrict__ scale_w,  // [N], 8-bit types
         const void* bias,                   // [N] of bias_type, or null; not __restrict__ either
         i64 bias_type,
@@ -87,7 +95,8 @@ extern "C" __global__ void
         i64 first_row_tile, i64 last_row_tile,  // whose outputs this launch computes; last: one past
         i64 begin, i64 end,                 // tiles of them
         i64 order,                          // of this launch
-        i64 raster_group)                   // tiles along n
+        i64 raster_group,                   // tiles along n
+        i64 x_pitch, i64 k)                 // of x [M, K]: bytes from row to row; K
 {
     extern __shared__ __align__(1024) u8 raw[];
     const Smem smem = {opaque(shared_address(raw))};
@@ -121,6 +130,11 @@ extern "C" __global__ void
     u32 parity = 0;            // of the phase in which `slot` is full
 
     WorkTile work(p, begin), next = work;
+    const OwnX own_x = {smem.own_x(), (u32)m};
+    if (OWN_X_BYTES) {
+        own_x.make(smem, x, x_pitch, (int)k, work.first * STAGES_PER_STEP, work.last * STAGES_PER_STEP);
+        scale_x = (const float*)(raw + SCALES_AT);
+    }
     if (CONSUMERS_LOAD) {
         if (order == BEFORE_REST) griddepcontrol_launch_dependents();
         if (threadIdx.x == 0)
@@ -172,14 +186,16 @@ extern "C" __global__ void
         my_metadata.start(first * STAGES_PER_STEP);
         auto step = [&](u32 (&metadata)[STAGES_PER_STEP][2]) {
             u32 stage[STAGES_PER_STEP];
+            u64 b[STAGES_PER_STEP];
 #pragma unroll
             for (int j = 0; j < STAGES_PER_STEP; j++) {
                 stage[j] = smem.stage(slot);
+                b[j] = OWN_X_BYTES ? own_x.descriptor((s - first) * STAGES_PER_STEP + j) : matrix_descriptor<128>(stage[j]);
                 mbarrier_wait(smem.full(slot), parity);
                 my_metadata.read(stage[j], metadata[j]);
                 if (++slot == STAGES) slot = 0, parity ^= 1;
             }
-            multiply(acc, stage, my_values, metadata, !FIRST_MMA_OVERWRITES || s > first);
+            multiply(acc, stage, my_values, b, OWN_X_BYTES ? own_x.second() : 4, metadata, !FIRST_MMA_OVERWRITES || s > first);
             wgmma_wait_group<1>();  // the step before is complete
             if (s > first)
 #pragma unroll

@@ -5,7 +5,7 @@
 #include "sm90/smem.cuh"
 
 struct Loads {
-    const u8* x;         // [stages, rows, 128]
+    const u8* x;         // [stages, rows, 128], without OWN_X_BYTES
     const u8* values;    // [stages, row_tiles, VALUE_BYTES]
     const u8* metadata;  // [stages, row_tiles, METADATA_BYTES]
     Smem smem;
@@ -13,7 +13,7 @@ struct Loads {
 
     INLINE Loads(const Problem& p, const u8* x, const u8* values, const u8* metadata, Smem smem)
         : x(x), values(values), metadata(metadata), smem(smem), rows((p.m + 7) / 8 * 8), row_tiles((p.n + 127) / 128 * 2) {}
-    INLINE u32 x_bytes(const WorkTile& work) const { return min(rows - work.tile_m * TOKENS, TOKENS) * 128; }
+    INLINE u32 x_bytes(const WorkTile& work) const { return OWN_X_BYTES ? 0 : min(rows - work.tile_m * TOKENS, TOKENS) * 128; }
 
     // Announces all bytes of a stage to its full barrier, and requests its weights.
     INLINE void weights(const WorkTile& work, int stage, int slot) const {
@@ -44,16 +44,17 @@ INLINE void produce(const Problem& p, i64 begin, Order order, const Loads& loads
 #pragma unroll 1
             for (int s = 0; s < ahead; s++) loads.weights(work, first + s, s);
             if (order != REST) griddepcontrol_wait();
+            if (OWN_X_BYTES) mbarrier_wait(loads.smem.x_read(), 0);  // x would come behind the weights of all slots
             if (order == BEFORE_REST) griddepcontrol_launch_dependents();  // blocks of the rest replace those that are done
         }
         const bool ends = order != BEFORE_REST && work.tile + gridDim.x / SPLIT_K >= p.end;
 #pragma unroll 1
         for (int stage = first; stage < last; stage++) {
-            mbarrier_wait(loads.smem.empty(slot), parity);
+            if (ahead == 0) mbarrier_wait(loads.smem.empty(slot), parity);
             if (ends && stage == max(first, last - 1 - RELEASE_AT)) griddepcontrol_launch_dependents();
             if (ahead > 0) ahead--;
             else loads.weights(work, stage, slot);
-            loads.activations(work, stage, slot);
+            if (!OWN_X_BYTES) loads.activations(work, stage, slot);
             if (++slot == STAGES) slot = 0, parity ^= 1;
         }
     }

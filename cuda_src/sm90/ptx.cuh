@@ -36,12 +36,19 @@ INLINE uint4 ld_shared4(u32 address) {
 }
 // "...: st".
 INLINE void st_shared(u32 address, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
+INLINE void st_shared4(u32 address, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+// "Parallel Synchronization and Communication Instructions: red", .max: the larger of what is there and v.
+INLINE void red_max_shared(u32 address, u32 v) { asm volatile("red.shared::cta.max.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
 // "Parallel Synchronization and Communication Instructions: atom", .inc: returns the old value; one more, or 0 after `last`.
 INLINE u32 atom_inc_shared(u32 address, u32 last) {
     u32 v;
     asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;" : "=r"(v) : "r"(address), "r"(last) : "memory");
     return v;
 }
+// "...: membar / fence", .proxy.async: what this thread wrote to shared memory, instructions and copies read.
+INLINE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // "Warp-level Matrix Store Instruction: stmatrix": four or two 8 x 8 matrices of 16-bit elements, transposed; lane l gives the row of
 // matrix l / 8.
 INLINE void stmatrix_x4_trans(u32 to, u32 a, u32 b, u32 c, u32 d) {
@@ -118,6 +125,20 @@ INLINE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "mem
 template <int REGISTERS> INLINE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
 template <int REGISTERS> INLINE void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
 
+// ---- maxima ----------------------------------------------------------------------------------------------------------------------
+// "Integer Arithmetic Instructions: max", .u16x2: of halves.
+INLINE u32 max_u16x2(u32 a, u32 b) {
+    u32 r;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+// "Parallel Synchronization and Communication Instructions: redux.sync": of a warp.
+INLINE u32 redux_max(u32 v) {
+    u32 r;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(v));
+    return r;
+}
+
 // ---- wgmma -----------------------------------------------------------------------------------------------------------------------
 // "Asynchronous Warpgroup Level Matrix Instructions: wgmma.fence", "wgmma.commit_group", "wgmma.wait_group".
 INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -128,3 +149,5 @@ template <int PENDING> INLINE void wgmma_wait_group() { asm volatile("wgmma.wait
 template <int BYTES> INLINE u64 matrix_descriptor(u32 address) {
     return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(8 * BYTES >> 4) << 32 | (u64)(BYTES == 128 ? 1 : 2) << 62;
 }
+// The same without swizzle, 16-byte chunks of up to 8 rows: bits 16-29 bytes from a chunk of k to the next / 16. Rows are 16 bytes apart.
+INLINE u64 plain_descriptor(u32 address, u32 chunk) { return (u64)((address & 0x3FFFF) >> 4) | (u64)(chunk >> 4) << 16; }

@@ -18,6 +18,7 @@ from ..core.problem import Device, GemmProblem
 from ..core.scheme import SCHEMES, Scheme
 from ..errors import UnsupportedError
 from . import sm80, sm90, sm100
+from .common import MOST_UNQUANTIZED as MOST_UNQUANTIZED
 from .operand import Operand
 
 
@@ -115,6 +116,9 @@ class Arch(Protocol[C]):
 
     def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[C]:
         """Every kernel, as a launch of it."""
+
+    def quantizes(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> bool:
+        """Whether the kernel should quantize x [m, k] itself, if x is of the type of y, in rows of whole 16-byte vectors."""
 
     def candidates(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> Iterator[tuple[C, ...]]:
         """The candidates, each the launches that compute the product.
@@ -224,6 +228,12 @@ def choose(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Cand
     return min(arch.candidates(problem, buffers), key=lambda candidate: arch.cost(candidate, problem))
 
 
+@lru_cache(maxsize=16384)
+def quantizes(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> bool:
+    """`Arch.quantizes`, remembered; False where kernels must pass their self-test first, which has no such problem."""
+    return ran(problem) and of(problem).quantizes(problem, buffers)
+
+
 def asked_for(m: int) -> int:
     """The m that the model is asked for in the place of m: it takes a millisecond, and a server sees any number of tokens."""
     step = next(step for most, step in STEPS if m <= most)
@@ -233,8 +243,11 @@ def asked_for(m: int) -> int:
 def modelled(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candidate:
     """The candidate with the kernels that the model chooses for `asked_for(m)` tokens.
 
-    Where there is none, the model's choice for m rounded up to a multiple of eight tokens, which all tiles are.
+    Where there is none, the model's choice for m rounded up to a multiple of eight tokens, which all tiles are. Few tokens that
+    the kernel quantizes are not rounded up.
     """
+    if problem.unquantized:
+        return choose(problem, buffers)
     asked = asked_for(problem.m)
     chosen = choose(replace(problem, m=asked), buffers)
     rounded = replace(problem, m=-(-problem.m // 8) * 8)

@@ -14,6 +14,9 @@ from .operand import STAGE, Operand, stages
 SHARED_MEMORY = 232448
 """Most bytes of shared memory of a thread block, on Hopper and B200. CUDA C++ Programming Guide, "Compute Capabilities"."""
 
+MOST_UNQUANTIZED = 2
+"""Largest m for which kernels quantize x themselves."""
+
 FLOAT8_ERROR = 2.0**-10
 """Error of one float8 instruction (64 expanded columns) relative to the sum of magnitudes. Hopper's accumulator has 13 bits of
 fraction and cuts off what is below (docs/hopper.md); Blackwell's is taken for the same, since the manual tells nothing."""
@@ -55,6 +58,9 @@ class Tiled:
 
     def operand(self, pattern: Pattern, k: int, scheme: Scheme) -> Operand:
         return Operand(True, pattern, STAGE * stages(pattern, k, scheme.activations.element))
+
+    def quantizes(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> bool:
+        return False
 
     def again(self, candidate: Any, chosen: int, problem: GemmProblem, buffers: Collection[str] | None = None) -> Any:
         return candidate

@@ -309,6 +309,9 @@ class Portable:
                 if splits == 1 or tiles * (splits - 1) < 2 * device.sms:
                     yield (replace(config, splits=splits),)
 
+    def quantizes(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> bool:
+        return False
+
     def again(
         self, candidate: tuple[Config, ...], chosen: int, problem: GemmProblem, buffers: Collection[str] | None = None
     ) -> tuple[Config, ...]:

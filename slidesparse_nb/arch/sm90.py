@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..core.dtypes import DType
@@ -16,7 +17,7 @@ from ..core.pattern import Pattern
 from ..core.problem import GemmProblem
 from ..core.scheme import Scheme
 from . import sm90_cost
-from .common import Tiled, refuses
+from .common import MOST_UNQUANTIZED, Tiled, refuses
 from .operand import stages
 from .sm90_launch import (
     ALWAYS_COMPACT,
@@ -24,6 +25,8 @@ from .sm90_launch import (
     COMPACT,
     DERIVED,
     EXPANDED,
+    OWN_X_BYTES,
+    OWN_X_TOKENS,
     PARAMETERS,
     RASTER_GROUP,
     REST,
@@ -33,6 +36,7 @@ from .sm90_launch import (
     Tile,
     along_k,
     configured,
+    own_x_bytes,
     residents,
 )
 from .sm90_layout import VALUE_BYTES, arrange, expand, has_compact_metadata, metadata_bytes, row_tiles
@@ -47,6 +51,15 @@ NARROW_RASTER_GROUP, NARROW_TOKENS = 8, 2048
 """Rasterization group of tiles of 256 tokens, and the largest m that takes it (docs/notes/hopper-attempts.md)."""
 MIXED_ROUNDS = 4
 """Most whole rounds of tiles before a rest in smaller tiles; after more rounds the shape of the rest makes no difference."""
+MOST_UNQUANTIZED_X = 20480
+"""Largest m * k for which blocks quantize x themselves: each reads all of it."""
+OWN_X_REST_SPLIT = 2
+"""Largest cluster of a second launch whose blocks quantize x themselves: each reads all of x for a small part of k."""
+OWN_X_SAVES_NS = 1000
+"""Time that a linear saves without a launch for its quantization, in ns: 500 to 1700 on an H200. Blocks quantize x themselves
+unless their product takes longer by more."""
+OWN_X_STAGES = 7
+"""Fewest stages of a ring where the block quantizes x itself: the ring holds the weights that arrive meanwhile."""
 CLUSTERS_FIT = 0.9
 """Share of the SMs that clusters of three and more blocks find free: the blocks of a cluster share a GPC."""
 
@@ -54,6 +67,8 @@ CLUSTERS_FIT = 0.9
 def is_candidate(tile: Tile, problem: GemmProblem, metadata: str) -> bool:
     """Whether the tile is a candidate for m tokens, and has a kernel that reads this metadata."""
     small = tile.tokens <= SMALL_TOKENS
+    if problem.unquantized:  # a warpgroup for each token, at least
+        return problem.m <= tile.warpgroups and _quantizes(tile, problem.dtype, problem.out, metadata == COMPACT)
     if small and (problem.m > SMALL_M or metadata == DERIVED):
         return False
     return (metadata == COMPACT) in _reads_compact(tile, problem.pattern, problem.dtype)
@@ -61,7 +76,11 @@ def is_candidate(tile: Tile, problem: GemmProblem, metadata: str) -> bool:
 
 def of_row_tiles(problem: GemmProblem, tile: Tile, split_k: int, resident: int, metadata: str, first: int = 0) -> Config:
     """The kernel of a tile, for all row tiles from `first` on."""
-    config = configured(tile, split_k, problem.pattern, problem.dtype, problem.out, metadata == COMPACT, resident)
+    own_x = 0
+    if problem.unquantized:
+        needed = own_x_bytes(problem.m, split_k, problem.pattern, along_k(problem))
+        own_x = next((size for size in OWN_X_BYTES if size >= needed), needed)
+    config = configured(tile, split_k, problem.pattern, problem.dtype, problem.out, metadata == COMPACT, resident, own_x)
     group = NARROW_RASTER_GROUP if tile.tokens == 256 and problem.m <= NARROW_TOKENS else RASTER_GROUP
     return config.but(row_tiles=(first, -(-problem.n // 64)), raster_group=group, derived=metadata == DERIVED)
 
@@ -69,7 +88,18 @@ def of_row_tiles(problem: GemmProblem, tile: Tile, split_k: int, resident: int, 
 def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
     """Whether `tiles` tiles, each with a block or a cluster of its own, all run at the same time."""
     fit = CLUSTERS_FIT if config.split_k > 2 else 1
-    return config.possible(along_k(problem)) and tiles * config.split_k <= problem.device.sms * config.resident * fit
+    return possible(config, problem) and tiles * config.split_k <= problem.device.sms * config.resident * fit
+
+
+def rest_at_once(rest: Config, tiles: int, problem: GemmProblem) -> bool:
+    """The same of a second launch."""
+    return (not rest.own_x or rest.split_k <= OWN_X_REST_SPLIT) and at_once(rest, tiles, problem)
+
+
+def possible(config: Config, problem: GemmProblem) -> bool:
+    """Whether there is such a kernel, and k and outputs suffice for it."""
+    fits = not config.own_x or (config.own_x in OWN_X_BYTES and config.resident == 2 and config.stages >= OWN_X_STAGES)
+    return fits and config.possible(along_k(problem))
 
 
 def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[tuple[Config, ...]]:
@@ -87,6 +117,8 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[t
                 yield (config.but(end=config.tiles(m), blocks=config.tiles(m) * split),)
     for resident in residents(tile, 1):
         whole = of_row_tiles(problem, tile, 1, resident, metadata)
+        if not possible(whole, problem):
+            continue
         tiles = whole.tiles(m)
         yield (whole.but(end=tiles, blocks=min(tiles, sms)),)
         full = tiles // sms * sms  # tiles of whole rounds
@@ -95,7 +127,7 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[t
         before = whole.but(end=full, blocks=sms, order=BEFORE_REST)
         for split in tile.splits:
             rest = of_row_tiles(problem, tile, split, residents(tile, split)[-1], metadata).but(begin=full, end=tiles)
-            if at_once(rest, tiles - full, problem):
+            if rest_at_once(rest, tiles - full, problem):
                 yield before, rest.but(blocks=(tiles - full) * split, order=REST)
         yield from _with_smaller_rest(whole, full, problem, metadata)
 
@@ -115,7 +147,7 @@ def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem, metadata:
         if smaller and is_candidate(other, problem, metadata):
             for split in (1, *other.splits):
                 rest = of_row_tiles(problem, other, split, residents(other, split)[-1], metadata, boundary)
-                if at_once(rest, rest.tiles(problem.m), problem):
+                if rest_at_once(rest, rest.tiles(problem.m), problem):
                     yield before, rest.but(end=rest.tiles(problem.m), blocks=rest.tiles(problem.m) * split, order=REST)
 
 
@@ -124,6 +156,11 @@ def _reads_compact(tile: Tile, pattern: Pattern, dtype: DType) -> tuple[bool, ..
     if not has_compact_metadata(pattern) or not tile.decodes:
         return (False,)
     return (True,) if tile.tokens <= ALWAYS_COMPACT and dtype.bits == 8 else (True, False)
+
+
+def _quantizes(tile: Tile, dtype: DType, out: str, compact: bool) -> bool:
+    """Whether some kernels of a tile quantize x, which is of the type of y, themselves."""
+    return compact and tile.tokens == OWN_X_TOKENS and dtype.bits == 8 and out != "float32"
 
 
 class Hopper(Tiled):
@@ -152,14 +189,26 @@ class Hopper(Tiled):
         return tuple({"values": tiles * VALUE_BYTES, **{name: of[name] for name in form}} for form in held)
 
     def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[Config | Expansion]:
-        """Of every tile, without and with split-K; then the expansion, of patterns that have compact metadata."""
+        """Of every tile, without and with split-K, and those that quantize x; then the expansion, of patterns that have
+        compact metadata."""
         for tile in TILES:
             for split in (1, *tile.splits):
                 for resident in residents(tile, split):
                     for compact in _reads_compact(tile, pattern, scheme.dtype):
                         yield configured(tile, split, pattern, scheme.dtype, out, compact, resident)
+                        for own_x in OWN_X_BYTES if _quantizes(tile, scheme.dtype, out, compact) and resident == 2 else ():
+                            made = configured(tile, split, pattern, scheme.dtype, out, compact, resident, own_x)
+                            if made.stages >= OWN_X_STAGES:
+                                yield made
         if has_compact_metadata(pattern):
             yield Expansion(scheme.dtype, pattern.windows)
+
+    def quantizes(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> bool:
+        if problem.m > MOST_UNQUANTIZED or problem.m * problem.k > MOST_UNQUANTIZED_X or problem.k % 8:
+            return False
+        unquantized = replace(problem, unquantized=True)
+        least = min((self.cost(c, unquantized) for c in self.candidates(unquantized, buffers)), default=math.inf)
+        return least <= OWN_X_SAVES_NS + min(self.cost(c, problem) for c in self.candidates(problem, buffers))
 
     def candidates(
         self, problem: GemmProblem, buffers: Collection[str] | None = None, tiles: Sequence[Tile] = TILES

@@ -21,7 +21,7 @@ PARAMETERS = {
     "x": "address", "values": "address", "scale_x": "address", "scale_w": "address", "bias": "address",
     "bias_type": "integer", "y": "address", "y_pitch": "integer", "m": "integer", "n": "integer", "metadata": "address",
     "stages": "integer", "first_row_tile": "integer", "last_row_tile": "integer", "begin": "integer", "end": "integer",
-    "order": "integer", "raster_group": "integer",
+    "order": "integer", "raster_group": "integer", "x_pitch": "integer", "k": "integer",
 }  # fmt: skip
 """Parameters of the kernel, in its order."""
 
@@ -36,6 +36,12 @@ MOST_STAGES = 24
 
 MOST_OWN_PARTS = 32768
 """Largest partial sums of a cluster, in bytes a block, that have a buffer of their own; larger ones replace stages."""
+
+OWN_X_TOKENS = 8
+"""Tokens of the tiles whose blocks may quantize x themselves."""
+
+OWN_X_BYTES = 8192, 20480
+"""Sizes, in bytes, of the shared memory for x and its operand where a block quantizes x itself; the smaller that suffices."""
 
 PDL_TOKENS = 512
 """Largest m whose first launch uses PDL. Above it, blocks launched while the quantization kernel drains land on arbitrary SMs,
@@ -147,6 +153,7 @@ class Config(PlainLaunch):
         blocks: thread blocks.
         order: ALONE; or BEFORE_REST and REST, of two launches that share the tiles.
         raster_group: tiles along n that run together with all tiles along m.
+        own_x: shared memory for x that a block quantizes itself, in bytes, one of OWN_X_BYTES; 0: x is an operand.
     """
 
     dtype: DType
@@ -163,12 +170,14 @@ class Config(PlainLaunch):
     order: int = ALONE
     raster_group: int = RASTER_GROUP
     derived: bool = False
+    own_x: int = 0
     source, suffix, parameters = "sm90/gemm.cu", SUFFIX, PARAMETERS
 
     def __str__(self) -> str:
         split = f", split-K {self.split_k}" if self.split_k > 1 else ""
         metadata = ", compact metadata" if self.compact else ""
-        kernel = f"{self.tile}{split}, {self.stages} stages{metadata}, {self.resident} per SM"
+        quantizes = ", x quantized by each block" if self.own_x else ""
+        kernel = f"{self.tile}{split}, {self.stages} stages{metadata}{quantizes}, {self.resident} per SM"
         if not self.blocks:
             return kernel
         first, last = (64 * r for r in self.row_tiles)
@@ -194,16 +203,21 @@ class Config(PlainLaunch):
         return consumers + (128 if self.tile.rebalances else 32)
 
     @property
+    def stage_bytes(self) -> int:
+        """Shared memory of a stage, without its barriers."""
+        return stage_bytes(self.tile, self.dtype, self.compact, self.own_x == 0)
+
+    @property
     def fixed_bytes(self) -> int:
         """Shared memory beside the stages and their barriers (cuda_src/sm90/smem.cuh)."""
+        own_x = self.own_x + 8 + 8 * self.tile.tokens if self.own_x else 0
         table = 4 * math.comb(2 * self.windows + 2, 2) if self.compact else 0  # a word of nibbles for each mask
-        return staging_bytes(self.tile, self.out, self.split_k) + table + parts_bytes(self.tile, self.split_k)
+        return staging_bytes(self.tile, self.out, self.split_k) + own_x + table + parts_bytes(self.tile, self.split_k)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block, in bytes."""
-        stage = stage_bytes(self.tile, self.dtype, self.compact)
-        return -(-(self.stages * (stage + 16) + self.fixed_bytes) // 1024) * 1024
+        return -(-(self.stages * (self.stage_bytes + 16) + self.fixed_bytes) // 1024) * 1024
 
     def tiles(self, m: int) -> int:
         """All tiles of m tokens and these row tiles."""
@@ -229,7 +243,7 @@ class Config(PlainLaunch):
 
     def arguments(self, problem: GemmProblem) -> dict[str, int]:
         (first, last), count = self.row_tiles, along_k(problem)
-        if not self.possible(count):
+        if not self.possible(count) or (self.own_x > 0) != problem.unquantized:
             raise AssertionError(self)
         tiles = {"first_row_tile": first, "last_row_tile": last, "begin": self.begin, "end": self.end}
         return {"stages": count, **tiles, "order": self.order, "raster_group": self.raster_group}
@@ -253,6 +267,7 @@ class Config(PlainLaunch):
             "WINDOWS": self.windows,
             "SPLIT_K": self.split_k,
             "BLOCKS_PER_SM": self.resident,
+            **({"OWN_X_BYTES": self.own_x} if self.own_x else {}),
             "THREADS": self.threads,
             "SHARED_BYTES": self.shared_bytes,
         }  # fmt: skip
@@ -260,7 +275,7 @@ class Config(PlainLaunch):
     def with_most_stages(self) -> Config:
         """The same launch with as many stages as fit into shared memory."""
         room = (SHARED_MEMORY + 1024) // self.resident - 1024 - self.fixed_bytes  # each block takes one KiB more
-        fit = room // (stage_bytes(self.tile, self.dtype, self.compact) + 16)
+        fit = room // (self.stage_bytes + 16)
         return self.but(stages=min(MOST_STAGES, fit))
 
 
@@ -304,9 +319,9 @@ class Expansion(PlainLaunch):
         return {"DTYPE": code, "WINDOWS": self.windows, "THREADS": self.threads, "ROW_TILES": EXPAND_ROW_TILES}
 
 
-def stage_bytes(tile: Tile, dtype: DType, compact: bool) -> int:
+def stage_bytes(tile: Tile, dtype: DType, compact: bool, with_x: bool = True) -> int:
     """Shared memory of one stage."""
-    return -(-(tile.tokens * STAGE + tile.warpgroups * (VALUE_BYTES + metadata_bytes(dtype, compact))) // 1024) * 1024
+    return -(-(tile.tokens * STAGE * with_x + tile.warpgroups * (VALUE_BYTES + metadata_bytes(dtype, compact))) // 1024) * 1024
 
 
 def _reducer_tokens(tile: Tile, split_k: int) -> int:
@@ -334,14 +349,25 @@ def parts_bytes(tile: Tile, split_k: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def configured(tile: Tile, split_k: int, pattern: Pattern, dtype: DType, out: str, compact: bool, resident: int = 0) -> Config:
+def configured(
+    tile: Tile, split_k: int, pattern: Pattern, dtype: DType, out: str, compact: bool, resident: int = 0, own_x: int = 0
+) -> Config:
     """The kernel of a tile, with as many stages as fit; `resident` is the first of `residents` by default.
 
     Args:
         compact: read compact metadata, if the pattern has it.
     """
     windows = pattern.windows if compact and has_compact_metadata(pattern) else 0
-    return Config(dtype, out, tile, 0, windows, split_k, resident or residents(tile, split_k)[0]).with_most_stages()
+    made = Config(dtype, out, tile, 0, windows, split_k, resident or residents(tile, split_k)[0], own_x=own_x)
+    return made.with_most_stages()
+
+
+def own_x_bytes(m: int, split_k: int, pattern: Pattern, along_k: int) -> int:
+    """Shared memory, in bytes, that a block needs to quantize m tokens itself (cuda_src/sm90/own_x.cuh)."""
+    part = 2 * -(-along_k // (2 * split_k))  # stages of a block: whole steps
+    windows = 32 * part
+    vectors = (windows + windows // pattern.windows + 1) // 4 + 2
+    return m * (part * STAGE + vectors * 16) + 16 * OWN_X_TOKENS
 
 
 def residents(tile: Tile, split_k: int) -> tuple[int, ...]:

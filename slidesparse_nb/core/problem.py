@@ -44,6 +44,7 @@ class GemmProblem:
         scheme: of the product: that of the weights, or the one that it is multiplied as on GPUs.
         out: name of the type of y.
         groups: such products at once, each with weights of its own.
+        unquantized: x is of the type of y, and the kernel quantizes it; else it is an operand (`Arch.quantizes`).
     """
 
     m: int
@@ -54,6 +55,7 @@ class GemmProblem:
     out: str
     device: Device
     groups: int = 1
+    unquantized: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scheme", Scheme.of(self.scheme).kernel)
@@ -77,5 +79,6 @@ class GemmProblem:
 
     def __str__(self) -> str:
         times = f"{self.groups} x " if self.groups > 1 else ""
-        product = f"y[{self.m}, {self.n}] = x[{self.m}, {self.k}] @ w.T"
+        x = f"{'unquantized ' * self.unquantized}x[{self.m}, {self.k}]"
+        product = f"y[{self.m}, {self.n}] = {x} @ w.T"
         return f"{times}{product}, {self.pattern.described} {self.scheme} -> {self.out}"

@@ -1,6 +1,7 @@
 """y = x @ w.T on the GPU, for CuPy's arrays and others that it can view: checks, memory and results; addresses go to weight.py.
 
     x [m, k] --quantize or round, lay out--> operand --product--> y [m, n]          one to four launches a call
+    one or two tokens ----------quantize and product------------> y [m, n]          where a kernel does both (`Arch.quantizes`)
 
 Nothing here waits for the device.
 """
@@ -134,11 +135,12 @@ def matmul(
     bias_type, bias = (0, None) if bias is None else _bias(bias, n)
     if m == 0 or n == 0:
         return y if out is None else out
-    bound = weight.plans.get((m, out_name)) or weight.bound(m, out_name)
+    unquantized = not quantized and weight.quantizes(m, out_name, name, x.strides, x.data.ptr)
+    bound = weight.bound(m, out_name, True) if unquantized else weight.plans.get((m, out_name)) or weight.bound(m, out_name)
     plan = bound.plan
     if ready:
         _check_tiles(x, plan)
-    write = None if ready else weight.writer(name, x.strides, x.data.ptr)
+    write = None if ready or unquantized else weight.writer(name, x.strides, x.data.ptr)
 
     # scratch: the workspace, or memory of its own, which the pool takes back on this stream
     address = cupy.cuda.get_current_stream().ptr

@@ -129,7 +129,7 @@ class Plan:
         problem = self.problem
         if config.counters(problem) > COUNTERS:
             raise AssertionError(config)
-        fixed = {"m": problem.m, "n": problem.n, "x_bytes": self.operand.row_bytes, **config.arguments(problem)}
+        fixed = {"m": problem.m, "n": problem.n, "k": problem.k, "x_bytes": self.operand.row_bytes, **config.arguments(problem)}
         grid, threads, shared = config.grid(problem), config.threads, config.shared_bytes
         defines, parameters = tuple(config.defines().items()), tuple(config.parameters)
         target = jit.architecture(problem.device.capability) + config.suffix

@@ -58,7 +58,8 @@ def file(problem: GemmProblem) -> Path:
     kernel = f"{source.removesuffix('.cu')}-{cache.source_hash(source)}"
     place = re.sub(r"[^A-Za-z0-9]+", "-", f"{device.name}-{device.sms}-{kernel}")
     pattern = str(problem.pattern).replace(":", "of")
-    return folder() / place / f"{problem.m}x{problem.n}x{problem.k}-{pattern}-{problem.dtype}-{problem.out}.json"
+    shape = f"{problem.m}x{problem.n}x{problem.k}{'-unquantized' * problem.unquantized}"
+    return folder() / place / f"{shape}-{pattern}-{problem.dtype}-{problem.out}.json"
 
 
 def folder() -> Path:

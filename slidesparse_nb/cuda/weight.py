@@ -44,7 +44,7 @@ MOST_BOUND = 1024
 @functools.cache
 def shared_plans(
     pattern: Pattern, scheme: Scheme, shape: tuple[int, int], device: Device, buffers: tuple[str, ...], ordinal: int
-) -> dict[tuple[int, str, bool, int], Bound]:
+) -> dict[tuple[int, str, bool, bool, int], Bound]:
     """What `DeviceWeight.bind` remembers for all weights of which these are the same."""
     return {}
 
@@ -60,6 +60,9 @@ class Bound:
 class DeviceWeight:
     """A packed weight on one GPU, arranged for its kernel; nothing of the packed tensors is held.
 
+    Attributes:
+        most_unquantized: most tokens that a kernel may quantize itself.
+
     Args:
         pattern, scheme, shape: of the packed weight; shape is (n, k). The attribute `scheme` is what it is multiplied as.
         buffers: name -> CuPy array: what the architecture's kernels load, and "scale", float32 [n]. They are held.
@@ -68,6 +71,8 @@ class DeviceWeight:
     Raises:
         UnsupportedError: the GPU cannot multiply weights of this type.
     """
+
+    most_unquantized = arch.MOST_UNQUANTIZED
 
     def __init__(
         self, pattern: Pattern, scheme: Scheme, shape: tuple[int, int], buffers: Mapping[str, Any], ordinal: int
@@ -81,6 +86,8 @@ class DeviceWeight:
         self.operand = self.arch.operand(pattern, shape[1], scheme)
         self.buffers = dict(buffers)
         self.plans: dict[tuple[int, str], Bound] = {}
+        self.unquantized: dict[tuple[int, str], Bound] = {}
+        self._few: dict[tuple[int, str], bool] = {}
         self.writers: dict[tuple[str, tuple[int, int], int], Writer | None] = {}
         self.fused: dict[tuple[str, int, str], Writer | None] = {}
         self.counters = counters(ordinal).of if "arrived" in self.arch.parameters else lambda stream: 0
@@ -130,36 +137,53 @@ class DeviceWeight:
     def _at(self) -> tuple[int, ...]:
         return (*self.addresses.values(),)
 
-    def problem(self, m: int, out: str) -> GemmProblem:
+    def problem(self, m: int, out: str, unquantized: bool = False) -> GemmProblem:
         """The product with m tokens, into the type named `out`."""
-        return GemmProblem(m, self.n, self.k, self.pattern, self.scheme, out, self.device)
+        return GemmProblem(m, self.n, self.k, self.pattern, self.scheme, out, self.device, unquantized=unquantized)
 
     @functools.cached_property
-    def _shared(self) -> dict[tuple[int, str, bool, int], Bound]:
+    def _shared(self) -> dict[tuple[int, str, bool, bool, int], Bound]:
         return shared_plans(self.pattern, self.scheme, self.shape, self.device, tuple(self.buffers), self.ordinal)
 
-    def bind(self, m: int, out: str, configs: tuple[Config, ...] | None = None) -> Bound:
+    def bind(self, m: int, out: str, configs: tuple[Config, ...] | None = None, unquantized: bool = False) -> Bound:
         """The launches for m tokens into the type named `out`: tuned or the cheapest (self_test.py), or of these configs."""
+        problem = self.problem(m, out, unquantized)
         if configs:
-            return self._bind(m, out, configs)
-        key = m, out, env.tuned(), tuned_store.version
+            return self._bind(problem, configs)
+        key = m, out, unquantized, env.tuned(), tuned_store.version
         if (known := self._shared.get(key)) is None:
             if len(self._shared) >= MOST_BOUND:
                 self._shared.clear()
-            chosen = self_test.best(self.problem(m, out), tuple(self.buffers), self.ordinal)
-            known = self._shared[key] = self._bind(m, out, chosen)
+            chosen = self_test.best(problem, tuple(self.buffers), self.ordinal)
+            known = self._shared[key] = self._bind(problem, chosen)
         return known
 
-    def _bind(self, m: int, out: str, configs: tuple[Config, ...]) -> Bound:
-        plan = plan_of(self.problem(m, out), configs, self.ordinal)
+    def _bind(self, problem: GemmProblem, configs: tuple[Config, ...]) -> Bound:
+        plan = plan_of(problem, configs, self.ordinal)
         return Bound(plan, tuple(launch.bind((*self.addresses,)) for launch in plan.launches))
 
-    def bound(self, m: int, out: str) -> Bound:
-        """`bind`, remembered."""
-        if (known := self.plans.get((m, out))) is None:
-            if len(self.plans) >= MOST_BOUND:
-                self.plans.clear()
-            known = self.plans[m, out] = self.bind(m, out)
+    def bound(self, m: int, out: str, unquantized: bool = False) -> Bound:
+        """`bind`, remembered.
+
+        Args:
+            unquantized: the launches that quantize x themselves, where `quantizes` says that there are some.
+        """
+        plans = self.unquantized if unquantized else self.plans
+        if (known := plans.get((m, out))) is None:
+            if len(plans) >= MOST_BOUND:
+                plans.clear()
+            known = plans[m, out] = self.bind(m, out, unquantized=unquantized)
+        return known
+
+    def quantizes(self, m: int, out: str, source: str, strides: tuple[int, int], x: int) -> bool:
+        """Whether the product's kernel quantizes such an x itself; arguments as of `linear`."""
+        if m > self.most_unquantized or source != out or strides[1] != 2 or x % 16 or (m > 1 and strides[0] % 16):
+            return False
+        return self._quantizes(m, out)
+
+    def _quantizes(self, m: int, out: str) -> bool:
+        if (known := self._few.get((m, out))) is None:  # to hash a problem takes longer
+            known = self._few[m, out] = arch.quantizes(self.problem(m, out), tuple(self.buffers))
         return known
 
     def compile_ahead(self, most: int, out: str) -> None:
@@ -170,6 +194,8 @@ class DeviceWeight:
         """
         every = dict.fromkeys([*map(arch.asked_for, range(1, most)), most])
         problems = [self.problem(m, out) for m in every]
+        few = [m for m in range(1, self.most_unquantized + 1) if self._quantizes(m, out)]
+        problems += [self.problem(m, out, unquantized=True) for m in few]
         chosen = (config for p in problems for config in self_test.best(p, tuple(self.buffers), self.ordinal))
         compile_all(kernels_of(dict.fromkeys(chosen), self.device.capability), jit.device_compiler())
 
@@ -188,7 +214,11 @@ class DeviceWeight:
 
     def workspace_bytes(self, m: int, out: str) -> int:
         """Bytes of scratch memory that `linear` of m tokens needs, uninitialized; kernels are compiled on the way."""
-        return self.bound(m, out).plan.bytes if m and self.n else 0
+        if not m or not self.n:
+            return 0
+        if m <= self.most_unquantized and self._quantizes(m, out):
+            self.bound(m, out, unquantized=True)
+        return self.bound(m, out).plan.bytes
 
     def linear(
         self,
@@ -212,12 +242,15 @@ class DeviceWeight:
             m: tokens, above 0.
             x: address of [m, k], of `source`: "bfloat16", "float16", "float32", or the weights' type for 16-bit weights.
             strides: of x, bytes from row to row and from column to column.
-            y: address of [m, n] of the type named `out`, neighbouring columns side by side.
+            y: address of [m, n] of the type named `out`, neighbouring columns side by side; not overlapping x.
             pitch: elements from one row of y to the next.
             workspace: address of `workspace_bytes(m, out)` of any memory, 16-byte aligned; of one stream at a time.
             stream: address of the CUDA stream.
             bias: address of [n], 0 for none; bias_type: its `CUDA_CODES`.
         """
+        if self.quantizes(m, out, source, strides, x):
+            self.multiply(self.bound(m, out, True), x, strides[0], 0, y, pitch, workspace, stream, bias, bias_type)
+            return
         bound = self.plans.get((m, out)) or self.bound(m, out)
         write, plan = self.writer(source, strides, x), bound.plan
         if write is None:
@@ -280,7 +313,11 @@ class DeviceWeight:
         bias: int = 0,
         bias_type: int = 0,
     ) -> None:
-        """The product alone, of an operand that a writer made: like `linear`, whose workspace it shares the end of."""
+        """The product alone, of an operand that a writer made: like `linear`, whose workspace it shares the end of.
+
+        Args:
+            bound: what `bound` returned; if its launches quantize x, operand and operand_pitch are those of x, and scale is 0.
+        """
         plan, counted = bound.plan, self.counters(stream) if bound.plan.part_bytes else 0
         parts, derived = workspace + plan.parts_at, workspace + plan.derived_at
         given = (*self._at, operand, operand_pitch, scale, bias, bias_type, y, pitch, parts, counted, derived)

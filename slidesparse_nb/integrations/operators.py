@@ -121,22 +121,37 @@ def _rows(x: Tensor, m: int, k: int, size: int) -> tuple[Tensor, tuple[int, int]
     return x, ((k if m == 1 else rows) * size, columns * size)
 
 
+def _few(there: Any, x: Tensor, strides: tuple[int, int], bias: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """The product, of this shape, of few tokens x [m, k] that its kernel quantizes; None where it does not."""
+    m, (name, _, _), at = len(x), FLOATS[x.dtype], x.data_ptr()
+    if not there.quantizes(m, name, name, strides, at):
+        return None
+    if (m, name) not in there.unquantized:
+        _require_no_capture(f"x: {m} tokens were not multiplied by this weight")
+    y, (bias_at, code) = x.new_empty(shape), (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
+    stream = _stream(x.get_device())
+    there.multiply(there.bound(m, name, True), at, strides[0], 0, y.data_ptr(), there.n, 0, stream, bias_at, code)
+    return y
+
+
 def _linear_cuda(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, n: int, k: int, facts: str) -> Tensor:
-    m = _check(x, weight, bias, n, k)
-    y = x.new_empty((*x.shape[:-1], n))
-    if m and n:
-        there = _known(weight, n, k, facts)
-        name, size, _ = FLOATS[x.dtype]
-        x, strides = _rows(x, m, k, size)
-        at, stream = x.data_ptr(), _stream(x.get_device())
-        if (name, strides, at % 16) not in there.writers:
-            _require_no_capture(f"x: tokens with strides {x.stride()} were not multiplied by this weight")
-        bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
-        scratch = _take(_bound(there, m, name).plan.bytes, stream)
-        try:
-            there.linear(m, at, name, strides, y.data_ptr(), n, name, scratch, stream, bias_at, code)
-        finally:
-            _give(scratch)
+    m, shape = _check(x, weight, bias, n, k), (*x.shape[:-1], n)
+    if not m or not n:
+        return x.new_empty(shape)
+    there = _known(weight, n, k, facts)
+    name, size, _ = FLOATS[x.dtype]
+    x, strides = _rows(x, m, k, size)
+    if (few := _few(there, x, strides, bias, shape)) is not None:
+        return few
+    y, at, stream = x.new_empty(shape), x.data_ptr(), _stream(x.get_device())
+    if (name, strides, at % 16) not in there.writers:
+        _require_no_capture(f"x: tokens with strides {x.stride()} were not multiplied by this weight")
+    bias_at, code = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype][2])
+    scratch = _take(_bound(there, m, name).plan.bytes, stream)
+    try:
+        there.linear(m, at, name, strides, y.data_ptr(), n, name, scratch, stream, bias_at, code)
+    finally:
+        _give(scratch)
     return y
 
 

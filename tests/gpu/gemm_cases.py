@@ -53,6 +53,12 @@ def compile_ahead(configs):
     compile_all(jobs[here:] + jobs[:here], jit.device_compiler(), -(-(os.cpu_count() or 1) // processes))
 
 
+def of_operands(family, pattern, dtype, out):
+    """The kernels that multiply, and load x as an operand."""
+    every = family.kernels(pattern, ss.Scheme.of(dtype), out, capability_here())
+    return [c for c in every if not isinstance(c, sm90.Expansion) and not getattr(c, "own_x", 0)]
+
+
 def with_expansion(launches, device):
     """The launches, after an expansion if they read expanded metadata and the weight has compact."""
     if "compact" not in device.buffers or all(launch.compact for launch in launches):

@@ -1,10 +1,15 @@
 """Products that begin on an idle GPU, with weights that no cache holds: blocks wait for bytes that they find in a graph.
 
-A program for test_gemm.py, which ends it if a product never ends.
+A program for test_gemm.py, which ends it if a product never ends. Its argument: cycles for which the Hopper kernel's producers
+pause when they have requested what they may before x is there, so that consumers are done with it before producers go on.
 """
 
 import dataclasses
 import itertools
+import shutil
+import sys
+import tempfile
+from pathlib import Path
 
 import cupy as cp
 import numpy as np
@@ -12,6 +17,7 @@ from gemm_cases import on_gpu, tokens, weight
 
 import slidesparse_nb as ss
 from slidesparse_nb.core.dtypes import BFLOAT16, INT8
+from slidesparse_nb.cuda.jit import cache as jit
 
 SHAPES = (3072, 3072), (4608, 3584), (3072, 8192)
 TOKENS, LAUNCHES = (1, 2, 8, 16, 64, 200), 200
@@ -31,6 +37,17 @@ def multiply(packed, x):
     return int(differing)
 
 
+def let_producers_pause(folder, cycles):
+    """The kernels are compiled from a copy of their source in `folder`, where producers pause."""
+    sources = shutil.copytree(jit.source_folder(), folder, dirs_exist_ok=True)
+    file, marked = Path(sources, "sm90", "producer.cuh"), "        const bool ends = "
+    text = file.read_text()
+    assert text.count(marked) == 1
+    pause = f"for (i64 began = clock64(); clock64() - began < {cycles};);"
+    file.write_text(text.replace(marked, f"        {pause}\n{marked}"))
+    jit.source_folder = lambda: Path(sources)
+
+
 def main():
     rng, l2 = np.random.default_rng(41), cp.cuda.Device().attributes["L2CacheSize"]
     for n, k in SHAPES:
@@ -42,4 +59,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as folder:
+        if cycles := int(sys.argv[1]):
+            let_producers_pause(folder, cycles)
+        main()

@@ -18,6 +18,7 @@ from gemm_cases import (
     compile_ahead,
     family,
     gemm,
+    of_operands,
     on_gpu,
     product,
     sms_here,
@@ -225,7 +226,7 @@ def shared_out(config, m, n, stages, sms):
 def test_as_many_tiles_as_processors_and_few_stages(gemm, family, dtype, stages):
     """1 tile, one less than SMs, as many, one more; with one row of tiles and two, of 1 token, or full."""
     sms = sms_here()
-    configs = [c for c in family.kernels(P, ss.Scheme.of(dtype), OUT, capability_here()) if not isinstance(c, sm90.Expansion)]
+    configs = of_operands(family, P, dtype, OUT)
     widest, tallest = (max(size) for size in zip(*map(size_of, configs), strict=True))
     packed, x, exact, magnitude = made(dtype, widest * (sms + 1), few_stages(stages, dtype), tallest + 1, True)
     wanted, there, weights = Wanted(exact, magnitude, packed), on_gpu(x), {}

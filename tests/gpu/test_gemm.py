@@ -22,6 +22,7 @@ from gemm_cases import (
     family,
     gemm,
     host,
+    of_operands,
     on_gpu,
     product,
     sms_here,
@@ -34,7 +35,7 @@ import slidesparse_nb as ss
 from slidesparse_nb.arch import multiplied, sm80, sm90
 from slidesparse_nb.arch.multiplied_as import as_multiplied
 from slidesparse_nb.core import reference
-from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT16, INT8, PACKED
+from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern, known_patterns
 from slidesparse_nb.cuda.ahead_of_time import launches_of
 from slidesparse_nb.cuda.matmul import TiledActivations
@@ -73,9 +74,7 @@ def compiled_ahead(family):
 
 def to_test(family, pattern, dtype, out):
     """The kernels whose tiles and splits are all tested; of y of other types than bfloat16, the oddest epilogues."""
-    every = [
-        c for c in family.kernels(pattern, ss.Scheme.of(dtype), out, capability_here()) if not isinstance(c, sm90.Expansion)
-    ]
+    every = of_operands(family, pattern, dtype, out)
     return [c for c in every if out == "bfloat16" or (family is sm90.ARCH and (c.tile.consumers_load or c.split_k == 3))]
 
 
@@ -254,6 +253,57 @@ def test_expanded_metadata_give_the_same_bits_as_compact(gemm, family, m, dtype)
     assert int(differing) == 0
 
 
+FEW = [(1, 1, 8), (2, 257, 2104), (2, 1000, 5000), (1, 130, 3584), (1, 130, 7168), (1, 300, 18944), (1, 20000, 1024)]
+"""m, n, k: together their candidates are every kernel that quantizes x itself."""
+
+
+@pytest.mark.parametrize("out", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [FLOAT8, INT8, ss.Scheme.of("W4A8")], ids=str)
+@pytest.mark.parametrize("pattern", TILED[1:])
+@pytest.mark.parametrize("family", ["own"], indirect=True)
+def test_few_tokens_that_blocks_quantize(gemm, family, pattern, dtype, out):
+    """By every kernel; x in rows of a larger array, of which one may be zero, infinite or no number."""
+    rng, of = np.random.default_rng(30), OUTS[out]
+    kernels = family.kernels(ss.Pattern.of(pattern), ss.Scheme.of(dtype).kernel, out, capability_here())
+    left = {c.kernel for c in kernels if getattr(c, "own_x", 0)}
+    for m, n, k in FEW:
+        packed, rows = weight(rng, n, k, pattern, dtype), tokens(rng, m, k + 8, of)
+        device, bias = gemm.to_device(packed), rng.standard_normal(n).astype(np.float32)
+        problem, there = dataclasses.replace(device.problem(m, out), unquantized=True), cp.asarray(bias)
+        assert family.quantizes(device.problem(m, out), tuple(device.buffers))
+        for row in (None, 0, np.inf, np.nan):
+            if row is not None:
+                rows[m - 1, (k // 2) if row else slice(None)] = row
+            given, finite = on_gpu(rows)[:, :k], np.isfinite(rows[:, :k].astype(np.float32)).all(axis=1)
+            exact, magnitude = product(rows[finite, :k], packed, bias)
+            for candidate in [None, *family.candidates(problem, tuple(device.buffers))]:
+                y, surroundings = guarded(m, n, of, pitch=n + 8)
+                if candidate is None:
+                    ss.matmul(given, packed, bias=there, out=y)
+                    assert (m, out) in device.unquantized
+                else:
+                    left -= {launch.but(order=0).kernel for launch in candidate}
+                    bound = device.bind(m, out, candidate, unquantized=True)
+                    at, address = cp.cuda.get_current_stream().ptr, given.data.ptr
+                    device.multiply(bound, address, given.strides[0], 0, y.data.ptr, n + 8, 0, at, there.data.ptr, 4)
+                values = host(cp.ascontiguousarray(y))
+                compare(values[finite], exact, magnitude, packed)
+                assert np.isnan(values[~finite].astype(np.float32)).all()
+                surroundings()
+    assert not left
+
+
+def test_x_that_blocks_do_not_quantize():
+    """A float32 x or y, odd addresses, and elements that are not side by side: a writer makes an operand first."""
+    rng, n, k = np.random.default_rng(31), 130, 1024
+    packed, x = weight(rng, n, k, "6:8", INT8), tokens(rng, 1, 2 * k, BF16)
+    for columns in (slice(k), slice(1, k + 1), slice(None, None, 2)):
+        check(host(ss.matmul(on_gpu(x)[:, columns], packed)), x[:, columns], packed)
+        for source, out in ((BF16, F32), (F32, F32), (F32, BF16), (F16, BF16)):
+            given = x[:, columns].astype(source)
+            check(host(ss.matmul(on_gpu(np.ascontiguousarray(given)), packed, out_dtype=out)), given, packed)
+
+
 def test_a_thousand_launches_give_the_same_bits(gemm):
     rng = np.random.default_rng(10)
     for dtype, m, n, k in ((BFLOAT16, 16, 256, 4096), (BFLOAT16, 300, 512, 1024), (INT8, 40, 512, 2048)):
@@ -397,7 +447,7 @@ def test_activations_quantized_elsewhere_are_laid_out(family):
 
 
 @pytest.mark.parametrize("dtype", SCHEMES, ids=str)
-@pytest.mark.parametrize("m", [5, 200])
+@pytest.mark.parametrize("m", [1, 5, 200])
 def test_captured_in_a_graph(dtype, m):
     rng = np.random.default_rng(17)
     packed = weight(rng, 256, 2048, "6:8", dtype)
@@ -422,6 +472,37 @@ def test_captured_in_a_graph(dtype, m):
         graph.launch(stream)
         stream.synchronize()
         check(host(y), values, packed)
+
+
+def test_a_token_through_two_weights_a_thousand_times():
+    """Each product starts while the one before, whose y it quantizes, still runs; the first takes two launches."""
+    rng, n, k = np.random.default_rng(33), 20000, 1024
+    packed = [weight(rng, n, k, "6:8", INT8), weight(rng, k, n, "6:8", INT8)]
+    x, middle, y = on_gpu(tokens(rng, 1, k, BF16)), cp.empty((1, n), BF16), cp.empty((1, k), BF16)
+    stream = cp.cuda.Stream(non_blocking=True)
+
+    def multiply():
+        ss.matmul(x, packed[0], out=middle)
+        ss.matmul(middle, packed[1], out=y)
+
+    cp.cuda.Device().synchronize()
+    with stream:
+        multiply()
+        stream.synchronize()
+        check(host(y), host(middle), packed[1])
+        first, differing = [a.view(np.uint16).copy() for a in (middle, y)], cp.zeros((), cp.int64)
+        stream.begin_capture()
+        for _ in range(10):
+            multiply()
+        graph = stream.end_capture()
+        for _ in range(100):
+            middle.view(np.uint16).fill(0x7FA5)
+            y.view(np.uint16).fill(0x7FA5)
+            graph.launch(stream)
+            for got, wanted in zip((middle, y), first, strict=True):
+                differing += (got.view(np.uint16) != wanted).sum()
+        stream.synchronize()
+        assert int(differing) == 0
 
 
 def test_two_streams_and_a_foreign_one():
@@ -497,10 +578,11 @@ def test_chained_launches_wait_for_each_other():
             np.testing.assert_array_equal(host(y).view(np.uint16), want)
 
 
-def test_on_an_idle_gpu_with_weights_that_no_cache_holds(family):
+@pytest.mark.parametrize("pause", [0, 50000])
+def test_on_an_idle_gpu_with_weights_that_no_cache_holds(family, pause):
     """Every product ends, and gives the same bits; in a process of its own, or one that never ends would stop the suite."""
     program = Path(__file__).with_name("idle_products.py")
     path = os.pathsep.join([str(program.parents[2]), os.environ.get("PYTHONPATH", "")])
-    command, env = [sys.executable, str(program)], {**os.environ, "PYTHONPATH": path}
+    command, env = [sys.executable, str(program), str(pause)], {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

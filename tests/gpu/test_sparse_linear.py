@@ -103,7 +103,7 @@ def test_weights_are_forgotten_with_their_layer() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["INT8_W8A8", "BF16"])
-@pytest.mark.parametrize("m", [1, 37])
+@pytest.mark.parametrize("m", [1, 2, 37])
 def test_linears_of_norms_and_gates(scheme: str, m: int) -> None:
     """The fused operators beside the reference and the plain linear: the same bits; captured, too."""
     there, (x, residual) = layer(scheme), torch.randn(2, m, K).to(torch.bfloat16).cuda()
