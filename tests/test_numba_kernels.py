@@ -20,6 +20,7 @@ from compilers import locked, most_spilled
 
 pytest.importorskip("numba_cuda", reason="the kernels are Numba CUDA's: pip install 'slidesparse_nb[cuda13]'")
 
+from slidesparse_nb.arch.common import SHARED_MEMORY
 from slidesparse_nb.core.dtypes import BFLOAT16, FLOAT8, FLOAT16, FLOATS, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
 from slidesparse_nb.cuda import quantize
@@ -102,6 +103,18 @@ def test_norms_and_gates(kind: str, source: str, stored: str) -> None:
     assert ("sqrt.rn.f32" in ptx) == ("norm" in kind)
 
 
+def test_no_sm_takes_more_than_its_share_of_the_blocks() -> None:
+    """By their shared memory; few blocks, and more of them than run at once, are left alone."""
+    of = "bfloat16", "int8", 3584, (2 * 3584, 2), True, 90, Pattern.of("6:8")
+    short, long = quantize.plan(*of), quantize.plan(*of[:2], 18944, (2 * 18944, 2), *of[4:])
+    for launch, shares in ((short, {48: 2, 264: 2, 265: 3, 512: 4}), (long, {48: 1, 128: 1, 133: 2, 264: 2})):
+        for m, share in shares.items():
+            block = launch.shared_for(m, 132) + 1024
+            assert share * block <= SHARED_MEMORY + 1024 < (share + 1) * block, (m, share)
+        assert launch.shared_for(40, 132) == launch.shared_for(1 << 16, 132) == launch.shared
+        assert max(launch.shared_for(m, 132) for m in range(1, 512)) <= quantize.APART
+
+
 def test_blocks_of_a_cluster_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every vector and every chunk is one block's, and few rows have several blocks."""
     monkeypatch.setattr(numba, "SIMULATED", False)
@@ -121,8 +134,10 @@ def test_blocks_of_a_cluster_share_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
             assert f".reqnctapercluster {spread}, 1, 1" in ptx
             assert ptx.count("st.shared::cluster.u32") == 1
         assert quantize.plans(*of, kind="silu_and_mul", shared=False) == [(math.inf, whole)]
-        assert len(quantize.plans(*of)) == len(quantize.plans(*of, kind="rms_norm")) == 1
+        assert len(quantize.plans(*of)) == (2 if k > quantize.LONG_K else 1)
+        assert len(quantize.plans(*of, kind="rms_norm")) == 1
         assert len(quantize.plans(*of[:5], 80, *of[6:], kind="silu_and_mul")) == 1
+        assert len(quantize.plans(*of, shared=False)) == 1
     wide = "bfloat16", "int8", 4160, (4 * 4160, 2), True, 90, Pattern(126, 128)
     assert len(quantize.plans(*wide, kind="silu_and_mul")) < 3, "those that cannot share leave it"
     longest = "bfloat16", "int8", 53248, (4 * 53248, 2), True, 90, Pattern.of("6:8")

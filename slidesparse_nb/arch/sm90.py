@@ -60,8 +60,6 @@ OWN_X_SAVES_NS = 1000
 unless their product takes longer by more."""
 OWN_X_STAGES = 7
 """Fewest stages of a ring where the block quantizes x itself: the ring holds the weights that arrive meanwhile."""
-CLUSTERS_FIT = 0.9
-"""Share of the SMs that clusters of three and more blocks find free: the blocks of a cluster share a GPC."""
 
 
 def is_candidate(tile: Tile, problem: GemmProblem, metadata: str) -> bool:
@@ -87,8 +85,8 @@ def of_row_tiles(problem: GemmProblem, tile: Tile, split_k: int, resident: int, 
 
 def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
     """Whether `tiles` tiles, each with a block or a cluster of its own, all run at the same time."""
-    fit = CLUSTERS_FIT if config.split_k > 2 else 1
-    return possible(config, problem) and tiles * config.split_k <= problem.device.sms * config.resident * fit
+    room = problem.device.sms * config.resident
+    return possible(config, problem) and config.but(blocks=tiles * config.split_k).fits(room)
 
 
 def rest_at_once(rest: Config, tiles: int, problem: GemmProblem) -> bool:
@@ -111,11 +109,11 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[t
     if not is_candidate(tile, problem, metadata) or not of_row_tiles(problem, tile, 1, 1, metadata).possible(along_k(problem)):
         return
     for split in tile.splits:
-        for resident in residents(tile, split):
+        for resident in residents(tile):
             config = of_row_tiles(problem, tile, split, resident, metadata)
             if at_once(config, config.tiles(m), problem):
                 yield (config.but(end=config.tiles(m), blocks=config.tiles(m) * split),)
-    for resident in residents(tile, 1):
+    for resident in residents(tile):
         whole = of_row_tiles(problem, tile, 1, resident, metadata)
         if not possible(whole, problem):
             continue
@@ -126,7 +124,7 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[t
             continue
         before = whole.but(end=full, blocks=sms, order=BEFORE_REST)
         for split in tile.splits:
-            rest = of_row_tiles(problem, tile, split, residents(tile, split)[-1], metadata).but(begin=full, end=tiles)
+            rest = of_row_tiles(problem, tile, split, residents(tile)[-1], metadata).but(begin=full, end=tiles)
             if rest_at_once(rest, tiles - full, problem):
                 yield before, rest.but(blocks=(tiles - full) * split, order=REST)
         yield from _with_smaller_rest(whole, full, problem, metadata)
@@ -146,7 +144,7 @@ def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem, metadata:
         smaller = other.tokens < tile.tokens or (problem.m <= other.tokens == tile.tokens and other.n < tile.n)
         if smaller and is_candidate(other, problem, metadata):
             for split in (1, *other.splits):
-                rest = of_row_tiles(problem, other, split, residents(other, split)[-1], metadata, boundary)
+                rest = of_row_tiles(problem, other, split, residents(other)[-1], metadata, boundary)
                 if rest_at_once(rest, rest.tiles(problem.m), problem):
                     yield before, rest.but(end=rest.tiles(problem.m), blocks=rest.tiles(problem.m) * split, order=REST)
 
@@ -193,7 +191,7 @@ class Hopper(Tiled):
         compact metadata."""
         for tile in TILES:
             for split in (1, *tile.splits):
-                for resident in residents(tile, split):
+                for resident in residents(tile):
                     for compact in _reads_compact(tile, pattern, scheme.dtype):
                         yield configured(tile, split, pattern, scheme.dtype, out, compact, resident)
                         for own_x in OWN_X_BYTES if _quantizes(tile, scheme.dtype, out, compact) and resident == 2 else ():

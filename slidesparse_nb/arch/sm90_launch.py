@@ -50,6 +50,9 @@ neighbouring tiles lose L2 locality, and the GEMM takes up to 1.5x as long (docs
 COMPACT, DERIVED, EXPANDED = "compact", "derived", "expanded"
 """The metadata that a candidate reads: compact; expanded, derived from compact by its first launch; or kept expanded."""
 
+CLUSTERS_FIT = 0.9
+"""Share of the SMs that clusters of three and more blocks find free: the blocks of a cluster share a GPC."""
+
 ALWAYS_COMPACT = 32
 """Largest tile, in tokens, whose kernels of 8-bit types all read compact metadata."""
 
@@ -71,8 +74,8 @@ class Tile:
     """The outputs of a thread block: `tokens` x `n`, by `warpgroups` consumers with a row tile of 64 outputs each.
 
     Attributes:
-        stage_ns, tile_ns: time of a stage, and of a tile beside its stages; fitted to measurements on an H100 at 6:8, but
-            of 64 tokens x 192 outputs on an H200.
+        stage_ns, tile_ns: time of a stage, and of a tile beside its stages; fitted at 6:8 to products on an H100, and those of
+            up to 96 tokens and of 128 x 64 to linears on an H200 (sm90_cost.py).
         splits: split-K candidates: thread blocks that share the k of a tile.
     """
 
@@ -118,18 +121,18 @@ TILES = (
     Tile(192, 2, 270, 2378, (2, 3)),
     Tile(160, 2, 247, 2200, (2,)),
     Tile(128, 2, 224, 1211, (2, 3, 4, 8)),
-    Tile(128, 1, 172, 3609, (2,)),
-    Tile(96, 2, 185, 1338, (2,)),
-    Tile(96, 1, 180, 703, (2,)),
-    Tile(64, 3, 250, 1300, ()),
-    Tile(64, 2, 162, 1291, (2, 3, 4, 8)),
-    Tile(64, 1, 180, 0, (2, 3, 4)),
-    Tile(32, 2, 193, 1136, (2, 4, 8)),
-    Tile(32, 1, 86, 1098, (2, 4)),
-    Tile(16, 2, 138, 0, (2, 4, 8)),
-    Tile(16, 1, 18, 1806, (2, 4)),
-    Tile(8, 2, 147, 0, (2, 4, 8)),
-    Tile(8, 1, 90, 0, (2, 4)),
+    Tile(128, 1, 172, 1575, (2,)),
+    Tile(96, 2, 204, 478, (2,)),
+    Tile(96, 1, 197, 300, (2,)),
+    Tile(64, 3, 225, 0, ()),
+    Tile(64, 2, 162, 1167, (2, 3, 4, 8)),
+    Tile(64, 1, 149, 842, (2, 3, 4)),
+    Tile(32, 2, 104, 1805, (2, 4, 8)),
+    Tile(32, 1, 146, 942, (2, 4)),
+    Tile(16, 2, 89, 1553, (2, 4, 8)),
+    Tile(16, 1, 40, 2696, (2, 4)),
+    Tile(8, 2, 87, 1547, (2, 4, 8)),
+    Tile(8, 1, 145, 748, (2, 4)),
 )
 
 
@@ -222,6 +225,10 @@ class Config(PlainLaunch):
     def tiles(self, m: int) -> int:
         """All tiles of m tokens and these row tiles."""
         return -(-m // self.tile.tokens) * -(-(self.row_tiles[1] - self.row_tiles[0]) // self.tile.warpgroups)
+
+    def fits(self, room: int) -> bool:
+        """Whether its blocks all run at once where there is room for so many."""
+        return self.blocks <= room * (CLUSTERS_FIT if self.split_k > 2 else 1)
 
     @property
     def kernel(self) -> Config:
@@ -358,7 +365,7 @@ def configured(
         compact: read compact metadata, if the pattern has it.
     """
     windows = pattern.windows if compact and has_compact_metadata(pattern) else 0
-    made = Config(dtype, out, tile, 0, windows, split_k, resident or residents(tile, split_k)[0], own_x=own_x)
+    made = Config(dtype, out, tile, 0, windows, split_k, resident or residents(tile)[0], own_x=own_x)
     return made.with_most_stages()
 
 
@@ -370,10 +377,10 @@ def own_x_bytes(m: int, split_k: int, pattern: Pattern, along_k: int) -> int:
     return m * (part * STAGE + vectors * 16) + 16 * OWN_X_TOKENS
 
 
-def residents(tile: Tile, split_k: int) -> tuple[int, ...]:
-    """Candidates for the thread blocks that share an SM."""
-    if tile.warpgroups == 1 or (tile.tokens <= 32 and split_k > 1):
-        return (2,)
+def residents(tile: Tile) -> tuple[int, ...]:
+    """Candidates for the thread blocks that share an SM; the last is that of second launches."""
+    if tile.warpgroups == 1:
+        return (2, 1) if tile.tokens >= 96 else (2,)
     return (1, 2) if tile.tokens <= 32 else (1,)
 
 

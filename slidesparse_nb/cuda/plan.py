@@ -248,15 +248,18 @@ def _quantizer(
     ordinal: int, form: Operand, k: int, dtype: DType, source: str, strides: tuple[int, int], aligned: bool, kind: str = ""
 ) -> Writer:
     width, newest = None if form.tiled else form.pitch, quantize.architecture(ordinal)
-    tried = device_facts(ordinal)[0] in {capability for _, capability in arch.RAN}  # clusters were not tried elsewhere
+    capability, sms, _ = device_facts(ordinal)
+    tried = capability in {capability for _, capability in arch.RAN}  # clusters and large blocks were not tried elsewhere
     asked = source, dtype.name, k, strides, aligned, newest, form.lift, form.block
     found = quantize.plans(*asked, width=width, kind=kind, shared=tried)
-    *few, (_, whole, run_whole) = [(most, launch, launch.kernel.on(ordinal, launch.shared)) for most, launch in found]
+    loaded = [(most, launch, launch.kernel.on(ordinal, quantize.APART if tried else launch.shared)) for most, launch in found]
+    *few, (_, whole, run_whole) = loaded
 
     @functools.lru_cache(maxsize=1024)
     def launch_for(m: int) -> tuple[Launcher, tuple[Any, ...], tuple[int, ...]]:
         launch, run = next(((launch, run) for most, launch, run in few if m <= most), (whole, run_whole))
-        return run, ((launch.blocks(m), 1, 1), (launch.threads, 1, 1), launch.shared), launch.integers(m)
+        shared = launch.shared_for(m, sms) if tried else launch.shared
+        return run, ((launch.blocks(m), 1, 1), (launch.threads, 1, 1), shared), launch.integers(m)
 
     programmatic = whole.kernel.programmatic
 

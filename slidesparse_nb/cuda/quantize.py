@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..arch.common import SHARED_MEMORY
 from ..arch.operand import SCALED_BLOCK, STAGE, stages
 from ..core.dtypes import FLOAT8
 from ..core.pattern import Pattern
@@ -33,6 +34,10 @@ VECTORS = {1: 32, 2: 128, 4: 4096, 8: 8192}
 """16-byte vectors that a thread holds -> vectors of the longest row. Four keep enough loads in flight; more threads with fewer
 vectors each wait longer at the barrier (H200, k = 3584: 1.02, 0.93, 0.78 of a copy's bandwidth with 4, 2, 1)."""
 
+LONG_K, LONG_FROM = 16384, 257
+"""Rows of more columns have eight vectors a thread on Hopper, from so many rows on. On an H200 the linear (3584, 18944) takes
+58.0 us with eight at m = 512 and 60.1 with four, 108.9 and 112.1 at 1024, 37.1 and 36.7 at 256; shorter rows gain nothing."""
+
 SHORT = (1, 32), (2, 128), (3, 1728)
 GATED = {
     "silu_and_mul": (*SHORT, (4, 2304), (5, 2560), (4, 4096), (8, 8192)),
@@ -41,6 +46,13 @@ GATED = {
 """The same of gates, whose threads have 56 registers, SiLU's 64 with five vectors: two blocks fit on an SM up to 2560 vectors.
 On an H200 SiLU of (16384, 18944) takes 432 us with five, 602 with four; of one token 5.1 and 4.7. With five, GELU's loop is not
 unrolled, and its arrays leave the registers (seen in PTX, not timed)."""
+
+SPREAD_FROM, SPREAD_THREADS = 48, 256
+"""Fewest blocks that are kept apart on Hopper, and threads of them that an SM may always take. Fitted to an H200
+(docs/notes/operand-attempts.md)."""
+
+APART = SHARED_MEMORY - 1024
+"""Most dynamic shared memory that keeps blocks apart; the rest is for their sums."""
 
 SHARED_BY = {4: 24, 2: 64}
 """Thread blocks of a cluster that share each row behind a gate -> largest number of rows for which they do. Fitted to SiLU of
@@ -87,6 +99,16 @@ class Launch:
         """One a row, or a cluster; tiles have whole groups of 8."""
         return (-(-m // 8) * 8 if self.variant.tiled else m) * self.variant.spread
 
+    def shared_for(self, m: int, sms: int) -> int:
+        """Dynamic shared memory for m rows on Hopper: so much that no SM takes more than its share of the blocks.
+
+        They start while the product before them drains, and would else crowd on the few SMs that it leaves free.
+        """
+        blocks = self.blocks(m)
+        share = max(-(-blocks // sms), -(-SPREAD_THREADS // self.threads))
+        apart = (APART + 2048) // share - 2048  # each block takes one KiB more, and one for its sums
+        return max(self.shared, apart // 16 * 16) if blocks >= SPREAD_FROM else self.shared
+
     def integers(self, m: int) -> tuple[int, ...]:
         """What the kernel gets besides its pointers, for m rows."""
         return (m, *self.before, -(-m // 8) * 64 if self.variant.tiled else self.pitch, *self.after)
@@ -106,6 +128,7 @@ def plan(
     width: int | None = None,
     kind: str = "",
     spread: int = 1,
+    vectors: int = 0,
 ) -> Launch:
     """The launch for rows of k elements of these strides (bytes), from an address `aligned` to 16 bytes.
 
@@ -114,6 +137,7 @@ def plan(
         width: bytes of the rows that are written, a multiple of 16, with block scales of SCALED_BLOCK; None for tiles.
         kind: what is done before, of `kernels.quantize.KINDS`; "" for nothing.
         spread: blocks of a cluster that share a row, which is then written in tiles; 1 for a norm.
+        vectors: that a thread holds of a plain row; 0: as many as VECTORS says.
 
     Raises:
         UnsupportedError: rows that no kernel of that kind takes, or that `spread` blocks do not share.
@@ -149,8 +173,10 @@ def plan(
         own = max(part, total - (spread - 1) * part)  # vectors of a block
         if spread > 1:
             vectors = -(-own // SHARED_THREADS)
+        elif normed:
+            vectors = -(-total // normed)
         else:
-            vectors = -(-total // normed) if normed else next(v for v, n in GATED.get(kind, VECTORS.items()) if total <= n)
+            vectors = vectors or next(v for v, n in GATED.get(kind, VECTORS.items()) if total <= n)
         threads = normed or -(-own // (32 * vectors)) * 32
         step = threads // variant.period * variant.period if variant.steady else threads
         advance = 2 * step * (windows + 1) // windows if variant.steady else 0
@@ -173,9 +199,11 @@ def plans(*problem: Any, shared: bool = True, **named: Any) -> list[tuple[float,
     """What `plan` makes of the same arguments, as (largest number of rows, launch): for few rows first, for any number last.
 
     Args:
-        shared: whether the blocks of a cluster may share a row.
+        shared: whether the blocks of a cluster may share a row, and long rows have other blocks where there are many.
     """
     made: list[tuple[float, Launch]] = [(math.inf, plan(*problem, **named))]
+    if shared and not named.get("kind") and problem[2] > LONG_K and made[0][1].variant.vectors == 4:
+        made = [(LONG_FROM - 1, made[0][1]), (math.inf, plan(*problem, **named, vectors=8))]
     if shared and named.get("kind") in GATED and problem[2] >= SHARED_K:
         for spread, most in reversed(SHARED_BY.items()):
             with contextlib.suppress(UnsupportedError):
