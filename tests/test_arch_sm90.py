@@ -360,6 +360,14 @@ def test_many_tokens_take_the_tile_that_copies_least() -> None:
     assert [config.tile.n for config in products(chosen)] == [192]
 
 
+@pytest.mark.parametrize("shape", [(64, 128), (384, 512), (576, 1536), (2048, 2048)])
+def test_few_tokens_take_no_tile_of_many(shape: tuple[int, int]) -> None:
+    """However small the product is: the fit of the estimate had no such shapes."""
+    for m in (1, 3, 8, 16, 17, 32):
+        chosen = choose(GemmProblem(m, *shape, Pattern(6, 8), INT8, "bfloat16", DEVICE))
+        assert max(config.tile.tokens for config in products(chosen)) <= max(8, 2 * m), m
+
+
 def test_other_numbers_of_tokens_take_the_same_kernels() -> None:
     """Where they make other tiles, too; only where no candidate has these kernels the model is asked again."""
     buffers, anew, searched, loss = ("values", "compact", "scale"), 0, 0, []

@@ -11,9 +11,9 @@ from .sm90_layout import VALUE_BYTES, metadata_bytes
 
 LAUNCH_NS = 838
 """Time of a product beside its tiles, in ns."""
-SPLIT_K_NS_PER_BLOCK = 237
+SPLIT_K_NS_PER_BLOCK = 239
 """Time that split-K adds for each block of a cluster, in ns."""
-SPLIT_K_NS_PER_TOKEN = 16.9
+SPLIT_K_NS_PER_TOKEN = 17.2
 """Time that split-K adds for each token of a tile, in ns."""
 LOAD_NS = 1100
 """Time from the request of a stage until it is in shared memory, in ns: a ring of s stages delivers one in LOAD_NS / s."""

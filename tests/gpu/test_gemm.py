@@ -270,7 +270,8 @@ def test_few_tokens_that_blocks_quantize(gemm, family, pattern, dtype, out):
         packed, rows = weight(rng, n, k, pattern, dtype), tokens(rng, m, k + 8, of)
         device, bias = gemm.to_device(packed), rng.standard_normal(n).astype(np.float32)
         problem, there = dataclasses.replace(device.problem(m, out), unquantized=True), cp.asarray(bias)
-        assert family.quantizes(device.problem(m, out), tuple(device.buffers))
+        chosen = family.quantizes(device.problem(m, out), tuple(device.buffers))
+        assert chosen or k > 16 * n, "few outputs of many columns: an operand lets more blocks share k"
         for row in (None, 0, np.inf, np.nan):
             if row is not None:
                 rows[m - 1, (k // 2) if row else slice(None)] = row
@@ -280,7 +281,7 @@ def test_few_tokens_that_blocks_quantize(gemm, family, pattern, dtype, out):
                 y, surroundings = guarded(m, n, of, pitch=n + 8)
                 if candidate is None:
                     ss.matmul(given, packed, bias=there, out=y)
-                    assert (m, out) in device.unquantized
+                    assert ((m, out) in device.unquantized) == chosen
                 else:
                     left -= {launch.but(order=0).kernel for launch in candidate}
                     bound = device.bind(m, out, candidate, unquantized=True)

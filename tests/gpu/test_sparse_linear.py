@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import slidesparse_nb as ss
+from slidesparse_nb.arch import MOST_UNQUANTIZED
 from slidesparse_nb.core import reference
 from slidesparse_nb.integrations import tensors
 from slidesparse_nb.integrations.torch import SparseLinear
@@ -43,7 +44,11 @@ def test_as_on_the_cpu(scheme: str) -> None:
         x = tokens(m)
         y = there(x.cuda())
         same(scheme, y, host(x))
-        assert torch.equal(there(there.quantize(x.cuda())), y)
+        again = there(there.quantize(x.cuda()))
+        if m > MOST_UNQUANTIZED:
+            assert torch.equal(again, y)
+        else:  # blocks quantized x themselves, and may have added in another order
+            same(scheme, again, host(x))
         assert torch.equal(there(x.cuda().T.contiguous().T), y)
     assert torch.equal(copy.deepcopy(there)(tokens(5).cuda()), there(tokens(5).cuda()))
     moved = copy.deepcopy(there).to("cpu")
