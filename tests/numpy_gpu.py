@@ -209,10 +209,10 @@ class Gpu:
 class Activations:
     """The kernel of a variant of cuda/kernels/quantize.py."""
 
-    def __init__(self, gpu: Gpu, kernel: Any) -> None:
+    def __init__(self, gpu: Gpu, kernel: Any, most_shared: int) -> None:
         from slidesparse_nb.cuda.kernels.quantize import GATES, KINDS
 
-        self.gpu, self.kernel, self.gates = gpu, kernel, GATES
+        self.gpu, self.kernel, self.gates, self.most_shared = gpu, kernel, GATES, most_shared
         self.kind = next((kind for kind in KINDS if kernel.name.startswith(kind)), "")
         name = re.sub(rf"^{self.kind}[0-9]*_", "", kernel.name)
         self.any = name.split("_")[1] == "any"
@@ -229,6 +229,7 @@ class Activations:
 
     def __call__(self, grid: Any, block: Any, shared: int, stream: int, programmatic: bool, *arguments: int) -> None:
         assert programmatic
+        assert shared <= self.most_shared
         assert stream == self.gpu.streams[-1]
         x, *arguments = arguments
         normed = "norm" in self.kind
@@ -424,7 +425,7 @@ def numpy_for_cupy(monkeypatch: pytest.MonkeyPatch, portable: bool, capability: 
         )
         plans.Launcher = lambda function, parameters: None
         plans._rows_kernel = lambda ordinal, held_as, stored, lift: Rows(made, plans.ROWS_PARAMETERS, held_as, stored)
-        kernels.Kernel.on = lambda kernel, device, shared=0: Activations(made, kernel)
+        kernels.Kernel.on = lambda kernel, device, shared=0: Activations(made, kernel, max(40 << 10, shared))
         new_plan = plans.Plan.__init__
 
         def init(plan: Any, *arguments: Any) -> None:

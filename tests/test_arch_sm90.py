@@ -360,12 +360,18 @@ def test_many_tokens_take_the_tile_that_copies_least() -> None:
     assert [config.tile.n for config in products(chosen)] == [192]
 
 
-@pytest.mark.parametrize("shape", [(64, 128), (384, 512), (576, 1536), (2048, 2048)])
-def test_few_tokens_take_no_tile_of_many(shape: tuple[int, int]) -> None:
-    """However small the product is: the fit of the estimate had no such shapes."""
-    for m in (1, 3, 8, 16, 17, 32):
-        chosen = choose(GemmProblem(m, *shape, Pattern(6, 8), INT8, "bfloat16", DEVICE))
-        assert max(config.tile.tokens for config in products(chosen)) <= max(8, 2 * m), m
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+@pytest.mark.parametrize(("pattern", "form"), [("6:8", ""), ("6:8", "compact"), ("6:8", "expanded"), ("2:4", "expanded")])
+def test_few_tokens_take_no_tile_for_many(pattern: str, form: str, dtype: DType) -> None:
+    """However small the product is: the estimate was fitted to none so small."""
+    buffers = ("values", "scale", form) if form else None
+    none_is_small = dtype.bits == 8 and (pattern, form) == ("6:8", "expanded")  # small tiles read compact metadata
+    for shape, (m, most) in itertools.product(
+        ((64, 128), (2048, 2048), (37888, 512)), {1: 16, 3: 16, 8: 16, 9: 32, 16: 32, 17: 64, 32: 64}.items()
+    ):
+        problem = GemmProblem(m, *shape, Pattern.of(pattern), dtype, "bfloat16", DEVICE)
+        tokens = max(config.tile.tokens for config in products(choose(problem, buffers)))
+        assert (tokens > 32) if none_is_small else (tokens <= most), (shape, m)
 
 
 def test_other_numbers_of_tokens_take_the_same_kernels() -> None:

@@ -115,6 +115,23 @@ def test_no_sm_takes_more_than_its_share_of_the_blocks() -> None:
         assert max(launch.shared_for(m, 132) for m in range(1, 512)) <= quantize.APART
 
 
+def test_what_keeps_blocks_apart_leaves_room_for_their_sums() -> None:
+    for kind, spread in (
+        ("", 1),
+        ("rms_norm", 1),
+        ("add_rms_norm", 1),
+        ("silu_and_mul", 1),
+        ("gelu_and_mul", 2),
+        ("silu_and_mul", 4),
+    ):
+        for stored in ("int8", "float8_e4m3fn", "bfloat16"):
+            of = "bfloat16", stored, 8192, (4 * 8192, 2), True, 90, Pattern.of("6:8")
+            ptx = text(quantize.plan(*of, kind=kind, spread=spread).kernel, (9, 0))
+            own = sum(map(int, re.findall(r"\.shared .*\[(\d+)\];", ptx)))
+            assert (own > 0) == (stored != "bfloat16" or "norm" in kind), "maxima, or sums of squares"
+            assert own + quantize.APART <= SHARED_MEMORY
+
+
 def test_blocks_of_a_cluster_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every vector and every chunk is one block's, and few rows have several blocks."""
     monkeypatch.setattr(numba, "SIMULATED", False)

@@ -214,7 +214,7 @@ class Hopper(Tiled):
         """Candidates that read expanded metadata, and candidates that read compact metadata.
 
         If the weight has the compact form alone, an `Expansion` precedes the former. If it has both forms, the latter are only
-        those of small tiles, and of tiles of up to `EVER_COMPACT` that take all tokens.
+        those of small tiles, and of tiles of up to `EVER_COMPACT` that take all tokens. Few tokens take no tile for many.
 
         Args:
             tiles: of the first launch that multiplies.
@@ -222,7 +222,11 @@ class Hopper(Tiled):
         compact = has_compact_metadata(problem.pattern) and (buffers is None or COMPACT in buffers)
         both = compact and (buffers is None or EXPANDED in buffers)
         expansion = Expansion(problem.dtype, problem.pattern.windows)
+        small = compact or problem.dtype.bits == 16 or not has_compact_metadata(problem.pattern)  # small tiles can read it
+        most = 2 * max(8, 1 << (problem.m - 1).bit_length()) if small else math.inf
         for tile in tiles:
+            if tile.tokens > most:
+                continue
             pays = tile.tokens <= SMALL_TOKENS or problem.m <= tile.tokens <= EVER_COMPACT[problem.dtype.bits]
             if compact and (pays or not both):
                 yield from candidates_of(tile, problem, COMPACT)

@@ -249,7 +249,7 @@ def _quantizer(
 ) -> Writer:
     width, newest = None if form.tiled else form.pitch, quantize.architecture(ordinal)
     capability, sms, _ = device_facts(ordinal)
-    tried = capability in {capability for _, capability in arch.RAN}  # clusters and large blocks were not tried elsewhere
+    tried = form.tiled and capability in {capability for _, capability in arch.RAN}  # elsewhere blocks stay as they are
     asked = source, dtype.name, k, strides, aligned, newest, form.lift, form.block
     found = quantize.plans(*asked, width=width, kind=kind, shared=tried)
     loaded = [(most, launch, launch.kernel.on(ordinal, quantize.APART if tried else launch.shared)) for most, launch in found]

@@ -28,7 +28,7 @@ from gemm_cases import (
 )
 
 import slidesparse_nb as ss
-from slidesparse_nb.arch import choose, operand, sm80, sm90
+from slidesparse_nb.arch import MOST_UNQUANTIZED, choose, operand, sm80, sm90
 from slidesparse_nb.arch import multiplied as multiplied_by
 from slidesparse_nb.core.dtypes import BFLOAT16, INT8, PACKED
 from slidesparse_nb.core.pattern import Pattern
@@ -76,11 +76,15 @@ class Tally:
         assert not wrong, f"{len(wrong)} of {len(self.cases)} cases are wrong, the first: {wrong[:5]}"
 
 
-def multiplied(x, packed, m):
-    """y [m, n] of the first m tokens, which was NaN before, and how many elements of a row after it were written to."""
+def multiplied(x, packed, m, quantized=False):
+    """y [m, n] of the first m tokens, which was NaN before, and how many elements of a row after it were written to.
+
+    Args:
+        quantized: x is, beforehand, so that no block does it.
+    """
     bits = cp.full((m + 1, packed.n), UNWRITTEN, np.uint16)
     y = bits.view(BF16)[:m]
-    ss.matmul(x[:m], packed, out=y)
+    ss.matmul(ss.quantize(x[:m], packed) if quantized else x[:m], packed, out=y)
     return y, (bits[m] != UNWRITTEN).sum()
 
 
@@ -109,7 +113,7 @@ def test_every_m(gemm, dtype, shape):
         if m % 8 == 1:  # all tiles are of multiples of 8 tokens: those of seven more m are the same
             ways = list(device.arch.candidates(device.problem(m, OUT), device.buffers))
         device.plans[m, OUT] = device.bind(m, OUT, ways[m % len(ways)])
-        y, beyond = multiplied(there, packed, m)
+        y, beyond = multiplied(there, packed, m, quantized=m <= MOST_UNQUANTIZED)
         tally.add((m, *map(str, ways[m % len(ways)])), wanted.off(y), beyond)
     tally.check()
 

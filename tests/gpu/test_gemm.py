@@ -320,6 +320,16 @@ def test_a_thousand_launches_give_the_same_bits(gemm):
     assert gemm.to_device(packed).plans
 
 
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_many_long_rows(dtype):
+    """On Hopper fewer threads quantize a row of many, each more of it."""
+    rng, n, k = np.random.default_rng(34), 40, 18944
+    packed = weight(rng, n, k, "6:8", dtype)
+    for m in (256, 257, 300):
+        x = tokens(rng, m, k, BF16)
+        check(host(ss.matmul(on_gpu(x), packed)), x, packed)
+
+
 def test_outputs_past_two_to_the_31():
     """n * m > 2^31 elements, y of 4.4 GB; samples from all corners, and the row and column sums of a few."""
     rng = np.random.default_rng(11)
@@ -579,7 +589,7 @@ def test_chained_launches_wait_for_each_other():
             np.testing.assert_array_equal(host(y).view(np.uint16), want)
 
 
-@pytest.mark.parametrize("pause", [0, 50000])
+@pytest.mark.parametrize(("family", "pause"), [("own", 0), ("own", 50000), ("portable", 0)], indirect=["family"])
 def test_on_an_idle_gpu_with_weights_that_no_cache_holds(family, pause):
     """Every product ends, and gives the same bits; in a process of its own, or one that never ends would stop the suite."""
     program = Path(__file__).with_name("idle_products.py")

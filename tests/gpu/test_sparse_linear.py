@@ -45,7 +45,7 @@ def test_as_on_the_cpu(scheme: str) -> None:
         y = there(x.cuda())
         same(scheme, y, host(x))
         again = there(there.quantize(x.cuda()))
-        if m > MOST_UNQUANTIZED:
+        if m > MOST_UNQUANTIZED or scheme == "BF16":
             assert torch.equal(again, y)
         else:  # blocks quantized x themselves, and may have added in another order
             same(scheme, again, host(x))
