@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -358,6 +360,23 @@ def test_small_tiles_are_for_few_tokens_and_rasterization_groups_narrow_for_not_
 def test_many_tokens_take_the_tile_that_copies_least() -> None:
     chosen = choose(GemmProblem(16384, 37888, 3584, Pattern(6, 8), FLOAT8, "bfloat16", DEVICE))
     assert [config.tile.n for config in products(chosen)] == [192]
+
+
+def test_the_choice_is_near_the_fastest_that_was_timed() -> None:
+    """Of the linears that the estimate was fitted to."""
+    results = Path(__file__).parent.parent / "docs/results/candidates-h200.json"
+    loss = []
+    for linear, timed in json.loads(results.read_text())["us"].items():
+        n, k, m = map(int, linear.split())
+        problem = GemmProblem(m, n, k, Pattern(6, 8), INT8, "bfloat16", DEVICE)
+        chosen = " + ".join(
+            f"{c.tile.tokens}x{c.tile.n}/{c.split_k} s{c.stages} r{c.resident} b{c.blocks}"
+            for c in products(choose(problem, ("values", "compact", "scale")))
+        )
+        loss += [timed[chosen] / min(timed.values()) - 1] if chosen in timed else []
+    assert len(loss) > 160, "what is chosen was timed"
+    assert sum(loss) / len(loss) < 0.015
+    assert max(loss) < 0.12
 
 
 @pytest.mark.parametrize("dtype", PACKED, ids=str)

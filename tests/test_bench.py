@@ -305,7 +305,7 @@ def test_files_that_are_no_results(device: bench_device.FakeGpu, tmp_path: Path,
 
 
 def test_published_results_can_be_read_and_were_right() -> None:
-    for path in sorted((ROOT / "docs" / "results").glob("[eh]*.json")):  # accuracy.json is tools/accuracy.py's
+    for path in sorted((ROOT / "docs" / "results").glob("[eh]*.json")):  # others are no results of bench
         found = load(path)
         assert not found.wrong
         assert found.served or found.bandwidth["copy"] > 0

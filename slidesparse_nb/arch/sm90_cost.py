@@ -1,5 +1,6 @@
 """Estimated time of launches of Hopper's kernel at 6:8, fitted to 3000 timings of products on several H100s, of 1 to 16384
-tokens, and to 2700 of INT8 linears on H200s, of 4 to 256 tokens, where a quantization precedes each product."""
+tokens, and to those of INT8 linears on H200s, of 4 to 256 tokens, where a quantization precedes each product
+(docs/results/candidates-h200.json)."""
 
 from __future__ import annotations
 
