@@ -85,8 +85,8 @@ def of_row_tiles(problem: GemmProblem, tile: Tile, split_k: int, resident: int, 
 
 def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
     """Whether `tiles` tiles, each with a block or a cluster of its own, all run at the same time."""
-    room = problem.device.sms * config.resident
-    return possible(config, problem) and config.but(blocks=tiles * config.split_k).fits(room)
+    launch = config.but(blocks=tiles * config.split_k)
+    return possible(config, problem) and launch.fits(problem.device.sms * config.resident)
 
 
 def rest_at_once(rest: Config, tiles: int, problem: GemmProblem) -> bool:

@@ -54,12 +54,13 @@ def nanoseconds(launches: Sequence[Config], problem: GemmProblem, stages: int) -
         stage = max((tile.stage_ns + DECODE_NS * tile.warpgroups * decoding) * together, LOAD_NS / config.stages)
         if problem.m >= LONG_M and (tile.tokens, tile.warpgroups) != (256, 3):
             stage *= POWER_PENALTY
-        shared = config.split_k > 1
-        beside = rounds * tile.tile_ns + shared * (SPLIT_K_NS_PER_BLOCK * config.split_k + SPLIT_K_NS_PER_TOKEN * tile.tokens)
-        compute += rounds * -(-stages // config.split_k) * stage + beside
+        fixed = float(rounds * tile.tile_ns)
+        if config.split_k > 1:
+            fixed += SPLIT_K_NS_PER_BLOCK * config.split_k + SPLIT_K_NS_PER_TOKEN * tile.tokens
+        compute += rounds * -(-stages // config.split_k) * stage + fixed
         weights = tiles * stages * tile.warpgroups * (VALUE_BYTES + metadata_bytes(config.dtype, config.compact))
         once = 1 / -(-problem.m // tile.tokens)
         read += weights * (once / MEMORY_BYTES_PER_NS + (1 - once) / L2_BYTES_PER_NS)
     if len(launches) == 2 and all(config.resident == 2 for config in launches) and launches[1].fits(sms):
-        compute -= beside  # the second starts at once, beside the first
+        compute -= fixed  # the second runs beside the first, which hides what it takes beside its stages
     return LAUNCH_NS + max(compute, read) + OVERLAP * min(compute, read)

@@ -226,9 +226,9 @@ class Config(PlainLaunch):
         """All tiles of m tokens and these row tiles."""
         return -(-m // self.tile.tokens) * -(-(self.row_tiles[1] - self.row_tiles[0]) // self.tile.warpgroups)
 
-    def fits(self, room: int) -> bool:
-        """Whether its blocks all run at once where there is room for so many."""
-        return self.blocks <= room * (CLUSTERS_FIT if self.split_k > 2 else 1)
+    def fits(self, most: int) -> bool:
+        """Whether its blocks all run at once on SMs that hold `most` blocks."""
+        return self.blocks <= most * (CLUSTERS_FIT if self.split_k > 2 else 1)
 
     @property
     def kernel(self) -> Config:
