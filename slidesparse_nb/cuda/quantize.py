@@ -35,8 +35,8 @@ VECTORS = {1: 32, 2: 128, 4: 4096, 8: 8192}
 vectors each wait longer at the barrier (H200, k = 3584: 1.02, 0.93, 0.78 of a copy's bandwidth with 4, 2, 1)."""
 
 LONG_K, LONG_FROM = 16384, 257
-"""On Hopper a thread holds eight vectors of rows with more than LONG_K columns, where there are LONG_FROM rows or more. The linear
-(3584, 18944) on an H200 at m = 512: 58.0 us with eight, 60.1 with four; at 1024 108.9 and 112.1; at 256 37.1 and 36.7."""
+"""On Hopper a thread holds eight vectors of rows with more than LONG_K columns, where there are LONG_FROM rows or more. The
+linear (3584, 18944) on an H200 at m = 512: 58.0 us with eight, 60.1 with four; at 1024 109 and 112; at 256 37.1 and 36.7."""
 
 SHORT = (1, 32), (2, 128), (3, 1728)
 GATED = {
