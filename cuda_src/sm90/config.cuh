@@ -59,7 +59,7 @@ constexpr bool ACTIVATIONS_EVICT_LAST = TOKENS == 256 && !CONSUMERS_LOAD;
 constexpr int RELEASE_AT = 4, PREFETCH = TOKENS > 64 ? 4 : WARPGROUPS == 1 ? 9 : 6;
 
 // The first REDUCERS blocks of a cluster, a power of two, add up partial sums and write y: REDUCER_TOKENS tokens each.
-constexpr int LARGEST_POWER = SPLIT_K >= 8 ? 8 : SPLIT_K >= 4 ? 4 : SPLIT_K >= 2 ? 2 : 1;
+constexpr int LARGEST_POWER = SPLIT_K >= 4 ? 4 : SPLIT_K >= 2 ? 2 : 1;
 constexpr int REDUCERS = LARGEST_POWER < TOKENS / 8 ? LARGEST_POWER : TOKENS / 8, REDUCER_TOKENS = TOKENS / REDUCERS;
 
 constexpr bool LOW_REGISTER_EPILOGUE = CONSUMERS_LOAD && TOKENS == 256;

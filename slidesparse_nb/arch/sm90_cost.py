@@ -16,6 +16,10 @@ SPLIT_K_NS_PER_BLOCK = 239
 """Time that split-K adds for each block of a cluster, in ns."""
 SPLIT_K_NS_PER_TOKEN = 17.2
 """Time that split-K adds for each token of a tile, in ns."""
+SECOND_NS = 300
+"""Time that a second launch takes to start after the first, in ns, unless it runs beside it."""
+BESIDE = {1: 1.0, 2: 0.75}
+"""Second launches that run beside the first: blocks of a cluster -> most blocks, as a share of the SMs."""
 LOAD_NS = 1100
 """Time from the request of a stage until it is in shared memory, in ns: a ring of s stages delivers one in LOAD_NS / s."""
 MEMORY_BYTES_PER_NS = 3230
@@ -23,7 +27,7 @@ MEMORY_BYTES_PER_NS = 3230
 L2_BYTES_PER_NS = 6810
 """Rate at which L2 delivers weights that tiles of other tokens read, too."""
 OVERLAP = 0.29
-"""Share of the shorter of computing and reading that adds to the longer."""
+"""Share of the shorter of computing and reading, or of two launches side by side, that adds to the longer."""
 EXPANSION_NS = 3600
 """Time of an expansion beside its bytes, and of what the launch after it cannot prefetch, in ns; fitted to an H200."""
 EXPANDED_PER_NS = 4100
@@ -32,6 +36,8 @@ DECODE_NS = 10
 """Time that decoding compact metadata adds to a stage, in ns a warpgroup, fitted to an H200. Alone it takes 36 ns, which
 reading the weights hides in part (docs/hopper.md). If a tile of up to ALWAYS_COMPACT tokens takes all tokens, its `stage_ns`
 contains it."""
+DECODE_WIDE_NS = 30
+"""The same of 16-bit types in tiles of up to ALWAYS_COMPACT tokens, which may read expanded metadata, too."""
 LONG_M = 8192
 """Smallest m at which the board's power limit decides."""
 POWER_PENALTY = 1.08
@@ -43,24 +49,41 @@ def expansion_nanoseconds(derived: int) -> float:
     return EXPANSION_NS + derived / EXPANDED_PER_NS if derived else 0.0
 
 
+def decoding(config: Config, problem: GemmProblem) -> float:
+    """Of a stage, in ns a warpgroup."""
+    small = config.tile.tokens <= ALWAYS_COMPACT
+    if not config.compact or (small and problem.dtype.bits == 8 and problem.m <= config.tile.tokens):
+        return 0
+    return DECODE_WIDE_NS if small and problem.dtype.bits == 16 else DECODE_NS
+
+
+def beside(first: Config, second: Config, sms: int) -> bool:
+    """Whether the blocks of two launches share the SMs; more blocks, or larger clusters, wait for those of the first."""
+    return first.resident == second.resident == 2 and second.blocks <= BESIDE.get(second.split_k, 0.0) * sms
+
+
 def nanoseconds(launches: Sequence[Config], problem: GemmProblem, stages: int) -> float:
     """Rounds of tiles, or reading the weights from memory where that takes longer; `stages` cover k."""
-    compute, read, sms = 0.0, 0.0, problem.device.sms
+    computing, read, sms = [], 0.0, problem.device.sms
     for config in launches:
         tile, together = config.tile, min(config.resident, max(1.0, config.blocks / sms))  # blocks an SM
         tiles = config.end - config.begin
         rounds = -(-tiles * config.split_k // config.blocks)
-        decoding = config.compact and (tile.tokens > ALWAYS_COMPACT or problem.m > tile.tokens)
-        stage = max((tile.stage_ns + DECODE_NS * tile.warpgroups * decoding) * together, LOAD_NS / config.stages)
+        stage = max((tile.stage_ns + decoding(config, problem) * tile.warpgroups) * together, LOAD_NS / config.stages)
         if problem.m >= LONG_M and (tile.tokens, tile.warpgroups) != (256, 3):
             stage *= POWER_PENALTY
         fixed = float(rounds * tile.tile_ns)
         if config.split_k > 1:
             fixed += SPLIT_K_NS_PER_BLOCK * config.split_k + SPLIT_K_NS_PER_TOKEN * tile.tokens
-        compute += rounds * -(-stages // config.split_k) * stage + fixed
+        computing.append(rounds * -(-stages // config.split_k) * stage + fixed)
         weights = tiles * stages * tile.warpgroups * (VALUE_BYTES + metadata_bytes(config.dtype, config.compact))
         once = 1 / -(-problem.m // tile.tokens)
         read += weights * (once / MEMORY_BYTES_PER_NS + (1 - once) / L2_BYTES_PER_NS)
-    if len(launches) == 2 and all(config.resident == 2 for config in launches) and launches[1].fits(sms):
-        compute -= fixed  # the second runs beside the first, which hides what it takes beside its stages
-    return LAUNCH_NS + max(compute, read) + OVERLAP * min(compute, read)
+    side_by_side = len(launches) == 2 and beside(launches[0], launches[1], sms)
+    compute = longer(*computing) if side_by_side else sum(computing)
+    return LAUNCH_NS + SECOND_NS * (len(launches) == 2 and not side_by_side) + longer(compute, read)
+
+
+def longer(a: float, b: float) -> float:
+    """Time of two things at once: the longer, and what does not overlap."""
+    return max(a, b) + OVERLAP * min(a, b)
