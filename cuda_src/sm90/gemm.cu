@@ -7,8 +7,8 @@
 //   consumers  WARPGROUPS warpgroups  ring --wgmma--> accumulators --scales, bias, staging--> y
 //
 // Without registers for a producer (CONSUMERS_LOAD) the last consumer warp to release a slot loads it anew. With SPLIT_K > 1 the blocks of
-// a cluster share the k of one tile (split_k.cuh). The pipeline, for one stage a step and three slots; time goes right, ?b waits for b,
-// !b arrives on it:
+// a cluster share the k of one tile (split_k.cuh), with PAIRS after whole tiles of their own. The pipeline, for one stage a step and three
+// slots; time goes right, ?b waits for b, !b arrives on it:
 //
 //   producer      load 0   load 1   load 2   ?empty[0] . . . . . . . . . . . . . load 3   ?empty[1] . . . . . . . load 4
 //   copies          `-- bytes --> !full[0] --> !full[1] --> !full[2]               `-- bytes --> !full[0]
@@ -36,7 +36,8 @@
 // - Sums are added in an order that shape and launch fix: k upwards in a block, sets of accumulators, ranks of a cluster. No run differs.
 // - Tokens past m: an operand x is stored in groups of 8, and a tile loads whole groups. Whatever rows past m hold, their columns of D are
 //   not stored.
-// - Outputs past n: weights are stored in pairs of row tiles, zeros past n. Tiles of three row tiles may overlap, and store the same bits.
+// - Outputs past n: weights are stored in pairs of row tiles, zeros past n. Tiles of three row tiles may overlap, and store the same bits:
+//   with PAIRS no tile is the only one that a cluster shares.
 #include "sm90/epilogue.cuh"
 #include "sm90/own_x.cuh"
 #include "sm90/producer.cuh"
@@ -105,7 +106,8 @@ extern "C" __global__ void
     if (SPLIT_K > 1) cluster_arrive_relaxed();
 
     const int m = (int)m_, n = (int)n_;
-    const Problem p = {m, n, (int)stages, (int)first_row_tile, (int)last_row_tile, (int)end, (int)raster_group};
+    const int shared = PAIRS ? (int)end - (int)(end - begin) % (int)gridDim.x : 0;
+    const Problem p = {m, n, (int)stages, (int)first_row_tile, (int)last_row_tile, (int)end, shared, (int)raster_group};
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
     const Loads loads(p, x, values, metadata, smem);
     if (!CONSUMERS_LOAD && warpgroup == WARPGROUPS) {
@@ -158,10 +160,10 @@ extern "C" __global__ void
 #pragma unroll 1
     while (work.tile < p.end) {
         const int m0 = work.tile_m * TOKENS, n0 = (work.row_tile + warpgroup) * 64;
-        if (SPLIT_K == 1) next.next(p);
+        next.next(p);
 
         // ---- scales and bias: loaded ahead, unless registers are short
-        const int share = SPLIT_K == 1 ? 0 : cluster_rank() * REDUCER_TOKENS;  // first of the tokens that this block writes
+        const int share = work.alone ? 0 : cluster_rank() * REDUCER_TOKENS;  // first of the tokens that this block writes
         TokenScales token;
         float channel[2] = {1, 1}, offset[2] = {};  // of this thread's outputs, 8 apart
         auto load_scaling = [&] {
@@ -227,7 +229,7 @@ extern "C" __global__ void
             if (bias) whole ? write(Flag<true>(), Flag<true>()) : write(Flag<true>(), Flag<false>());
             else whole ? write(Flag<false>(), Flag<true>()) : write(Flag<false>(), Flag<false>());
         };
-        if constexpr (SPLIT_K == 1) {
+        if (work.alone) {
 #pragma unroll
             for (int at = 0; at < TOKENS; at += EPILOGUE_TOKENS) {
                 // the next scales are loaded before these tokens are stored, or after float32, which leaves no registers
@@ -239,7 +241,7 @@ extern "C" __global__ void
                 if (more) token = later;
             }
             work = next;
-        } else {
+        } else if constexpr (SPLIT_K > 1) {
             const u32 rank = cluster_rank(), parts = my_parts(smem, warpgroup, thread);
             send_parts(smem, parts, rank, acc[0]);
             if (rank < REDUCERS) {

@@ -47,7 +47,7 @@ INLINE void produce(const Problem& p, i64 begin, Order order, const Loads& loads
             if (OWN_X_BYTES) mbarrier_wait(loads.smem.x_read(), 0);  // x would come behind the weights of all slots
             if (order == BEFORE_REST) griddepcontrol_launch_dependents();  // blocks of the rest replace those that are done
         }
-        const bool ends = order != BEFORE_REST && work.tile + gridDim.x / SPLIT_K >= p.end;
+        const bool ends = order != BEFORE_REST && work.following(p) >= p.end;
 #pragma unroll 1
         for (int stage = first; stage < last; stage++) {
             if (ahead == 0) mbarrier_wait(loads.smem.empty(slot), parity);

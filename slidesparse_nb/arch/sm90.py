@@ -51,6 +51,8 @@ NARROW_RASTER_GROUP, NARROW_TOKENS = 8, 2048
 """Rasterization group of tiles of 256 tokens, and the largest m that takes it (docs/notes/hopper-attempts.md)."""
 MIXED_ROUNDS = 4
 """Most whole rounds of tiles before a rest in smaller tiles; after more rounds the shape of the rest makes no difference."""
+PAIRS_BUSY = 0.7
+"""Least share of pairs that have one of the rest. On an H200 50 and more of 66 were faster than other launches, 18 slower."""
 MOST_UNQUANTIZED_X = 20480
 """Largest m * k for which blocks quantize x themselves: each reads all of it."""
 OWN_X_REST_SPLIT = 2
@@ -103,10 +105,14 @@ def possible(config: Config, problem: GemmProblem) -> bool:
 def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[tuple[Config, ...]]:
     """Candidates of a tile that read this metadata, the launches of each, without an `Expansion`.
 
-    All tiles at once by split-K; whole tiles; whole rounds of tiles, then the rest by split-K, or in smaller tiles.
+    All tiles at once by split-K; whole tiles; whole rounds of tiles, then the rest by split-K, or in smaller tiles; whole
+    tiles, then the rest by pairs.
     """
     m, sms = problem.m, problem.device.sms
     if not is_candidate(tile, problem, metadata) or not of_row_tiles(problem, tile, 1, 1, metadata).possible(along_k(problem)):
+        return
+    if tile.pairs:
+        yield from _by_pairs(tile, problem, metadata)
         return
     for split in tile.splits:
         for resident in residents(tile):
@@ -130,6 +136,19 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[t
         yield from _with_smaller_rest(whole, full, problem, metadata)
 
 
+def _by_pairs(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[tuple[Config, ...]]:
+    """Whole tiles, then the rest by pairs of blocks, where one tile takes all tokens.
+
+    Two tiles at least are shared: the last may repeat outputs of the one before, which must have added in the same order.
+    """
+    config, pairs = of_row_tiles(problem, tile, 2, 1, metadata), problem.device.sms // 2
+    tiles = config.tiles(problem.m)
+    if problem.m > tile.tokens or not 0 < 2 * pairs <= tiles or not possible(config, problem):
+        return
+    if max(2, PAIRS_BUSY * pairs) <= tiles % (2 * pairs) <= pairs:
+        yield (config.but(end=tiles, blocks=2 * pairs),)
+
+
 def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem, metadata: str) -> Iterator[tuple[Config, ...]]:
     """Two launches: columns of tiles that make whole rounds, `full` tiles at most; then the others in smaller tiles."""
     tile, sms, tiles_m = whole.tile, problem.device.sms, -(-problem.m // whole.tile.tokens)
@@ -142,7 +161,7 @@ def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem, metadata:
     before = whole.but(row_tiles=(0, boundary), end=columns * tiles_m, blocks=blocks, order=BEFORE_REST)
     for other in TILES:
         smaller = other.tokens < tile.tokens or (problem.m <= other.tokens == tile.tokens and other.n < tile.n)
-        if smaller and is_candidate(other, problem, metadata):
+        if smaller and not other.pairs and is_candidate(other, problem, metadata):
             for split in (1, *other.splits):
                 rest = of_row_tiles(problem, other, split, residents(other)[-1], metadata, boundary)
                 if rest_at_once(rest, rest.tiles(problem.m), problem):
@@ -187,10 +206,10 @@ class Hopper(Tiled):
         return tuple({"values": tiles * VALUE_BYTES, **{name: of[name] for name in form}} for form in held)
 
     def kernels(self, pattern: Pattern, scheme: Scheme, out: str, capability: tuple[int, int]) -> Iterator[Config | Expansion]:
-        """Of every tile, without and with split-K, and those that quantize x; then the expansion, of patterns that have
-        compact metadata."""
+        """Of every tile, without and with split-K or by pairs, and those that quantize x; then the expansion, of patterns that
+        have compact metadata."""
         for tile in TILES:
-            for split in (1, *tile.splits):
+            for split in tile.splits if tile.pairs else (1, *tile.splits):
                 for resident in residents(tile):
                     for compact in _reads_compact(tile, pattern, scheme.dtype):
                         yield configured(tile, split, pattern, scheme.dtype, out, compact, resident)

@@ -72,7 +72,7 @@ def nanoseconds(launches: Sequence[Config], problem: GemmProblem, stages: int) -
         stage = max((tile.stage_ns + decoding(config, problem) * tile.warpgroups) * together, LOAD_NS / config.stages)
         if problem.m >= LONG_M and (tile.tokens, tile.warpgroups) != (256, 3):
             stage *= POWER_PENALTY
-        fixed = float(rounds * tile.tile_ns)
+        fixed = float((tiles // config.blocks + 1 if tile.pairs else rounds) * tile.tile_ns)
         if config.split_k > 1:
             fixed += SPLIT_K_NS_PER_BLOCK * config.split_k + SPLIT_K_NS_PER_TOKEN * tile.tokens
         computing.append(rounds * -(-stages // config.split_k) * stage + fixed)

@@ -77,6 +77,8 @@ class Tile:
         stage_ns, tile_ns: time of a stage, and of a tile beside its stages; fitted at 6:8 to products on an H100, and those of
             up to 96 tokens and of 128 x 64 to linears on an H200 (sm90_cost.py).
         splits: split-K candidates: thread blocks that share the k of a tile.
+        pairs: blocks take whole tiles as long as every block has one, then each two share one of the rest; only that. Their
+            times are guesses that choose them where they were faster.
     """
 
     tokens: int
@@ -84,6 +86,7 @@ class Tile:
     stage_ns: int
     tile_ns: int
     splits: tuple[int, ...]
+    pairs: bool = False
 
     @property
     def n(self) -> int:
@@ -133,6 +136,9 @@ TILES = (
     Tile(16, 1, 79, 2200, (2, 4)),
     Tile(8, 2, 87, 1603, (2, 4)),
     Tile(8, 1, 148, 610, (2, 4)),
+    Tile(64, 3, 180, 1000, (2,), pairs=True),
+    Tile(32, 3, 100, 1000, (2,), pairs=True),
+    Tile(16, 3, 100, 1000, (2,), pairs=True),
 )
 
 
@@ -149,7 +155,7 @@ class Config(PlainLaunch):
         stages: slots of the ring.
         windows: windows of a group, of a pattern whose metadata is read in compact form; 0: expanded metadata.
         derived: the expanded metadata is what an `Expansion` before it wrote.
-        split_k: thread blocks of a cluster, which share the k of a tile in equal parts.
+        split_k: thread blocks of a cluster, which share the k of a tile in equal parts; of a tile of pairs the last one.
         resident: thread blocks that fit on an SM; with 2, those of the next launch start beside these.
         row_tiles: the first row tile of weights that this launch may compute, and the one after the last.
         begin, end: the tiles of these row tiles that it computes.
@@ -177,7 +183,7 @@ class Config(PlainLaunch):
     source, suffix, parameters = "sm90/gemm.cu", SUFFIX, PARAMETERS
 
     def __str__(self) -> str:
-        split = f", split-K {self.split_k}" if self.split_k > 1 else ""
+        split = ", rest by pairs" if self.tile.pairs else f", split-K {self.split_k}" if self.split_k > 1 else ""
         metadata = ", compact metadata" if self.compact else ""
         quantizes = ", x quantized by each block" if self.own_x else ""
         kernel = f"{self.tile}{split}, {self.stages} stages{metadata}{quantizes}, {self.resident} per SM"
@@ -274,6 +280,7 @@ class Config(PlainLaunch):
             "STAGES": self.stages,
             "WINDOWS": self.windows,
             "SPLIT_K": self.split_k,
+            **({"PAIRS": 1} if self.tile.pairs else {}),
             "BLOCKS_PER_SM": self.resident,
             **({"OWN_X_BYTES": self.own_x} if self.own_x else {}),
             "THREADS": self.threads,
@@ -382,7 +389,7 @@ def residents(tile: Tile) -> tuple[int, ...]:
     """Candidates for the thread blocks that share an SM; the last is that of second launches."""
     if tile.warpgroups == 1:
         return (2, 1) if tile.tokens >= 96 else (2,)
-    return (1, 2) if tile.tokens <= 32 else (1,)
+    return (1, 2) if tile.warpgroups == 2 and tile.tokens <= 32 else (1,)
 
 
 def along_k(problem: GemmProblem) -> int:

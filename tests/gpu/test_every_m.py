@@ -46,7 +46,8 @@ UNWRITTEN = 0x7FA5
 SHAPES = [(200, 520), (131, 20003), (8504, 264)]
 """(n, k): small; split-K in clusters, and rows of x and y that are not aligned; more tiles than SMs, so two launches."""
 
-LAYERS = [(4608, 3584), (3584, 18944)]
+LAYERS = [(4608, 3584), (3584, 18944), (37888, 512)]
+"""(n, k): q, k and v; a down projection; gate and up of few columns, where pairs of 132 blocks share overlapping tiles."""
 SOME_M = (1, 7, 16, 33, 64, 100, 129, 256, 300)
 RUNS = 50
 
@@ -125,7 +126,8 @@ def kind(way):
     """What makes ways differ in how they share out the work."""
     products = [c for c in way if not isinstance(c, sm90.Expansion)]
     return tuple(
-        (c.splits > 1,) if isinstance(c, sm80.Config) else (c.order, c.split_k > 1, c.row_tiles[0] > 0) for c in products
+        (c.splits > 1,) if isinstance(c, sm80.Config) else (c.order, c.split_k > 1, c.tile.pairs, c.row_tiles[0] > 0)
+        for c in products
     )
 
 
@@ -193,8 +195,9 @@ def test_every_run_gives_the_same_bits(gemm, family, dtype, shape):
     neighbour.stream.synchronize()
     tally.check()
     if family is sm90.ARCH:
-        assert any(split for way in kinds for _, split, _ in way)
-        assert any(order == sm90.REST for way in kinds for order, _, _ in way) or shape != LAYERS[0]
+        assert any(split for way in kinds for _, split, _, _ in way)
+        assert any(order == sm90.REST for way in kinds for order, _, _, _ in way) or shape == LAYERS[1]
+        assert any(pairs for way in kinds for _, _, pairs, _ in way) == (shape == LAYERS[2]) or sms_here() != 132
     else:
         assert any(split for way in kinds for (split,) in way)
 
@@ -220,6 +223,9 @@ def shared_out(config, m, n, stages, sms):
     tiles = config.tiles(m)
     if config.tile.consumers_load and stages < config.stages:
         return []
+    if config.tile.pairs:
+        most = (blocks for blocks in (2, 4, sms // 2 * 2) if tiles > blocks and 0 < tiles % blocks <= blocks // 2)
+        return [(replace(config, end=tiles, blocks=blocks),) for blocks in most if stages >= 4]
     if config.split_k > 1:
         return [(replace(config, end=tiles, blocks=tiles * config.split_k),)] if stages >= 2 * config.split_k else []
     return [(replace(config, end=tiles, blocks=blocks),) for blocks in dict.fromkeys((min(tiles, sms), min(tiles, 5), tiles))]

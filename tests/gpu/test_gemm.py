@@ -75,7 +75,11 @@ def compiled_ahead(family):
 def to_test(family, pattern, dtype, out):
     """The kernels whose tiles and splits are all tested; of y of other types than bfloat16, the oddest epilogues."""
     every = of_operands(family, pattern, dtype, out)
-    return [c for c in every if out == "bfloat16" or (family is sm90.ARCH and (c.tile.consumers_load or c.split_k == 3))]
+    return [
+        c
+        for c in every
+        if out == "bfloat16" or (family is sm90.ARCH and (c.tile.consumers_load or c.tile.pairs or c.split_k == 3))
+    ]
 
 
 def guarded(m, n, dtype, pitch=None):
@@ -153,6 +157,10 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         left = dataclasses.replace(whole, row_tiles=(0, 2), blocks=1, order=sm90.BEFORE_REST)
         right = dataclasses.replace(config, row_tiles=(2, 5), order=sm90.REST)
         right = dataclasses.replace(right, end=right.tiles(m), blocks=right.tiles(m) * config.split_k)
+        if config.tile.pairs:  # three tiles, of which two blocks share the last
+            left, right = dataclasses.replace(left, end=left.tiles(m)), dataclasses.replace(right, blocks=2)
+            first, second = (dataclasses.replace(launch, order=0) for launch in (left, right))
+            return [with_expansion(launches, device) for launches in ((left, right), (first, second))]
         every = [(alone,), (before, after), (dataclasses.replace(left, end=left.tiles(m)), right)]
         every += [(dataclasses.replace(alone, blocks=tiles),)] if config.split_k == 1 else []
         return [with_expansion(launches, device) for launches in every]
@@ -168,7 +176,7 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
     for out, y_type in OUTS.items():
         for config in to_test(family, pattern, dtype, out):
             each = config.tile.m if family is sm80.ARCH else config.tile.tokens
-            m = each + each // 2 + 1
+            m = each * (3 if family is sm90.ARCH and config.tile.pairs else 2) - each // 2 + 1
             x, given, exact = operands(m, y_type != BF16)
             for launches in ways(config, m):
                 device.plans[m, out] = device.bind(m, out, launches)
