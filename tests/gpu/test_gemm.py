@@ -134,7 +134,7 @@ def test_types_of_x_and_y(dtype, source, out):
 @pytest.mark.parametrize("pattern", TILED)
 def test_every_tile_and_split(gemm, family, pattern, dtype):
     rng = np.random.default_rng(6)
-    k = 2100  # eight blocks of a cluster have a step each, whatever the type
+    k = 2100  # every block of a cluster has steps, whatever the type
     packed = weight(rng, 273, k, pattern, dtype, full=True)
     device, pattern = gemm.to_device(packed), packed.pattern
     assert family is sm80.ARCH or ("compact" in device.buffers) == (pattern.group > 4)
