@@ -37,7 +37,7 @@
 // - Tokens past m: an operand x is stored in groups of 8, and a tile loads whole groups. Whatever rows past m hold, their columns of D are
 //   not stored.
 // - Outputs past n: weights are stored in pairs of row tiles, zeros past n. Tiles of three row tiles may overlap, and store the same bits:
-//   with PAIRS no tile is the only one that a cluster shares.
+//   with PAIRS clusters share the last two, so that both add in the same order.
 #include "sm90/epilogue.cuh"
 #include "sm90/own_x.cuh"
 #include "sm90/producer.cuh"

@@ -1,6 +1,6 @@
 """Estimated time of launches of Hopper's kernel at 6:8, fitted to 3000 timings of products on several H100s, of 1 to 16384
-tokens, and to those of INT8 linears on H200s, of 4 to 256 tokens, where a quantization precedes each product
-(docs/results/candidates-h200.json)."""
+tokens, and to those of linears on H200s, where a quantization precedes each product: INT8 of 4 to 256 tokens, BF16 of 2 to
+1024 (docs/results/candidates-h200.json)."""
 
 from __future__ import annotations
 

@@ -77,8 +77,8 @@ class Tile:
         stage_ns, tile_ns: time of a stage, and of a tile beside its stages; fitted at 6:8 to products on an H100, and those of
             up to 96 tokens and of 128 x 64 to linears on an H200 (sm90_cost.py).
         splits: split-K candidates: thread blocks that share the k of a tile.
-        pairs: blocks take whole tiles as long as every block has one, then each two share one of the rest; only that. Their
-            times are guesses that choose them where they were faster.
+        pairs: blocks take whole tiles as long as every block has one, then each two share one of the rest. The tile is computed
+            in no other way, and its times are set so that it is chosen where it was faster.
     """
 
     tokens: int
