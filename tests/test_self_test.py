@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from numpy_gpu import BF16, P, array, close, forget_plans, gpu, numpy_for_cupy, ops, wanted, weight
 
 from slidesparse_nb import arch, doctor
-from slidesparse_nb.arch import sm80, sm80_layout
+from slidesparse_nb.arch import sm80, sm80_layout, sm90
 from slidesparse_nb.core import reference
 from slidesparse_nb.core.dtypes import BFLOAT16, INT8, PACKED
 from slidesparse_nb.core.packed import ORDERED_NIBBLES
@@ -59,7 +61,7 @@ def tokens(m: int) -> Any:
 
 def one_wrong(config: Any, y: Any) -> Any:
     """y with the last element of the second row changed, of the products that are tests."""
-    if y.shape[1] == 280:
+    if y.shape[1] in (280, 970):
         y[1, -1] = -y[1, -1]
     return y
 
@@ -84,6 +86,20 @@ def test_operands_show_every_nibble_in_every_fragment_position(tests: Any, patte
         magnitudes = np.abs(made.x.astype(np.float64)) @ np.abs(reference.unpack(made.packed).astype(np.float64)).T
         assert magnitudes.max() < (2**24 if dtype is INT8 else 2**13)
         assert all(size % tile for size, tile in ((m, 8), (n, 16), (k, 16)))
+
+
+@pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "6:8"])
+def test_some_product_launches_every_kernel_that_multiplies_an_operand(tests: Any, pattern: str, dtype: Any) -> None:
+    scheme, device, left = Scheme.of(dtype), Device((9, 0), 132, portable=False), set()
+    for config in sm90.ARCH.kernels(Pattern.of(pattern), scheme, "bfloat16", device.capability):
+        left |= {config.kernel} if isinstance(config, sm90.Config) and not config.own_x else set()
+    for shape, form in itertools.product(tests.SHAPES, (["compact", "expanded"], ["compact"], ["expanded"])):
+        few = replace(device, sms=tests.FEW_SMS.get(shape, device.sms))
+        problem = GemmProblem(*shape, Pattern.of(pattern), scheme, "bfloat16", few)
+        for launches in sm90.ARCH.candidates(problem, ("values", "scale", *form)):
+            left -= {launch.but(order=0, derived=False).kernel for launch in launches if isinstance(launch, sm90.Config)}
+    assert not left
 
 
 @pytest.mark.parametrize("dtype", [INT8, BFLOAT16], ids=str)

@@ -74,7 +74,7 @@ static_assert(REDUCER_TOKENS * REDUCERS == TOKENS && REDUCER_TOKENS % EPILOGUE_T
               "the epilogue takes whole groups of 8 tokens");
 static_assert(!OWN_X_BYTES || (TOKENS == 8 && WINDOWS && !WIDE && OUT != TYPE_FLOAT32), "blocks quantize 16-bit x to 8 bits");
 static_assert(STAGES > 2 * STAGES_PER_STEP, "the producer must have a slot to fill");
-static_assert(!PAIRS || (SPLIT_K == 2 && !OWN_X_BYTES), "a pair is a cluster of two; own_x.cuh makes the operand of one part of k");
+static_assert(!PAIRS || SPLIT_K == 2, "a pair is a cluster of two");
 static_assert(!CONSUMERS_LOAD || (SPLIT_K == 1 && STAGES_PER_STEP == 1 && TOKENS > 64), "consumers load whole tiles, a stage a step");
 
 #if DTYPE == TYPE_INT8

@@ -133,6 +133,7 @@ extern "C" __global__ void
 
     WorkTile work(p, begin), next = work;
     const OwnX own_x = {smem.own_x(), (u32)m};
+    const int own_first = work.first;  // step; with PAIRS the operand is of all k, and the last tile takes a part of it
     if (OWN_X_BYTES) {
         own_x.make(smem, x, x_pitch, (int)k, work.first * STAGES_PER_STEP, work.last * STAGES_PER_STEP);
         scale_x = (const float*)(raw + SCALES_AT);
@@ -192,7 +193,7 @@ extern "C" __global__ void
 #pragma unroll
             for (int j = 0; j < STAGES_PER_STEP; j++) {
                 stage[j] = smem.stage(slot);
-                b[j] = OWN_X_BYTES ? own_x.descriptor((s - first) * STAGES_PER_STEP + j) : matrix_descriptor<128>(stage[j]);
+                b[j] = OWN_X_BYTES ? own_x.descriptor((s - own_first) * STAGES_PER_STEP + j) : matrix_descriptor<128>(stage[j]);
                 mbarrier_wait(smem.full(slot), parity);
                 my_metadata.read(stage[j], metadata[j]);
                 if (++slot == STAGES) slot = 0, parity ^= 1;

@@ -44,7 +44,8 @@ from .sm90_layout import VALUE_BYTES, arrange, expand, has_compact_metadata, met
 SMALL_TOKENS = 64
 """Largest small tile, in tokens."""
 SMALL_M = 128
-"""Largest m that small tiles serve: above it larger tiles were faster in every measurement."""
+"""Largest m that small tiles serve: above it larger tiles were faster in every measurement. Up to `SMALL_TOKENS` one takes all
+tokens: two were never faster by more than 1 %."""
 EVER_COMPACT = {8: 256, 16: 128}
 """Largest tile (tokens) that may read compact metadata where the weight has expanded metadata, too, by element width."""
 NARROW_RASTER_GROUP, NARROW_TOKENS = 8, 2048
@@ -71,6 +72,8 @@ def is_candidate(tile: Tile, problem: GemmProblem, metadata: str) -> bool:
         return problem.m <= tile.warpgroups and _quantizes(tile, problem.dtype, problem.out, metadata == COMPACT)
     if small and (problem.m > SMALL_M or metadata == DERIVED):
         return False
+    if tile.tokens < problem.m <= SMALL_TOKENS:
+        return False
     return (metadata == COMPACT) in _reads_compact(tile, problem.pattern, problem.dtype)
 
 
@@ -78,7 +81,8 @@ def of_row_tiles(problem: GemmProblem, tile: Tile, split_k: int, resident: int, 
     """The kernel of a tile, for all row tiles from `first` on."""
     own_x = 0
     if problem.unquantized:
-        needed = own_x_bytes(problem.m, split_k, problem.pattern, along_k(problem))
+        parts = 1 if tile.pairs else split_k  # of k; blocks of pairs have a whole tile first
+        needed = own_x_bytes(problem.m, parts, problem.pattern, along_k(problem))
         own_x = next((size for size in OWN_X_BYTES if size >= needed), needed)
     config = configured(tile, split_k, problem.pattern, problem.dtype, problem.out, metadata == COMPACT, resident, own_x)
     group = NARROW_RASTER_GROUP if tile.tokens == 256 and problem.m <= NARROW_TOKENS else RASTER_GROUP
@@ -91,6 +95,12 @@ def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
     return possible(config, problem) and launch.fits(problem.device.sms * config.resident)
 
 
+def _has_room(config: Config) -> bool:
+    """Whether there is a kernel of such a tile whose blocks quantize x."""
+    fits = config.own_x in OWN_X_BYTES and config.stages >= OWN_X_STAGES
+    return fits and (config.resident == 2 or config.tile.pairs)
+
+
 def rest_at_once(rest: Config, tiles: int, problem: GemmProblem) -> bool:
     """The same of a second launch."""
     return (not rest.own_x or rest.split_k <= OWN_X_REST_SPLIT) and at_once(rest, tiles, problem)
@@ -98,8 +108,7 @@ def rest_at_once(rest: Config, tiles: int, problem: GemmProblem) -> bool:
 
 def possible(config: Config, problem: GemmProblem) -> bool:
     """Whether there is such a kernel, and k and outputs suffice for it."""
-    fits = not config.own_x or (config.own_x in OWN_X_BYTES and config.resident == 2 and config.stages >= OWN_X_STAGES)
-    return fits and config.possible(along_k(problem))
+    return (not config.own_x or _has_room(config)) and config.possible(along_k(problem))
 
 
 def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[tuple[Config, ...]]:
@@ -213,9 +222,9 @@ class Hopper(Tiled):
                 for resident in residents(tile):
                     for compact in _reads_compact(tile, pattern, scheme.dtype):
                         yield configured(tile, split, pattern, scheme.dtype, out, compact, resident)
-                        for own_x in OWN_X_BYTES if _quantizes(tile, scheme.dtype, out, compact) and resident == 2 else ():
+                        for own_x in OWN_X_BYTES if _quantizes(tile, scheme.dtype, out, compact) else ():
                             made = configured(tile, split, pattern, scheme.dtype, out, compact, resident, own_x)
-                            if made.stages >= OWN_X_STAGES:
+                            if _has_room(made):
                                 yield made
         if has_compact_metadata(pattern):
             yield Expansion(scheme.dtype, pattern.windows)

@@ -1,6 +1,6 @@
-"""Estimated time of launches of Hopper's kernel at 6:8, fitted to 3000 timings of products on several H100s, of 1 to 16384
-tokens, and to those of linears on H200s, where a quantization precedes each product: INT8 of 4 to 256 tokens, BF16 of 2 to
-1024 (docs/results/candidates-h200.json)."""
+"""Estimated time of launches of Hopper's kernel at 6:8. It was fitted to 3000 timings of products on several H100s, of 1 to
+16384 tokens; tiles and what two launches share then to linears on H200s, where a quantization precedes each product, of 2 to
+1024 tokens (docs/results/candidates-h200.json)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ LAUNCH_NS = 838
 """Time of a product beside its tiles, in ns."""
 SPLIT_K_NS_PER_BLOCK = 239
 """Time that split-K adds for each block of a cluster, in ns."""
-SPLIT_K_NS_PER_TOKEN = 17.2
-"""Time that split-K adds for each token of a tile, in ns."""
-SECOND_NS = 300
-"""Time that a second launch takes to start after the first, in ns, unless it runs beside it."""
+SPLIT_K_NS_PER_TOKEN, SPLIT_K_TOKENS = 17.2, 47
+"""Time that split-K adds for each token of a tile, in ns, and the tokens up to which it does."""
+SECOND_NS, SECOND_LARGE_NS = 300, 3800
+"""Time that a second launch takes to start after the first, in ns, unless it runs beside it; and after one of tiles of more
+than 64 tokens."""
 BESIDE = {1: 1.0, 2: 0.75}
 """Second launches that run beside the first: blocks of a cluster -> most blocks, as a share of the SMs."""
 LOAD_NS = 1100
 """Time from the request of a stage until it is in shared memory, in ns: a ring of s stages delivers one in LOAD_NS / s."""
 MEMORY_BYTES_PER_NS = 3230
 """Rate at which memory delivers weights."""
-L2_BYTES_PER_NS = 6810
-"""Rate at which L2 delivers weights that tiles of other tokens read, too."""
+L2_BYTES_PER_NS = 5700
+"""Rate at which L2 delivers weights, to tiles of other tokens again."""
 OVERLAP = 0.29
 """Share of the shorter of computing and reading, or of two launches side by side, that adds to the longer."""
 EXPANSION_NS = 3600
@@ -64,7 +65,7 @@ def beside(first: Config, second: Config, sms: int) -> bool:
 
 def nanoseconds(launches: Sequence[Config], problem: GemmProblem, stages: int) -> float:
     """Rounds of tiles, or reading the weights from memory where that takes longer; `stages` cover k."""
-    computing, read, sms = [], 0.0, problem.device.sms
+    computing, memory, cache, sms = [], 0.0, 0.0, problem.device.sms
     for config in launches:
         tile, together = config.tile, min(config.resident, max(1.0, config.blocks / sms))  # blocks an SM
         tiles = config.end - config.begin
@@ -74,14 +75,18 @@ def nanoseconds(launches: Sequence[Config], problem: GemmProblem, stages: int) -
             stage *= POWER_PENALTY
         fixed = float((tiles // config.blocks + 1 if tile.pairs else rounds) * tile.tile_ns)
         if config.split_k > 1:
-            fixed += SPLIT_K_NS_PER_BLOCK * config.split_k + SPLIT_K_NS_PER_TOKEN * tile.tokens
+            fixed += SPLIT_K_NS_PER_BLOCK * config.split_k + SPLIT_K_NS_PER_TOKEN * min(tile.tokens, SPLIT_K_TOKENS)
         computing.append(rounds * -(-stages // config.split_k) * stage + fixed)
         weights = tiles * stages * tile.warpgroups * (VALUE_BYTES + metadata_bytes(config.dtype, config.compact))
-        once = 1 / -(-problem.m // tile.tokens)
-        read += weights * (once / MEMORY_BYTES_PER_NS + (1 - once) / L2_BYTES_PER_NS)
-    side_by_side = len(launches) == 2 and beside(launches[0], launches[1], sms)
-    compute = longer(*computing) if side_by_side else sum(computing)
-    return LAUNCH_NS + SECOND_NS * (len(launches) == 2 and not side_by_side) + longer(compute, read)
+        memory += weights / -(-problem.m // tile.tokens) / MEMORY_BYTES_PER_NS
+        cache += weights / L2_BYTES_PER_NS
+    reading = max(memory, cache)
+    if len(launches) == 1:
+        return LAUNCH_NS + longer(computing[0], reading)
+    if beside(launches[0], launches[1], sms):
+        return LAUNCH_NS + longer(longer(*computing), reading)
+    second = SECOND_NS if launches[0].tile.tokens <= 64 else SECOND_LARGE_NS
+    return LAUNCH_NS + second + longer(sum(computing), reading)
 
 
 def longer(a: float, b: float) -> float:

@@ -74,8 +74,7 @@ class Tile:
     """The outputs of a thread block: `tokens` x `n`, by `warpgroups` consumers with a row tile of 64 outputs each.
 
     Attributes:
-        stage_ns, tile_ns: time of a stage, and of a tile beside its stages; fitted at 6:8 to products on an H100, and those of
-            up to 96 tokens and of 128 x 64 to linears on an H200 (sm90_cost.py).
+        stage_ns, tile_ns: time of a stage, and of a tile beside its stages; fitted at 6:8 to linears on H200s (sm90_cost.py).
         splits: split-K candidates: thread blocks that share the k of a tile.
         pairs: blocks take whole tiles as long as every block has one, then each two share one of the rest. The tile is computed
             in no other way, and its times are set so that it is chosen where it was faster.
@@ -105,28 +104,27 @@ class Tile:
 
     @property
     def decodes(self) -> bool:
-        """Whether it may read compact metadata. Three warpgroups of more than 64 tokens do not: with 256 they would spill, and
-        where one tile takes all tokens two are as fast."""
-        return self.warpgroups < 3 or self.tokens <= 64
+        """Whether it may read compact metadata. Consumers that load their stages do not: with 256 tokens they would spill."""
+        return not self.consumers_load
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens x {self.n} outputs"
 
 
 TILES = (
-    Tile(256, 3, 448, 6304, ()),
-    Tile(224, 3, 417, 5042, ()),
-    Tile(208, 3, 401, 3809, ()),
-    Tile(192, 3, 377, 3266, ()),
-    Tile(160, 3, 287, 3279, ()),
-    Tile(128, 3, 264, 2872, ()),
-    Tile(256, 2, 332, 4270, (2, 3, 4)),
-    Tile(192, 2, 270, 2378, (2, 3)),
-    Tile(160, 2, 247, 2200, (2,)),
-    Tile(128, 2, 224, 1211, (2, 3, 4)),
-    Tile(128, 1, 186, 1425, (2,)),
-    Tile(96, 2, 204, 551, (2,)),
-    Tile(96, 1, 197, 513, (2,)),
+    Tile(256, 3, 469, 8011, ()),
+    Tile(224, 3, 487, 5155, ()),
+    Tile(208, 3, 421, 4905, ()),
+    Tile(192, 3, 416, 3745, ()),
+    Tile(160, 3, 277, 5944, ()),
+    Tile(128, 3, 299, 3722, ()),
+    Tile(256, 2, 343, 4779, (2, 3, 4)),
+    Tile(192, 2, 282, 2887, (2, 3)),
+    Tile(160, 2, 251, 2135, (2,)),
+    Tile(128, 2, 204, 2354, (2, 3, 4)),
+    Tile(128, 1, 155, 1702, (2,)),
+    Tile(96, 2, 188, 1141, (2,)),
+    Tile(96, 1, 180, 755, (2,)),
     Tile(64, 3, 180, 1000, ()),
     Tile(64, 2, 163, 1163, (2, 3, 4)),
     Tile(64, 1, 172, 570, (2, 3, 4)),
@@ -136,9 +134,14 @@ TILES = (
     Tile(16, 1, 79, 2200, (2, 4)),
     Tile(8, 2, 87, 1603, (2, 4)),
     Tile(8, 1, 148, 610, (2, 4)),
+    Tile(192, 3, 447, 2343, (2,), pairs=True),
+    Tile(160, 3, 347, 2106, (2,), pairs=True),
+    Tile(128, 3, 287, 1108, (2,), pairs=True),
+    Tile(96, 3, 271, 572, (2,), pairs=True),
     Tile(64, 3, 180, 1000, (2,), pairs=True),
     Tile(32, 3, 100, 1000, (2,), pairs=True),
     Tile(16, 3, 100, 1000, (2,), pairs=True),
+    Tile(8, 3, 100, 1000, (2,), pairs=True),
 )
 
 

@@ -38,9 +38,12 @@ from .jit import cache
 from .launch import LaunchError
 from .plan import Plan, compiled, counters, device_facts
 
-SHAPES = ((300, 280, 1046), (13, 280, 1046), (803, 280, 1046))
+FEW_SMS = {(803, 280, 1046): 2, **{(m, 970, 1046): 4 for m in (7, 29, 61, 150)}}
+"""Products that are planned for so few SMs that a block computes several tiles, and two blocks may share some."""
+
+SHAPES = ((300, 280, 1046), *((m, 280, 1046) for m in (29, 61, 7)), *FEW_SMS)
 """m, n and k (in columns, or pairs) of the products: no multiple of any tile; of many tokens and of few; k long enough to be
-split. The last is planned for two SMs, so that a block computes several tiles."""
+split."""
 
 TRIED = 3
 """Kernels made for an architecture that are tested before it is left to the portable kernel."""
@@ -112,7 +115,7 @@ def _scores(rng: np.random.Generator, shape: tuple[int, int], group: int) -> Arr
     return scores.reshape(shape[0], -1)[:, : shape[1]]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=len(SHAPES))
 def case(problem: GemmProblem) -> Case:
     """Sums stay below 2^24, and of float types below 2^13 of their smallest step, which the shortest accumulator holds."""
     m, n, k, pattern, scheme, dtype = problem.m, problem.n, problem.k, problem.pattern, problem.scheme, problem.dtype
@@ -198,8 +201,8 @@ def tested(problem: GemmProblem, candidate: Candidate, buffers: tuple[str, ...] 
     count = 0
     where = f"{name} on {_named(problem.device)}"
     for m, n, k in SHAPES:
-        few = replace(problem.device, sms=2) if (m, n, k) == SHAPES[-1] else problem.device
-        small = replace(problem, m=m, n=n, k=k * problem.pattern.unit, device=few)
+        device = replace(problem.device, sms=FEW_SMS.get((m, n, k), problem.device.sms))
+        small = replace(problem, m=m, n=n, k=k * problem.pattern.unit, device=device)
         for launches in own.candidates(small, buffers):
             if not kernels(launches) <= wanted:
                 continue

@@ -262,7 +262,8 @@ def test_expanded_metadata_give_the_same_bits_as_compact(gemm, family, m, dtype)
 
 
 FEW = [(1, 1, 8), (2, 257, 2104), (2, 1000, 5000), (1, 130, 3584), (1, 130, 7168), (1, 300, 18944), (1, 20000, 1024)]
-"""m, n, k: together their candidates are every kernel that quantizes x itself."""
+FEW += [(1, 970, 1024), (1, 970, 2560)]
+"""m, n, k: together their candidates, of which some are for four SMs, are every kernel that quantizes x itself."""
 
 
 @pytest.mark.parametrize("out", ["bfloat16", "float16"])
@@ -285,7 +286,9 @@ def test_few_tokens_that_blocks_quantize(gemm, family, pattern, dtype, out):
                 rows[m - 1, (k // 2) if row else slice(None)] = row
             given, finite = on_gpu(rows)[:, :k], np.isfinite(rows[:, :k].astype(np.float32)).all(axis=1)
             exact, magnitude = product(rows[finite, :k], packed, bias)
-            for candidate in [None, *family.candidates(problem, tuple(device.buffers))]:
+            on_four = dataclasses.replace(problem, device=dataclasses.replace(problem.device, sms=4))
+            ways = [c for p in (problem, on_four) for c in family.candidates(p, tuple(device.buffers))]
+            for candidate in (None, *dict.fromkeys(ways)):
                 y, surroundings = guarded(m, n, of, pitch=n + 8)
                 if candidate is None:
                     ss.matmul(given, packed, bias=there, out=y)
