@@ -14,9 +14,9 @@ LAUNCH_NS = 838
 """Time of a product beside its tiles, in ns."""
 SPLIT_K_NS_PER_BLOCK = 239
 """Time that split-K adds for each block of a cluster, in ns."""
-SPLIT_K_NS_PER_TOKEN, SPLIT_K_TOKENS = 17.2, 47
+SPLIT_K_NS_PER_TOKEN, SPLIT_K_TOKENS = 17.2, 48
 """Time that split-K adds for each token of a tile, in ns, and the tokens up to which it does."""
-SECOND_NS, SECOND_LARGE_NS = 300, 3800
+SECOND_NS, SECOND_LARGE_NS = 300, 5760
 """Time that a second launch takes to start after the first, in ns, unless it runs beside it; and after one of tiles of more
 than 64 tokens."""
 BESIDE = {1: 1.0, 2: 0.75}
@@ -25,18 +25,18 @@ LOAD_NS = 1100
 """Time from the request of a stage until it is in shared memory, in ns: a ring of s stages delivers one in LOAD_NS / s."""
 MEMORY_BYTES_PER_NS = 3230
 """Rate at which memory delivers weights."""
-L2_BYTES_PER_NS = 5700
+L2_BYTES_PER_NS = 5200
 """Rate at which L2 delivers weights, to tiles of other tokens again."""
 OVERLAP = 0.29
 """Share of the shorter of computing and reading, or of two launches side by side, that adds to the longer."""
-EXPANSION_NS = 3600
+EXPANSION_NS = 2430
 """Time of an expansion beside its bytes, and of what the launch after it cannot prefetch, in ns; fitted to an H200."""
 EXPANDED_PER_NS = 4100
 """Rate at which expanded metadata are written, bytes per ns."""
-DECODE_NS = 10
-"""Time that decoding compact metadata adds to a stage, in ns a warpgroup, fitted to an H200. Alone it takes 36 ns, which
-reading the weights hides in part (docs/hopper.md). If a tile of up to ALWAYS_COMPACT tokens takes all tokens, its `stage_ns`
-contains it."""
+DECODE_NS, DECODE_LARGE_NS = 10, 15
+"""Time that decoding compact metadata adds to a stage, in ns a warpgroup, fitted to an H200; of tiles of more than 64 tokens.
+Alone it takes 36 ns, which reading the weights hides in part (docs/hopper.md). If a tile of up to ALWAYS_COMPACT tokens takes
+all tokens, its `stage_ns` contains it."""
 DECODE_WIDE_NS = 30
 """The same of 16-bit types in tiles of up to ALWAYS_COMPACT tokens, which may read expanded metadata, too."""
 LONG_M = 8192
@@ -55,7 +55,9 @@ def decoding(config: Config, problem: GemmProblem) -> float:
     small = config.tile.tokens <= ALWAYS_COMPACT
     if not config.compact or (small and problem.dtype.bits == 8 and problem.m <= config.tile.tokens):
         return 0
-    return DECODE_WIDE_NS if small and problem.dtype.bits == 16 else DECODE_NS
+    if small and problem.dtype.bits == 16:
+        return DECODE_WIDE_NS
+    return DECODE_NS if config.tile.tokens <= 64 else DECODE_LARGE_NS
 
 
 def beside(first: Config, second: Config, sms: int) -> bool:
