@@ -8,7 +8,7 @@
 //                                             and their columns of D are not stored
 //   kept     [M][vectors][16]                 x from the vector that holds the block's first column
 //
-// The bits are those of slidesparse_nb/cuda/kernels/quantize.py. Tiles of a block share the operand.
+// The bits are those of slidesparse_nb/cuda/kernels/quantize.py. Tiles of a block share the operand; with PAIRS its part of k is all of it.
 #pragma once
 #include "sm90/smem.cuh"
 

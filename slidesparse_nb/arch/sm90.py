@@ -68,8 +68,9 @@ OWN_X_STAGES = 7
 def is_candidate(tile: Tile, problem: GemmProblem, metadata: str) -> bool:
     """Whether the tile is a candidate for m tokens, and has a kernel that reads this metadata."""
     small = tile.tokens <= SMALL_TOKENS
-    if problem.unquantized:  # a warpgroup for each token, at least
-        return problem.m <= tile.warpgroups and _quantizes(tile, problem.dtype, problem.out, metadata == COMPACT)
+    if problem.unquantized:  # a warpgroup for each token, at least; pairs were tried with one token
+        most = 1 if tile.pairs else tile.warpgroups
+        return problem.m <= most and _quantizes(tile, problem.dtype, problem.out, metadata == COMPACT)
     if small and (problem.m > SMALL_M or metadata == DERIVED):
         return False
     if tile.tokens < problem.m <= SMALL_TOKENS:
@@ -95,8 +96,8 @@ def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
     return possible(config, problem) and launch.fits(problem.device.sms * config.resident)
 
 
-def _has_room(config: Config) -> bool:
-    """Whether there is a kernel of such a tile whose blocks quantize x."""
+def _may_quantize(config: Config) -> bool:
+    """Whether there is a kernel of such a tile whose blocks quantize x: not with one block an SM, except pairs."""
     fits = config.own_x in OWN_X_BYTES and config.stages >= OWN_X_STAGES
     return fits and (config.resident == 2 or config.tile.pairs)
 
@@ -108,7 +109,7 @@ def rest_at_once(rest: Config, tiles: int, problem: GemmProblem) -> bool:
 
 def possible(config: Config, problem: GemmProblem) -> bool:
     """Whether there is such a kernel, and k and outputs suffice for it."""
-    return (not config.own_x or _has_room(config)) and config.possible(along_k(problem))
+    return (not config.own_x or _may_quantize(config)) and config.possible(along_k(problem))
 
 
 def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[tuple[Config, ...]]:
@@ -224,7 +225,7 @@ class Hopper(Tiled):
                         yield configured(tile, split, pattern, scheme.dtype, out, compact, resident)
                         for own_x in OWN_X_BYTES if _quantizes(tile, scheme.dtype, out, compact) else ():
                             made = configured(tile, split, pattern, scheme.dtype, out, compact, resident, own_x)
-                            if _has_room(made):
+                            if _may_quantize(made):
                                 yield made
         if has_compact_metadata(pattern):
             yield Expansion(scheme.dtype, pattern.windows)
@@ -242,7 +243,8 @@ class Hopper(Tiled):
         """Candidates that read expanded metadata, and candidates that read compact metadata.
 
         If the weight has the compact form alone, an `Expansion` precedes the former. If it has both forms, the latter are only
-        those of small tiles, and of tiles of up to `EVER_COMPACT` that take all tokens. Few tokens take no tile for many.
+        those of small tiles, and of tiles of up to `EVER_COMPACT` that take all tokens. Few tokens take no tile for many,
+        and up to `SMALL_TOKENS` none for fewer.
 
         Args:
             tiles: of the first launch that multiplies.

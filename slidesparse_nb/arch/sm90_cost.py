@@ -1,6 +1,6 @@
 """Estimated time of launches of Hopper's kernel at 6:8. It was fitted to 3000 timings of products on several H100s, of 1 to
 16384 tokens; tiles and what two launches share then to linears on H200s, where a quantization precedes each product, of 2 to
-1024 tokens (docs/results/candidates-h200.json)."""
+4096 tokens (docs/results/candidates-h200.json)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SPLIT_K_NS_PER_BLOCK = 239
 SPLIT_K_NS_PER_TOKEN, SPLIT_K_TOKENS = 17.2, 48
 """Time that split-K adds for each token of a tile, in ns, and the tokens up to which it does."""
 SECOND_NS, SECOND_LARGE_NS = 300, 5760
-"""Time that a second launch takes to start after the first, in ns, unless it runs beside it; and after one of tiles of more
-than 64 tokens."""
+"""Time that a second launch takes to start after the first, in ns, unless it runs beside it: after tiles of up to 64 tokens,
+and after larger ones."""
 BESIDE = {1: 1.0, 2: 0.75}
 """Second launches that run beside the first: blocks of a cluster -> most blocks, as a share of the SMs."""
 LOAD_NS = 1100
@@ -34,9 +34,9 @@ EXPANSION_NS = 2430
 EXPANDED_PER_NS = 4100
 """Rate at which expanded metadata are written, bytes per ns."""
 DECODE_NS, DECODE_LARGE_NS = 10, 15
-"""Time that decoding compact metadata adds to a stage, in ns a warpgroup, fitted to an H200; of tiles of more than 64 tokens.
-Alone it takes 36 ns, which reading the weights hides in part (docs/hopper.md). If a tile of up to ALWAYS_COMPACT tokens takes
-all tokens, its `stage_ns` contains it."""
+"""Time that decoding compact metadata adds to a stage, in ns a warpgroup, fitted to an H200: in tiles of up to 64 tokens, and
+in larger ones. Alone it takes 36 ns, which reading the weights hides in part (docs/hopper.md). If a tile of up to
+ALWAYS_COMPACT tokens takes all tokens, its `stage_ns` contains it."""
 DECODE_WIDE_NS = 30
 """The same of 16-bit types in tiles of up to ALWAYS_COMPACT tokens, which may read expanded metadata, too."""
 LONG_M = 8192
@@ -66,7 +66,7 @@ def beside(first: Config, second: Config, sms: int) -> bool:
 
 
 def nanoseconds(launches: Sequence[Config], problem: GemmProblem, stages: int) -> float:
-    """Rounds of tiles, or reading the weights from memory where that takes longer; `stages` cover k."""
+    """Rounds of tiles, or reading the weights from memory or L2 where that takes longer; `stages` cover k."""
     computing, memory, cache, sms = [], 0.0, 0.0, problem.device.sms
     for config in launches:
         tile, together = config.tile, min(config.resident, max(1.0, config.blocks / sms))  # blocks an SM

@@ -104,7 +104,7 @@ class Tile:
 
     @property
     def decodes(self) -> bool:
-        """Whether it may read compact metadata. Consumers that load their stages do not: with 256 tokens they would spill."""
+        """Whether it may read compact metadata. Consumers that load their stages have no registers for it."""
         return not self.consumers_load
 
     def __str__(self) -> str:

@@ -38,12 +38,17 @@ from .jit import cache
 from .launch import LaunchError
 from .plan import Plan, compiled, counters, device_facts
 
-FEW_SMS = {(803, 280, 1046): 2, **{(m, 970, 1046): 4 for m in (7, 29, 61, 150)}}
-"""Products that are planned for so few SMs that a block computes several tiles, and two blocks may share some."""
-
-SHAPES = ((300, 280, 1046), *((m, 280, 1046) for m in (29, 61, 7)), *FEW_SMS)
+ALWAYS = 3
+SHAPES = (
+    *((300, 280, 1046), (13, 280, 1046), (803, 280, 1046)),
+    *((m, 280, 1046) for m in (7, 29, 61)),
+    *((m, 970, 1046) for m in (7, 29, 61, 150)),
+)
 """m, n and k (in columns, or pairs) of the products: no multiple of any tile; of many tokens and of few; k long enough to be
-split."""
+split. Those after the first `ALWAYS` are for kernels that these do not launch."""
+
+FEW_SMS = {(m, n, k): 2 if m == 803 else 4 for m, n, k in SHAPES if m == 803 or n == 970}
+"""Products that are planned for so few SMs that a block computes several tiles, and two blocks may share some."""
 
 TRIED = 3
 """Kernels made for an architecture that are tested before it is left to the portable kernel."""
@@ -200,7 +205,9 @@ def tested(problem: GemmProblem, candidate: Candidate, buffers: tuple[str, ...] 
     met: frozenset[Kernel] = frozenset()
     count = 0
     where = f"{name} on {_named(problem.device)}"
-    for m, n, k in SHAPES:
+    for i, (m, n, k) in enumerate(SHAPES):
+        if i >= ALWAYS and met == wanted:
+            break
         device = replace(problem.device, sms=FEW_SMS.get((m, n, k), problem.device.sms))
         small = replace(problem, m=m, n=n, k=k * problem.pattern.unit, device=device)
         for launches in own.candidates(small, buffers):
