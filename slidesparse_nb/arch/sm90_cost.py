@@ -26,7 +26,7 @@ LOAD_NS = 1100
 MEMORY_BYTES_PER_NS = 3230
 """Rate at which memory delivers weights."""
 L2_BYTES_PER_NS = 5200
-"""Rate at which L2 delivers weights, to tiles of other tokens again."""
+"""Rate at which L2 delivers weights, which tiles of other tokens read again."""
 OVERLAP = 0.29
 """Share of the shorter of computing and reading, or of two launches side by side, that adds to the longer."""
 EXPANSION_NS = 2430
