@@ -53,7 +53,8 @@ NARROW_RASTER_GROUP, NARROW_TOKENS = 8, 2048
 MIXED_ROUNDS = 4
 """Most whole rounds of tiles before a rest in smaller tiles; after more rounds the shape of the rest makes no difference."""
 PAIRS_BUSY = 0.7
-"""Least share of pairs that have one of the rest. On an H200 50 and more of 66 were faster than other launches, 18 slower."""
+"""Least share of pairs that have one of the rest. On an H200 this was as fast as other launches or faster where 50 and more of
+66 had one, slower where 18 had."""
 MOST_UNQUANTIZED_X = 20480
 """Largest m * k for which blocks quantize x themselves: each reads all of it."""
 OWN_X_REST_SPLIT = 2

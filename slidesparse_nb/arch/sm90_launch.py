@@ -77,7 +77,7 @@ class Tile:
         stage_ns, tile_ns: time of a stage, and of a tile beside its stages; fitted at 6:8 to linears on H200s (sm90_cost.py).
         splits: split-K candidates: thread blocks that share the k of a tile.
         pairs: blocks take whole tiles as long as every block has one, then each two share one of the rest. The tile is computed
-            in no other way, and its times are set so that it is chosen where it was faster.
+            in no other way; up to 64 tokens its times are set so that it is chosen where it was faster.
     """
 
     tokens: int
