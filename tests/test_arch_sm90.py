@@ -181,9 +181,7 @@ def test_blocks_that_quantize_have_room() -> None:
     for m, (n, k), pattern in itertools.product([1, 2], [*QWEN, (1, 8), (300, 2104), (20000, 1024)], known_patterns()[1:]):
         problem = GemmProblem(m, n, k, pattern, Scheme.of(INT8), "float16", DEVICE, unquantized=True)
         every = list(sm90.ARCH.candidates(problem))
-        operand = replace(problem, unquantized=False)
-        fast = every and min(sm90.ARCH.cost(c, problem) for c in every) <= 1000 + sm90.ARCH.cost(choose(operand), operand)
-        assert bool(fast and m * k <= 20480) == sm90.ARCH.quantizes(operand)
+        assert bool(every and m * k <= 20480) == sm90.ARCH.quantizes(replace(problem, unquantized=False))
         for launch in (launch for candidate in every for launch in products(candidate)):
             assert launch.own_x
             assert launch.compact
@@ -404,14 +402,22 @@ def test_many_tokens_start_early_where_each_block_has_one_whole_tile() -> None:
     assert not early(1024, 2048, 8192)  # tiles shared by clusters
 
 
+def named(config: sm90.Config) -> str:
+    """As candidates-h200.json names a launch."""
+    tile, expanded = config.tile, "" if config.compact else "e"
+    pairs = "p" if tile.pairs else ""
+    return f"{tile.tokens}x{tile.n}{pairs}/{config.split_k} s{config.stages} r{config.resident} b{config.blocks}{expanded}"
+
+
 @pytest.mark.parametrize(
     ("timings", "dtype", "buffers", "linears", "mean", "most"),
     [
-        ("us", INT8, ("values", "compact", "scale"), 287, 0.008, 0.08),
-        ("us_both", INT8, ("values", "compact", "expanded", "scale"), 123, 0.006, 0.08),
-        ("us_bfloat16", Scheme.of("bfloat16"), ("values", "compact", "expanded"), 102, 0.009, 0.15),
+        ("us", INT8, ("values", "compact", "scale"), 363, 0.007, 0.09),
+        ("us_both", INT8, ("values", "compact", "expanded", "scale"), 375, 0.008, 0.13),
+        ("us_bfloat16", Scheme.of("bfloat16"), ("values", "compact", "expanded"), 170, 0.009, 0.10),
+        ("us_own", INT8, ("values", "compact", "expanded", "scale"), 34, 0.014, 0.15),
     ],
-    ids=["int8 compact", "int8", "bfloat16"],
+    ids=["int8 compact", "int8", "bfloat16", "int8 by the blocks"],
 )
 def test_the_choice_is_near_the_fastest_that_was_timed(
     timings: str, dtype: DType | Scheme, buffers: tuple[str, ...], linears: int, mean: float, most: float
@@ -421,11 +427,9 @@ def test_the_choice_is_near_the_fastest_that_was_timed(
     loss = []
     for linear, timed in json.loads(results.read_text())[timings].items():
         n, k, m = map(int, linear.split())
-        problem = GemmProblem(m, n, k, Pattern(6, 8), Scheme.of(dtype), "bfloat16", DEVICE)
-        chosen = " + ".join(
-            f"{c.tile.tokens}x{c.tile.n}/{c.split_k} s{c.stages} r{c.resident} b{c.blocks}" + ("" if c.compact else "e")
-            for c in products(choose(problem, buffers))
-        )
+        own = timings == "us_own"
+        problem = GemmProblem(m, n, k, Pattern(6, 8), Scheme.of(dtype), "bfloat16", DEVICE, unquantized=own)
+        chosen = " + ".join(named(config) for config in products(choose(problem, buffers)))
         loss += [timed[chosen] / min(timed.values()) - 1] if chosen in timed else []
     assert len(loss) >= linears, "what is chosen was timed"
     assert sum(loss) / len(loss) < mean

@@ -59,9 +59,6 @@ MOST_UNQUANTIZED_X = 20480
 """Largest m * k for which blocks quantize x themselves: each reads all of it."""
 OWN_X_REST_SPLIT = 2
 """Largest cluster of a second launch whose blocks quantize x themselves: each reads all of x for a small part of k."""
-OWN_X_SAVES_NS = 1000
-"""Time that a linear saves without a launch for its quantization, in ns: 500 to 1700 on an H200. Blocks quantize x themselves
-unless their product takes longer by more."""
 OWN_X_STAGES = 7
 """Fewest stages of a ring where the block quantizes x itself: the ring holds the weights that arrive meanwhile."""
 
@@ -69,9 +66,8 @@ OWN_X_STAGES = 7
 def is_candidate(tile: Tile, problem: GemmProblem, metadata: str) -> bool:
     """Whether the tile is a candidate for m tokens, and has a kernel that reads this metadata."""
     small = tile.tokens <= SMALL_TOKENS
-    if problem.unquantized:  # a warpgroup for each token, at least; pairs were tried with one token
-        most = 1 if tile.pairs else tile.warpgroups
-        return problem.m <= most and _quantizes(tile, problem.dtype, problem.out, metadata == COMPACT)
+    if problem.unquantized:  # a warpgroup for each token, at least
+        return problem.m <= tile.warpgroups and _quantizes(tile, problem.dtype, problem.out, metadata == COMPACT)
     if small and (problem.m > SMALL_M or metadata == DERIVED):
         return False
     if tile.tokens < problem.m <= SMALL_TOKENS:
@@ -99,8 +95,8 @@ def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
 
 def _may_quantize(config: Config) -> bool:
     """Whether there is a kernel of such a tile whose blocks quantize x: not with one block an SM, except pairs."""
-    fits = config.own_x in OWN_X_BYTES and config.stages >= OWN_X_STAGES
-    return fits and (config.resident == 2 or config.tile.pairs)
+    sizes = OWN_X_BYTES if config.tile.pairs else OWN_X_BYTES[:-1]
+    return config.own_x in sizes and config.stages >= OWN_X_STAGES and (config.resident == 2 or config.tile.pairs)
 
 
 def rest_at_once(rest: Config, tiles: int, problem: GemmProblem) -> bool:
@@ -135,8 +131,11 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[t
         if not possible(whole, problem):
             continue
         tiles = whole.tiles(m)
-        yield (whole.but(end=tiles, blocks=min(tiles, sms)),)
         full = tiles // sms * sms  # tiles of whole rounds
+        if not problem.unquantized or tiles <= sms:
+            yield (whole.but(end=tiles, blocks=min(tiles, sms)),)
+        elif full > sms:  # such kernels are for two blocks an SM: alone one takes 4 % longer and more, except for one tile
+            continue
         if not full or full == tiles:
             continue
         before = whole.but(end=full, blocks=sms, order=BEFORE_REST)
@@ -234,9 +233,7 @@ class Hopper(Tiled):
     def quantizes(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> bool:
         if problem.m > MOST_UNQUANTIZED or problem.m * problem.k > MOST_UNQUANTIZED_X or problem.k % 8:
             return False
-        unquantized = replace(problem, unquantized=True)
-        least = min((self.cost(c, unquantized) for c in self.candidates(unquantized, buffers)), default=math.inf)
-        return least <= OWN_X_SAVES_NS + min(self.cost(c, problem) for c in self.candidates(problem, buffers))
+        return any(self.candidates(replace(problem, unquantized=True), buffers))
 
     def candidates(
         self, problem: GemmProblem, buffers: Collection[str] | None = None, tiles: Sequence[Tile] = TILES

@@ -1,44 +1,46 @@
-"""Estimated time of launches of Hopper's kernel at 6:8. It was fitted to 3000 timings of products on several H100s, of 1 to
-16384 tokens; tiles and what two launches share then to linears on H200s, where a quantization precedes each product, of 2 to
-4096 tokens (docs/results/candidates-h200.json)."""
+"""Estimated time of linears by launches of Hopper's kernel at 6:8.
+
+Fitted to 26,000 timings of 800 linears on H200s, of 1 to 4096 tokens (docs/results/candidates-h200.json), so that what it
+chooses takes little longer than the fastest.
+"""
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 from ..core.problem import GemmProblem
-from .sm90_launch import ALWAYS_COMPACT, Config
+from .sm90_launch import ALWAYS_COMPACT, Config, Tile
 from .sm90_layout import VALUE_BYTES, metadata_bytes
 
-LAUNCH_NS = 838
-"""Time of a product beside its tiles, in ns."""
-SPLIT_K_NS_PER_BLOCK = 239
-"""Time that split-K adds for each block of a cluster, in ns."""
-SPLIT_K_NS_PER_TOKEN, SPLIT_K_TOKENS = 17.2, 48
-"""Time that split-K adds for each token of a tile, in ns, and the tokens up to which it does."""
-SECOND_NS, SECOND_LARGE_NS = 300, 5760
+LAUNCH_NS = 1503
+"""Time of a linear beside the tiles of its product, in ns: mostly its quantization."""
+SPLIT_K_NS, SPLIT_K_NS_PER_BLOCK = 691, 202
+"""Time that split-K adds, and for each block of a cluster, in ns."""
+SECOND_NS, SECOND_LARGE_NS = 1664, 2737
 """Time that a second launch takes to start after the first, in ns, unless it runs beside it: after tiles of up to 64 tokens,
 and after larger ones."""
 BESIDE = {1: 1.0, 2: 0.75}
 """Second launches that run beside the first: blocks of a cluster -> most blocks, as a share of the SMs."""
-LOAD_NS = 1100
+LOAD_NS = 1382
 """Time from the request of a stage until it is in shared memory, in ns: a ring of s stages delivers one in LOAD_NS / s."""
-MEMORY_BYTES_PER_NS = 3230
+MEMORY_BYTES_PER_NS = 5000
 """Rate at which memory delivers weights."""
-L2_BYTES_PER_NS = 5200
+L2_BYTES_PER_NS = 8280
 """Rate at which L2 delivers weights, which tiles of other tokens read again."""
-OVERLAP = 0.29
+OVERLAP = 0.41
 """Share of the shorter of computing and reading, or of two launches side by side, that adds to the longer."""
-EXPANSION_NS = 2430
+EXPANSION_NS = 1583
 """Time of an expansion beside its bytes, and of what the launch after it cannot prefetch, in ns; fitted to an H200."""
 EXPANDED_PER_NS = 4100
 """Rate at which expanded metadata are written, bytes per ns."""
-DECODE_NS, DECODE_LARGE_NS = 10, 15
-"""Time that decoding compact metadata adds to a stage, in ns a warpgroup, fitted to an H200: in tiles of up to 64 tokens, and
-in larger ones. Alone it takes 36 ns, which reading the weights hides in part (docs/hopper.md). If a tile of up to
-ALWAYS_COMPACT tokens takes all tokens, its `stage_ns` contains it."""
-DECODE_WIDE_NS = 30
-"""The same of 16-bit types in tiles of up to ALWAYS_COMPACT tokens, which may read expanded metadata, too."""
+DECODE_NS = {8: (16, 15, 2, 13), 16: (9, 16, 2, 9)}
+"""Time that decoding compact metadata adds to a stage, in ns a warpgroup, by the width of an element and the size of the tile
+(`_size`), fitted to an H200. Alone it takes 36 ns, which reading the weights hides in part (docs/hopper.md). If a tile of 8-bit
+types of up to ALWAYS_COMPACT tokens takes all tokens, its `stage_ns` contains it."""
+SECOND_BLOCK = (0.0, 0.46, 1.0, 1.0)
+"""Share of a stage that a second block on the SM adds to it, by the size of the tile: small instructions wait for results, and
+leave the SM to another block meanwhile."""
 LONG_M = 8192
 """Smallest m at which the board's power limit decides."""
 POWER_PENALTY = 1.08
@@ -50,14 +52,17 @@ def expansion_nanoseconds(derived: int) -> float:
     return EXPANSION_NS + derived / EXPANDED_PER_NS if derived else 0.0
 
 
+def _size(tile: Tile) -> int:
+    """Of a tile: its place among those of up to `ALWAYS_COMPACT`, 64, 128 and more tokens."""
+    return bisect.bisect_left((ALWAYS_COMPACT, 64, 128), tile.tokens)
+
+
 def decoding(config: Config, problem: GemmProblem) -> float:
     """Of a stage, in ns a warpgroup."""
-    small = config.tile.tokens <= ALWAYS_COMPACT
-    if not config.compact or (small and problem.dtype.bits == 8 and problem.m <= config.tile.tokens):
+    bits, size = problem.dtype.bits, _size(config.tile)
+    if not config.compact or (bits == 8 and size == 0 and problem.m <= config.tile.tokens):
         return 0
-    if small and problem.dtype.bits == 16:
-        return DECODE_WIDE_NS
-    return DECODE_NS if config.tile.tokens <= 64 else DECODE_LARGE_NS
+    return DECODE_NS[bits][size]
 
 
 def beside(first: Config, second: Config, sms: int) -> bool:
@@ -72,12 +77,13 @@ def nanoseconds(launches: Sequence[Config], problem: GemmProblem, stages: int) -
         tile, together = config.tile, min(config.resident, max(1.0, config.blocks / sms))  # blocks an SM
         tiles = config.end - config.begin
         rounds = -(-tiles * config.split_k // config.blocks)
-        stage = max((tile.stage_ns + decoding(config, problem) * tile.warpgroups) * together, LOAD_NS / config.stages)
+        stage = tile.stage_ns + decoding(config, problem) * tile.warpgroups
+        stage = max(stage * (1 + SECOND_BLOCK[_size(tile)] * (together - 1)), LOAD_NS / config.stages)
         if problem.m >= LONG_M and (tile.tokens, tile.warpgroups) != (256, 3):
             stage *= POWER_PENALTY
         fixed = float((tiles // config.blocks + 1 if tile.pairs else rounds) * tile.tile_ns)
         if config.split_k > 1:
-            fixed += SPLIT_K_NS_PER_BLOCK * config.split_k + SPLIT_K_NS_PER_TOKEN * min(tile.tokens, SPLIT_K_TOKENS)
+            fixed += SPLIT_K_NS + SPLIT_K_NS_PER_BLOCK * config.split_k
         computing.append(rounds * -(-stages // config.split_k) * stage + fixed)
         weights = tiles * stages * tile.warpgroups * (VALUE_BYTES + metadata_bytes(config.dtype, config.compact))
         memory += weights / -(-problem.m // tile.tokens) / MEMORY_BYTES_PER_NS

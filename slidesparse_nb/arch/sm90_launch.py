@@ -40,8 +40,9 @@ MOST_OWN_PARTS = 32768
 OWN_X_TOKENS = 8
 """Tokens of the tiles whose blocks may quantize x themselves."""
 
-OWN_X_BYTES = 8192, 20480
-"""Sizes, in bytes, of the shared memory for x and its operand where a block quantizes x itself; the smaller that suffices."""
+OWN_X_BYTES = 8192, 20480, 36864
+"""Sizes, in bytes, of the shared memory for x and its operand where a block quantizes x itself; the smallest that suffices. The
+last is for pairs: two blocks on an SM would lose so many stages that a launch before costs less."""
 
 PDL_TOKENS = 512
 """Largest m for which every first launch uses PDL. Above it only those whose blocks have one whole tile each do: others take
@@ -77,7 +78,7 @@ class Tile:
         stage_ns, tile_ns: time of a stage, and of a tile beside its stages; fitted at 6:8 to linears on H200s (sm90_cost.py).
         splits: split-K candidates: thread blocks that share the k of a tile.
         pairs: blocks take whole tiles as long as every block has one, then each two share one of the rest. The tile is computed
-            in no other way; up to 64 tokens its times are set so that it is chosen where it was faster.
+            in no other way, and its times tell when it is the fastest rather than how long it takes.
     """
 
     tokens: int
@@ -112,36 +113,38 @@ class Tile:
 
 
 TILES = (
-    Tile(256, 3, 478, 8977, ()),
-    Tile(224, 3, 441, 6654, ()),
-    Tile(208, 3, 436, 5306, ()),
-    Tile(192, 3, 417, 4128, ()),
-    Tile(160, 3, 364, 6167, ()),
-    Tile(128, 3, 294, 4145, ()),
-    Tile(256, 2, 340, 5279, (2, 3, 4)),
-    Tile(192, 2, 277, 3781, (2, 3)),
-    Tile(160, 2, 276, 1582, (2,)),
-    Tile(128, 2, 203, 2369, (2, 3, 4)),
-    Tile(128, 1, 153, 1748, (2,)),
-    Tile(96, 2, 189, 1101, (2,)),
-    Tile(96, 1, 185, 709, (2,)),
-    Tile(64, 3, 180, 1000, ()),
-    Tile(64, 2, 163, 1163, (2, 3, 4)),
-    Tile(64, 1, 172, 570, (2, 3, 4)),
-    Tile(32, 2, 104, 2046, (2, 4)),
-    Tile(32, 1, 149, 817, (2, 4)),
-    Tile(16, 2, 89, 1452, (2, 4)),
-    Tile(16, 1, 79, 2200, (2, 4)),
-    Tile(8, 2, 87, 1603, (2, 4)),
-    Tile(8, 1, 148, 610, (2, 4)),
-    Tile(192, 3, 488, 2645, (2,), pairs=True),
-    Tile(160, 3, 395, 2584, (2,), pairs=True),
-    Tile(128, 3, 307, 1340, (2,), pairs=True),
-    Tile(96, 3, 279, 294, (2,), pairs=True),
-    Tile(64, 3, 180, 1000, (2,), pairs=True),
-    Tile(32, 3, 100, 1000, (2,), pairs=True),
-    Tile(16, 3, 100, 1000, (2,), pairs=True),
-    Tile(8, 3, 100, 1000, (2,), pairs=True),
+    Tile(256, 3, 382, 13750, ()),
+    Tile(224, 3, 371, 9930, ()),
+    Tile(208, 3, 381, 7470, ()),
+    Tile(192, 3, 356, 7480, (2, 4)),
+    Tile(160, 3, 320, 6480, (2, 4)),
+    Tile(128, 3, 263, 5710, (2, 4)),
+    Tile(96, 3, 297, 2460, (2,)),
+    Tile(256, 2, 304, 6760, (2, 4)),
+    Tile(192, 2, 236, 5700, (2, 3, 4)),
+    Tile(160, 2, 215, 4740, (2, 3, 4)),
+    Tile(128, 2, 198, 2790, (2, 3, 4)),
+    Tile(128, 1, 197, 1030, (2,)),
+    Tile(96, 2, 181, 2490, (2, 3, 4)),
+    Tile(96, 1, 215, 240, (2,)),
+    Tile(64, 3, 169, 3980, (4,)),
+    Tile(64, 2, 115, 2730, (2, 3, 4)),
+    Tile(64, 1, 193, 170, (2, 4, 5)),
+    Tile(32, 3, 98, 2280, (4,)),
+    Tile(32, 2, 108, 1540, (2, 3, 4)),
+    Tile(32, 1, 228, 0, (2, 3, 4, 6)),
+    Tile(16, 2, 98, 1730, (2, 4, 6)),
+    Tile(16, 1, 140, 110, (2, 3, 4, 6)),
+    Tile(8, 2, 92, 1540, (2, 3, 4, 5, 6)),
+    Tile(8, 1, 136, 0, (2, 3, 4, 6)),
+    Tile(192, 3, 397, 3320, (2,), pairs=True),
+    Tile(160, 3, 328, 0, (2,), pairs=True),
+    Tile(128, 3, 160, 3610, (2,), pairs=True),
+    Tile(96, 3, 104, 4070, (2,), pairs=True),
+    Tile(64, 3, 82, 1500, (2,), pairs=True),
+    Tile(32, 3, 62, 0, (2,), pairs=True),
+    Tile(16, 3, 39, 0, (2,), pairs=True),
+    Tile(8, 3, 34, 0, (2,), pairs=True),
 )
 
 
