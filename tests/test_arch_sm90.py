@@ -181,7 +181,9 @@ def test_blocks_that_quantize_have_room() -> None:
     for m, (n, k), pattern in itertools.product([1, 2], [*QWEN, (1, 8), (300, 2104), (20000, 1024)], known_patterns()[1:]):
         problem = GemmProblem(m, n, k, pattern, Scheme.of(INT8), "float16", DEVICE, unquantized=True)
         every = list(sm90.ARCH.candidates(problem))
-        assert bool(every and m * k <= 20480) == sm90.ARCH.quantizes(replace(problem, unquantized=False))
+        operand = replace(problem, unquantized=False)
+        fast = every and min(sm90.ARCH.cost(c, problem) for c in every) <= 2600 + sm90.ARCH.cost(choose(operand), operand)
+        assert bool(fast and m * k <= 20480) == sm90.ARCH.quantizes(operand)
         for launch in (launch for candidate in every for launch in products(candidate)):
             assert launch.own_x
             assert launch.compact
@@ -228,6 +230,8 @@ def test_every_candidate_covers_every_tile_and_step(m: int, shape: tuple[int, in
             if first.row_tiles == last.row_tiles:  # tiles after tiles
                 assert first.end == last.begin
                 assert first.tile == last.tile
+                # else both launches would compute outputs of the last two tiles, in two orders of addition
+                assert first.tile.warpgroups < 3 or -(-n // 64) % 3 == 0
             else:  # row tiles after row tiles; the second launch may take two at a time
                 assert (first.end, last.begin) == (first.tiles(m), 0)
                 assert first.row_tiles[1] == last.row_tiles[0]
@@ -412,8 +416,8 @@ def named(config: sm90.Config) -> str:
 @pytest.mark.parametrize(
     ("timings", "dtype", "buffers", "linears", "mean", "most"),
     [
-        ("us", INT8, ("values", "compact", "scale"), 363, 0.007, 0.09),
-        ("us_both", INT8, ("values", "compact", "expanded", "scale"), 375, 0.008, 0.13),
+        ("us", INT8, ("values", "compact", "scale"), 363, 0.007, 0.10),
+        ("us_both", INT8, ("values", "compact", "expanded", "scale"), 375, 0.008, 0.10),
         ("us_bfloat16", Scheme.of("bfloat16"), ("values", "compact", "expanded"), 170, 0.009, 0.10),
         ("us_own", INT8, ("values", "compact", "expanded", "scale"), 34, 0.014, 0.15),
     ],

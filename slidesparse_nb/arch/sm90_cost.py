@@ -1,7 +1,7 @@
 """Estimated time of linears by launches of Hopper's kernel at 6:8.
 
-Fitted to 26,000 timings of 800 linears on H200s, of 1 to 4096 tokens (docs/results/candidates-h200.json), so that what it
-chooses takes little longer than the fastest.
+Fitted to 26,000 timings of 800 linears on H200s, of 1 to 4096 tokens (docs/results/candidates-h200.json has the fastest of
+each), so that what it chooses takes little longer than the fastest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .sm90_launch import ALWAYS_COMPACT, Config, Tile
 from .sm90_layout import VALUE_BYTES, metadata_bytes
 
 LAUNCH_NS = 1503
-"""Time of a linear beside the tiles of its product, in ns: mostly its quantization."""
+"""Time of a linear beside the tiles of its product, in ns: mostly its quantization, which one by the blocks does not have."""
 SPLIT_K_NS, SPLIT_K_NS_PER_BLOCK = 691, 202
 """Time that split-K adds, and for each block of a cluster, in ns."""
 SECOND_NS, SECOND_LARGE_NS = 1664, 2737
@@ -25,7 +25,7 @@ BESIDE = {1: 1.0, 2: 0.75}
 LOAD_NS = 1382
 """Time from the request of a stage until it is in shared memory, in ns: a ring of s stages delivers one in LOAD_NS / s."""
 MEMORY_BYTES_PER_NS = 5000
-"""Rate at which memory delivers weights."""
+"""Rate at which memory delivers weights, as fitted beside OVERLAP: above what it reaches alone."""
 L2_BYTES_PER_NS = 8280
 """Rate at which L2 delivers weights, which tiles of other tokens read again."""
 OVERLAP = 0.41

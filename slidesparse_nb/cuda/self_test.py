@@ -129,7 +129,8 @@ def case(problem: GemmProblem) -> Case:
     rng, ks, block = np.random.default_rng(0), pattern.expanded_k(k), scheme.weights.block
     if block:
         w = _fours(rng, (n, k), (0.5, 1, 1.5, 2, 3, 4, 6), ((1, 0), (0, 1), (1, 1)))
-        x = _fours(rng, (m, ks), (1, 1, 2, 3), ((1, 0), (0, 1), *k // 170 * ((0, 0),)))  # sums stay as small with a longer k
+        zeros = k // (170 * pattern.unit)  # the longer k, the sparser x, for the sums
+        x = _fours(rng, (m, ks), (1, 1, 2, 3), ((1, 0), (0, 1), *zeros * ((0, 0),)))
     else:
         most_w, most_x = (127, 127) if dtype is INT8 else (4, 3)
         w, x = _integers(rng, (n, k), most_w, dtype), _integers(rng, (m, k), most_x, dtype)
