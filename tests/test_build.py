@@ -1,6 +1,6 @@
 """Kernels compile for every architecture, without spills and with sparse matrix instructions; no GPU is needed.
 
-`slidesparse build` compiles the full product, over 4000 kernels. `make test-kernels` compiles every tile for every architecture
+`slidesparse build` compiles the full product, over 5000 kernels. `make test-kernels` compiles every tile for every architecture
 and element type, the pattern going round so that every tile meets every pattern; `make test` compiles a sample.
 """
 

@@ -25,9 +25,9 @@ BESIDE = {1: 1.0, 2: 0.75}
 LOAD_NS = 1382
 """Time from the request of a stage until it is in shared memory, in ns: a ring of s stages delivers one in LOAD_NS / s."""
 MEMORY_BYTES_PER_NS = 5000
-"""Rate at which memory delivers weights, as fitted beside OVERLAP: above what it reaches alone."""
+"""Rate at which memory delivers weights; fitted together with OVERLAP, and higher than any that was measured."""
 L2_BYTES_PER_NS = 8280
-"""Rate at which L2 delivers weights, which tiles of other tokens read again."""
+"""Rate at which L2 delivers weights, which tiles of other tokens read again; fitted in the same way."""
 OVERLAP = 0.41
 """Share of the shorter of computing and reading, or of two launches side by side, that adds to the longer."""
 EXPANSION_NS = 1583
