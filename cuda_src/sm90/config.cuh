@@ -67,8 +67,9 @@ constexpr int LARGEST_POWER = SPLIT_K >= 4 ? 4 : SPLIT_K >= 2 ? 2 : 1;
 constexpr int REDUCERS = LARGEST_POWER < TOKENS / 8 ? LARGEST_POWER : TOKENS / 8, REDUCER_TOKENS = TOKENS / REDUCERS;
 
 constexpr bool LOW_REGISTER_EPILOGUE = CONSUMERS_LOAD && TOKENS == 256;
+constexpr bool FLOAT32_SPILLS = WARPGROUPS > 3 && TOKENS > 64 && OUT == TYPE_FLOAT32;  // up to 48 bytes, if all are written at a time
 constexpr int EPILOGUE_TOKENS =  // written at a time
-    LOW_REGISTER_EPILOGUE ? 64 : SPLIT_K == 1 ? TOKENS : REDUCER_TOKENS > 64 ? REDUCER_TOKENS / 2 : REDUCER_TOKENS;
+    LOW_REGISTER_EPILOGUE ? 64 : FLOAT32_SPILLS ? 32 : SPLIT_K > 1 && REDUCER_TOKENS > 64 ? REDUCER_TOKENS / 2 : REDUCER_TOKENS;
 
 static_assert(REDUCER_TOKENS * REDUCERS == TOKENS && REDUCER_TOKENS % EPILOGUE_TOKENS == 0 && EPILOGUE_TOKENS % 8 == 0,
               "the epilogue takes whole groups of 8 tokens");

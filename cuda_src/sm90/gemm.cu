@@ -36,7 +36,7 @@
 // - Sums are added in an order that shape and launch fix: k upwards in a block, sets of accumulators, ranks of a cluster. No run differs.
 // - Tokens past m: an operand x is stored in groups of 8, and a tile loads whole groups. Whatever rows past m hold, their columns of D are
 //   not stored.
-// - Outputs past n: weights are stored in pairs of row tiles, zeros past n. Tiles of three row tiles may overlap, and store the same bits:
+// - Outputs past n: weights are stored in pairs of row tiles, zeros past n. Tiles of three and more may overlap, and store the same bits:
 //   with PAIRS clusters share the last two, so that both add in the same order.
 #include "sm90/epilogue.cuh"
 #include "sm90/own_x.cuh"

@@ -49,7 +49,7 @@ struct WorkTile {
         const int before = tile / (p.raster_group * tiles_m) * p.raster_group;  // tiles along n of the groups before
         const int inside = tile - before * tiles_m, width = min(tiles_n - before, p.raster_group);
         row_tile = p.first_row_tile + (before + inside % width) * WARPGROUPS, tile_m = inside / width;
-        // Weights are padded to pairs of row tiles: of three, the last tile of y may repeat outputs of the one before.
-        if (WARPGROUPS == 3) row_tile = min(row_tile, p.last_row_tile - WARPGROUPS);
+        // Weights are padded to pairs of row tiles: of three and more, the last tile of y may repeat outputs of the one before.
+        if (WARPGROUPS >= 3) row_tile = min(row_tile, p.last_row_tile - WARPGROUPS);
     }
 };

@@ -55,6 +55,9 @@ MIXED_ROUNDS = 4
 PAIRS_BUSY = 0.7
 """Least share of pairs that have one of the rest. On an H200 this was as fast as other launches or faster where 50 and more of
 66 had one, slower where 18 had."""
+WIDE_BUSY = 0.8
+"""Least share of the SMs with a block of a wide tile that quantizes x. On an H200 this was faster than other launches where 108
+and 112 of 132 had one, slower where 96 and fewer had; with a quantization before, it is faster from half of them on."""
 MOST_UNQUANTIZED_X = 20480
 """Largest m * k for which blocks quantize x themselves: each reads all of it."""
 OWN_X_REST_SPLIT = 2
@@ -69,8 +72,9 @@ OWN_X_STAGES = 7
 def is_candidate(tile: Tile, problem: GemmProblem, metadata: str) -> bool:
     """Whether the tile is a candidate for m tokens, and has a kernel that reads this metadata."""
     small = tile.tokens <= SMALL_TOKENS
-    if problem.unquantized:  # a warpgroup for each token, at least
-        return problem.m <= tile.warpgroups and _quantizes(tile, problem.dtype, problem.out, metadata == COMPACT)
+    if problem.unquantized:  # a warpgroup for each token, at least, and whole warps
+        whole = problem.m <= tile.warpgroups and 4 * tile.warpgroups % problem.m == 0
+        return whole and _quantizes(tile, problem.dtype, problem.out, metadata == COMPACT)
     if small and (problem.m > SMALL_M or metadata == DERIVED):
         return False
     if tile.tokens < problem.m <= SMALL_TOKENS:
@@ -97,9 +101,10 @@ def at_once(config: Config, tiles: int, problem: GemmProblem) -> bool:
 
 
 def _may_quantize(config: Config) -> bool:
-    """Whether there is a kernel of such a tile whose blocks quantize x: not with one block an SM, except pairs."""
-    sizes = OWN_X_BYTES if config.tile.pairs else OWN_X_BYTES[:-1]
-    return config.own_x in sizes and config.stages >= OWN_X_STAGES and (config.resident == 2 or config.tile.pairs)
+    """Whether there is a kernel of such a tile whose blocks quantize x: not with one block an SM, except of many outputs."""
+    alone = config.tile.warpgroups > 2
+    sizes = OWN_X_BYTES if alone else OWN_X_BYTES[:-1]
+    return config.own_x in sizes and config.stages >= OWN_X_STAGES and (config.resident == 2 or alone)
 
 
 def rest_at_once(rest: Config, tiles: int, problem: GemmProblem) -> bool:
@@ -116,13 +121,13 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[t
     """Candidates of a tile that read this metadata, the launches of each, without an `Expansion`.
 
     All tiles at once by split-K; whole tiles; whole rounds of tiles, then the rest by split-K, or in smaller tiles; whole
-    tiles, then the rest by pairs.
+    tiles, then the rest by pairs; tiles of many outputs.
     """
     m, sms = problem.m, problem.device.sms
     if not is_candidate(tile, problem, metadata) or not of_row_tiles(problem, tile, 1, 1, metadata).possible(along_k(problem)):
         return
-    if tile.pairs:
-        yield from _by_pairs(tile, problem, metadata)
+    if tile.pairs or tile.wide:
+        yield from (_by_pairs if tile.pairs else _in_wide_tiles)(tile, problem, metadata)
         return
     for split in tile.splits:
         for resident in residents(tile):
@@ -162,6 +167,19 @@ def _by_pairs(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[tuple
         yield (config.but(end=tiles, blocks=2 * pairs),)
 
 
+def _in_wide_tiles(tile: Tile, problem: GemmProblem, metadata: str) -> Iterator[tuple[Config, ...]]:
+    """Whole tiles of many outputs, where one takes all tokens: one round of them, or of 256 outputs two.
+
+    A second round of 320 takes longer than the estimate tells, and blocks that quantize x have one tile.
+    """
+    config, sms = of_row_tiles(problem, tile, 1, 1, metadata), problem.device.sms
+    tiles, rounds = config.tiles(problem.m), 1 if problem.unquantized or tile.n > 256 else 2
+    if problem.m > tile.tokens or tiles > rounds * sms or (problem.unquantized and tiles < WIDE_BUSY * sms):
+        return
+    if possible(config, problem):
+        yield (config.but(end=tiles, blocks=min(tiles, sms)),)
+
+
 def repeats_outputs(tile: Tile, problem: GemmProblem) -> bool:
     """Whether the last tile along n computes outputs of the one before again, so that both must add in the same order."""
     return tile.warpgroups == 3 and -(-problem.n // 64) % 3 != 0
@@ -179,7 +197,7 @@ def _with_smaller_rest(whole: Config, full: int, problem: GemmProblem, metadata:
     before = whole.but(row_tiles=(0, boundary), end=columns * tiles_m, blocks=blocks, order=BEFORE_REST)
     for other in TILES:
         smaller = other.tokens < tile.tokens or (problem.m <= other.tokens == tile.tokens and other.n < tile.n)
-        if smaller and not other.pairs and is_candidate(other, problem, metadata):
+        if smaller and not (other.pairs or other.wide) and is_candidate(other, problem, metadata):
             for split in (1, *other.splits):
                 rest = of_row_tiles(problem, other, split, residents(other)[-1], metadata, boundary)
                 if rest_at_once(rest, rest.tiles(problem.m), problem):

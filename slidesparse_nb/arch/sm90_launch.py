@@ -42,7 +42,8 @@ OWN_X_TOKENS = 8
 
 OWN_X_BYTES = 8192, 20480, 36864
 """Sizes, in bytes, of the shared memory for x and its operand where a block quantizes x itself; the smallest that suffices. The
-last is for pairs: with two blocks on an SM it left too few stages, and a launch for the quantization was faster (H200)."""
+last is for blocks that have an SM each, pairs and wide tiles: with two on an SM it left too few stages, and a launch for the
+quantization was faster (H200)."""
 
 PDL_TOKENS = 512
 """Largest m for which every first launch uses PDL. Above it only those whose blocks have one whole tile each do: others take
@@ -94,6 +95,11 @@ class Tile:
         return 64 * self.warpgroups
 
     @property
+    def wide(self) -> bool:
+        """Whether it is of more outputs than other tiles, so that one round, or two, takes all of a large layer."""
+        return self.warpgroups > 3
+
+    @property
     def consumers_load(self) -> bool:
         """Whether accumulators leave no registers for a producer, so that consumers load their stages."""
         return self.warpgroups == 3 and self.tokens > 192
@@ -119,6 +125,7 @@ TILES = (
     Tile(192, 3, 356, 7480, (2, 4)),
     Tile(160, 3, 320, 6480, (2, 4)),
     Tile(128, 3, 263, 5710, (2, 4)),
+    Tile(96, 4, 295, 3200, ()),
     Tile(96, 3, 297, 2460, (2,)),
     Tile(256, 2, 304, 6760, (2, 4)),
     Tile(192, 2, 236, 5700, (2, 3, 4)),
@@ -130,11 +137,14 @@ TILES = (
     Tile(64, 3, 169, 3980, (4,)),
     Tile(64, 2, 115, 2730, (2, 3, 4)),
     Tile(64, 1, 193, 170, (2, 4, 5)),
+    Tile(32, 4, 110, 3600, ()),
     Tile(32, 3, 98, 2280, (4,)),
     Tile(32, 2, 108, 1540, (2, 3, 4)),
     Tile(32, 1, 228, 0, (2, 3, 4, 6)),
+    Tile(16, 5, 99, 3100, ()),
     Tile(16, 2, 98, 1730, (2, 4, 6)),
     Tile(16, 1, 140, 110, (2, 3, 4, 6)),
+    Tile(8, 4, 177, 700, ()),
     Tile(8, 2, 92, 1540, (2, 3, 4, 5, 6)),
     Tile(8, 1, 136, 0, (2, 3, 4, 6)),
     Tile(192, 3, 397, 3320, (2,), pairs=True),
@@ -249,7 +259,7 @@ class Config(PlainLaunch):
 
     def possible(self, along_k: int) -> bool:
         """Whether row tiles and stages suffice: two stages a block of a cluster; a whole ring where consumers load."""
-        if self.tile.warpgroups == 3 and self.row_tiles[1] - self.row_tiles[0] < 3:  # weights are padded to pairs
+        if self.row_tiles[1] - self.row_tiles[0] < self.tile.warpgroups > 2:  # weights are padded to pairs
             return False
         return along_k >= (self.stages if self.tile.consumers_load else 2 * self.split_k)
 

@@ -75,11 +75,9 @@ def compiled_ahead(family):
 def to_test(family, pattern, dtype, out):
     """The kernels whose tiles and splits are all tested; of y of other types than bfloat16, the oddest epilogues."""
     every = of_operands(family, pattern, dtype, out)
-    return [
-        c
-        for c in every
-        if out == "bfloat16" or (family is sm90.ARCH and (c.tile.consumers_load or c.tile.pairs or c.split_k == 3))
-    ]
+    if out == "bfloat16" or family is sm80.ARCH:
+        return every if out == "bfloat16" else []
+    return [c for c in every if c.tile.consumers_load or c.tile.pairs or c.split_k == 3 or (c.tile.wide and c.tile.tokens > 64)]
 
 
 def guarded(m, n, dtype, pitch=None):
@@ -135,7 +133,8 @@ def test_types_of_x_and_y(dtype, source, out):
 def test_every_tile_and_split(gemm, family, pattern, dtype):
     rng = np.random.default_rng(6)
     k = 2100  # every block of a cluster has steps, whatever the type
-    packed = weight(rng, 273, k, pattern, dtype, full=True)
+    n = 433  # seven row tiles
+    packed = weight(rng, n, k, pattern, dtype, full=True)
     device, pattern = gemm.to_device(packed), packed.pattern
     assert family is sm80.ARCH or ("compact" in device.buffers) == (pattern.group > 4)
 
@@ -143,19 +142,20 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         """The launches to try: on few blocks and on many, with split-K and without, one launch and two."""
         if family is sm80.ARCH:
             return [(dataclasses.replace(config, splits=splits),) for splits in (1, 2, 5)]
-        config = dataclasses.replace(config, row_tiles=(0, 5))
+        config = dataclasses.replace(config, row_tiles=(0, 7))
         tiles = config.tiles(m)
         alone = dataclasses.replace(config, end=tiles, blocks=min(3, tiles) if config.split_k == 1 else tiles * config.split_k)
         whole = sm90.configured(config.tile, 1, pattern, dtype, config.out, config.compact)
-        before = dataclasses.replace(whole, row_tiles=(0, 5), end=tiles // 2, blocks=1, order=sm90.BEFORE_REST)
+        before = dataclasses.replace(whole, row_tiles=(0, 7), end=tiles // 2, blocks=1, order=sm90.BEFORE_REST)
         after = dataclasses.replace(
             config, begin=tiles // 2, end=tiles, blocks=(tiles - tiles // 2) * config.split_k, order=sm90.REST
         )
-        if config.tile.warpgroups == 3:  # two row tiles are too few for one
+        cut = 2 if config.tile.wide else 4
+        if config.tile.wide or config.tile.pairs:  # two row tiles are too few; whole tiles are no kernel of pairs
             two = next(tile for tile in sm90.TILES if tile.warpgroups == 2)
             whole = sm90.configured(two, 1, pattern, dtype, config.out, config.compact)
-        left = dataclasses.replace(whole, row_tiles=(0, 2), blocks=1, order=sm90.BEFORE_REST)
-        right = dataclasses.replace(config, row_tiles=(2, 5), order=sm90.REST)
+        left = dataclasses.replace(whole, row_tiles=(0, cut), blocks=1, order=sm90.BEFORE_REST)
+        right = dataclasses.replace(config, row_tiles=(cut, 7), order=sm90.REST)
         right = dataclasses.replace(right, end=right.tiles(m), blocks=right.tiles(m) * config.split_k)
         if config.tile.pairs:  # three tiles, of which two blocks share the last
             left, right = dataclasses.replace(left, end=left.tiles(m)), dataclasses.replace(right, blocks=2)
@@ -165,7 +165,7 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
         every += [(dataclasses.replace(alone, blocks=tiles),)] if config.split_k == 1 else []
         return [with_expansion(launches, device) for launches in every]
 
-    bias = rng.standard_normal(273).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32)
 
     @functools.cache
     def operands(m, biased):
@@ -180,7 +180,7 @@ def test_every_tile_and_split(gemm, family, pattern, dtype):
             x, given, exact = operands(m, y_type != BF16)
             for launches in ways(config, m):
                 device.plans[m, out] = device.bind(m, out, launches)
-                y, surroundings = guarded(m, 273, y_type, pitch=280)
+                y, surroundings = guarded(m, n, y_type, pitch=440)
                 ss.matmul(x, packed, bias=given, out=y)
                 compare(host(cp.ascontiguousarray(y)), *exact, packed)
                 surroundings()
