@@ -42,8 +42,9 @@ THIRD_PARTY = {  # and NumPy, everywhere
 }
 """What each part may import that is neither its own package nor the standard library."""
 
-MODULES = ("env", "integrations", "pruning", "tuning.clock")
-"""What is public as modules: settings of adapters, the adapters, the mathematics of pruning, and the clock of tuning."""
+MODULES = ("convert.kinds", "env", "integrations", "pruning", "tuning.clock")
+"""What is public as modules: what tells linear layers by their names, settings of adapters, the adapters, the mathematics of
+pruning, and the clock of tuning."""
 
 PLACE = {name: (floor, column) for floor, row in enumerate(FLOORS) for column, name in enumerate(row)}
 BESIDE = ("tools", "examples")

@@ -233,6 +233,15 @@ def test_a_layers_experts_are_packed_together_or_not_at_all(tmp_path: Path) -> N
     assert len(report.modules) == 9
     assert kinds.fused_key("encoder.query") == kinds.fused_key("encoder.key") != kinds.fused_key("decoder.key")
     assert kinds.fused_key("o_proj") is None
+    assert kinds.fused_key("linear_attn.in_proj_b") == kinds.fused_key("linear_attn.in_proj_a")
+
+
+def test_a_table_with_a_row_for_each_code_of_each_codebook(tmp_path: Path) -> None:
+    """Inkling's audio tokens, which its files call an encoder."""
+    config = {**LLAMA, "audio_config": {"num_codebooks": 20, "codebook_size": 16}}
+    tensors = {**EMBEDDING, "model.audio.encoder.weight": matrix(320, D), "model.layers.0.mlp.up_proj.weight": matrix(F, D)}
+    report = ss.pack_checkpoint(source(tmp_path / "in", tensors, config), tmp_path / "out", ss.Options(**MAGNITUDE))
+    assert [module.name for module in report.modules] == ["model.layers.0.mlp.up_proj"]
 
 
 # ---- a quantization told in other places, adapters -------------------------------------------------------------------

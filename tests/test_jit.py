@@ -139,7 +139,7 @@ def test_the_first_error_is_told_and_no_warning(cache: Path, monkeypatch: pytest
     with pytest.raises(jit.KernelError) as caught:
         jit.build(SOURCE, {"FROM": "nonsense"}, ARCH)
     assert told in str(caught.value)
-    assert "177" not in str(caught.value)
+    assert "warning" not in str(caught.value)
 
 
 def test_an_architecture_that_the_compiler_does_not_know(cache: Path) -> None:

@@ -48,6 +48,8 @@ FUSED = (
     ("w1", "w3"),
     ("wi_0", "wi_1"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
 )
 """Sibling layers that engines run as one matrix product."""
 STACKED = {"gate_up_proj", "down_proj", "w1", "v1", "w2", "input_linear", "output_linear"}

@@ -284,6 +284,9 @@ def _side_files(checkpoint: Checkpoint) -> Iterator[tuple[str, Mapping[str, Any]
 def _vocabularies(config: Mapping[str, Any], shapes: kinds.Shapes) -> Iterator[int]:
     """Numbers of rows that embeddings and heads have: as configs say, and as the embeddings are."""
     for _, value in _objects(config):
+        count, rows = value.get("num_codebooks"), value.get("codebook_size")
+        if type(count) is type(rows) is int and count * rows >= kinds.SMALLEST_VOCABULARY:
+            yield count * rows  # codes of all codebooks in one table
         for key, size in value.items():
             if isinstance(size, int) and not isinstance(size, bool):
                 if "vocab" in str(key) and size >= kinds.SMALLEST_VOCABULARY:

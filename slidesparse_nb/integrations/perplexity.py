@@ -80,7 +80,18 @@ def load(folder: Path | str, device: str = "cpu") -> Any:
         raise ss.UnsupportedError(f"{folder}: transformers cannot load it as a causal language model: {error}") from error
     except OSError as error:
         raise ss.FormatError(f"{folder}: {error}") from error
-    return model.eval().requires_grad_(False)
+    require_causal(folder, model.eval().requires_grad_(False))
+    return model
+
+
+def require_causal(folder: Path | str, model: Any) -> None:
+    """UnsupportedError for a model that sees what it is to predict: an encoder, which transformers loads with a warning."""
+    texts = torch.arange(8).repeat(2, 1)
+    texts[1, -1] = 1
+    with torch.inference_mode():
+        one, other = model(input_ids=texts.to(model.device), use_cache=False).logits[:, :-1].float()
+    if float((one - other).abs().max()) > 0.005 * float(one.std()):
+        raise ss.UnsupportedError(f"{folder}: is no causal language model: what it says of a token depends on later ones")
 
 
 def tokens_of(folder: Path | str, text: str) -> tuple[list[int], list[int]]:

@@ -6,12 +6,14 @@ y = layer(x)                                            # x [..., k] -> y [..., 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import slidesparse_nb as ss
 
@@ -27,6 +29,55 @@ class Quantized(NamedTuple):
     lead: tuple[int, ...]
     dtype: torch.dtype
     kind: tuple[str, str, int]
+
+
+class DenseView(Tensor):
+    """What `layer.weight` of a packed layer is, for code that expects a dense one: type, shape and place, which cost nothing.
+
+    Whatever computes with it gets the dequantized weight, made anew each time; it cannot be changed.
+    """
+
+    layer: SparseLinear
+    FACTS = frozenset(
+        getattr(Tensor, name).__get__ for name in ("dtype", "shape", "ndim", "layout", "requires_grad", "is_sparse")
+    ) | {
+        *(getattr(Tensor, name) for name in ("size", "dim", "ndimension", "numel", "nelement", "element_size", "stride")),
+        *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "is_contiguous", "__len__", "__hash__")),
+    }
+
+    @classmethod
+    def of(cls, layer: SparseLinear) -> DenseView:
+        """Of a layer's weight."""
+        made = torch.empty(layer.out_features, layer.in_features, dtype=layer.dtype, device="meta").as_subclass(cls)
+        made.layer = layer
+        made._is_hf_initialized = True  # transformers: there is nothing to initialize
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.layer.device.type == "cuda"
+
+    @property
+    def is_meta(self) -> bool:
+        return self.layer.device.type == "meta"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, of = getattr(func, "__name__", ""), args[0] if args else next(iter((kwargs or {}).values()), None)
+        if func in cls.FACTS:
+            return super().__torch_function__(func, types, args, kwargs)
+        if func in (Tensor.data.__get__, Tensor.detach):  # type: ignore[attr-defined]
+            return of
+        if isinstance(of, cls) and (name in ("__setitem__", "__set__") or re.fullmatch(r"__i\w+__|[a-z]\w*_", name)):
+            raise ss.UnsupportedError(
+                f"weight: of a packed layer, cannot be changed ({name}); pack the model with the layer dense (--ignore)"
+            )
+        args, kwargs = tree_map_only(cls, lambda view: view.layer.dense(), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class SparseLinear(nn.Module):
@@ -70,6 +121,7 @@ class SparseLinear(nn.Module):
         )
         self.arranged: list[Tensor] = []
         self.facts = facts_of(self)
+        self.dtype = dtype or torch.get_default_dtype()
 
     # ---- where weights come from
 
@@ -82,7 +134,7 @@ class SparseLinear(nn.Module):
             held = from_numpy(np.array(array.get() if hasattr(array, "get") else array))
             made._buffers[name] = held.view(made._buffers[name].dtype)
         if bias is not None:
-            made.bias = nn.Parameter(bias.detach(), False)
+            made.bias, made.dtype = nn.Parameter(bias.detach(), False), bias.dtype
         return made.settle(device)
 
     @classmethod
@@ -100,7 +152,9 @@ class SparseLinear(nn.Module):
         if on_gpu := weight.is_cuda and not found.blocks:  # whose weights are packed on the CPU
             torch.cuda.synchronize(weight.device)  # CuPy's stream is not PyTorch's
         packed = ss.pack(as_cupy(weight) if on_gpu else as_numpy(weight.cpu()), pattern, found, prune=prune)
-        return cls.from_packed(packed, linear.bias, weight.device)
+        made = cls.from_packed(packed, linear.bias, weight.device)
+        made.dtype = weight.dtype
+        return made
 
     # ---- where they are
 
@@ -109,7 +163,7 @@ class SparseLinear(nn.Module):
 
         Called by whoever filled the buffers: `.to`, `load_state_dict`, adapters.
         """
-        target = torch.device(device) if device is not None else self._place()
+        target = torch.device(device) if device is not None else self.device
         self._require_packed()
         if target.type == "cuda":
             if target.index is None:
@@ -125,7 +179,9 @@ class SparseLinear(nn.Module):
             self.bias = nn.Parameter(self.bias.detach().to(target), False)
         return self
 
-    def _place(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
+        """Where it multiplies."""
         if self.weight_packed is not None and self.weight_packed.device.type != "cpu":
             return self.weight_packed.device
         return self.arranged[0].device if self.arranged else torch.device("cpu")
@@ -146,6 +202,24 @@ class SparseLinear(nn.Module):
             )
         return found
 
+    @property
+    def weight(self) -> DenseView:
+        """For code that looks at a linear layer's weight, or computes with it: slowly, by `dense`."""
+        return DenseView.of(self)
+
+    def dense(self) -> Tensor:
+        """The weight [out_features, in_features] dequantized, in the layer's `dtype`, where it multiplies.
+
+        Raises:
+            OperandError: the packed tensors were dropped.
+        """
+        packed = self.packed()
+        w = np.asarray(ss.unpack(packed)).astype(np.float32)
+        return torch.from_numpy(w if packed.scale is None else w * packed.scale).to(self.device, self.dtype)
+
+    def reset_parameters(self) -> None:
+        """Nothing: packed weights are not initialized."""
+
     def _require_packed(self) -> None:
         if self.weight_packed is None:
             raise ss.OperandError("weight: the packed tensors were dropped; load the layer again")
@@ -157,12 +231,13 @@ class SparseLinear(nn.Module):
                 self._buffers[name] = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        place = self._place()
+        place = self.device
         probe = fn(torch.empty(0, dtype=torch.uint8, device=place))  # casts change no integers
         if probe.device != place:
             self._require_packed()
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias.detach()), False)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=place)).dtype
         if probe.device != place:
             if "meta" in (probe.device.type, place.type):  # there is nothing to arrange: .to("meta"), or .to_empty(...)
                 for name, tensor in self._buffers.items():

@@ -10,9 +10,11 @@ Linear layers become `SparseLinear`; embeddings, the output head, norms, experts
 
 from __future__ import annotations
 
+import functools
+import importlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import slidesparse_nb as ss
 
+from ..convert.kinds import not_linear
 from .tensors import named
 from .torch import SparseLinear
 
@@ -93,10 +96,18 @@ class SlideSparseQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if self.pre_quantized:
             packed = self.quantization_config.packed
-            modules = packed_modules(checkpoint_files or (), packed.scheme)
-            for name, layer in self._layers(model):
-                if modules and is_new_head(model, name, modules):
-                    continue
+            modules, dense = modules_in(checkpoint_files or (), packed.scheme)
+            linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
+            wanted = {name for name, _ in self._layers(model) if not (modules and is_new_head(model, name, modules))}
+            if (places := places_of(model, modules, linear, ".weight_packed")) is not None:
+                if made_up := wanted - places - (places_of(model, dense, linear, ".weight") or set()):
+                    count = len(places | made_up)
+                    raise ss.FormatError(
+                        f"{min(made_up)}: is not in the files, which have {len(places)} of {count} packed layers; pack again"
+                    )
+                wanted = places
+            for name in wanted:
+                layer = linear[name]
                 bias, dtype = layer.bias is not None, layer.weight.dtype
                 facts = packed.pattern, packed.scheme, bias, "meta", dtype
                 model.set_submodule(name, SparseLinear(layer.in_features, layer.out_features, *facts))
@@ -111,27 +122,32 @@ class SlideSparseQuantizer(HfQuantizer):
                 " GPUs alone, or the CPU alone"
             )
         if self.pre_quantized:
-            for name, layer in model.named_modules():
-                if isinstance(layer, SparseLinear):
-                    with named(name):
-                        layer.packed()
-                        layer.settle()
+            packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
+            require_loaded(packed)
+            for name, layer in packed.items():
+                with named(name):
+                    layer.packed()
+                    layer.settle()
         else:
             self._pack(model)
         return model.requires_grad_(False)  # packed layers are for inference only
 
     def _pack(self, model: nn.Module) -> None:
-        """Replace the dense layers; those that share their weight, with an embedding, stay, and config.json will say so."""
+        """Replace the dense layers. Those that share their weight, with an embedding, and what `slidesparse pack` would leave
+        dense (routers; heads, if `ignore` names one) stay, and config.json will say so."""
         config = self.quantization_config
         uses = Counter(id(each.weight) for each in model.modules() if isinstance(getattr(each, "weight", None), nn.Parameter))
         layers = self._layers(model)
-        shared = tuple(name for name, dense in layers if uses[id(dense.weight)] > 1)
+        heads = any(config.ignores(head) for head in HEADS)
+        told = {name: not_linear(name, tuple(dense.weight.shape)) for name, dense in layers}
+        left = {name for name, why in told.items() if why and (heads or "output head" not in why)}
+        left |= {name for name, dense in layers if uses[id(dense.weight)] > 1}
         packed = config.packed
-        config.packed = ss.PackedConfig.of(packed.pattern, packed.scheme, (*packed.ignore, *shared))
-        if len(layers) == len(shared):
+        config.packed = ss.PackedConfig.of(packed.pattern, packed.scheme, (*packed.ignore, *sorted(left)))
+        if len(layers) == len(left):
             raise ss.UnsupportedError(f"model: {type(model).__name__} has no linear layer of torch.nn.Linear itself to pack")
         for name, dense in layers:
-            if name not in shared:
+            if name not in left:
                 with named(name):
                     made = SparseLinear.from_linear(dense, packed.pattern, packed.scheme, config.prune)
                 model.set_submodule(name, made)
@@ -152,26 +168,69 @@ class SlideSparseQuantizer(HfQuantizer):
         return True
 
 
-def packed_modules(files: Iterable[str], scheme: ss.Scheme) -> set[str]:
-    """The packed modules in safetensors files; FormatError where their values are of another type, which would be cast."""
-    modules: set[str] = set()
+def modules_in(files: Iterable[str], scheme: ss.Scheme) -> tuple[set[str], set[str]]:
+    """The packed and the dense modules in safetensors files; FormatError where packed values are of another type, which would
+    be cast."""
+    packed, dense = ".weight_packed", ".weight"
+    modules: dict[str, set[str]] = {packed: set(), dense: set()}
     for path in files:
         if str(path).endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if name.endswith(".weight_packed"):
-                        if (code := file.get_slice(name).get_dtype()) != scheme.dtype.safetensors:
-                            raise ss.FormatError(
-                                f"{path}: {name}: {code} must be {scheme.dtype.safetensors}, as config.json says; pack again"
-                            )
-                        modules.add(name.removesuffix(".weight_packed"))
-    return modules
+                    module, dot, tensor = name.rpartition(".")
+                    if dot + tensor == packed and (code := file.get_slice(name).get_dtype()) != scheme.dtype.safetensors:
+                        raise ss.FormatError(
+                            f"{path}: {name}: {code} must be {scheme.dtype.safetensors}, as config.json says; pack again"
+                        )
+                    modules.get(dot + tensor, set()).add(module)
+    return modules[packed], modules[dense]
 
 
 def names_of(model: Any, name: str) -> set[str]:
     """A module's name with and without the prefix of the model's body."""
     base = f"{model.base_model_prefix}."
     return {name, name.removeprefix(base), base + name}
+
+
+def places_of(model: Any, modules: Collection[str], linear: Collection[str], tensor: str) -> set[str] | None:
+    """The linear layers that a tensor of each module goes to, renamed as transformers renames it; None without packed modules,
+    or if the names are not known.
+
+    Raises:
+        UnsupportedError: a packed module has no linear layer to go to.
+    """
+    try:
+        mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if not hasattr(entry, "operations")]
+        new = {
+            name: functools.reduce(lambda key, by: by.rename_source_key(key)[0], renamings, name + tensor) for name in modules
+        }
+    except (ImportError, AttributeError, TypeError, ValueError):  # of a version that renames in another way
+        return None
+    places = set()
+    for name in sorted(modules):
+        there = next((place for place in names_of(model, new[name].removesuffix(tensor)) if place in linear), None)
+        places |= {there} if there else set()
+        if there is None and tensor != ".weight":
+            require_no_branch(model, name)
+    return places if modules else None
+
+
+def require_no_branch(model: Any, name: str) -> None:
+    """UnsupportedError for a packed module without a place, unless the model lacks its whole branch, such as the head."""
+    if any(hasattr(model, each.partition(".")[0]) for each in (name, name.removeprefix(f"{model.base_model_prefix}."))):
+        raise ss.UnsupportedError(
+            f"{name}: is packed, but {type(model).__name__} has no torch.nn.Linear there (experts in one parameter, or a class"
+            " of its own); pack the model with it dense (--ignore)"
+        )
+
+
+def require_loaded(packed: Mapping[str, SparseLinear]) -> None:
+    """FormatError for a layer that no tensors were loaded into: transformers then leaves what its memory held before."""
+    loaded = {name: getattr(layer.weight_packed, "_is_hf_initialized", False) for name, layer in packed.items()}
+    if any(loaded.values()) and not all(loaded.values()):
+        name = next(name for name, is_loaded in loaded.items() if not is_loaded)
+        raise ss.FormatError(f"{name}: is not in the files, or under a name that transformers does not find; pack again")
 
 
 def is_new_head(model: Any, name: str, modules: set[str]) -> bool:
@@ -196,12 +255,8 @@ def require_places(model: Any, modules: set[str]) -> None:
             f"{name}: is not in the files, which have {len(modules)} of {len(there)} packed layers; pack again"
         )
     for name in sorted(modules) if len(modules) > len(there) else ():
-        branches = {each.partition(".")[0] for each in (name, name.removeprefix(f"{model.base_model_prefix}."))}
-        if not names_of(model, name) & there and any(hasattr(model, branch) for branch in branches):
-            raise ss.UnsupportedError(
-                f"{name}: is packed, but {type(model).__name__} has no torch.nn.Linear there (experts in one parameter, or a"
-                " class of its own); pack the model with it dense (--ignore)"
-            )
+        if not names_of(model, name) & there:
+            require_no_branch(model, name)
 
 
 if NAME not in AUTO_QUANTIZER_MAPPING:

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, folder_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 import slidesparse_nb as ss
 import slidesparse_nb.integrations.perplexity as perplexity
@@ -40,6 +40,14 @@ def text(dense: Path) -> Path:
 
 def call(*given: object) -> Result:
     return CliRunner().invoke(main, ["eval", *map(str, given)])
+
+
+def test_a_model_that_sees_what_it_is_to_predict(dense: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 256}
+    BertLMHeadModel(BertConfig(**sizes)).save_pretrained(dense.with_name("encoder"))
+    with pytest.raises(ss.UnsupportedError, match=r"encoder: is no causal language model: what it says of a token depends on"):
+        perplexity.load(dense.with_name("encoder"))
 
 
 def plain(folder: Path, window: int, stride: int, bos: tuple[int, ...] = ()) -> list[torch.Tensor]:

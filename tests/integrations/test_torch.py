@@ -88,6 +88,30 @@ def test_dropped() -> None:
     assert layer(tokens(3, 96)).shape == (3, 40)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_weight_that_code_for_dense_layers_reads(scheme: str) -> None:
+    """Its facts cost nothing, what is computed with it is right, and it cannot be changed."""
+    dense = linear()
+    layer, x = SparseLinear.from_linear(dense, "6:8", scheme), tokens(3, 96)
+    weight, held = layer.weight, layer.dense()
+    assert isinstance(weight, torch.Tensor)
+    assert (weight.shape, weight.dtype, weight.device, weight.is_meta) == (dense.weight.shape, torch.bfloat16, x.device, False)
+    assert x.float().to(weight.dtype).dtype == torch.bfloat16
+    assert type(weight @ x.T) is torch.Tensor
+    assert torch.equal(weight @ x.T, held @ x.T)
+    assert torch.equal(weight.data[:2].float(), held[:2].float())
+    kept = held != 0
+    rounding = {"BF16": 0, "FP16": 2.0**-8, "INT8_W8A8": 2.0**-6}.get(scheme, 0.3)
+    assert kept.float().mean() <= 0.75
+    assert ((held - dense.weight)[kept].float().abs() <= rounding * dense.weight.abs().max().float()).all()
+    changes = (weight.fill_, weight.data.mul_, lambda _: torch.nn.init.normal_(weight), lambda _: weight.__setitem__(0, 1))
+    for change in changes:
+        with pytest.raises(ss.UnsupportedError, match=r"^weight: of a packed layer, cannot be changed"):
+            change(0)
+    assert layer.half().weight.dtype == torch.float16
+    assert "weight" not in {name for name, _ in layer.named_parameters()}
+
+
 @pytest.mark.parametrize("scheme", SCHEMES[:4])
 def test_operators(scheme: str) -> None:
     layer, x = SparseLinear.from_linear(linear(), "6:8", scheme), tokens(7, 96)

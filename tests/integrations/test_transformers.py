@@ -18,10 +18,18 @@ from transformers import (
     BertForMaskedLM,
     FalconConfig,
     FalconForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import slidesparse_nb as ss
@@ -104,6 +112,57 @@ def test_a_linear_layer_of_another_class(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(packed(tmp_path / "dense", "INT8_W8A8"))
     with pytest.raises(ss.UnsupportedError, match="has no linear layer"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=st.SlideSparseConfig())
+
+
+VISION = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 56,
+    "patch_size": 14,
+}  # fmt: skip
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+BIGCODE = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 256}
+MAMBA = {"hidden_size": 64, "num_hidden_layers": 2, "time_step_rank": 16}
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (T5ForConditionalGeneration, T5Config(**T5, vocab_size=256)),
+        (GPTBigCodeForCausalLM, GPTBigCodeConfig(**BIGCODE, vocab_size=256)),
+        (MambaForCausalLM, MambaConfig(**MAMBA, vocab_size=256)),
+    ],
+    ids=["t5", "gpt_bigcode", "mamba"],
+)
+def test_models_that_look_at_the_weights_of_their_layers(model: Any, config: Any, tmp_path: Path) -> None:
+    """To initialize them, to tell their type, or (Mamba) to multiply by them."""
+    torch.manual_seed(0)
+    model(config).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    inputs = {"input_ids": TOKENS, **({"decoder_input_ids": TOKENS} if model is T5ForConditionalGeneration else {})}
+
+    def logits(**options: Any) -> torch.Tensor:
+        folder = tmp_path / "dense" if options else packed(tmp_path / "dense", "INT8_W8A8")
+        loaded = model.from_pretrained(folder, **options).eval()
+        assert sum(isinstance(layer, SparseLinear) for layer in loaded.modules()) >= 8
+        with torch.no_grad():
+            return loaded(**inputs).logits
+
+    assert torch.equal(logits(), logits(quantization_config=st.SlideSparseConfig("6:8", "INT8_W8A8")))
+
+
+def test_layers_that_transformers_renames(tmp_path: Path) -> None:
+    """What the files have packed is packed, and what they have dense is dense, whatever transformers calls it."""
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config={**SIZES, "head_dim": 16}, vision_config=VISION, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    (file,) = (tmp_path / "dense").glob("*.safetensors")
+    (name,) = (name.removesuffix(".weight") for name in load_file(file) if name.endswith("layers.1.mlp.down_proj.weight"))
+    ss.pack_checkpoint(
+        tmp_path / "dense", tmp_path / "packed", ss.Options("6:8", "INT8_W8A8", "magnitude", ignore=(name,)), ss.Run()
+    )
+    model = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "packed")
+    layers = model.model.language_model.layers
+    assert [type(layer.mlp.down_proj) for layer in layers] == [SparseLinear, torch.nn.Linear]
+    kept = load_file(file)[f"{name}.weight"]
+    assert torch.equal(layers[1].mlp.down_proj.weight, kept)
 
 
 def test_files_that_do_not_fit_the_config(dense: Path, tmp_path: Path) -> None:
