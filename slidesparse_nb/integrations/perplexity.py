@@ -86,8 +86,10 @@ def load(folder: Path | str, device: str = "cpu") -> Any:
 
 def require_causal(folder: Path | str, model: Any) -> None:
     """UnsupportedError for a model that sees what it is to predict: an encoder, which transformers loads with a warning."""
-    texts = torch.arange(8).repeat(2, 1)
-    texts[1, -1] = 1
+    config = model.config.get_text_config()
+    vocabulary, longest = (getattr(config, name, None) or 8 for name in ("vocab_size", "max_position_embeddings"))
+    texts = (torch.arange(min(8, longest)) % vocabulary).repeat(2, 1)
+    texts[1, -1] = texts[0, 0]
     with torch.inference_mode():
         one, other = model(input_ids=texts.to(model.device), use_cache=False).logits[:, :-1].float()
     if float((one - other).abs().max()) > 0.005 * float(one.std()):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import slidesparse_nb as ss
 
@@ -67,17 +67,26 @@ class DenseView(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, of = getattr(func, "__name__", ""), args[0] if args else next(iter((kwargs or {}).values()), None)
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if func in cls.FACTS:
             return super().__torch_function__(func, types, args, kwargs)
         if func in (Tensor.data.__get__, Tensor.detach):  # type: ignore[attr-defined]
-            return of
-        if isinstance(of, cls) and (name in ("__setitem__", "__set__") or re.fullmatch(r"__i\w+__|[a-z]\w*_", name)):
+            return args[0]
+        if name in ("data_ptr", "storage", "untyped_storage"):
+            raise ss.UnsupportedError(f"weight: of a packed layer, has no memory of its own ({name}); take layer.dense()")
+        changed = [kwargs.get("out"), *(args[:1] or [kwargs.get("input", kwargs.get("tensor"))]) * cls._changes(name, kwargs)]
+        if any(isinstance(leaf, cls) for leaf in tree_leaves(changed)):
             raise ss.UnsupportedError(
                 f"weight: of a packed layer, cannot be changed ({name}); pack the model with the layer dense (--ignore)"
             )
-        args, kwargs = tree_map_only(cls, lambda view: view.layer.dense(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda view: view.layer.dense(), (args, kwargs))
         return func(*args, **kwargs)
+
+    @staticmethod
+    def _changes(name: str, kwargs: Any) -> bool:
+        """Whether a function changes its first argument, or the tensors in it."""
+        in_place = name in ("__setitem__", "__set__") or re.fullmatch(r"__i(?!n|ter)\w+__|[a-z]\w*_|_foreach\w+_", name)
+        return bool(in_place or kwargs.get("inplace"))
 
 
 class SparseLinear(nn.Module):
@@ -134,7 +143,11 @@ class SparseLinear(nn.Module):
             held = from_numpy(np.array(array.get() if hasattr(array, "get") else array))
             made._buffers[name] = held.view(made._buffers[name].dtype)
         if bias is not None:
-            made.bias, made.dtype = nn.Parameter(bias.detach(), False), bias.dtype
+            made.bias = nn.Parameter(bias.detach(), False)
+        if not made.scheme.scaled:
+            made.dtype = TORCH[made.scheme.dtype.name]
+        elif bias is not None:
+            made.dtype = bias.dtype
         return made.settle(device)
 
     @classmethod
@@ -207,6 +220,7 @@ class SparseLinear(nn.Module):
         """For code that looks at a linear layer's weight, or computes with it: slowly, by `dense`."""
         return DenseView.of(self)
 
+    @torch.compiler.disable
     def dense(self) -> Tensor:
         """The weight [out_features, in_features] dequantized, in the layer's `dtype`, where it multiplies.
 

@@ -123,7 +123,8 @@ class SlideSparseQuantizer(HfQuantizer):
             )
         if self.pre_quantized:
             packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
-            require_loaded(packed)
+            if len(places) < 2:  # what moves between GPUs loses transformers' mark
+                require_loaded(packed)
             for name, layer in packed.items():
                 with named(name):
                     layer.packed()
@@ -226,11 +227,13 @@ def require_no_branch(model: Any, name: str) -> None:
 
 
 def require_loaded(packed: Mapping[str, SparseLinear]) -> None:
-    """FormatError for a layer that no tensors were loaded into: transformers then leaves what its memory held before."""
-    loaded = {name: getattr(layer.weight_packed, "_is_hf_initialized", False) for name, layer in packed.items()}
-    if any(loaded.values()) and not all(loaded.values()):
-        name = next(name for name, is_loaded in loaded.items() if not is_loaded)
-        raise ss.FormatError(f"{name}: is not in the files, or under a name that transformers does not find; pack again")
+    """FormatError for a tensor of a layer that was not loaded: transformers then leaves what its memory held before."""
+    tensors = {
+        f"{name}.{part}": tensor for name, layer in packed.items() for part, tensor in layer.state_dict(keep_vars=True).items()
+    }
+    missing = [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
+    if 0 < len(missing) < len(tensors):  # none: a version that does not mark what it loads
+        raise ss.FormatError(f"{missing[0]}: is not in the files; pack again")
 
 
 def is_new_head(model: Any, name: str, modules: set[str]) -> bool:

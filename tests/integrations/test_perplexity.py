@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, folder_of
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import slidesparse_nb as ss
 import slidesparse_nb.integrations.perplexity as perplexity
@@ -48,6 +48,12 @@ def test_a_model_that_sees_what_it_is_to_predict(dense: Path) -> None:
     BertLMHeadModel(BertConfig(**sizes)).save_pretrained(dense.with_name("encoder"))
     with pytest.raises(ss.UnsupportedError, match=r"encoder: is no causal language model: what it says of a token depends on"):
         perplexity.load(dense.with_name("encoder"))
+
+
+def test_few_tokens_and_few_positions(dense: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=6, max_position_embeddings=4)).save_pretrained(dense.with_name("few"))
+    assert perplexity.load(dense.with_name("few")).config.vocab_size == 6
 
 
 def plain(folder: Path, window: int, stride: int, bos: tuple[int, ...] = ()) -> list[torch.Tensor]:

@@ -104,10 +104,22 @@ def test_the_weight_that_code_for_dense_layers_reads(scheme: str) -> None:
     rounding = {"BF16": 0, "FP16": 2.0**-8, "INT8_W8A8": 2.0**-6}.get(scheme, 0.3)
     assert kept.float().mean() <= 0.75
     assert ((held - dense.weight)[kept].float().abs() <= rounding * dense.weight.abs().max().float()).all()
-    changes = (weight.fill_, weight.data.mul_, lambda _: torch.nn.init.normal_(weight), lambda _: weight.__setitem__(0, 1))
-    for change in changes:
+    assert torch.equal(torch.zeros_like(held).copy_(weight), held)
+    assert torch.equal(torch.nn.functional.relu(weight), held.relu())
+    for change in (
+        weight.fill_,
+        weight.data.mul_,
+        lambda _: torch.nn.init.normal_(weight),
+        lambda _: weight.__setitem__(0, 1),
+        lambda _: torch.add(held, 1, out=weight),
+        lambda _: torch.clamp_(input=weight, min=9),
+        lambda factor: torch._foreach_mul_([weight], factor),
+        lambda _: torch.nn.functional.relu(weight, inplace=True),
+    ):
         with pytest.raises(ss.UnsupportedError, match=r"^weight: of a packed layer, cannot be changed"):
             change(0)
+    with pytest.raises(ss.UnsupportedError, match=r"has no memory of its own \(data_ptr\)"):
+        weight.data_ptr()  # the dense weight is freed after each use
     assert layer.half().weight.dtype == torch.float16
     assert "weight" not in {name for name, _ in layer.named_parameters()}
 

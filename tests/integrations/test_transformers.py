@@ -171,15 +171,18 @@ def test_files_that_do_not_fit_the_config(dense: Path, tmp_path: Path) -> None:
     scores = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0)
     assert type(scores.score) is torch.nn.Linear
     name = "model.layers.0.mlp.up_proj.weight_packed"
-    for case, message in (
-        ("cast", f"{name}: F8_E4M3 must be I8"),
-        ("gone", "up_proj: is not in the files, which have 13 of 14"),
+    for case, gone, message in (
+        ("cast", "nothing", f"{name}: F8_E4M3 must be I8"),
+        ("layer", ".0.mlp.up_proj", "up_proj: is not in the files, which have 13 of 14"),
+        ("scale", ".0.mlp.up_proj.weight_scale", r"model.layers.0.mlp.up_proj.weight_scale: is not in the files"),
+        ("bias", ".1.self_attn.q_proj.bias", r"model.layers.1.self_attn.q_proj.bias: is not in the files"),
     ):
         out = tmp_path / case
         shutil.copytree(folder, out)
         tensors = load_file(out / "model.safetensors")
-        tensors[name] = tensors[name].float().to(torch.float8_e4m3fn)
-        kept = {key: tensors[key] for key in tensors if case == "cast" or ".0.mlp.up_proj" not in key}
+        if case == "cast":
+            tensors[name] = tensors[name].float().to(torch.float8_e4m3fn)
+        kept = {key: tensors[key] for key in tensors if gone not in key}
         save_file(kept, out / "model.safetensors", {"format": "pt"})
         with pytest.raises(ss.FormatError, match=message):
             AutoModelForCausalLM.from_pretrained(out)
