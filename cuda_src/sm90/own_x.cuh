@@ -29,7 +29,7 @@ INLINE u32 quantize_two(u32 word, float inverse) {
 }
 
 struct OwnX {
-    u32 operand, m;  // address in shared memory; tokens: as many warps of consumers for each
+    u32 operand, m;  // address in shared memory; tokens, each read by as many warps
 
     // What an instruction reads of a stage of this block, and how much further the stage's second instruction reads.
     INLINE u64 descriptor(int stage) const { return plain_descriptor(operand + stage * 128 * m, 16 * m); }
