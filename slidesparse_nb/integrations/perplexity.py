@@ -89,7 +89,7 @@ def require_causal(folder: Path | str, model: Any) -> None:
     config = model.config.get_text_config()
     vocabulary, longest = (getattr(config, name, None) or 8 for name in ("vocab_size", "max_position_embeddings"))
     texts = (torch.arange(min(8, longest)) % vocabulary).repeat(2, 1)
-    texts[1, -1] = texts[0, 0]
+    texts[1, -1] = (texts[0, -1] + 1) % vocabulary
     with torch.inference_mode():
         one, other = model(input_ids=texts.to(model.device), use_cache=False).logits[:, :-1].float()
     if float((one - other).abs().max()) > 0.005 * float(one.std()):

@@ -74,8 +74,7 @@ class DenseView(Tensor):
             return args[0]
         if name in ("data_ptr", "storage", "untyped_storage"):
             raise ss.UnsupportedError(f"weight: of a packed layer, has no memory of its own ({name}); take layer.dense()")
-        changed = [kwargs.get("out"), *(args[:1] or [kwargs.get("input", kwargs.get("tensor"))]) * cls._changes(name, kwargs)]
-        if any(isinstance(leaf, cls) for leaf in tree_leaves(changed)):
+        if any(isinstance(leaf, cls) for leaf in tree_leaves(cls._changed(name, args, kwargs))):
             raise ss.UnsupportedError(
                 f"weight: of a packed layer, cannot be changed ({name}); pack the model with the layer dense (--ignore)"
             )
@@ -83,10 +82,12 @@ class DenseView(Tensor):
         return func(*args, **kwargs)
 
     @staticmethod
-    def _changes(name: str, kwargs: Any) -> bool:
-        """Whether a function changes its first argument, or the tensors in it."""
+    def _changed(name: str, args: Any, kwargs: Any) -> Any:
+        """What a function changes: `out`, and its first argument if it works in place."""
         in_place = name in ("__setitem__", "__set__") or re.fullmatch(r"__i(?!n|ter)\w+__|[a-z]\w*_|_foreach\w+_", name)
-        return bool(in_place or kwargs.get("inplace"))
+        if not (in_place or kwargs.get("inplace")):
+            return kwargs.get("out")
+        return args[0] if args else kwargs.get("input", kwargs.get("tensor"))
 
 
 class SparseLinear(nn.Module):

@@ -4,8 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained("model-6of8-int8", device_map="cuda")
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=st.SlideSparseConfig("6:8", "INT8_W8A8"))
 
-Linear layers become `SparseLinear`; embeddings, the output head, norms, experts stored as one stacked parameter and whatever
-`ignore` names stay as they are.
+Linear layers become `SparseLinear`; embeddings, the output head, routers, norms, experts stored as one stacked parameter and
+whatever `ignore` names stay as they are.
 """
 
 from __future__ import annotations
@@ -99,19 +99,13 @@ class SlideSparseQuantizer(HfQuantizer):
             modules, dense = modules_in(checkpoint_files or (), packed.scheme)
             linear = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Linear}
             wanted = {name for name, _ in self._layers(model) if not (modules and is_new_head(model, name, modules))}
-            if (places := places_of(model, modules, linear, ".weight_packed")) is not None:
-                if made_up := wanted - places - (places_of(model, dense, linear, ".weight") or set()):
-                    count = len(places | made_up)
-                    raise ss.FormatError(
-                        f"{min(made_up)}: is not in the files, which have {len(places)} of {count} packed layers; pack again"
-                    )
-                wanted = places
-            for name in wanted:
+            places = places_of(model, modules, dense, linear, wanted) if modules else None
+            for name in wanted if places is None else places:
                 layer = linear[name]
                 bias, dtype = layer.bias is not None, layer.weight.dtype
                 facts = packed.pattern, packed.scheme, bias, "meta", dtype
                 model.set_submodule(name, SparseLinear(layer.in_features, layer.out_features, *facts))
-            if modules:
+            if modules and places is None:
                 require_places(model, modules)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -193,28 +187,39 @@ def names_of(model: Any, name: str) -> set[str]:
     return {name, name.removeprefix(base), base + name}
 
 
-def places_of(model: Any, modules: Collection[str], linear: Collection[str], tensor: str) -> set[str] | None:
-    """The linear layers that a tensor of each module goes to, renamed as transformers renames it; None without packed modules,
-    or if the names are not known.
+def places_of(model: Any, modules: set[str], dense: set[str], linear: Collection[str], wanted: set[str]) -> set[str] | None:
+    """The linear layers that the packed modules go to, renamed as transformers renames them; None if that is not known.
+
+    Args:
+        modules, dense: of the files, packed and dense.
+        linear: the model's linear layers; wanted: those that config.json takes for packed.
 
     Raises:
+        FormatError: a layer that is wanted is neither packed nor dense in the files.
         UnsupportedError: a packed module has no linear layer to go to.
     """
     try:
         mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if not hasattr(entry, "operations")]
-        new = {
-            name: functools.reduce(lambda key, by: by.rename_source_key(key)[0], renamings, name + tensor) for name in modules
-        }
+
+        def place(module: str, tensor: str) -> str | None:
+            key = functools.reduce(lambda name, by: by.rename_source_key(name)[0], renamings, module + tensor)
+            return next((name for name in names_of(model, key.removesuffix(tensor)) if name in linear), None)
+
+        packed_at = {module: place(module, ".weight_packed") for module in sorted(modules)}
+        dense_at = {place(module, ".weight") for module in dense}
     except (ImportError, AttributeError, TypeError, ValueError):  # of a version that renames in another way
         return None
-    places = set()
-    for name in sorted(modules):
-        there = next((place for place in names_of(model, new[name].removesuffix(tensor)) if place in linear), None)
-        places |= {there} if there else set()
-        if there is None and tensor != ".weight":
-            require_no_branch(model, name)
-    return places if modules else None
+    for module, found in packed_at.items():
+        if found is None:
+            require_no_branch(model, module)
+    places = {found for found in packed_at.values() if found is not None}
+    if made_up := wanted - places - dense_at:
+        count = len(places | made_up)
+        raise ss.FormatError(
+            f"{min(made_up)}: is not in the files, which have {len(places)} of {count} packed layers; pack again"
+        )
+    return places
 
 
 def require_no_branch(model: Any, name: str) -> None:
