@@ -120,7 +120,7 @@ class Toy:
     def buffer_bytes(self, pattern: Pattern, n: int, k: int, scheme: Scheme) -> tuple[dict[str, int], ...]:
         return ({"everything": n * k},)
 
-    def candidates(self, problem: GemmProblem, buffers: Any = None) -> Iterator[tuple[Whole, ...]]:
+    def candidates(self, problem: GemmProblem, buffers: Any = None, every: bool = True) -> Iterator[tuple[Whole, ...]]:
         yield from ((Whole(2),), (Whole(5), Whole(6)))
 
     def cost(self, candidate: tuple[Whole, ...], problem: GemmProblem) -> float:

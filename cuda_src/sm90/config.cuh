@@ -62,14 +62,15 @@ constexpr bool ACTIVATIONS_EVICT_LAST = TOKENS == 256 && !CONSUMERS_LOAD;
 // RELEASE_AT stages left to request, and a kernel prefetches PREFETCH stages of weights until the kernels before it are complete.
 constexpr int RELEASE_AT = 4, PREFETCH = TOKENS > 64 ? 4 : WARPGROUPS == 1 ? 9 : 6;
 
-// The first REDUCERS blocks of a cluster, a power of two, add up partial sums and write y: REDUCER_TOKENS tokens each.
-constexpr int LARGEST_POWER = SPLIT_K >= 4 ? 4 : SPLIT_K >= 2 ? 2 : 1;
-constexpr int REDUCERS = LARGEST_POWER < TOKENS / 8 ? LARGEST_POWER : TOKENS / 8, REDUCER_TOKENS = TOKENS / REDUCERS;
+// The first REDUCERS blocks of a cluster, a power of two, add up partial sums and write y: REDUCER_TOKENS tokens each, whole groups of 8.
+constexpr int LARGEST_POWER = SPLIT_K >= 4 ? 4 : SPLIT_K >= 2 ? 2 : 1, DIVIDES_GROUPS = TOKENS / 8 & -(TOKENS / 8);
+constexpr int REDUCERS = LARGEST_POWER < DIVIDES_GROUPS ? LARGEST_POWER : DIVIDES_GROUPS, REDUCER_TOKENS = TOKENS / REDUCERS;
+constexpr bool REDUCE_IN_HALVES = SPLIT_K > 1 && REDUCER_TOKENS > 64 && REDUCER_TOKENS % 16 == 0;
 
 constexpr bool LOW_REGISTER_EPILOGUE = CONSUMERS_LOAD && TOKENS == 256;
 constexpr bool FLOAT32_SPILLS = WARPGROUPS > 3 && TOKENS > 64 && OUT == TYPE_FLOAT32;  // up to 48 bytes, if all are written at a time
 constexpr int EPILOGUE_TOKENS =  // written at a time
-    LOW_REGISTER_EPILOGUE ? 64 : FLOAT32_SPILLS ? 32 : SPLIT_K > 1 && REDUCER_TOKENS > 64 ? REDUCER_TOKENS / 2 : REDUCER_TOKENS;
+    LOW_REGISTER_EPILOGUE ? 64 : FLOAT32_SPILLS ? 32 : REDUCE_IN_HALVES ? REDUCER_TOKENS / 2 : REDUCER_TOKENS;
 
 static_assert(REDUCER_TOKENS * REDUCERS == TOKENS && REDUCER_TOKENS % EPILOGUE_TOKENS == 0 && EPILOGUE_TOKENS % 8 == 0,
               "the epilogue takes whole groups of 8 tokens");

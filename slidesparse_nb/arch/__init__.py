@@ -120,11 +120,14 @@ class Arch(Protocol[C]):
     def quantizes(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> bool:
         """Whether the kernel should quantize x [m, k] itself, if x is of the type of y, in rows of whole 16-byte vectors."""
 
-    def candidates(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> Iterator[tuple[C, ...]]:
+    def candidates(
+        self, problem: GemmProblem, buffers: Collection[str] | None = None, every: bool = True
+    ) -> Iterator[tuple[C, ...]]:
         """The candidates, each the launches that compute the product.
 
         Args:
             buffers: names of the weight's; by default those of most weights of its pattern and type.
+            every: also those that are known to be slower than another, whatever they are estimated to take.
         """
 
     def again(
@@ -225,7 +228,7 @@ def choose(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Cand
         raise UnsupportedError(f"problem: {problem}: no kernel multiplies groups; multiply them one by one")
     arch = of(problem)
     require_support(arch, problem.device.capability, problem.scheme)
-    return min(arch.candidates(problem, buffers), key=lambda candidate: arch.cost(candidate, problem))
+    return min(arch.candidates(problem, buffers, every=False), key=lambda candidate: arch.cost(candidate, problem))
 
 
 @lru_cache(maxsize=16384)

@@ -162,7 +162,9 @@ class Blackwell(Tiled):
         for tokens in TOKENS:
             yield Config(scheme.dtype, out, tokens)
 
-    def candidates(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> Iterator[tuple[Config, ...]]:
+    def candidates(
+        self, problem: GemmProblem, buffers: Collection[str] | None = None, every: bool = True
+    ) -> Iterator[tuple[Config, ...]]:
         for config in self.kernels(problem.pattern, problem.scheme, problem.out, problem.device.capability):
             yield (config,)
 

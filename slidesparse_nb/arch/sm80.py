@@ -297,7 +297,9 @@ class Portable:
             if (count := stages(lay, tile, sm)) >= 2:
                 yield from (Config(dtype, out, lay, tile, count, 1, block_scaled) for block_scaled in forms)
 
-    def candidates(self, problem: GemmProblem, buffers: Collection[str] | None = None) -> Iterator[tuple[Config, ...]]:
+    def candidates(
+        self, problem: GemmProblem, buffers: Collection[str] | None = None, every: bool = True
+    ) -> Iterator[tuple[Config, ...]]:
         """k whole, and split.
 
         Split-K leaves each part two k-blocks, and is left out where one part fewer gives every SM two blocks.

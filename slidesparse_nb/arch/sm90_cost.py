@@ -22,8 +22,9 @@ SECOND_NS, SECOND_LARGE_NS = 1664, 2737
 and after larger ones."""
 BESIDE = {1: 1.0, 2: 0.75}
 """Second launches that run beside the first: blocks of a cluster -> most blocks, as a share of the SMs."""
-LOAD_NS = 1382
-"""Time from the request of a stage until it is in shared memory, in ns: a ring of s stages delivers one in LOAD_NS / s."""
+LOAD_NS, LOAD_LARGE_NS = 1382, 1234
+"""Time from the request of a stage until it is in shared memory, in ns, in tiles of up to 64 tokens and in larger ones: a ring
+of s stages delivers one in an s-th of it."""
 MEMORY_BYTES_PER_NS = 5000
 """Rate at which memory delivers weights; fitted together with OVERLAP, and higher than any that was measured."""
 L2_BYTES_PER_NS = 8280
@@ -78,7 +79,8 @@ def nanoseconds(launches: Sequence[Config], problem: GemmProblem, stages: int) -
         tiles = config.end - config.begin
         rounds = -(-tiles * config.split_k // config.blocks)
         stage = tile.stage_ns + decoding(config, problem) * tile.warpgroups
-        stage = max(stage * (1 + SECOND_BLOCK[_size(tile)] * (together - 1)), LOAD_NS / config.stages)
+        load = LOAD_NS if tile.tokens <= 64 else LOAD_LARGE_NS
+        stage = max(stage * (1 + SECOND_BLOCK[_size(tile)] * (together - 1)), load / config.stages)
         if problem.m >= LONG_M and (tile.tokens, tile.warpgroups) != (256, 3):
             stage *= POWER_PENALTY
         fixed = float((tiles // config.blocks + 1 if tile.pairs else rounds) * tile.tile_ns)

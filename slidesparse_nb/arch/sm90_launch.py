@@ -119,21 +119,28 @@ class Tile:
 
 
 TILES = (
-    Tile(256, 3, 382, 13750, ()),
-    Tile(224, 3, 371, 9930, ()),
-    Tile(208, 3, 381, 7470, ()),
-    Tile(192, 3, 356, 7480, (2, 4)),
-    Tile(160, 3, 320, 6480, (2, 4)),
-    Tile(128, 3, 263, 5710, (2, 4)),
-    Tile(96, 4, 295, 3200, ()),
-    Tile(96, 3, 297, 2460, (2,)),
-    Tile(256, 2, 304, 6760, (2, 4)),
-    Tile(192, 2, 236, 5700, (2, 3, 4)),
-    Tile(160, 2, 215, 4740, (2, 3, 4)),
-    Tile(128, 2, 198, 2790, (2, 3, 4)),
-    Tile(128, 1, 197, 1030, (2,)),
-    Tile(96, 2, 181, 2490, (2, 3, 4)),
-    Tile(96, 1, 215, 240, (2,)),
+    Tile(256, 3, 434, 11460, ()),
+    Tile(224, 3, 362, 9940, ()),
+    Tile(208, 3, 359, 8180, ()),
+    Tile(192, 3, 328, 7660, (2, 4)),
+    Tile(176, 3, 309, 7120, (2,)),
+    Tile(160, 3, 310, 6930, (2, 4)),
+    Tile(144, 3, 259, 7420, (2,)),
+    Tile(128, 3, 265, 5240, (2, 4)),
+    Tile(96, 4, 260, 3540, ()),
+    Tile(96, 3, 254, 3120, (2,)),
+    Tile(256, 2, 307, 6390, (2, 4)),
+    Tile(240, 2, 281, 6660, (2,)),
+    Tile(224, 2, 255, 6810, (2, 4)),
+    Tile(208, 2, 259, 5390, (2,)),
+    Tile(192, 2, 232, 5590, (2, 3, 4)),
+    Tile(176, 2, 234, 4550, (2,)),
+    Tile(160, 2, 231, 4220, (2, 3, 4)),
+    Tile(144, 2, 198, 4090, (2, 3)),
+    Tile(128, 2, 198, 2830, (2, 3, 4)),
+    Tile(128, 1, 190, 1270, (2,)),
+    Tile(96, 2, 188, 2120, (2, 3, 4)),
+    Tile(96, 1, 191, 840, (2,)),
     Tile(64, 3, 169, 3980, (4,)),
     Tile(64, 2, 115, 2730, (2, 3, 4)),
     Tile(64, 1, 193, 170, (2, 4, 5)),
@@ -147,10 +154,12 @@ TILES = (
     Tile(8, 4, 177, 700, ()),
     Tile(8, 2, 92, 1540, (2, 3, 4, 5, 6)),
     Tile(8, 1, 136, 0, (2, 3, 4, 6)),
-    Tile(192, 3, 397, 3320, (2,), pairs=True),
-    Tile(160, 3, 328, 0, (2,), pairs=True),
-    Tile(128, 3, 160, 3610, (2,), pairs=True),
-    Tile(96, 3, 104, 4070, (2,), pairs=True),
+    Tile(192, 3, 394, 3240, (2,), pairs=True),
+    Tile(176, 3, 380, 1860, (2,), pairs=True),
+    Tile(160, 3, 367, 1200, (2,), pairs=True),
+    Tile(144, 3, 269, 2120, (2,), pairs=True),
+    Tile(128, 3, 150, 3310, (2,), pairs=True),
+    Tile(96, 3, 104, 3770, (2,), pairs=True),
     Tile(64, 3, 82, 1500, (2,), pairs=True),
     Tile(32, 3, 62, 0, (2,), pairs=True),
     Tile(16, 3, 39, 0, (2,), pairs=True),
@@ -356,8 +365,9 @@ def stage_bytes(tile: Tile, dtype: DType, compact: bool, with_x: bool = True) ->
 
 
 def _reducer_tokens(tile: Tile, split_k: int) -> int:
-    """Tokens that a block of a cluster adds up: the largest power of two of blocks shares them."""
-    return tile.tokens // min(1 << split_k.bit_length() - 1, tile.tokens // 8)
+    """Tokens that a block of a cluster adds up: the largest power of two of blocks that divides the groups of 8 shares them."""
+    groups = tile.tokens // 8
+    return tile.tokens // min(1 << split_k.bit_length() - 1, groups & -groups)
 
 
 def staging_bytes(tile: Tile, out: str, split_k: int) -> int:
@@ -366,7 +376,7 @@ def staging_bytes(tile: Tile, out: str, split_k: int) -> int:
     tokens = tile.tokens
     if split_k > 1:
         tokens = _reducer_tokens(tile, split_k)
-        tokens //= 2 if tokens > 64 else 1
+        tokens //= 2 if tokens > 64 and tokens % 16 == 0 else 1
     chunk = 32 if tokens % 32 == 0 and size == 2 else 16 if tokens % 16 == 0 else 8
     return 2 * tile.warpgroups * chunk * 64 * size
 

@@ -44,7 +44,7 @@ SHAPES = (
     (13, 280, 1046),
     (803, 280, 1046),
     *((m, 280, k) for m, k in ((7, 1430), (29, 1430), (61, 1046))),
-    *((m, 970, 1046) for m in (7, 29, 61, 150)),
+    *((m, 970, 1046) for m in (7, 29, 61, 140)),
 )
 """m, n and k (in columns, or pairs) of the products: no multiple of any tile; of many tokens and of few; k long enough to be
 split, also in six. Those after the first `ALWAYS` are for kernels that these do not launch."""

@@ -125,10 +125,9 @@ def test_every_m(gemm, dtype, shape):
 def kind(way):
     """What makes ways differ in how they share out the work."""
     products = [c for c in way if not isinstance(c, sm90.Expansion)]
-    return tuple(
-        (c.splits > 1,) if isinstance(c, sm80.Config) else (c.order, c.split_k > 1, c.tile.pairs, c.row_tiles[0] > 0)
-        for c in products
-    )
+    if isinstance(products[0], sm80.Config):
+        return tuple((c.splits > 1,) for c in products)
+    return tuple((c.order, c.split_k > 1, c.tile.pairs, c.tile.wide, c.row_tiles[0] > 0) for c in products)
 
 
 def ways_of_each_kind(asked, buffers):
@@ -195,9 +194,9 @@ def test_every_run_gives_the_same_bits(gemm, family, dtype, shape):
     neighbour.stream.synchronize()
     tally.check()
     if family is sm90.ARCH:
-        assert any(split for way in kinds for _, split, _, _ in way)
-        assert any(order == sm90.REST for way in kinds for order, _, _, _ in way) or shape == LAYERS[1]
-        assert any(pairs for way in kinds for _, _, pairs, _ in way) == (shape == LAYERS[2]) or sms_here() != 132
+        assert any(split for way in kinds for _, split, *_ in way)
+        assert any(order == sm90.REST for way in kinds for order, *_ in way) or shape == LAYERS[1]
+        assert any(pairs for way in kinds for _, _, pairs, *_ in way) == (shape == LAYERS[2]) or sms_here() != 132
     else:
         assert any(split for way in kinds for (split,) in way) or shape == LAYERS[2]
 
