@@ -223,7 +223,7 @@ def test_a_lost_device_ends_the_run(device: bench_device.FakeGpu, monkeypatch: p
         (("--plot", "a.png", "--part", "pack"), "measure --part gemm --peers dense, too"),
         (("--from", __file__, "--quick"), "--from measures nothing, and goes with --plot and -v only"),
         (("--readme", __file__, "--from", __file__), "--readme stands alone"),
-        (("--readme", __file__), "is not docs/results/h100.json or docs/results/engines.json, which README"),
+        (("--readme", __file__), "is not docs/results/h200.json or docs/results/engines.json, which README"),
     ],
 )
 def test_usage_errors(device: bench_device.FakeGpu, args: tuple[str, ...], text: str) -> None:

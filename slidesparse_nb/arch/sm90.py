@@ -66,6 +66,11 @@ OWN_X_SAVES_NS = 2600
 all 32 linears that were timed on H200s were faster, by 600 to 1700 ns; two beyond were not."""
 OWN_X_STAGES = 7
 """Fewest stages of a ring where the block quantizes x itself: the ring holds the weights that arrive meanwhile."""
+SMALLER = {
+    tile: [other for other in TILES if other.tokens < tile.tokens and (other.n, other.pairs) == (tile.n, tile.pairs)]
+    for tile in TILES
+}
+"""Tiles of as many outputs and fewer tokens."""
 
 
 def is_candidate(tile: Tile, problem: GemmProblem, metadata: str) -> bool:
@@ -86,12 +91,8 @@ def larger_than_needed(tile: Tile, split_k: int, problem: GemmProblem, metadata:
     """
     tiles = -(-problem.m // tile.tokens)
     return any(
-        (other.warpgroups, other.pairs) == (tile.warpgroups, tile.pairs)
-        and other.tokens < tile.tokens
-        and -(-problem.m // other.tokens) == tiles
-        and split_k in (1, *other.splits)
-        and is_candidate(other, problem, metadata)
-        for other in TILES
+        -(-problem.m // other.tokens) == tiles and split_k in (1, *other.splits) and is_candidate(other, problem, metadata)
+        for other in SMALLER[tile]
     )
 
 
@@ -140,10 +141,12 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str, every: bool =
         every: also those whose first launch has a tile that is `larger_than_needed`.
     """
     m, sms = problem.m, problem.device.sms
-    if not is_candidate(tile, problem, metadata) or not of_row_tiles(problem, tile, 1, 1, metadata).possible(along_k(problem)):
+    if not is_candidate(tile, problem, metadata):
         return
     splits = [split for split in (*tile.splits, 1) if every or not larger_than_needed(tile, split, problem, metadata)]
-    if splits and (tile.pairs or tile.wide):
+    if not splits or not of_row_tiles(problem, tile, 1, 1, metadata).possible(along_k(problem)):
+        return
+    if tile.pairs or tile.wide:
         yield from (_by_pairs if tile.pairs else _in_wide_tiles)(tile, problem, metadata)
         return
     for split in splits:

@@ -243,7 +243,7 @@ def blanks(results: Results) -> Iterator[str]:
 
 # ---- README ----------------------------------------------------------------------------------------------------------
 
-PUBLISHED = ("docs/results/h100.json", "docs/results/engines.json")
+PUBLISHED = ("docs/results/h200.json", "docs/results/engines.json")
 """Of linear layers, and of whole models: README has a section of each."""
 
 BEGIN, END = "<!-- benchmarks: written by `python tools/bench.py --readme {}` -->", "<!-- end of benchmarks -->"
