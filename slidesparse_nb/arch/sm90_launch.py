@@ -52,8 +52,8 @@ up to 1.2x as long (docs/hopper.md)."""
 COMPACT, DERIVED, EXPANDED = "compact", "derived", "expanded"
 """The metadata that a candidate reads: compact; expanded, derived from compact by its first launch; or kept expanded."""
 
-CLUSTERS_FIT = 0.9
-"""Share of the SMs that clusters of three and more blocks find free: the blocks of a cluster share a GPC."""
+CLUSTERS_FIT = {1: 1.0, 2: 1.0, 3: 0.9, 4: 0.9, 5: 0.9, 6: 0.82}
+"""Blocks of a cluster, which share a GPC of 16 or 18 SMs -> share of the SMs that clusters find free."""
 
 ALWAYS_COMPACT = 32
 """Largest tile, in tokens, whose kernels of 8-bit types all read compact metadata."""
@@ -259,7 +259,7 @@ class Config(PlainLaunch):
 
     def fits(self, most: int) -> bool:
         """Whether its blocks all run at once on SMs that hold `most` blocks."""
-        return self.blocks <= most * (CLUSTERS_FIT if self.split_k > 2 else 1)
+        return self.blocks <= most * CLUSTERS_FIT[self.split_k]
 
     @property
     def kernel(self) -> Config:
