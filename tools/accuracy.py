@@ -63,10 +63,7 @@ def texts(tokenizer: Path, brown: Path, addresses: Path, output: Path, pieces: i
 
     from .study.texts import prepare
 
-    cut = tokenizer_of(tokenizer)
-    facts = prepare(
-        lambda text: cut(text, add_special_tokens=False, verbose=False).input_ids, brown, addresses, output, pieces, calibrate
-    )
+    facts = prepare(tokenizer_of(tokenizer), brown, addresses, output, pieces, calibrate)
     (output / "texts.json").write_text(json.dumps(facts, indent=1) + "\n")
     for name, each in facts.items():
         say(f"{name}: {each['tokens']:,} of {each['of']:,} tokens of {each['title']}")

@@ -99,8 +99,7 @@ def require_causal(folder: Path | str, model: Any) -> None:
 def tokens_of(folder: Path | str, text: str) -> tuple[list[int], list[int]]:
     """A text in tokens, and the tokens that this tokenizer puts before every text: none, or the one for its beginning."""
     tokenizer = tokenizer_of(folder)
-    plain = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    marked, bare = (list(tokenizer("a", add_special_tokens=special).input_ids) for special in (True, False))
+    plain, marked, bare = tokenizer(text), tokenizer("a", special=True), tokenizer("a")
     start = next((i for i in range(len(marked)) if marked[i : i + len(bare)] == bare), 0)
     return plain, marked[:start]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +49,30 @@ def read_text(path: Path) -> str:
         raise FormatError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
 
 
-def tokenizer_of(folder: Path | str) -> Any:
-    """The tokenizer of a folder.
+def tokenizer_of(folder: Path | str) -> Callable[..., list[int]]:
+    """The tokenizer of a folder: (text, special=False) -> tokens, with those that it puts around a text where `special`.
 
     Raises:
-        UnsupportedError: there is none, or transformers cannot read it.
+        UnsupportedError: there is none, transformers cannot read it, or later, it cannot read the text.
     """
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if not any(Path(folder, name).is_file() for name in names):
         raise UnsupportedError(f"{folder}: holds no tokenizer; copy that of its model (tokenizer.json) into the folder")
     transformers = libraries()[1]
+
+    def tokens(text: str, special: bool = False) -> list[int]:
+        try:
+            return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        except Exception as error:
+            raise UnsupportedError(
+                f"{folder}: its tokenizer cannot read the text ({error}); copy that of its model into the folder"
+            ) from error
+
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever a file of the folder makes transformers or tokenizers raise
         raise UnsupportedError(f"{folder}: transformers cannot read its tokenizer: {error}") from error
+    return tokens
 
 
 def require_room(model: Any, window: int, largest: int) -> None:
@@ -84,7 +94,7 @@ def read_windows(folder: Path, text: Path, tokens: int, window: int) -> Any:
         FormatError: the text is no UTF-8. OperandError: it is shorter than a window. UnsupportedError: as `tokenizer_of`.
     """
     torch, words = libraries()[0], read_text(text)
-    ids = tokenizer_of(folder)(words, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+    ids = tokenizer_of(folder)(words)[:tokens]
     if len(ids) < window:
         raise OperandError(
             f"calibration: {text} has {len(ids)} tokens, less than one window of {window}; give more text, or a shorter window"

@@ -112,7 +112,8 @@ class Moments:
         """Raise OperandError if no token has been added: nothing is known of the inputs."""
         if self.tokens == 0:
             raise OperandError(
-                f"{shown(self.name)}: no token of the calibration text reaches it; give more text, or leave it dense"
+                f"{shown(self.name)}: no token of the calibration text reaches it, or the model computes with its weight by"
+                " itself; give more text, or leave it dense (--ignore)"
             )
 
 

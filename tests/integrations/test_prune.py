@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,8 @@ def test_what_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     moe = folder(tmp_path / "moe", Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)))
     bare = tmp_path / "bare"
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(bare)
+    words = shutil.copytree(bare, tmp_path / "words")
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>")).save(str(words / "tokenizer.json"))
     for source, given, code, message in (
         (model, ["--calibration", short, "--window", 32], 2, "has 9 tokens, less than one window of 32; give more text"),
         (model, ["--calibration", latin, "--window", 1], 5, "is not UTF-8 (unexpected end of data at byte 0)"),
@@ -239,6 +242,7 @@ def test_what_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
         ),
         (moe, ["--calibration", text, "--window", 32], 5, "is no linear layer of a block that transformers runs"),
         (bare, ["--calibration", text, "--window", 32], 5, "holds no tokenizer; copy that of its model"),
+        (words, ["--calibration", text, "--window", 32], 5, "words: its tokenizer cannot read the text ("),
         (model / "model.safetensors", ["--calibration", text, "--window", 32], 2, "calibration: needs a model's folder"),
         (model, ["--calibration", text, "--window", 32, "--device", "cuda"], 2, "device: PyTorch finds no GPU"),
     ):
