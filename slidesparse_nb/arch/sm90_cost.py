@@ -1,6 +1,6 @@
 """Estimated time of linears by launches of Hopper's kernel at 6:8.
 
-Fitted to 30,000 timings of 870 linears on H200s, of 1 to 4096 tokens (docs/results/candidates-h200.json has the fastest of
+Fitted to 40,000 timings of 2095 linears on H200s, of 1 to 4096 tokens (docs/results/candidates-h200.json has the fastest of
 each), so that what it chooses takes little longer than the fastest.
 """
 
