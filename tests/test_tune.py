@@ -66,7 +66,7 @@ def test_the_models_choice_is_the_first_of_the_likely(m: int, n: int, k: int, wh
     of = product(m, n, k, where, dtype)
     if arch.of(of).refuses(where.capability, of.scheme):
         return
-    likely, every = tuned_store.likely(of), tuned_store.ranked(of)
+    likely, every = tuned_store.likely(of), tuned_store.ranked(of, every=False)
     costs = {candidate: cost for cost, candidate in every}
     assert likely[0] == choose(of) == tuned_store.best(of)
     assert costs[likely[0]] == min(costs.values())
@@ -295,7 +295,7 @@ def test_a_winner_is_timed_once_more_against_the_models_choice(gpu: Any, timing:
 def test_wrong_results_are_told_and_not_timed(
     gpu: Any, timing: Any, dtype: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    track = timing.Track(weight(300, 512, dtype), clock := ToldClock({}))
+    track = timing.Track(weight(600, 1200, dtype), clock := ToldClock({}))
     candidates = tuned_store.likely(track.problem(16, "bfloat16"))[:4]
     matmul = timing.matmul.matmul
 

@@ -91,7 +91,10 @@ def larger_than_needed(tile: Tile, split_k: int, problem: GemmProblem, metadata:
     """
     tiles = -(-problem.m // tile.tokens)
     return any(
-        -(-problem.m // other.tokens) == tiles and split_k in (1, *other.splits) and is_candidate(other, problem, metadata)
+        -(-problem.m // other.tokens) == tiles
+        and split_k in (1, *other.splits)
+        and is_candidate(other, problem, metadata)
+        and (not other.consumers_load or of_row_tiles(problem, other, 1, 1, metadata).possible(along_k(problem)))
         for other in SMALLER[tile]
     )
 
@@ -138,7 +141,7 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str, every: bool =
     tiles, then the rest by pairs; tiles of many outputs.
 
     Args:
-        every: also those whose first launch has a tile that is `larger_than_needed`.
+        every: also those whose first launch has a tile, or a tile cut along k, that is `larger_than_needed`.
     """
     m, sms = problem.m, problem.device.sms
     if not is_candidate(tile, problem, metadata):
@@ -289,11 +292,10 @@ class Hopper(Tiled):
         """Candidates that read expanded metadata, and candidates that read compact metadata.
 
         If the weight has the compact form alone, an `Expansion` precedes the former. If it has both forms, the latter are only
-        those of small tiles, and of tiles of up to `EVER_COMPACT` that take all tokens. Few tokens take no tile for many,
-        and up to `SMALL_TOKENS` none for fewer.
+        those of small tiles, and of tiles of up to `EVER_COMPACT` that take all tokens. Few tokens take no tile for many.
 
         Args:
-            every: also those whose first launch has a tile that is `larger_than_needed`.
+            every: as of `candidates_of`.
             tiles: of the first launch that multiplies.
         """
         compact = has_compact_metadata(problem.pattern) and (buffers is None or COMPACT in buffers)

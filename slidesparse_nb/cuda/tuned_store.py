@@ -39,17 +39,17 @@ def best(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> Candid
     return (env.tuned() and found(problem, buffers)) or modelled(problem, buffers)
 
 
-def ranked(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> list[tuple[float, Candidate]]:
-    """Every candidate and its estimated cost, the cheapest first."""
+def ranked(problem: GemmProblem, buffers: tuple[str, ...] | None = None, every: bool = True) -> list[tuple[float, Candidate]]:
+    """The candidates (`Arch.candidates`) and their estimated cost, the cheapest first."""
     own = arch.of(problem)
-    return sorted(((own.cost(c, problem), c) for c in own.candidates(problem, buffers)), key=lambda of: of[0])
+    return sorted(((own.cost(c, problem), c) for c in own.candidates(problem, buffers, every)), key=lambda of: of[0])
 
 
 def likely(problem: GemmProblem, buffers: tuple[str, ...] | None = None) -> list[Candidate]:
     """The candidates that are worth timing, the model's choice first."""
-    every = ranked(problem, buffers)
-    near = dict.fromkeys([modelled(problem, buffers), *(c for cost, c in every if cost <= WITHIN * every[0][0])])
-    return list(near)[:MOST_CANDIDATES]
+    chosen_from = ranked(problem, buffers, every=False)
+    near = [c for cost, c in chosen_from if cost <= WITHIN * chosen_from[0][0]]
+    return list(dict.fromkeys([modelled(problem, buffers), *near]))[:MOST_CANDIDATES]
 
 
 def file(problem: GemmProblem) -> Path:

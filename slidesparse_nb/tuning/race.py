@@ -97,8 +97,9 @@ class Track:
 
     def likely(self, problem: GemmProblem) -> list[Candidate]:
         """The candidates that are worth timing, the model's choice first; none whose kernel fails its test."""
-        ordinal = to_device(self.weights[0]).ordinal
-        return list(self_test.passing(problem, tuned_store.likely(problem, self.buffers), self.buffers, ordinal))
+        ordinal, likely = to_device(self.weights[0]).ordinal, tuned_store.likely(problem, self.buffers)
+        passing = list(self_test.passing(problem, likely, self.buffers, ordinal))
+        return passing or [self_test.best(problem, self.buffers, ordinal)]
 
     def race(self, m: int, out: str, candidates: Sequence[Candidate]) -> Race:
         """Time the candidates for `problem(m, out)`, the model's choice first."""
