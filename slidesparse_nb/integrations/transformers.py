@@ -10,8 +10,6 @@ whatever `ignore` names stay as they are.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -32,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import slidesparse_nb as ss
 
 from ..convert.kinds import not_linear
+from ..pruning.model import renamer
 from .tensors import named
 from .torch import SparseLinear
 
@@ -198,18 +197,15 @@ def places_of(model: Any, modules: set[str], dense: set[str], linear: Collection
         FormatError: a layer that is wanted is neither packed nor dense in the files.
         UnsupportedError: a packed module has no linear layer to go to.
     """
-    try:
-        mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if not hasattr(entry, "operations")]
-
-        def place(module: str, tensor: str) -> str | None:
-            key = functools.reduce(lambda name, by: by.rename_source_key(name)[0], renamings, module + tensor)
-            return next((name for name in names_of(model, key.removesuffix(tensor)) if name in linear), None)
-
-        packed_at = {module: place(module, ".weight_packed") for module in sorted(modules)}
-        dense_at = {place(module, ".weight") for module in dense}
-    except (ImportError, AttributeError, TypeError, ValueError):  # of a version that renames in another way
+    if (rename := renamer(model)) is None:
         return None
+
+    def place(module: str, tensor: str) -> str | None:
+        key = rename(module + tensor).removesuffix(tensor)
+        return next((name for name in names_of(model, key) if name in linear), None)
+
+    packed_at = {module: place(module, ".weight_packed") for module in sorted(modules)}
+    dense_at = {place(module, ".weight") for module in dense}
     for module, found in packed_at.items():
         if found is None:
             require_no_branch(model, module)

@@ -12,6 +12,7 @@ other and nothing else.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
@@ -75,6 +76,21 @@ def tokenizer_of(folder: Path | str) -> Callable[..., list[int]]:
     return tokens
 
 
+def renamer(model: Any) -> Callable[[str], str] | None:
+    """How transformers renames tensors of a checkpoint that it loads into a model; None if its version does not tell."""
+    try:
+        mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+        renamings = [entry.rename_source_key for entry in mapping if not hasattr(entry, "operations")]
+
+        def rename(name: str) -> str:
+            return functools.reduce(lambda key, by: by(key)[0], renamings, name)
+
+        rename("layer.weight")
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return None
+    return rename
+
+
 def require_room(model: Any, window: int, largest: int) -> None:
     """Raise OperandError where windows of so many tokens, the largest of this id, do not fit a model of transformers."""
     config, kind = model.config.get_text_config(), type(model).__name__
@@ -122,9 +138,11 @@ class BlockwiseModel:
         self.model, self.device, self.xp = model, device, namespace_of(device)
         name, self.blocks = _blocks(self.model, self.torch)
         self.linears: list[dict[str, Any]] = [{} for _ in self.blocks]
+        rename = renamer(model) or str
+        renamed = {rename(f"{each}.weight").removesuffix(".weight"): each for each in sorted(wanted)}
         for at, module in self.model.named_modules():
             linear = isinstance(module, self.torch.nn.Linear) and at.startswith(f"{name}.")
-            if linear and (known := _known(at, wanted)) is not None:
+            if linear and (known := renamed.get(at) or _known(at, wanted)) is not None:
                 self.linears[int(at[len(name) + 1 :].split(".")[0])][known] = module
         self.astray = wanted - {name for linears in self.linears for name in linears}
         self.at: int | None = None

@@ -21,7 +21,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -212,6 +214,20 @@ def test_other_architectures(kind: str, text: Path, tmp_path: Path) -> None:
         assert (whole(ids).logits - pruned(ids).logits).abs().mean() < 0.5 * whole(ids).logits.std()
     assert set(report.errors) == {module.name for module in report.modules}
     assert max(report.errors.values()) < 0.2
+
+
+def test_layers_that_transformers_renames(text: Path, tmp_path: Path) -> None:
+    """Gemma 3's checkpoints say language_model.model.layers, its class model.language_model.layers."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
+    language, tower = Gemma3TextConfig(**SIZES, head_dim=12).to_dict(), {**tower, "image_size": 28}
+    made = Gemma3ForConditionalGeneration(Gemma3Config(text_config=language, vision_config=tower, mm_tokens_per_image=4))
+    how = "--method", "wanda", "--calibration", text, "--tokens", 64, "--window", 32
+    given = "prune", folder(tmp_path / "in", made), "-o", tmp_path / "out", *how
+    done = slidesparse(*given)
+    assert (done.exit_code, "leave it dense with --ignore 'vision_tower.*'" in done.stderr) == (5, True), done.output
+    done = slidesparse(*given, "--ignore", "vision_tower.*")
+    assert (done.exit_code, "21 modules" in done.stdout) == (0, True), done.output
 
 
 def test_what_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
