@@ -6,6 +6,7 @@ of time.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -152,12 +153,13 @@ def candidates_of(tile: Tile, problem: GemmProblem, metadata: str, every: bool =
     if tile.pairs or tile.wide:
         yield from (_by_pairs if tile.pairs else _in_wide_tiles)(tile, problem, metadata)
         return
-    for split in splits:
-        for resident in residents(tile) if split > 1 else ():
-            config = of_row_tiles(problem, tile, split, resident, metadata)
-            if at_once(config, config.tiles(m), problem):
-                yield (config.but(end=config.tiles(m), blocks=config.tiles(m) * split),)
-    for resident in residents(tile) if 1 in splits else ():
+    for split, resident in itertools.product((split for split in splits if split > 1), residents(tile)):
+        config = of_row_tiles(problem, tile, split, resident, metadata)
+        if at_once(config, config.tiles(m), problem):
+            yield (config.but(end=config.tiles(m), blocks=config.tiles(m) * split),)
+    if 1 not in splits:
+        return
+    for resident in residents(tile):
         whole = of_row_tiles(problem, tile, 1, resident, metadata)
         if not possible(whole, problem):
             continue
