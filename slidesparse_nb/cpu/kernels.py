@@ -169,7 +169,7 @@ def prune(w: Array, pattern: Pattern, score: Array | None = None) -> None:
 
 
 @jit
-def _violations(raw: Array, mask: int, group: int, over: Array) -> None:
+def _violations(raw: Array, mask: Any, group: int, over: Array) -> None:
     for r in range(raw.shape[0]):
         for g in range(over.shape[1]):
             count = 0
@@ -183,7 +183,8 @@ def violations(w: Array, pattern: Pattern) -> Array:
     if pattern.unit > 1:
         w = nonzero_units(w, pattern.unit).view(np.uint8)
     over = np.empty((w.shape[0], -(-w.shape[1] // pattern.group)), np.bool_)
-    _violations(raw_bits(contiguous(w)), nonzero_mask(w.dtype), pattern.group, over)
+    raw = raw_bits(contiguous(w))
+    _violations(raw, raw.dtype.type(nonzero_mask(w.dtype)), pattern.group, over)
     return np.argwhere(over)
 
 
