@@ -301,10 +301,10 @@ class _Work:
         if model.astray:
             name = min(model.astray)
             branch = f"{name.partition('.')[0]}."
-            several = not any(each.startswith(branch) for linears in model.linears for each in linears)
+            runs = any(each.startswith(branch) for linears in model.linears for each in linears)
             raise UnsupportedError(
                 f"{name}: is no linear layer of a block that transformers runs, so its inputs are not known; leave it dense"
-                f" with --ignore {shown(f'{branch}*' if several else name)}"
+                f" with --ignore {shown(name if runs else f'{branch}*')}"
             )
         return model, windows
 
